@@ -1,0 +1,64 @@
+"""Draws the training curves of runs from their metrics.jsonl.
+
+python experiments/training_curves.py runs/digits [runs/other ...] [--output curves.png]
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+TRAIN, EVALUATION = "#9aa5b1", "#0b6bcb"
+
+
+def read_curve(path: pathlib.Path, key: str) -> tuple[list[int], list[float]]:
+    """The steps and values of one metric in a metrics.jsonl."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    points = [(record["step"], record[key]) for record in records if key in record]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def draw(runs: list[pathlib.Path], output: pathlib.Path) -> None:
+    """Draws loss and accuracy of every run, one row a run."""
+    figure, rows = plt.subplots(
+        len(runs), 2, figsize=(9, 3.2 * len(runs)), squeeze=False, layout="constrained"
+    )
+    for run, (loss, accuracy) in zip(runs, rows, strict=True):
+        for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
+            axes.plot(*read_curve(run / "metrics.jsonl", name), color=TRAIN, label="training")
+            evaluation = read_curve(run / "metrics.jsonl", f"eval_{name}")
+            axes.plot(*evaluation, color=EVALUATION, marker="o", ms=3, label="evaluation")
+            axes.set(xlabel="step", ylabel=name)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.3)
+        final = evaluation[1][-1]
+        accuracy.set_title(f"{run.name}: {final:.2%}", loc="right", fontsize=10, color=EVALUATION)
+        loss.legend(frameon=False)
+    figure.savefig(output, dpi=110)
+
+
+def main() -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=pathlib.Path, help="workdirs of runs")
+    parser.add_argument("--output", type=pathlib.Path, help="a PNG [RUN/curves.png of the first]")
+    args = parser.parse_args()
+    missing = [run for run in args.runs if not (run / "metrics.jsonl").is_file()]
+    if missing:
+        print(
+            f"error: {missing[0]} has no metrics.jsonl: give the workdir of a run", file=sys.stderr
+        )
+        return 2
+    output = args.output or args.runs[0] / "curves.png"
+    draw(args.runs, output)
+    print(f"training curves: {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

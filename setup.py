@@ -1,0 +1,48 @@
+"""Packaging. The lower bounds are the oldest versions that the tests were run with."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "vit_jax/__init__.py").read_text())[1]
+
+setup(
+    name="vit_jax",
+    version=VERSION,
+    description="Vision Transformers in JAX/Flax, from pre-training to a TensorRT engine",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["vit_jax", "vit_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "clu>=0.0.12",
+        "flax>=0.12.0",
+        "jax>=0.7.1",
+        "matplotlib>=3.11",
+        "ml-collections>=1.1.0",
+        "numpy>=2.4",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "pillow>=13.0",
+        "rich>=15.0",
+        "scikit-learn>=1.9",
+        "tensorboard>=2.21",
+        "tensorflow-datasets>=4.9.10",
+        # TensorFlow only reads data: its CPU build, where there is one, is a tenth of the size.
+        "tensorflow-cpu>=2.21; sys_platform == 'linux' and platform_machine == 'x86_64'",
+        "tensorflow>=2.21; sys_platform != 'linux' or platform_machine != 'x86_64'",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda12]"],
+        "export": [
+            "jax==0.7.1",  # The last whose jax2tf emits a TensorFlow graph that tf2onnx can read.
+            "onnx>=1.23",
+            "onnxruntime>=1.31",
+            "tf2onnx>=1.17",
+        ],
+        "test": ["pytest>=9.2", "ruff>=0.17.5", "scipy>=1.17"],
+    },
+)

@@ -1,0 +1,104 @@
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from ml_collections import ConfigDict
+
+from vit_jax.config import to_dict
+from vit_jax.recipes import get_config
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("tfds"))
+
+
+@pytest.fixture
+def tiny_config(data_dir):
+    """A run of seconds on the digits, that has a bit of everything: dropout, averaging, shifts."""
+
+    def make(**overrides) -> ConfigDict:
+        config = get_config("ViT-Ti/4", "pretrain,digits")
+        config.update_from_flattened_dict(
+            {
+                "batch_size": 32,
+                "duration": "6 steps",
+                "ema_decay": 0.9,
+                "log_every": "1 step",
+                "eval_every": "4 steps",
+                "checkpoint_every": "2 steps",
+                "dataset.data_dir": data_dir,
+                "dataset.image_size": 8,
+                "dataset.protocol": "pad",
+                "dataset.random_flip": False,
+                "model.hidden_size": 16,
+                "model.num_layers": 1,
+                "model.mlp_dim": 32,
+                "model.num_heads": 2,
+                "model.representation_size": 16,
+                "model.dtype": "float32",
+                "schedule.base_lr": 1e-2,
+                "schedule.warmup": "2 steps",
+                **overrides,
+            }
+        )
+        return config
+
+    return make
+
+
+@pytest.fixture
+def command(tmp_path):
+    """The command line of a run of a config, from its JSON."""
+
+    def make(config: ConfigDict, workdir: pathlib.Path, *flags: str) -> list[str]:
+        path = tmp_path / f"{workdir.name}.json"
+        path.write_text(json.dumps(to_dict(config)))
+        main = [sys.executable, "-m", "vit_jax.main", "--config", str(path)]
+        return [*main, "--workdir", str(workdir), *flags]
+
+    return make
+
+
+@pytest.fixture
+def start():
+    """Starts a command on a number of simulated devices; what still runs at the end is killed."""
+    processes = []
+
+    def start_process(command: list[str], devices: int = 1, **options) -> subprocess.Popen:
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+        processes.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                **options,
+            )
+        )
+        return processes[-1]
+
+    yield start_process
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def run(start):
+    """Runs a command to its end; returns its exit code and what it printed."""
+
+    def run_process(command: list[str], devices: int = 1, **options) -> tuple[int, str]:
+        process = start(command, devices, **options)
+        output, _ = process.communicate(timeout=300)
+        return process.returncode, output
+
+    return run_process

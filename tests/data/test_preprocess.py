@@ -1,0 +1,233 @@
+"""Views against NumPy, PIL and crops of fully resized images."""
+
+import io
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from vit_jax.data import preprocess
+from vit_jax.data.protocols import eval_box
+
+SEED = tf.constant([3, 5], tf.int64)
+
+
+def noise_image(height, width, channels=3):
+    rng = np.random.default_rng(height * width)
+    return rng.integers(0, 256, (height, width, channels), np.uint8)
+
+
+def encode(image, file_format, mode=None, **options):
+    buffer = io.BytesIO()
+    image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    (image.convert(mode) if mode else image).save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def pixels(view):
+    return np.asarray(view) * 127.5 + 127.5
+
+
+def bilinear(image, box, size):
+    """Samples `box` with half-pixel centres in float64, clamped to the image."""
+
+    def matrix(begin, extent, length):
+        centres = np.clip(begin + (np.arange(size) + 0.5) * extent / size - 0.5, 0, length - 1)
+        return np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(length)))
+
+    y, x, h, w = (float(edge) for edge in box)
+    rows, columns = matrix(y, h, image.shape[0]), matrix(x, w, image.shape[1])
+    return np.einsum("ih,hwc,jw->ijc", rows, image.astype(np.float64), columns)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (37, 91), (300, 200), (1, 5)])
+@pytest.mark.parametrize("protocol", ["inception", "bit", "pad"])
+def test_evaluation_resizes_the_whole_image(shape, protocol):
+    image = noise_image(*shape)
+    view = preprocess.view(encode(image, "PNG"), SEED, image_size=32, protocol=protocol)
+    np.testing.assert_allclose(pixels(view), bilinear(image, (0, 0, *shape), 32), atol=0.01)
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (50, 123)])
+def test_pretrain_evaluation_crops_the_centre_of_the_resized_image(shape):
+    image = noise_image(*shape)
+    view = preprocess.view(encode(image, "PNG"), SEED, image_size=56, protocol="pretrain")
+    scale = 64 / min(shape)  # 56 * 256 / 224
+    y, x = [(side - 56 / scale) / 2 for side in shape]
+    expected = bilinear(image, (y, x, 56 / scale, 56 / scale), 56)
+    np.testing.assert_allclose(pixels(view), expected, atol=0.02)
+
+
+def test_pretrain_evaluation_equals_resizing_to_256_and_cropping_224():
+    image = noise_image(512, 640)
+    view = preprocess.view(encode(image, "PNG"), SEED, image_size=224, protocol="pretrain")
+    resized = tf.image.resize(image, [256, 320])[16:240, 48:272]
+    np.testing.assert_allclose(pixels(view), resized, atol=0.1)
+
+
+@pytest.mark.parametrize("shape", [(60, 80), (20, 14)])
+def test_bit_training_crops_the_resized_image_at_an_integer_offset(shape):
+    image = noise_image(*shape)
+    resized = tf.image.resize(image, [56, 56]).numpy()
+    offsets = set()
+    for seed in range(20):
+        view = preprocess.view(
+            encode(image, "PNG"),
+            tf.constant([seed, 0], tf.int64),
+            image_size=48,
+            protocol="bit",
+            random_crop=True,
+        )
+        errors = {
+            (y, x): np.abs(resized[y : y + 48, x : x + 48] - pixels(view)).max()
+            for y in range(9)
+            for x in range(9)
+        }
+        offset = min(errors, key=errors.get)
+        assert errors[offset] < 0.1
+        offsets.add(offset)
+    assert len(offsets) > 10
+
+
+def test_pad_training_crops_the_image_padded_by_an_eighth_with_black():
+    image = noise_image(16, 16)
+    padded = np.pad(image, [(2, 2), (2, 2), (0, 0)])
+    offsets = set()
+    for seed in range(60):
+        view = preprocess.view(
+            encode(image, "PNG"),
+            tf.constant([seed, 3], tf.int64),
+            image_size=16,
+            protocol="pad",
+            random_crop=True,
+        )
+        (offset,) = [
+            (y, x)
+            for y in range(5)
+            for x in range(5)
+            if np.abs(padded[y : y + 16, x : x + 16] - pixels(view)).max() < 0.01
+        ]
+        offsets.add(offset)
+    assert {y for y, _ in offsets} == {x for _, x in offsets} == set(range(5))
+
+
+@pytest.mark.parametrize("protocol", ["inception", "pretrain"])
+def test_inception_training_is_the_published_crop_then_resize(protocol):
+    image = noise_image(120, 90)
+    for seed in range(10):
+        seeds = tf.constant([seed, 1], tf.int64)
+        view = preprocess.view(
+            encode(image, "PNG"), seeds, image_size=32, protocol=protocol, random_crop=True
+        )
+        begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
+            image.shape,
+            tf.zeros([0, 0, 4]),
+            tf.random.split(seeds, 2)[0],
+            min_object_covered=0,
+            aspect_ratio_range=(0.75, 4 / 3),
+            area_range=(0.05, 1.0),
+            use_image_if_no_bounding_boxes=True,
+        )
+        expected = tf.image.resize(tf.slice(image, begin, size), [32, 32])
+        np.testing.assert_allclose(pixels(view), expected, atol=1e-3)
+
+
+def test_inception_crops_cover_5_to_100_percent_at_3_4_to_4_3():
+    boxes = np.array(
+        [
+            preprocess._inception_window(400, 400, tf.constant([0, seed], tf.int64))
+            for seed in range(300)
+        ]
+    )
+    area, aspect = boxes[:, 2] * boxes[:, 3] / 400**2, boxes[:, 3] / boxes[:, 2]
+    assert 0.045 < area.min() < 0.1 and 0.9 < area.max() <= 1
+    assert 0.74 < aspect.min() < 0.8 and 1.25 < aspect.max() < 1.35
+    assert (boxes[:, :2] + boxes[:, 2:] <= 400).all()
+
+
+@pytest.mark.parametrize("subsampling", [0, 2])  # 4:4:4 and 4:2:0
+@pytest.mark.parametrize("protocol", ["inception", "bit", "pretrain"])
+def test_jpeg_decoded_in_its_window_equals_full_decode(subsampling, protocol):
+    image = noise_image(201, 323)
+    jpeg = encode(image, "JPEG", quality=90, subsampling=subsampling)
+    png = encode(np.asarray(Image.open(io.BytesIO(jpeg))), "PNG")
+    for random_crop in [False, True]:
+        for seed in range(8):
+            from_jpeg, from_png = (
+                preprocess.view(
+                    data,
+                    tf.constant([seed, 2], tf.int64),
+                    image_size=64,
+                    protocol=protocol,
+                    random_crop=random_crop,
+                )
+                for data in [jpeg, png]
+            )
+            np.testing.assert_array_equal(from_jpeg, from_png)
+
+
+def test_flip_mirrors_about_half_of_the_views():
+    image = noise_image(16, 16)
+    plain = bilinear(image, (0, 0, 16, 16), 16)
+    mirrored = 0
+    for seed in range(60):
+        view = preprocess.view(
+            encode(image, "PNG"),
+            tf.constant([0, seed], tf.int64),
+            image_size=16,
+            protocol="inception",
+            random_flip=True,
+        )
+        is_mirrored = np.allclose(pixels(view), plain[:, ::-1], atol=0.01)
+        assert is_mirrored or np.allclose(pixels(view), plain, atol=0.01)
+        mirrored += is_mirrored
+    assert 15 < mirrored < 45
+
+
+def test_values_reach_from_minus_one_to_one():
+    image = np.zeros((4, 4, 3), np.uint8)
+    image[2:] = 255
+    view = preprocess.view(encode(image, "PNG"), SEED, image_size=4, protocol="inception")
+    assert view.dtype == tf.float32
+    assert view.shape == (4, 4, 3)
+    np.testing.assert_array_equal(view[0], -1)
+    np.testing.assert_array_equal(view[3], 1)
+
+
+RGB, GREY = noise_image(20, 24), noise_image(20, 24, 1)
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        encode(GREY, "PNG"),
+        encode(GREY, "JPEG"),
+        encode(GREY, "PNG", "LA"),
+        encode(RGB, "PNG", "RGBA"),
+        encode(RGB, "PNG", "P"),
+        encode(RGB, "BMP"),
+        encode(RGB, "BMP", "RGBA"),
+        encode(RGB, "GIF"),
+        encode(RGB, "JPEG", "CMYK"),
+    ],
+    ids=["grey png", "grey jpeg", "la", "rgba", "palette", "bmp", "bmp32", "gif", "cmyk"],
+)
+def test_every_colour_type_becomes_rgb_as_in_pil(encoded):
+    view = preprocess.view(encoded, SEED, image_size=20, protocol="inception")
+    rgb = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    expected = bilinear(rgb, (0, 0, 20, 24), 20)
+    np.testing.assert_allclose(pixels(view), expected, atol=1.5)
+
+
+def test_16_bit_png_keeps_its_high_byte():
+    deep = tf.io.encode_png(RGB.astype(np.uint16) * 257)
+    view = preprocess.view(deep, SEED, image_size=20, protocol="inception")
+    np.testing.assert_allclose(pixels(view), bilinear(RGB, (0, 0, 20, 24), 20), atol=0.01)
+
+
+def test_eval_box_takes_ints_and_tensors():
+    assert eval_box("inception", 30, 40) == (0, 0, 30, 40)
+    assert eval_box("pretrain", 256, 320) == (16, 48, 224, 224)
+    box = eval_box("pretrain", tf.constant(320.0), tf.constant(256.0))
+    assert [float(edge) for edge in box] == [48, 16, 224, 224]

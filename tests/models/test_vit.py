@@ -1,0 +1,294 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import erf
+
+from vit_jax.errors import UserError
+from vit_jax.models import architecture, create_model
+
+TINY = {
+    "architecture": "vit",
+    "patch_size": 4,
+    "hidden_size": 24,
+    "num_layers": 3,
+    "mlp_dim": 40,
+    "num_heads": 3,
+    "num_classes": 5,
+}
+IMAGES = jax.random.uniform(jax.random.key(1), (2, 8, 12, 3), minval=-1.0)
+
+
+def random_params(model, images=IMAGES, scale=0.3):
+    """Every tensor random, biases and norms included, so that a swapped pair cannot hide."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    leaves, treedef = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    return treedef.unflatten(
+        [scale * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    )
+
+
+# Counts with a 1000-way head at 224 px: official checkpoints, as published.
+@pytest.mark.parametrize(
+    ("name", "image_size", "count"),
+    [
+        ("ViT-Ti/16", 224, 5_717_416),
+        ("ViT-S/16", 224, 22_050_664),
+        ("ViT-B/16", 224, 86_567_656),
+        ("ViT-B/16", 384, 86_859_496),
+        ("ViT-L/16", 224, 304_326_632),
+        ("ViT-L/16", 384, 304_715_752),
+        ("ViT-H/14", 224, 632_045_800),
+        # The same, with P * P * 3 * D + (N + 1) * D changed for the patch size by hand.
+        ("ViT-S/32", 224, 22_050_664 + (32**2 - 16**2) * 3 * 384 + (49 - 196) * 384),
+        ("ViT-B/32", 224, 86_567_656 + (32**2 - 16**2) * 3 * 768 + (49 - 196) * 768),
+        ("ViT-B/8", 224, 86_567_656 + (8**2 - 16**2) * 3 * 768 + (784 - 196) * 768),
+        ("ViT-L/32", 224, 304_326_632 + (32**2 - 16**2) * 3 * 1024 + (49 - 196) * 1024),
+    ],
+)
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_parameter_counts_are_the_published_ones(name, image_size, count, scan_layers):
+    model = create_model(architecture(name), num_classes=1000, scan_layers=scan_layers)
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    assert sum(np.prod(x.shape) for x in jax.tree.leaves(shapes)) == count
+
+
+def test_parameter_tree_is_the_official_one():
+    model = create_model(architecture("ViT-B/16"), num_classes=10, representation_size=768)
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    names = {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape
+             for p, x in jax.tree_util.tree_leaves_with_path(params)}  # fmt: skip
+    block = "Transformer/encoderblock_11/"
+    expected = {
+        "cls": (1, 1, 768),
+        "embedding/kernel": (16, 16, 3, 768),
+        "embedding/bias": (768,),
+        "Transformer/posembed_input/pos_embedding": (1, 197, 768),
+        block + "LayerNorm_0/scale": (768,),
+        block + "LayerNorm_2/bias": (768,),
+        block + "MultiHeadDotProductAttention_1/query/kernel": (768, 12, 64),
+        block + "MultiHeadDotProductAttention_1/key/bias": (12, 64),
+        block + "MultiHeadDotProductAttention_1/value/kernel": (768, 12, 64),
+        block + "MultiHeadDotProductAttention_1/out/kernel": (12, 64, 768),
+        block + "MultiHeadDotProductAttention_1/out/bias": (768,),
+        block + "MlpBlock_3/Dense_0/kernel": (768, 3072),
+        block + "MlpBlock_3/Dense_1/kernel": (3072, 768),
+        "Transformer/encoder_norm/scale": (768,),
+        "pre_logits/kernel": (768, 768),
+        "head/kernel": (768, 10),
+        "head/bias": (10,),
+    }
+    assert {name: names.get(name) for name in expected} == expected
+    assert len(names) == 1 + 2 + 1 + 12 * 16 + 2 + 2 + 2
+
+
+def reference(params, images, *, gelu, classifier):
+    """Eqs. 1 to 4 and 5 to 8 in NumPy float64, one image, one patch, one head at a time."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    encoder = params["Transformer"]
+
+    def norm(x, p):
+        mean = x.mean(-1, keepdims=True)
+        variance = ((x - mean) ** 2).mean(-1, keepdims=True)
+        return (x - mean) / np.sqrt(variance + 1e-6) * p["scale"] + p["bias"]
+
+    def activation(x):
+        if gelu == "erf":
+            return x * 0.5 * (1 + erf(x / np.sqrt(2)))
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+    def attention(x, p):
+        out = p["out"]["bias"].copy()
+        for h in range(p["query"]["kernel"].shape[1]):
+            q, k, v = (
+                x @ p[n]["kernel"][:, h] + p[n]["bias"][h] for n in ("query", "key", "value")
+            )
+            scores = np.exp(q @ k.T / np.sqrt(q.shape[-1]))
+            out = out + scores / scores.sum(-1, keepdims=True) @ v @ p["out"]["kernel"][h]
+        return out
+
+    def mlp(x, p):
+        x = activation(x @ p["Dense_0"]["kernel"] + p["Dense_0"]["bias"])
+        return x @ p["Dense_1"]["kernel"] + p["Dense_1"]["bias"]
+
+    logits = []
+    for image in np.asarray(images, np.float64):
+        size = params["embedding"]["kernel"].shape[0]
+        tokens = [params["cls"][0, 0]] if classifier == "token" else []
+        for y in range(0, image.shape[0], size):
+            for x in range(0, image.shape[1], size):
+                patch = image[y : y + size, x : x + size]
+                embedded = np.einsum("yxc,yxcd->d", patch, params["embedding"]["kernel"])
+                tokens.append(embedded + params["embedding"]["bias"])
+        z = np.stack(tokens) + encoder["posembed_input"]["pos_embedding"][0]
+        for i in range(3):
+            p = encoder[f"encoderblock_{i}"]
+            z = z + attention(norm(z, p["LayerNorm_0"]), p["MultiHeadDotProductAttention_1"])
+            z = z + mlp(norm(z, p["LayerNorm_2"]), p["MlpBlock_3"])
+        z = norm(z, encoder["encoder_norm"])
+        y = z[0] if classifier == "token" else z.mean(0)
+        y = np.tanh(y @ params["pre_logits"]["kernel"] + params["pre_logits"]["bias"])
+        logits.append(y @ params["head"]["kernel"] + params["head"]["bias"])
+    return np.stack(logits)
+
+
+@pytest.mark.parametrize("gelu", ["tanh", "erf"])
+@pytest.mark.parametrize("classifier", ["token", "gap"])
+def test_forward_pass_is_the_papers_equations(gelu, classifier):
+    model = create_model(TINY, gelu=gelu, classifier=classifier, representation_size=16)
+    params = random_params(model)
+    logits = model.apply({"params": params}, IMAGES)
+    expected = reference(params, IMAGES, gelu=gelu, classifier=classifier)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("options", [{"remat": True}, {"scan_layers": True},
+                                     {"remat": True, "scan_layers": True}])  # fmt: skip
+def test_remat_and_scan_change_neither_tree_nor_values_nor_gradients(options):
+    plain, other = create_model(TINY), create_model(TINY, **options)
+    params = random_params(plain)
+    assert jax.tree.structure(params) == jax.tree.structure(random_params(other))
+
+    def loss(params, model):
+        return jnp.sum(model.apply({"params": params}, IMAGES) ** 2)
+
+    expected, expected_grads = jax.value_and_grad(loss)(params, plain)
+    value, grads = jax.value_and_grad(loss)(params, other)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    largest = max(np.abs(g).max() for g in jax.tree.leaves(expected_grads))
+    for g, e in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        np.testing.assert_allclose(g, e, atol=1e-5 * largest)
+
+
+def test_scanned_layers_start_different_from_each_other():
+    params = create_model(TINY, scan_layers=True).init(jax.random.key(0), IMAGES)["params"]
+    kernels = [params["Transformer"][f"encoderblock_{i}"]["MlpBlock_3"]["Dense_0"]["kernel"]
+               for i in range(3)]  # fmt: skip
+    assert not np.allclose(kernels[0], kernels[1])
+    assert not np.allclose(kernels[1], kernels[2])
+
+
+def test_initialisation_is_the_published_one():
+    config = architecture("ViT-S/16") | {"num_layers": 1}
+    model = create_model(config, num_classes=7, representation_size=384, head_bias_init=-10.0)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
+    block = params["Transformer"]["encoderblock_0"]
+    attention = block["MultiHeadDotProductAttention_1"]
+    assert not np.any(params["cls"])
+    assert not np.any(params["head"]["kernel"])
+    assert np.all(params["head"]["bias"] == -10.0)
+    position = params["Transformer"]["posembed_input"]["pos_embedding"]
+    assert np.std(position) == pytest.approx(0.02, rel=0.02)
+    xavier = np.sqrt(6 / (384 + 384))
+    for name in ("query", "key", "value", "out"):
+        kernel = attention[name]["kernel"]
+        assert np.abs(kernel).max() == pytest.approx(xavier, rel=1e-3)
+        assert np.std(kernel) == pytest.approx(xavier / np.sqrt(3), rel=0.02)
+        assert not np.any(attention[name]["bias"])
+    mlp = block["MlpBlock_3"]
+    assert np.abs(mlp["Dense_0"]["kernel"]).max() == pytest.approx(np.sqrt(6 / 1920), rel=1e-3)
+    assert np.std(mlp["Dense_0"]["bias"]) == pytest.approx(1e-6, rel=0.1)
+
+
+def test_zero_head_gives_the_bias_for_every_image():
+    model = create_model(TINY, head_bias_init=-10.0)
+    variables = model.init(jax.random.key(0), IMAGES)
+    np.testing.assert_array_equal(model.apply(variables, IMAGES), np.full((2, 5), -10.0))
+
+
+def test_no_classes_gives_the_representation():
+    model = create_model(TINY, num_classes=0)
+    assert model.apply(model.init(jax.random.key(0), IMAGES), IMAGES).shape == (2, 24)
+
+
+def active_dropouts(**rates):
+    """The path of every dropout with a rate, and the width of what it drops from."""
+    model = create_model(TINY, **rates)
+    params, found = {"params": random_params(model)}, []
+
+    def record(call, args, kwargs, context):
+        if isinstance(context.module, nn.Dropout) and context.module.rate:
+            found.append(("/".join(context.module.path[1:]), args[0].shape[-1]))
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+        model.apply(params, IMAGES, train=True, rngs={"dropout": jax.random.key(0)})
+    return found
+
+
+def test_dropout_is_where_the_paper_has_it():
+    expected = [("Dropout_0", 24)]  # After adding the position embeddings.
+    for i in range(3):
+        expected += [
+            (f"encoderblock_{i}/Dropout_0", 24),  # After the attention's output projection.
+            (f"encoderblock_{i}/MlpBlock_3/Dropout_0", 40),
+            (f"encoderblock_{i}/MlpBlock_3/Dropout_1", 24),
+        ]
+    assert active_dropouts(dropout_rate=0.1) == expected
+    assert active_dropouts(attention_dropout_rate=0.1) == [
+        (f"encoderblock_{i}/MultiHeadDotProductAttention_1/Dropout_0", 7) for i in range(3)
+    ]
+    assert active_dropouts() == []
+
+
+def test_dropout_is_off_unless_training():
+    model = create_model(TINY, dropout_rate=0.5, attention_dropout_rate=0.5)
+    params = {"params": random_params(model)}
+    np.testing.assert_array_equal(
+        model.apply(params, IMAGES), create_model(TINY).apply(params, IMAGES)
+    )
+
+
+def test_bfloat16_computes_in_bfloat16_with_float32_parameters_and_logits():
+    model, exact = create_model(TINY, dtype="bfloat16"), create_model(TINY)
+    params = random_params(model)
+    assert {x.dtype for x in jax.tree.leaves(model.init(jax.random.key(0), IMAGES))} == {
+        jnp.dtype("float32")
+    }
+    _, state = model.apply({"params": params}, IMAGES, capture_intermediates=True)
+    layer = state["intermediates"]["Transformer"]["encoderblock_0"]["__call__"][0]
+    assert layer.dtype == jnp.bfloat16
+    logits, expected = (m.apply({"params": params}, IMAGES) for m in (model, exact))
+    assert logits.dtype == jnp.float32
+    difference = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
+    assert 0 < difference < 0.05
+
+
+def test_attention_weights_can_be_had_and_sum_to_one():
+    model = create_model(TINY)
+    params = random_params(model)
+    _, state = model.apply({"params": params}, IMAGES, mutable="intermediates")
+    block = state["intermediates"]["Transformer"]["encoderblock_2"]
+    (weights,) = block["MultiHeadDotProductAttention_1"]["attention_weights"]
+    assert weights.shape == (2, 3, 7, 7)
+    np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patch_size": 5}, "image_size 8x12 is not a multiple of patch_size 5"),
+        ({"num_heads": 5}, "hidden_size 24 is not a multiple of num_heads 5"),
+        ({"classifier": "cls"}, "classifier 'cls' is unknown: use token or gap"),
+        ({"gelu": "exact"}, "gelu 'exact' is unknown: use tanh or erf"),
+    ],
+)
+def test_impossible_models_are_refused_in_one_line(options, message):
+    with pytest.raises(UserError, match=message) as error:
+        create_model(TINY, **options).init(jax.random.key(0), IMAGES)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["ViT-X/16", "ViT-B", "ViT-B/0", "B/16", ""])
+def test_unknown_model_names_are_refused(name):
+    with pytest.raises(UserError, match="is unknown: use ViT-SIZE/PATCH"):
+        architecture(name)
+
+
+def test_unknown_dtype_is_refused():
+    with pytest.raises(UserError, match="model.dtype 'float16' is unknown"):
+        create_model(TINY, dtype="float16")

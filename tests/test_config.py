@@ -1,0 +1,122 @@
+import json
+import pathlib
+import runpy
+
+import pytest
+from ml_collections import ConfigDict
+
+from vit_jax.config import check_config, count_steps, get_config, to_dict
+from vit_jax.errors import UserError
+from vit_jax.recipes import get_config as recipe
+
+ROOT = pathlib.Path(__file__).parents[1]
+FILES = [*ROOT.glob("configs/*.py"), ROOT / "experiments/cifar10_from_scratch.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_config_file_passes_its_own_check(path):
+    check_config(runpy.run_path(str(path))["get_config"]())
+
+
+@pytest.mark.parametrize("spec", ["pretrain,imagenet21k", "pretrain,jft,dev"])
+def test_every_recipe_passes_its_own_check(spec):
+    check_config(recipe("ViT-L/16", spec))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "nearest"),
+    [
+        ("", "bacth_size", "did you mean config.batch_size"),
+        ("dataset", "random_flips", "did you mean config.dataset.random_flip"),
+        ("model", "dropout", "did you mean config.model.dropout_rate"),
+        ("optimizer", "momentum", "valid are b1, b2, clip_norm"),
+        ("schedule", "warmup_steps", "did you mean config.schedule.warmup"),
+    ],
+)
+def test_an_unknown_key_raises_and_names_the_nearest(section, key, nearest):
+    config = recipe("ViT-B/16")
+    (config[section] if section else config)[key] = 1
+    name = f"{section}.{key}".lstrip(".")
+    with pytest.raises(UserError, match=f"config.{name} is not a key that anything") as error:
+        check_config(config)
+    assert nearest in str(error.value)
+
+
+def test_a_missing_key_raises():
+    config = recipe("ViT-B/16")
+    del config.dataset.protocol
+    with pytest.raises(UserError, match="config.dataset.protocol is missing"):
+        check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("", "batch_size", "64", "config.batch_size is '64': it must be of type int"),
+        ("", "batch_size", 64.0, "config.batch_size is 64.0: it must be of type int"),
+        ("", "batch_size", True, "config.batch_size is True: it must be of type int"),
+        ("dataset", "random_flip", 1, "config.dataset.random_flip is 1: it must be of type bool"),
+        ("", "schedule", 3, "config.schedule is 3: it is a section of keys"),
+        ("optimizer", "name", "lamb", "optimizer.name 'lamb' is unknown: use adam or sgd"),
+        ("model", "architecture", "cnn", "model.architecture 'cnn' is unknown: use vit"),
+    ],
+)
+def test_a_wrong_value_raises(section, key, value, message):
+    config = ConfigDict(to_dict(recipe("ViT-B/16")), type_safe=False)
+    (config[section] if section else config)[key] = value
+    with pytest.raises(UserError, match=message):
+        check_config(config)
+
+
+def test_an_int_will_do_for_a_float():
+    config = ConfigDict(to_dict(recipe("ViT-B/16")), type_safe=False)
+    config.optimizer.weight_decay = 0
+    check_config(config)
+
+
+def test_finetuning_needs_to_be_told_from_what():
+    config = recipe("ViT-B/16", "finetune,cifar10")
+    with pytest.raises(UserError, match="config.init_from must be given: --config.init_from="):
+        check_config(config)
+    config.init_from = "weights.npz"
+    check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("duration", "steps"),
+    [
+        ("500 steps", 500),
+        ("500", 500),
+        ("10_000 steps", 10_000),
+        ("1 step", 1),
+        # 300 epochs of ImageNet's 1,281,167 images in batches of 4,096: 93,835.4.
+        ("300 epochs", 93_835),
+        ("0.5 epochs", 156),
+        ("1 epoch", 313),
+        ("0 steps", 0),
+    ],
+)
+def test_durations(duration, steps):
+    assert count_steps(duration, num_examples=1_281_167, batch_size=4096) == steps
+
+
+@pytest.mark.parametrize(
+    "duration", ["", "ten steps", "5 hours", "0.5 steps", "-1 steps", "epochs"]
+)
+def test_a_duration_of_another_form_is_refused(duration):
+    with pytest.raises(UserError, match="is not understood: use '500 steps' or '7 epochs'"):
+        count_steps(duration, num_examples=10, batch_size=1)
+
+
+def test_config_json_gives_the_config_back(tmp_path):
+    config = recipe("ViT-B/16")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_dict(config)))
+    assert to_dict(get_config(str(path))) == to_dict(config)
+    check_config(get_config(str(path)))
+
+
+def test_a_broken_config_json_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json cannot be read"):
+        get_config(str(tmp_path / "config.json"))

@@ -1,0 +1,166 @@
+import pathlib
+import runpy
+
+import pytest
+
+from vit_jax import recipes
+from vit_jax.errors import UserError
+from vit_jax.recipes import get_config
+
+# Table 3, typed from the paper: model, data, epochs, base LR, decay, weight decay, dropout.
+TABLE_3 = """
+ViT-B/32      JFT       7    8e-4 linear 0.1  0
+ViT-B/16      JFT       7    8e-4 linear 0.1  0
+ViT-L/32      JFT       7    6e-4 linear 0.1  0
+ViT-L/16      JFT       7/14 4e-4 linear 0.1  0
+ViT-H/14      JFT       14   3e-4 linear 0.1  0
+R50x1         JFT       7    1e-3 linear 0.1  0
+R50x2         JFT       7    1e-3 linear 0.1  0
+R101x1        JFT       7    8e-4 linear 0.1  0
+R152x1        JFT       7    6e-4 linear 0.1  0
+R152x2        JFT       7    6e-4 linear 0.1  0
+R50+ViT-B/32  JFT       7    8e-4 linear 0.1  0
+R50+ViT-B/16  JFT       7    8e-4 linear 0.1  0
+R50+ViT-L/32  JFT       7    2e-4 linear 0.1  0
+R50+ViT-L/16  JFT       7/14 4e-4 linear 0.1  0
+ViT-B/16      ImageNet-21k 90    1e-3 linear 0.03 0.1
+ViT-B/32      ImageNet-21k 90    1e-3 linear 0.03 0.1
+ViT-L/16      ImageNet-21k 30/90 1e-3 linear 0.03 0.1
+ViT-L/32      ImageNet-21k 30/90 1e-3 linear 0.03 0.1
+ViT-*         ImageNet  300  3e-3 cosine 0.3  0.1
+"""
+DATA = {"JFT": "jft", "ImageNet-21k": "imagenet21k", "ImageNet": "imagenet2012"}
+
+# Table 4: data, steps, rates tried; and the warm-up of the published code and later configs.
+TABLE_4 = """
+imagenet2012      20000 0.003,0.01,0.03,0.06  500
+cifar100          10000 0.001,0.003,0.01,0.03 500
+cifar10           10000 0.001,0.003,0.01,0.03 500
+oxford_iiit_pet   500   0.001,0.003,0.01,0.03 100
+oxford_flowers102 500   0.001,0.003,0.01,0.03 100
+"""
+
+
+def rows(table):
+    return [line.split() for line in table.strip().splitlines()]
+
+
+def test_every_number_of_table_3():
+    expected = {
+        (model, DATA[data]): (
+            tuple(int(e) for e in epochs.split("/")), float(lr), decay, float(wd), float(dropout)
+        )
+        for model, data, epochs, lr, decay, wd, dropout in rows(TABLE_3)
+    }  # fmt: skip
+    assert {key: tuple(row) for key, row in recipes.TABLE_3.items()} == expected
+
+
+def test_every_number_of_table_4():
+    expected = {
+        data: (int(steps), tuple(float(lr) for lr in lrs.split(",")), int(warmup))
+        for data, steps, lrs, warmup in rows(TABLE_4)
+    }
+    vtab = recipes.TABLE_4["vtab"]
+    assert (vtab.steps, vtab.base_lrs) == (2500, (0.01,))
+    assert {key: tuple(row) for key, row in recipes.TABLE_4.items() if key != "vtab"} == expected
+
+
+def test_pretraining_on_imagenet_is_table_3():
+    config = get_config("ViT-B/16")
+    assert config.dataset.name == "imagenet2012"
+    assert (config.batch_size, config.dataset.image_size) == (4096, 224)
+    assert (config.duration, config.schedule.warmup) == ("300 epochs", "10000 steps")
+    assert (config.schedule.base_lr, config.schedule.decay) == (3e-3, "cosine")
+    assert config.optimizer.name == "adam"
+    assert (config.optimizer.b1, config.optimizer.b2) == (0.9, 0.999)
+    assert (config.optimizer.weight_decay, config.optimizer.clip_norm) == (0.3, 1.0)
+    assert (config.model.dropout_rate, config.model.representation_size) == (0.1, 768)
+
+
+@pytest.mark.parametrize(
+    ("model", "dataset", "duration", "base_lr", "weight_decay", "dropout"),
+    [
+        ("ViT-B/32", "imagenet21k", "90 epochs", 1e-3, 0.03, 0.1),
+        ("ViT-L/16", "imagenet21k", "90 epochs", 1e-3, 0.03, 0.1),
+        ("ViT-L/16", "jft", "14 epochs", 4e-4, 0.1, 0.0),
+        ("ViT-L/32", "jft", "7 epochs", 6e-4, 0.1, 0.0),
+        ("ViT-H/14", "jft", "14 epochs", 3e-4, 0.1, 0.0),
+    ],
+)
+def test_pretraining_elsewhere_is_table_3(model, dataset, duration, base_lr, weight_decay, dropout):
+    config = get_config(model, f"pretrain,{dataset}")
+    assert config.duration == duration
+    assert (config.schedule.base_lr, config.schedule.decay) == (base_lr, "linear")
+    assert config.schedule.end_lr == 1e-5
+    assert config.optimizer.weight_decay == weight_decay
+    assert config.optimizer.clip_norm == 0  # Table 3: clipping on ImageNet only.
+    assert config.model.dropout_rate == dropout
+    assert (config.loss, config.model.head_bias_init) == ("sigmoid", -10.0)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "steps", "warmup", "base_lr"),
+    [
+        ("imagenet2012", 20_000, 500, 0.03),
+        ("cifar10", 10_000, 500, 0.03),
+        ("oxford_iiit_pet", 500, 100, 0.03),
+        ("vtab", 2500, 200, 0.01),
+    ],
+)
+def test_finetuning_is_table_4(dataset, steps, warmup, base_lr):
+    config = get_config("ViT-L/16", f"finetune,{dataset}")
+    assert (config.duration, config.schedule.warmup) == (f"{steps} steps", f"{warmup} steps")
+    assert (config.schedule.base_lr, config.schedule.decay) == (base_lr, "cosine")
+    assert (config.batch_size, config.dataset.image_size) == (512, 384)
+    assert (config.optimizer.name, config.optimizer.momentum) == ("sgd", 0.9)
+    assert (config.optimizer.weight_decay, config.optimizer.clip_norm) == (0.0, 1.0)
+    assert config.model.representation_size == 0
+    assert config.loss == "softmax"
+
+
+def test_huge_is_finetuned_at_a_multiple_of_its_patches():
+    assert get_config("ViT-H/14", "finetune,cifar10").dataset.image_size == 27 * 14
+
+
+def test_dev_holds_out_a_part_of_train():
+    assert get_config("ViT-B/16", "finetune,cifar10,dev").dataset.development
+    assert not get_config("ViT-B/16", "finetune,cifar10").dataset.development
+
+
+def test_a_folder_can_be_named():
+    assert get_config("ViT-B/16", "finetune,folder:/a/b").dataset.name == "folder:/a/b"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("finetun,cifar10", "recipe 'finetun' is unknown.*did you mean finetune"),
+        ("cifar10", "recipe 'cifar10' is unknown: use pretrain or finetune"),
+        ("finetune", "finetune needs a data set"),
+        ("finetune,cifar10,dve", "'dve' after the data set: only dev may follow"),
+    ],
+)
+def test_a_wrong_spec_is_refused(spec, message):
+    with pytest.raises(UserError, match=message):
+        get_config("ViT-B/16", spec)
+
+
+@pytest.mark.parametrize(
+    ("file", "patch_size", "hidden_size"),
+    [
+        ("ti16", 16, 192),
+        ("s16", 16, 384),
+        ("s32", 32, 384),
+        ("b16", 16, 768),
+        ("b32", 32, 768),
+        ("l16", 16, 1024),
+        ("l32", 32, 1024),
+        ("h14", 14, 1280),
+    ],
+)
+def test_every_config_file_is_its_model(file, patch_size, hidden_size):
+    path = pathlib.Path(__file__).parents[1] / "configs" / f"{file}.py"
+    get = runpy.run_path(str(path))["get_config"]
+    for spec in ("", "pretrain,imagenet21k", "finetune,cifar100"):
+        model = get(spec).model
+        assert (model.patch_size, model.hidden_size) == (patch_size, hidden_size)

@@ -1,0 +1,151 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vit_jax.errors import UserError
+from vit_jax.models import create_model
+from vit_jax.state import create_optimizer, create_schedule, init_train_state, replace_params
+
+ADAM = {"name": "adam", "b1": 0.9, "b2": 0.999, "weight_decay": 0.3, "decay": "all",
+        "mu_dtype": "float32", "clip_norm": 0.0}  # fmt: skip
+SGD = {"name": "sgd", "momentum": 0.9, "weight_decay": 0.0, "decay": "all",
+       "mu_dtype": "float32", "clip_norm": 0.0}  # fmt: skip
+PARAMS = {"layer": {"kernel": jnp.array([[1.0, -2.0], [3.0, 0.5]]), "bias": jnp.array([0.5, 2.0])}}
+GRADS = [
+    jax.tree.map(lambda p, k=k: jnp.sin(k + 1.0 + 3 * p), PARAMS) for k in range(3)
+]  # Anything that is not constant.
+
+
+def steps(config, schedule=lambda count: 0.1 / (1 + count)):
+    optimizer = create_optimizer(config, schedule)
+    params, state = PARAMS, optimizer.init(PARAMS)
+    for grads in GRADS:
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def numpy_adam(p, grads, weight_decay):
+    m = v = np.zeros_like(p)
+    for t, g in enumerate(grads):
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        direction = m / (1 - 0.9 ** (t + 1)) / (np.sqrt(v / (1 - 0.999 ** (t + 1))) + 1e-8)
+        p = p - 0.1 / (1 + t) * (direction + weight_decay * p)
+    return p
+
+
+@pytest.mark.parametrize(("decay", "bias_decay"), [("all", 0.3), ("kernels", 0.0)])
+def test_adam_decays_weights_decoupled_and_times_the_learning_rate(decay, bias_decay):
+    params, _ = steps(ADAM | {"decay": decay})
+    for name, weight_decay in (("kernel", 0.3), ("bias", bias_decay)):
+        grads = [np.asarray(g["layer"][name], np.float64) for g in GRADS]
+        p = np.asarray(PARAMS["layer"][name], np.float64)
+        expected = numpy_adam(p, grads, weight_decay)
+        np.testing.assert_allclose(params["layer"][name], expected, rtol=1e-5)
+
+
+def test_sgd_has_heavy_ball_momentum():
+    params, _ = steps(SGD)
+    p, trace = np.asarray(PARAMS["layer"]["bias"], np.float64), 0.0
+    for t, grads in enumerate(GRADS):
+        trace = 0.9 * trace + np.asarray(grads["layer"]["bias"], np.float64)
+        p = p - 0.1 / (1 + t) * trace
+    np.testing.assert_allclose(params["layer"]["bias"], p, rtol=1e-6)
+
+
+def test_clipping_is_at_the_global_norm():
+    optimizer = create_optimizer(SGD | {"clip_norm": 0.5}, lambda count: 1.0)
+    updates, _ = optimizer.update(GRADS[0], optimizer.init(PARAMS), PARAMS)
+    norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(GRADS[0])))
+    assert norm > 0.5
+    np.testing.assert_allclose(
+        updates["layer"]["bias"], -GRADS[0]["layer"]["bias"] * 0.5 / norm, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("config", [ADAM, SGD])
+def test_the_first_moment_can_be_bfloat16(config):
+    _, state = steps(config | {"mu_dtype": "bfloat16"})
+    dtypes = [x.dtype for x in jax.tree.leaves(state) if x.ndim]
+    moments = 2 if config is ADAM else 1
+    assert sorted(map(str, dtypes)) == ["bfloat16"] * 2 + ["float32"] * 2 * (moments - 1)
+
+
+def test_an_unknown_decay_mask_is_refused():
+    with pytest.raises(UserError, match="optimizer.decay 'weights' is unknown"):
+        create_optimizer(ADAM | {"decay": "weights"}, lambda count: 1.0)
+
+
+def schedule(decay, end_lr=0.0):
+    return create_schedule(
+        base_lr=0.4, decay=decay, warmup_steps=10, total_steps=110, end_lr=end_lr
+    )
+
+
+def test_warmup_is_linear_from_zero():
+    np.testing.assert_allclose([schedule("cosine")(t) for t in (0, 5, 10)], [0, 0.2, 0.4])
+
+
+def test_cosine_decay():
+    expected = [0.2 * (1 + np.cos(np.pi * t)) for t in (0.25, 0.5, 1.0)]
+    values = [schedule("cosine")(t) for t in (35, 60, 110)]
+    np.testing.assert_allclose(values, expected, atol=1e-7)
+
+
+def test_linear_decay_ends_at_its_end():
+    values = [schedule("linear", end_lr=1e-5)(t) for t in (60, 110, 200)]
+    np.testing.assert_allclose(values, [(0.4 + 1e-5) / 2, 1e-5, 1e-5], rtol=1e-3)
+
+
+def test_no_warmup_starts_at_the_base_rate():
+    rate = create_schedule(base_lr=0.4, decay="linear", warmup_steps=0, total_steps=9, end_lr=0.0)
+    assert rate(0) == pytest.approx(0.4)
+
+
+def test_a_warmup_as_long_as_the_run_is_refused():
+    with pytest.raises(UserError, match="schedule.warmup is 10 steps but the run has 10"):
+        create_schedule(base_lr=1.0, decay="linear", warmup_steps=10, total_steps=10, end_lr=0.0)
+
+
+def test_an_unknown_decay_is_refused():
+    with pytest.raises(UserError, match="schedule.decay 'step' is unknown"):
+        schedule("step")
+
+
+MODEL = create_model(
+    {"architecture": "vit", "patch_size": 4, "hidden_size": 8, "num_layers": 1, "mlp_dim": 8,
+     "num_heads": 2, "num_classes": 3}
+)  # fmt: skip
+
+
+def fresh(seed=0, average=True):
+    optimizer = create_optimizer(ADAM, lambda count: 1.0)
+    return init_train_state(MODEL, optimizer, seed=seed, image_size=8, average=average)
+
+
+def test_the_seed_decides_parameters_and_randomness():
+    first, same, other = fresh(0), fresh(0), fresh(1)
+    kernel = [state.params["embedding"]["kernel"] for state in (first, same, other)]
+    np.testing.assert_array_equal(kernel[0], kernel[1])
+    assert not np.allclose(kernel[0], kernel[2])
+    keys = [jax.random.key_data(state.rng) for state in (first, same, other)]
+    assert np.array_equal(keys[0], keys[1])
+    assert not np.array_equal(keys[0], keys[2])
+
+
+def test_the_average_is_evaluated_where_there_is_one():
+    with_average, without = fresh(), fresh(average=False)
+    assert without.eval_params is without.params
+    assert with_average.eval_params is with_average.ema_params
+
+
+def test_replaced_parameters_are_in_the_average_too_and_own_their_memory():
+    state = fresh()
+    host = jax.tree.map(lambda x: np.full(x.shape, 2.0, np.float32), state.params)
+    replaced = replace_params(state, host)
+    jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s.params), donate_argnums=0)(replaced)
+    assert all(np.all(x == 2.0) for x in jax.tree.leaves(host))
+    replaced = replace_params(state, host)
+    assert all(np.all(x == 2.0) for x in jax.tree.leaves((replaced.params, replaced.ema_params)))

@@ -1,0 +1,134 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax.errors import UserError
+from vit_jax.models import create_model
+from vit_jax.state import create_optimizer, init_train_state
+from vit_jax.steps import classification_loss, eval_step, train_step
+
+TINY = {"architecture": "vit", "patch_size": 4, "hidden_size": 16, "num_layers": 2, "mlp_dim": 32,
+        "num_heads": 2, "num_classes": 3}  # fmt: skip
+SGD = {"name": "sgd", "momentum": 0.9, "weight_decay": 0.0, "decay": "all",
+       "mu_dtype": "float32", "clip_norm": 1.0}  # fmt: skip
+BATCH = {
+    "image": jax.random.uniform(jax.random.key(0), (8, 8, 8, 3), minval=-1.0),
+    "label": jnp.array([0, 1, 2, 0, 1, 2, 0, 1]),
+}
+
+
+def setup(model_options=None, average=False, **options):
+    model = create_model(TINY, **(model_options or {}))
+    optimizer = create_optimizer(SGD, lambda count: 0.1)
+    state = init_train_state(model, optimizer, seed=0, image_size=8, average=average)
+    # A zero head hides the gradients of all that is below it.
+    state.params["head"]["kernel"] = jax.random.normal(jax.random.key(1), (16, 3)) * 0.1
+    step = functools.partial(train_step, model=model, optimizer=optimizer, loss="softmax")
+    return model, state, jax.jit(functools.partial(step, **options))
+
+
+def largest_difference(a, b):
+    return max(
+        float(jnp.max(jnp.abs(x - y))) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
+    )
+
+
+LOGITS = np.array([[2.0, -1.0, 0.5], [0.1, 0.2, -3.0]])
+LABELS = np.array([0, 2])
+
+
+def smoothed(smoothing):
+    return np.eye(3)[LABELS] * (1 - smoothing) + smoothing / 3
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_softmax_loss(smoothing):
+    log_p = LOGITS - np.log(np.exp(LOGITS).sum(-1, keepdims=True))
+    expected = -(smoothed(smoothing) * log_p).sum(-1)
+    loss = classification_loss(jnp.array(LOGITS), jnp.array(LABELS), "softmax", smoothing)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_sigmoid_loss_is_summed_over_the_classes(smoothing):
+    p, t = 1 / (1 + np.exp(-LOGITS)), smoothed(smoothing)
+    expected = -(t * np.log(p) + (1 - t) * np.log(1 - p)).sum(-1)
+    loss = classification_loss(jnp.array(LOGITS), jnp.array(LABELS), "sigmoid", smoothing)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_an_unknown_loss_is_refused():
+    with pytest.raises(UserError, match="loss 'hinge' is unknown: use softmax or sigmoid"):
+        classification_loss(jnp.array(LOGITS), jnp.array(LABELS), "hinge")
+
+
+def test_a_step_follows_the_gradient_of_the_batch():
+    model, state, step = setup()
+
+    def loss(params):
+        logits = model.apply({"params": params}, BATCH["image"])
+        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(8), BATCH["label"]])
+
+    value, grads = jax.value_and_grad(loss)(state.params)
+    norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g / jnp.maximum(norm, 1.0), state.params, grads)
+    after, metrics = step(state, BATCH)
+    assert largest_difference(after.params, expected) < 1e-6
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+    assert int(after.step) == 1
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_accumulated_gradients_equal_the_large_batch(parts):
+    _, state, step = setup()
+    _, _, accumulated = setup(accumulate_steps=parts)
+    whole, metrics = step(state, BATCH)
+    split, split_metrics = accumulated(state, BATCH)
+    assert largest_difference(whole.params, split.params) < 1e-6
+    assert largest_difference(whole.opt_state, split.opt_state) < 1e-6
+    for key, value in metrics.items():
+        np.testing.assert_allclose(split_metrics[key], value, rtol=1e-5)
+
+
+def test_every_step_and_every_part_draws_its_own_dropout():
+    _, state, step = setup({"dropout_rate": 0.5}, accumulate_steps=2)
+    same = {"image": BATCH["image"][:1].repeat(8, 0), "label": jnp.zeros(8, jnp.int32)}
+    first, _ = step(state, same)
+    later, _ = step(state.replace(step=state.step + 1), same)
+    again, _ = step(state, same)
+    assert largest_difference(first.params, again.params) == 0
+    assert largest_difference(first.params, later.params) > 0
+    _, _, one_part = setup({"dropout_rate": 0.5})
+    # Were both parts to draw the same mask, two parts of four rows would be one of four.
+    half, _ = one_part(state, jax.tree.map(lambda x: x[:4], same))
+    assert largest_difference(first.params, half.params) > 0
+
+
+def test_polyak_average():
+    _, state, step = setup(average=True, ema_decay=0.9)
+    state = state.replace(ema_params=jax.tree.map(jnp.copy, state.params))
+    expected = state.params
+    for _ in range(3):
+        state, _ = step(state, BATCH)
+        expected = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, expected, state.params)
+    assert largest_difference(state.ema_params, expected) < 1e-6
+    assert largest_difference(state.ema_params, state.params) > 1e-3
+
+
+def test_padding_counts_for_nothing_in_evaluation():
+    model, state, _ = setup()
+    sums = eval_step(state.params, BATCH | {"mask": jnp.ones(8)}, model=model, loss="softmax")
+    padded = {
+        "image": jnp.concatenate([BATCH["image"], jnp.full((4, 8, 8, 3), jnp.nan)]),
+        "label": jnp.concatenate([BATCH["label"], jnp.zeros(4, jnp.int32)]),
+        "mask": jnp.array([1.0] * 8 + [0.0] * 4),
+    }
+    padded_sums = eval_step(state.params, padded, model=model, loss="softmax")
+    logits = model.apply({"params": state.params}, BATCH["image"])
+    assert int(sums["count"]) == int(padded_sums["count"]) == 8
+    assert int(padded_sums["correct"]) == np.sum(np.argmax(logits, -1) == BATCH["label"])
+    np.testing.assert_allclose(padded_sums["loss"], sums["loss"], rtol=1e-6)

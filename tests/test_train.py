@@ -1,0 +1,344 @@
+import json
+import math
+import random
+import signal
+import socket
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from ml_collections import ConfigDict
+
+from vit_jax import train
+from vit_jax.config import to_dict
+from vit_jax.errors import UserError
+
+
+def read_metrics(workdir):
+    """metrics.jsonl without what the clock decides."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records]
+
+
+def read_losses(workdir):
+    return [r["loss"] for r in read_metrics(workdir) if "loss" in r]
+
+
+def read_arrays(workdir, step):
+    """Every array of a checkpoint, by the name of its file."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        state = checkpointer.restore(workdir / "checkpoints" / str(step) / "state")
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same_run(first, second, step):
+    expected, found = read_arrays(first, step), read_arrays(second, step)
+    assert any("opt_state" in name for name in expected)
+    assert any("ema_params" in name for name in expected)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert value.tobytes() == found[name].tobytes(), name
+    assert read_metrics(first) == read_metrics(second)
+    assert (first / "metrics.json").read_text() == (second / "metrics.json").read_text()
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs") / "finished"
+
+
+@pytest.fixture
+def finished(tiny_config, workdir):
+    """A run of six steps, done once for all tests that only look at it."""
+    if not workdir.exists():
+        train.train(tiny_config(), workdir)
+    return workdir
+
+
+def test_a_run_leaves_what_it_says(finished):
+    records = read_metrics(finished)
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records if "eval_accuracy" in r] == [4, 6]
+    assert records[0]["learning_rate"] == 0
+    assert records[2]["learning_rate"] == pytest.approx(1e-2)
+    final = json.loads((finished / "metrics.json").read_text())
+    assert final["step"] == 6
+    assert final["examples"] == 355
+    assert final["best"]["accuracy"] >= final["accuracy"]
+    # keep_checkpoints is 2: the last two of steps 2, 4 and 6.
+    steps = {path.name for path in (finished / "checkpoints").iterdir() if path.is_dir()}
+    assert steps == {"4", "6"}
+    assert len(list((finished / "best").iterdir())) == 1
+    assert list(finished.glob("events.out.tfevents.*"))
+
+
+def test_the_first_loss_is_that_of_guessing(finished):
+    # The head starts at zero, so that every class has the same probability.
+    assert read_losses(finished)[0] == pytest.approx(math.log(10), rel=1e-5)
+
+
+def test_a_finished_run_says_so(finished, tiny_config, capsys):
+    before = (finished / "metrics.jsonl").read_text()
+    final = train.train(tiny_config(), finished)
+    assert "holds a finished run: nothing to do" in capsys.readouterr().out
+    assert final == json.loads((finished / "metrics.json").read_text())
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_another_config_is_refused_with_what_differs(finished, tiny_config):
+    config = tiny_config(**{"schedule.base_lr": 0.5, "model.num_layers": 3, "log_every": "3 steps"})
+    with pytest.raises(UserError) as error:
+        train.train(config, finished)
+    assert "schedule.base_lr: 0.01 in the checkpoint, 0.5 now" in str(error.value)
+    assert "model.num_layers: 1 in the checkpoint, 3 now" in str(error.value)
+    assert "log_every" not in str(error.value)
+
+
+def test_config_json_describes_the_run(finished, tiny_config):
+    assert json.loads((finished / "config.json").read_text()) == to_dict(tiny_config())
+
+
+def test_every_config_key_is_read(tiny_config, tmp_path, monkeypatch):
+    config = tiny_config(duration="1 step", **{"schedule.warmup": "0 steps"})
+    plain, read = to_dict(config), set()
+    original = ConfigDict.__getitem__
+
+    def recording(self, key):
+        read.add((id(self), key))
+        return original(self, key)
+
+    # These two read every key, whatever becomes of it.
+    monkeypatch.setattr(train, "check_config", lambda config: None)
+    monkeypatch.setattr(train, "to_dict", lambda config: plain)
+    monkeypatch.setattr(ConfigDict, "__getitem__", recording)
+    train.train(config, tmp_path / "run")
+    monkeypatch.undo()
+    unread = [key for key in config if (id(config), key) not in read]
+    for section in ("dataset", "model", "optimizer", "schedule"):
+        part = config[section]
+        unread += [f"{section}.{key}" for key in part if (id(part), key) not in read]
+    assert not unread
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path, monkeypatch):
+    original = train.train_step
+
+    def poisoned(state, batch, **options):
+        state, metrics = original(state, batch, **options)
+        return state, metrics | {"loss": jax.numpy.where(state.step == 5, jax.numpy.nan, 1.0)}
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    with pytest.raises(UserError, match="loss is nan at step 5: stopped; step 4 is the last saved"):
+        train.train(tiny_config(), tmp_path / "run")
+    monkeypatch.undo()
+    assert (tmp_path / "run/checkpoints/4").is_dir()
+    assert not (tmp_path / "run/checkpoints/6").exists()
+    # What went wrong can be mended and the run goes on from there.
+    assert train.train(tiny_config(), tmp_path / "run")["step"] == 6
+
+
+def test_a_damaged_checkpoint_is_passed_over(tiny_config, tmp_path, finished, capsys):
+    run = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train_until(tiny_config(), run, step=5)
+    biggest = max(
+        (run / "checkpoints/4").rglob("*"), key=lambda p: p.is_file() and p.stat().st_size
+    )
+    biggest.write_bytes(biggest.read_bytes()[:10])
+    capsys.readouterr()
+    train.train(tiny_config(), run)
+    output = capsys.readouterr().out
+    assert "checkpoint 4 is damaged" in output
+    assert "continuing from step 2" in output
+    assert_same_run(finished, run, 6)
+
+
+def train_until(config, workdir, step):
+    """Trains and is interrupted by Ctrl-C before the update of a step."""
+    original, calls = train.to_devices, []
+
+    def interrupted(batches, mesh):
+        for batch in original(batches, mesh):
+            if "mask" not in batch:
+                calls.append(None)
+            if len(calls) == step:
+                raise KeyboardInterrupt
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "to_devices", interrupted)
+        train.train(config, workdir)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"batch_size": 30, "accumulate_steps": 4},
+            "batch_size 30 does not divide evenly over 1 dev",
+        ),
+        ({"batch_size": 0}, "batch_size 0 does not divide evenly"),
+        ({"model.num_classes": 7}, "model.num_classes is 7 but digits has 10 classes"),
+        (
+            {"dataset.image_size": 10},
+            "image_size 10 is not a multiple of patch_size 4: use 8 or 12",
+        ),
+        ({"schedule.warmup": "6 steps"}, "schedule.warmup is 6 steps but the run has 6"),
+        ({"loss": "hinge"}, "loss 'hinge' is unknown"),
+        ({"sharding": "zero"}, "sharding 'zero' is unknown: use replicated or fsdp"),
+        ({"dataset.name": "no_such_data"}, "data set 'no_such_data' is not known to TFDS"),
+        ({"dataset.name": "folder:/nowhere"}, "folder '/nowhere' has no train/"),
+        ({"init_from": "/nowhere/model.npz"}, "/nowhere/model.npz does not exist"),
+        ({"duration": "5 hours"}, "duration '5 hours' is not understood"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_and_leaves_no_checkpoint(
+    tiny_config, tmp_path, overrides, message
+):
+    with pytest.raises(UserError) as error:
+        train.train(tiny_config(**overrides), tmp_path / "run")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "run/checkpoints").glob("[0-9]*"))
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(tiny_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/run is not writable .*choose another --workdir"):
+        train.train(tiny_config(), tmp_path / "file/run")
+
+
+def test_finetuning_from_a_run_replaces_its_head(tiny_config, tmp_path, finished, capsys):
+    config = tiny_config(
+        init_from=str(finished),
+        duration="1 step",
+        **{"dataset.image_size": 16, "model.representation_size": 0, "schedule.warmup": "0 steps"},
+    )
+    train.train(config, tmp_path / "run")
+    output = capsys.readouterr().out
+    for action in ("loaded", "resized", "dropped", "new"):
+        assert action in output
+    assert read_losses(tmp_path / "run")[0] == pytest.approx(math.log(10), rel=1e-5)
+
+
+def checkpoint_steps(workdir):
+    return [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_as_if_it_never_was(tiny_config, tmp_path, command, start):
+    config = tiny_config(
+        duration="200 steps",
+        log_every="3 steps",
+        eval_every="16 steps",
+        checkpoint_every="10 steps",
+    )
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = start(command(config, whole))
+    assert process.wait(300) == 0, process.stdout.read()
+
+    chance = random.Random(time.time_ns())
+    for kill in range(6):
+        process = start(command(config, killed))
+        newest = max(checkpoint_steps(killed), default=0) if killed.exists() else 0
+        target = newest + chance.randint(5, 28)
+        while process.poll() is None:
+            if kill == 3:  # During a save: orbax writes into a temporary directory first.
+                if list((killed / "checkpoints").glob("*tmp*")):
+                    break
+            elif progress(killed) >= target:
+                time.sleep(chance.uniform(0, 0.05))
+                break
+            time.sleep(0.001)
+        assert process.poll() is None, process.stdout.read()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    process = start(command(config, killed))
+    assert process.wait(300) == 0
+    assert "continuing from step" in process.stdout.read()
+    assert_same_run(whole, killed, 200)
+
+
+def progress(workdir):
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines[:-1]), default=0)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_run_goes_on(tiny_config, tmp_path, command, start, run):
+    config = tiny_config(duration="60 steps", checkpoint_every="1000 steps", log_every="7 steps")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run(command(config, whole))[0] == 0
+    process = start(command(config, stopped))
+    while progress(stopped) < 7:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "SIGTERM: saved step" in output
+    assert "Traceback" not in output
+    assert run(command(config, stopped))[0] == 0
+    assert_same_run(whole, stopped, 60)
+
+
+WIDE = {"model.hidden_size": 64, "model.mlp_dim": 256, "model.dropout_rate": 0.1}
+
+
+@pytest.mark.slow
+def test_eight_devices_give_the_losses_of_one(tiny_config, tmp_path, command, run):
+    runs = {
+        "one": (tiny_config(**WIDE), 1),
+        "eight": (tiny_config(**WIDE), 8),
+        "fsdp": (tiny_config(sharding="fsdp", accumulate_steps=2, **WIDE), 8),
+        "parts": (tiny_config(accumulate_steps=2, **WIDE), 1),
+    }
+    losses = {}
+    for name, (config, devices) in runs.items():
+        code, output = run(command(config, tmp_path / name), devices)
+        assert code == 0, output
+        assert f"on {devices} cpu device(s)" in output
+        losses[name] = read_losses(tmp_path / name)
+        assert len(losses[name]) == 6
+        assert json.loads((tmp_path / name / "metrics.json").read_text())["examples"] == 355
+    np.testing.assert_allclose(losses["eight"], losses["one"], atol=1e-5)
+    # Parts draw their own dropout, so that these two compare with each other.
+    np.testing.assert_allclose(losses["fsdp"], losses["parts"], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_moves_between_numbers_of_devices(tiny_config, tmp_path, command, run):
+    first = tiny_config(**WIDE)
+    assert run(command(first, tmp_path / "one"))[0] == 0
+    moved = tmp_path / "moved"
+    with pytest.raises(KeyboardInterrupt):
+        train_until(tiny_config(**WIDE), moved, step=5)
+    code, output = run(command(tiny_config(sharding="fsdp", **WIDE), moved), 8)
+    assert code == 0, output
+    assert "continuing from step 4" in output
+    np.testing.assert_allclose(read_losses(moved), read_losses(tmp_path / "one"), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(tiny_config, tmp_path, command, start, run):
+    config = tiny_config(**WIDE)
+    assert run(command(config, tmp_path / "one"))[0] == 0
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    flags = ("--coordinator", address, "--num_processes", "2", "--process_id")
+    processes = [start(command(config, tmp_path / "two", *flags, str(i)), 2) for i in range(2)]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "on 4 cpu device(s)" in outputs[0]
+    assert "step" not in outputs[1]
+    np.testing.assert_allclose(
+        read_losses(tmp_path / "two"), read_losses(tmp_path / "one"), atol=1e-5
+    )
+    final = [json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("one", "two")]
+    assert final[0]["accuracy"] == final[1]["accuracy"]

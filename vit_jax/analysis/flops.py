@@ -1,0 +1,51 @@
+"""The arithmetic of a model, and the share of a device's peak that a run reaches."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# Dense bfloat16 FLOP/s of one JAX device, from the vendors' data sheets; the first name that is
+# part of the device's kind counts. A TPU v2 or v3 device is one of a chip's two cores.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "V100": 125e12,
+    "TPU v6": 918e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 197e12,
+    "TPU v4": 275e12,
+    "TPU v3": 61.5e12,
+    "TPU v2": 22.5e12,
+}
+
+
+def multiply_adds(model: Mapping[str, Any], image_size: int, num_classes: int) -> int:
+    """Multiply-adds of one image's forward pass, matrix products only.
+
+    Args:
+        model: the `model` section of a config.
+        image_size: side of the image in pixels.
+        num_classes: width of the head.
+    """
+    width, mlp_dim = model["hidden_size"], model["mlp_dim"]
+    patches = (image_size // model["patch_size"]) ** 2
+    tokens = patches + (model["classifier"] == "token")
+    embedding = patches * 3 * model["patch_size"] ** 2 * width
+    layer = tokens * width * (4 * width + 2 * mlp_dim) + 2 * tokens**2 * width
+    representation = model["representation_size"]
+    head = width * representation + (representation or width) * num_classes
+    return embedding + model["num_layers"] * layer + head
+
+
+def train_flops(multiply_adds: int) -> int:
+    """FLOPs to train on one image: two per multiply-add, and twice as many again backwards."""
+    return 6 * multiply_adds
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak dense bfloat16 FLOP/s of a device by its JAX `device_kind`, or None if not known."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)

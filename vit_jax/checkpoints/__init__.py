@@ -1,0 +1,1 @@
+"""Weights on disk: a run's own checkpoints, pretrained weights, and their transfer to a model."""

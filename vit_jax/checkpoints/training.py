@@ -1,0 +1,233 @@
+"""A run's own checkpoints: saved in the background, committed atomically, verified when read."""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
+
+from vit_jax.checkpoints.integrity import (
+    DamagedError,
+    item_handlers,
+    items,
+    mapping_differences,
+    read_document,
+    read_state,
+    shortlist,
+)
+from vit_jax.errors import UserError
+
+_STORAGE_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EIO,
+)
+
+
+class CheckpointStore:
+    """The newest checkpoints of a run, `checkpoints/<step>`, and its best one, `best/<step>`.
+
+    Every process of the run makes the same calls. A save returns as soon as the arrays have left
+    the devices, so the state may be donated; an error of the background write is raised by the
+    next call. What a killed run left half-written is removed when the store is opened.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        keep: int,
+        report: Callable[[str], None] = logging.warning,
+    ) -> None:
+        """Opens or creates the store.
+
+        Args:
+            workdir: of the run, on a file system that all its processes share.
+            keep: how many of the newest checkpoints are kept.
+            report: receives one line for every damaged checkpoint that is passed over.
+
+        Raises:
+            UserError: the directories cannot be written.
+        """
+        self._report = report
+        self._newest_dir = Path(workdir).absolute() / "checkpoints"
+        self._best_dir = Path(workdir).absolute() / "best"
+        with self._storage_errors():
+            self._newest = _manager(self._newest_dir, keep)
+            self._best = _manager(self._best_dir, keep=1)
+
+    def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
+        """Saves `state`, a tree of arrays, with JSON-like `metadata`; a step already saved stays.
+
+        Raises:
+            UserError: this save, or the one before in the background, could not be written.
+        """
+        with self._storage_errors():
+            self._newest.wait_until_finished()
+            if step not in saved_steps(self._newest_dir):
+                self._newest.save(step, args=items(state, metadata), force=True)
+
+    def save_best(self, step: int, state: Any, metadata: dict[str, Any], metric: float) -> bool:
+        """Replaces the best checkpoint if `metric` is higher than its metric.
+
+        Returns:
+            Whether this state is the new best one.
+
+        Raises:
+            UserError: this save, or the one before in the background, could not be written.
+        """
+        with self._storage_errors():
+            self._best.wait_until_finished()
+            steps = saved_steps(self._best_dir)
+            best = max((m["metric"] for m in _intact_metadata(self._best_dir, steps)), default=None)
+            # A resumed run evaluates the best step again and finds the same but for rounding.
+            if step in steps or (best is not None and metric <= best):
+                return False
+            self._best.save(step, args=items(state, metadata | {"metric": metric}), force=True)
+        return True
+
+    def latest_step(self) -> int | None:
+        """The newest committed step, None if there is none."""
+        return next(iter(saved_steps(self._newest_dir)), None)
+
+    def latest_metadata(self) -> dict[str, Any] | None:
+        """The newest intact metadata, None if there is none: to compare before arrays are read."""
+        return next(_intact_metadata(self._newest_dir, saved_steps(self._newest_dir)), None)
+
+    def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
+        """Restores the newest intact checkpoint.
+
+        Damaged ones before it are reported and renamed to `damaged-<step>`, so that the run can
+        save these steps again.
+
+        Args:
+            abstract_state: the tree of `jax.ShapeDtypeStruct` with the shardings wanted now.
+
+        Returns:
+            The state, whose arrays are safe to donate, and the metadata; None without checkpoints.
+
+        Raises:
+            UserError: the newest intact checkpoint is of another tree, or none is intact.
+        """
+        damaged: dict[int, DamagedError] = {}
+        for step in saved_steps(self._newest_dir):
+            try:
+                restored = read_state(self._newest_dir / str(step), abstract_state)
+            except DamagedError as error:
+                damaged[step] = error
+                continue
+            self._set_aside(damaged, step)
+            return restored
+        if damaged:
+            reasons = shortlist([f"step {step}: {error}" for step, error in damaged.items()])
+            raise UserError(
+                f"no checkpoint in {self._newest_dir} is intact ({reasons}): "
+                "choose another --workdir"
+            )
+        return None
+
+    def wait(self) -> None:
+        """Blocks until all saves are committed.
+
+        Raises:
+            UserError: one of them could not be written; the checkpoints before it are intact.
+        """
+        with self._storage_errors():
+            self._newest.wait_until_finished()
+            self._best.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits like `wait`, with its errors, and releases the threads."""
+        with self._storage_errors(), contextlib.ExitStack() as stack:
+            stack.callback(self._newest.close)
+            stack.callback(self._best.close)
+
+    def _set_aside(self, damaged: dict[int, DamagedError], used: int) -> None:
+        for step, error in damaged.items():
+            aside = self._newest_dir / f"damaged-{step}"
+            with self._storage_errors():
+                if jax.process_index() == 0:
+                    shutil.rmtree(aside, ignore_errors=True)
+                    (self._newest_dir / str(step)).rename(aside)
+            self._report(
+                f"checkpoint {step} is damaged ({error}): moved to {aside}, using step {used}"
+            )
+        if damaged:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+            self._newest.reload()
+
+    @contextlib.contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # orbax and tensorstore wrap the OSError in classes of theirs
+            problem = _storage_problem(error)
+            if problem is None:
+                raise
+            good = self.latest_step()
+            raise UserError(
+                f"cannot write checkpoints to {self._newest_dir.parent}: {problem}; free space or "
+                "choose another --workdir ("
+                + ("none is saved yet)" if good is None else f"the last good one is step {good})")
+            ) from error
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """The committed steps in a directory of checkpoints, the newest first."""
+    return sorted((int(p.name) for p in directory.glob("*") if p.name.isdecimal()), reverse=True)
+
+
+def config_differences(
+    saved: dict[str, Any], current: dict[str, Any], ignore: Iterable[str] = ()
+) -> list[str]:
+    """Lists what differs between two configs: `schedule.base_lr: 0.03 in the checkpoint, 0.01 now`.
+
+    Args:
+        saved: the nested config of a checkpoint, as it came out of JSON.
+        current: the nested config of this run; tuples equal lists.
+        ignore: dotted names that may differ, together with all below them.
+    """
+    ignore = tuple(f"{name}." for name in ignore)
+
+    def flat(config: dict[str, Any]) -> dict[str, Any]:
+        values = flatten_dict(json.loads(json.dumps(config)), keep_empty_nodes=True)
+        named = {".".join(path): value for path, value in values.items()}
+        return {name: x for name, x in named.items() if not f"{name}.".startswith(ignore)}
+
+    return mapping_differences(flat(saved), flat(current))
+
+
+def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
+    directory.mkdir(parents=True, exist_ok=True)
+    return ocp.CheckpointManager(
+        directory,
+        item_handlers=item_handlers(),
+        options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+    )
+
+
+def _intact_metadata(directory: Path, steps: Iterable[int]) -> Iterator[dict[str, Any]]:
+    for step in steps:
+        with contextlib.suppress(DamagedError):
+            yield read_document(directory / str(step))["metadata"]
+
+
+def _storage_problem(error: Exception) -> str | None:
+    number = getattr(error, "errno", None)
+    for code in _STORAGE_ERRORS:
+        if number == code or os.strerror(code) in str(error):
+            return os.strerror(code).lower()
+    return None

@@ -1,0 +1,94 @@
+"""Checks, durations and JSON of a run's config.
+
+A config is an `ml_collections.ConfigDict` that describes a whole run; `vit_jax.recipes` makes them.
+"""
+
+import difflib
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vit_jax import recipes
+from vit_jax.errors import UserError
+from vit_jax.models import model_keys
+from vit_jax.state import optimizer_keys
+
+
+def check_config(config: ConfigDict) -> None:
+    """Checks that a config has exactly the keys that a run reads, each of the right type.
+
+    Raises:
+        UserError: a key is unknown (the nearest valid one is named), missing, of another type, or
+            still to be given.
+    """
+    template = recipes.base("ViT-B/16", "imagenet2012")
+    _check_keys(config, template, "")
+    for section, values in template.items():
+        if not isinstance(values, ConfigDict):
+            _check_type(section, config[section], values)
+            continue
+        if not isinstance(config[section], ConfigDict):
+            raise UserError(f"config.{section} is {config[section]!r}: it is a section of keys")
+        keys = set(values)
+        if section == "model":
+            keys = model_keys(config.model.get("architecture"))
+        if section == "optimizer":
+            keys = optimizer_keys(config.optimizer.get("name"))
+        _check_keys(config[section], keys, f"{section}.")
+        for key in set(keys) & set(values):
+            _check_type(f"{section}.{key}", config[section][key], values[key])
+
+
+def _check_keys(config: Mapping[str, Any], valid: Iterable[str], prefix: str) -> None:
+    for key in sorted(set(config) - set(valid)):
+        raise unknown_key(prefix + key, [prefix + name for name in valid])
+    for key in sorted(set(valid) - set(config)):
+        raise UserError(f"config.{prefix}{key} is missing")
+
+
+def _check_type(key: str, value: Any, example: Any) -> None:
+    if value == recipes.REQUIRED:
+        raise UserError(f"config.{key} must be given: --config.{key}=...")
+    kinds = (int, float) if isinstance(example, float) else type(example)
+    if isinstance(value, bool) != isinstance(example, bool) or not isinstance(value, kinds):
+        raise UserError(f"config.{key} is {value!r}: it must be of type {type(example).__name__}")
+
+
+def unknown_key(key: str, valid: Iterable[str]) -> UserError:
+    """The error for a key that nothing reads, which names the nearest valid one."""
+    leaves = {name.rpartition(".")[2]: name for name in sorted(valid)}
+    near = difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1)
+    hint = f"did you mean config.{leaves[near[0]]}?" if near else f"valid are {', '.join(leaves)}"
+    return UserError(f"config.{key} is not a key that anything reads: {hint}")
+
+
+def count_steps(duration: str, num_examples: int, batch_size: int) -> int:
+    """Steps in a duration: "500 steps" (or "500"), or "7 epochs" of num_examples images each.
+
+    Raises:
+        UserError: the duration is of neither form.
+    """
+    match = re.fullmatch(r"\s*([\d_]+(?:\.\d+)?)\s*(steps?|epochs?)?\s*", duration)
+    if not match or (not (match[2] or "").startswith("epoch") and "." in match[1]):
+        raise UserError(f"duration {duration!r} is not understood: use '500 steps' or '7 epochs'")
+    number = float(match[1])
+    if (match[2] or "").startswith("epoch"):
+        return round(number * num_examples / batch_size)
+    return int(number)
+
+
+def to_dict(config: ConfigDict) -> dict[str, Any]:
+    """The config as plain nested dictionaries, as they are written to config.json."""
+    return json.loads(config.to_json())
+
+
+def get_config(path: str) -> ConfigDict:
+    """The config of a run's config.json: `--config runs/x/config.json` runs it again."""
+    try:
+        return ConfigDict(json.loads(pathlib.Path(path).read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"config {path} cannot be read: {error}") from error

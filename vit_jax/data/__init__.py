@@ -1,0 +1,1 @@
+"""Images from TFDS or a folder, in batches of NumPy arrays, through tf.data."""

@@ -1,0 +1,232 @@
+"""Data sets by name: their splits, class names and encoded records."""
+
+import dataclasses
+import difflib
+import functools
+import os
+from collections.abc import Callable
+
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from vit_jax.data import folder
+from vit_jax.data.digits import prepare_digits
+from vit_jax.errors import UserError
+
+# TensorFlow only reads images here; it would otherwise take the accelerator's memory from JAX.
+tf.config.set_visible_devices([], "GPU")
+tf.config.set_visible_devices([], "TPU")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One split of a data set.
+
+    Attributes:
+        name: of the data set, as it was asked for.
+        split: in TFDS syntax, such as "train[:98%]".
+        class_names: by label.
+        num_examples: in the split.
+        num_bytes: of all encoded images, about; 0 if unknown.
+        records: `records(seed=None)` reads the split once as {"image": scalar string, encoded;
+            "label": int64; "id": scalar string, names the record}. The order is fixed; with an
+            int64 scalar `seed`, which may be a tensor, it is another one (TFDS: of whole files)
+            and a pure function of the seed.
+    """
+
+    name: str
+    split: str
+    class_names: tuple[str, ...]
+    num_examples: int
+    num_bytes: int
+    records: Callable[..., tf.data.Dataset] = dataclasses.field(repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Usual:
+    train: str
+    evaluation: str
+    development: int  # percent of train that Table 4's learning rates are chosen on
+
+
+_USUAL = {
+    "imagenet2012": _Usual("train", "validation", 1),
+    "cifar10": _Usual("train", "test", 2),
+    "cifar100": _Usual("train", "test", 2),
+    "oxford_iiit_pet": _Usual("train", "test", 10),
+    # The official train split has 1,020 images. Kornblith et al. (2019), and BiT and the paper
+    # after them, train on the 2,040 of train and validation together.
+    "oxford_flowers102": _Usual("train+validation", "test", 10),
+}
+_OTHER = _Usual("train", "", 10)
+
+
+def open_dataset(
+    name: str,
+    *,
+    data_dir: str = "",
+    train_split: str = "",
+    eval_split: str = "",
+    development: bool = False,
+) -> tuple[Source, Source]:
+    """Returns the sources to train and to evaluate on.
+
+    Args:
+        name: a TFDS name ("cifar10", "name/config:1.2.*"), registered or only prepared in
+            `data_dir`; "digits"; or "folder:PATH" (see `folder`).
+        data_dir: where TFDS looks; "" is its default.
+        train_split: in TFDS syntax; "" is the usual one of the data set.
+        eval_split: likewise; for a data set the paper does not use, validation or else test.
+        development: evaluate on the last part of the training split and train on the rest
+            (paper, Appendix B.1.1: 10% of Pets and Flowers, 2% of CIFAR, 1% of ImageNet).
+
+    Raises:
+        UserError: if the data set is unknown, not prepared or not one of labelled images, or if a
+            split does not exist or is empty.
+    """
+    if development and (train_split or eval_split):
+        raise UserError(
+            f"development=True chooses both splits: drop it or train_split={train_split!r}, "
+            f"eval_split={eval_split!r}"
+        )
+    usual = _USUAL.get(name.split(":")[0].split("/")[0], _OTHER)
+    data_set = _FolderDataset(name) if name.startswith("folder:") else _TfdsDataset(name, data_dir)
+    if development:
+        kept = 100 - usual.development
+        train_split = _slice_each(usual.train, f"[:{kept}%]")
+        eval_split = _slice_each(usual.train, f"[{kept}%:]")
+    train = _open_split(data_set, name, train_split or usual.train)
+    eval_split = eval_split or usual.evaluation or _infer_eval_split(data_set, name)
+    return train, _open_split(data_set, name, eval_split)
+
+
+def _slice_each(split, bounds):
+    return "+".join(part + bounds for part in split.split("+"))
+
+
+def _infer_eval_split(data_set, name):
+    for split in ("validation", "test"):
+        if split in data_set.split_names:
+            return split
+    raise UserError(
+        f"data set {name!r} has neither validation nor test, only {', '.join(data_set.split_names)}"
+        ": name one or a slice of one in eval_split, such as eval_split='train[90%:]'"
+    )
+
+
+def _open_split(data_set, name, split):
+    try:
+        return data_set.source(split)
+    except UserError:
+        raise
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(
+            f"split {split!r} of data set {name!r} cannot be read: {_first_line(error)} "
+            f"(its splits: {', '.join(data_set.split_names)})"
+        ) from error
+
+
+def _first_line(error):
+    return str(error).splitlines()[0]
+
+
+class _FolderDataset:
+    def __init__(self, name):
+        self._name = name
+        self._folder = folder.open_folder(name.removeprefix("folder:"))
+
+    @property
+    def split_names(self):
+        return tuple(self._folder.splits)
+
+    def source(self, split):
+        files = self._folder.select(split)
+        return Source(
+            self._name,
+            split,
+            self._folder.class_names,
+            num_examples=len(files),
+            num_bytes=sum(file.num_bytes for file in files),
+            records=functools.partial(folder.records, files),
+        )
+
+
+class _TfdsDataset:
+    def __init__(self, name, data_dir):
+        self._name = name
+        self._builder = _builder(name, os.path.expanduser(data_dir))
+        features = dict(self._builder.info.features or {})
+        if not (
+            isinstance(features.get("image"), tfds.features.Image)
+            and isinstance(features.get("label"), tfds.features.ClassLabel)
+        ):
+            raise UserError(
+                f"data set {name!r} is not one of images with one class label each: it needs the "
+                f"features image and label, and has {', '.join(features) or 'none'}"
+            )
+
+    @property
+    def split_names(self):
+        return tuple(self._builder.info.splits)
+
+    def source(self, split):
+        try:
+            num_examples = int(_tfds_records(self._builder, split).cardinality())
+        except AssertionError as error:
+            raise _not_prepared(self._name, self._builder) from error
+        info = self._builder.info
+        total = sum(part.num_examples for part in info.splits.values())
+        return Source(
+            self._name,
+            split,
+            tuple(info.features["label"].names),
+            num_examples,
+            num_bytes=info.dataset_size * num_examples // total if total else 0,
+            records=functools.partial(_tfds_records, self._builder, split),
+        )
+
+
+def _builder(name, data_dir):
+    try:
+        if name == "digits":
+            return prepare_digits(data_dir)
+        return tfds.builder(name, data_dir=data_dir or None)
+    except tfds.core.DatasetNotFoundError as error:
+        near = difflib.get_close_matches(name, tfds.list_builders(), n=3) or ["digits"]
+        raise UserError(
+            f"data set {name!r} is not known to TFDS and not prepared in "
+            f"{data_dir or tfds.core.constants.DATA_DIR}: did you mean {' or '.join(near)}?"
+        ) from error
+    except (ValueError, AssertionError, OSError) as error:
+        raise UserError(f"data set {name!r} cannot be opened: {_first_line(error)}") from error
+
+
+def _not_prepared(name, builder):
+    root = builder.data_dir_root
+    return UserError(
+        f'data set {name!r} is not prepared in data_dir {str(root)!r}: run `python -c "import '
+        f"tensorflow_datasets as tfds; tfds.builder({name!r}, data_dir={str(root)!r})"
+        '.download_and_prepare()"`, or set config.dataset.data_dir to where it is prepared; '
+        "`--config configs/digits.py` needs no data at all"
+    )
+
+
+def _tfds_records(builder, split, seed=None):
+    config = tfds.ReadConfig(
+        add_tfds_id=True,
+        try_autocache=False,
+        skip_prefetch=True,
+        shuffle_seed=seed,
+        shuffle_reshuffle_each_iteration=False,
+    )
+    dataset = builder.as_dataset(
+        split=split,
+        shuffle_files=seed is not None,
+        read_config=config,
+        decoders=tfds.decode.PartialDecoding(
+            {"image": True, "label": True}, decoders={"image": tfds.decode.SkipDecoding()}
+        ),
+    )
+    return dataset.map(
+        lambda record: {"image": record["image"], "label": record["label"], "id": record["tfds_id"]}
+    )

@@ -1,0 +1,241 @@
+"""Batches of NumPy arrays from a data set, for one of several processes.
+
+Training is addressed by one number, the global position g = step * batch_size: its epoch is
+g // n and its place in the epoch g % n. The order of an epoch is a pure function of (seed, epoch),
+the augmentation of an image one of (seed, g). So the step is the whole state of the input, and
+neither the order nor the augmentation depends on the number of processes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import tensorflow as tf
+
+from vit_jax.data.datasets import Source
+from vit_jax.data.preprocess import view
+from vit_jax.data.protocols import PROTOCOLS
+from vit_jax.errors import UserError
+
+_CACHE_LIMIT = 2 * 2**30  # bytes of encoded images that cache="auto" keeps in memory
+
+
+def train_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    image_size: int,
+    protocol: str,
+    random_crop: bool,
+    random_flip: bool,
+    seed: int,
+    shuffle_buffer: int,
+    first_step: int = 0,
+    cache: bool | str = "auto",
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Returns this process' rows of batches `first_step`, `first_step` + 1 and so on, endlessly.
+
+    Batches run on across the ends of epochs; no image is dropped.
+
+    Args:
+        source: what to read.
+        batch_size: of the global batch. Process p owns the p-th of `process_count` equal runs of
+            its rows.
+        image_size: in pixels.
+        protocol: one of `protocols.PROTOCOLS`.
+        random_crop: crop as the protocol does in training, not as in evaluation.
+        random_flip: mirror every other image.
+        seed: of the order and the augmentation.
+        shuffle_buffer: encoded images to shuffle among when they are streamed. Files are shuffled
+            too. What is in memory is shuffled as a whole.
+        first_step: the batch to begin with. What comes before is skipped without decoding.
+        cache: keep the encoded images in memory; "auto" does so below 2 GiB.
+        process_index: of this process.
+        process_count: of all processes.
+
+    Returns:
+        Dicts of "image" (float32 [rows, image_size, image_size, 3] in [-1, 1]) and "label"
+        (int32 [rows]), rows = batch_size / process_count.
+
+    Raises:
+        UserError: if `batch_size` cannot be divided or `protocol` is unknown; while iterating, if
+            an image is broken, with its name.
+    """
+    rows = _rows_per_process(batch_size, process_count)
+    _check_protocol(protocol)
+    if cache not in (True, False, "auto"):
+        raise UserError(f"cache {cache!r} is none of True, False and 'auto'")
+    in_memory = source.num_bytes < _CACHE_LIMIT if cache == "auto" else cache
+
+    num_examples = source.num_examples
+    epoch_of, lookup = (
+        _in_memory(source, seed) if in_memory else _streamed(source, seed, shuffle_buffer)
+    )
+    start = first_step * batch_size
+    elements = (
+        tf.data.Dataset.range(start // num_examples, tf.int64.max)
+        .flat_map(tf.autograph.experimental.do_not_convert(epoch_of))
+        .skip(start % num_examples)
+    )
+    records = _own_rows(elements.enumerate(start), batch_size, rows, process_index).map(
+        lambda position, element: (position, lookup(element))
+    )
+
+    def example(position, record):
+        image = view(
+            record["image"],
+            tf.stack([tf.constant(seed, tf.int64), position]),
+            image_size=image_size,
+            protocol=protocol,
+            random_crop=random_crop,
+            random_flip=random_flip,
+        )
+        return {"image": image, "label": tf.cast(record["label"], tf.int32)}
+
+    return _decoded_batches(records, example, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalBatches:
+    """This process' rows of every evaluation batch; can be iterated over again and again."""
+
+    num_batches: int
+    _records: tf.data.Dataset = dataclasses.field(repr=False)
+    _example: Callable = dataclasses.field(repr=False)
+    _rows: int
+    _image_size: int
+
+    def __len__(self) -> int:
+        """Returns the number of batches, the same on every process."""
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        """Yields batches padded to full size, with a "mask" that is 0 on the padding."""
+        batches = _decoded_batches(self._records, self._example, self._rows)
+        size = self._image_size
+        nothing = {
+            "image": np.zeros((0, size, size, 3), np.float32),
+            "label": np.zeros(0, np.int32),
+        }
+        for _ in range(self.num_batches):
+            batch = next(batches, nothing)
+            batch["mask"] = np.ones(len(batch["label"]), np.float32)
+            yield {key: _pad(value, self._rows) for key, value in batch.items()}
+
+
+def eval_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    image_size: int,
+    protocol: str,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> EvalBatches:
+    """Returns this process' rows of all ceil(num_examples / batch_size) batches of `source`.
+
+    Over all processes every image comes exactly once. The batches are those of `train_batches`
+    without randomness, with "mask" (float32 [rows]): 1 for an image, 0 for padding.
+
+    Args:
+        source: what to read.
+        batch_size: of the global batch, rows divided as in `train_batches`.
+        image_size: in pixels.
+        protocol: one of `protocols.PROTOCOLS`.
+        process_index: of this process.
+        process_count: of all processes.
+
+    Raises:
+        UserError: if `batch_size` cannot be divided or `protocol` is unknown; while iterating, if
+            an image is broken, with its name.
+    """
+    rows = _rows_per_process(batch_size, process_count)
+    _check_protocol(protocol)
+
+    def example(position, record):
+        seed = tf.stack([position, position])  # of nothing: no view is random here
+        image = view(record["image"], seed, image_size=image_size, protocol=protocol)
+        return {"image": image, "label": tf.cast(record["label"], tf.int32)}
+
+    records = _own_rows(source.records().enumerate(), batch_size, rows, process_index)
+    num_batches = -(-source.num_examples // batch_size)
+    return EvalBatches(num_batches, records, example, rows, image_size)
+
+
+def _rows_per_process(batch_size, process_count):
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"batch_size {batch_size} is not a positive multiple of the {process_count} processes"
+        )
+    return batch_size // process_count
+
+
+def _check_protocol(protocol):
+    if protocol not in PROTOCOLS:
+        raise UserError(f"protocol {protocol!r} is none of {', '.join(PROTOCOLS)}")
+
+
+def _pad(array, rows):
+    if len(array) == rows:
+        return array
+    return np.concatenate([array, np.zeros((rows - len(array), *array.shape[1:]), array.dtype)])
+
+
+def _in_memory(source, seed):
+    # An element of an epoch is an index, so that skipping costs next to nothing.
+    everything = source.records().batch(source.num_examples).get_single_element()
+
+    def epoch_of(epoch):
+        order = tf.range(source.num_examples)
+        order = tf.random.experimental.stateless_shuffle(order, tf.stack([seed, epoch]))
+        return tf.data.Dataset.from_tensor_slices(order)
+
+    def lookup(index):
+        return {key: tf.gather(value, index) for key, value in everything.items()}
+
+    return epoch_of, lookup
+
+
+def _streamed(source, seed, shuffle_buffer):
+    def epoch_of(epoch):
+        epoch_seed = tf.random.stateless_uniform(
+            [], tf.stack([seed, epoch]), minval=None, maxval=None, dtype=tf.int64
+        )
+        return source.records(epoch_seed).shuffle(
+            shuffle_buffer, epoch_seed, reshuffle_each_iteration=False
+        )
+
+    return epoch_of, lambda record: record
+
+
+def _own_rows(numbered, batch_size, rows, process_index):
+    return numbered.filter(lambda position, _: position % batch_size // rows == process_index)
+
+
+def _decoded_batches(records, example, rows):
+    dataset = records.map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    batches = dataset.batch(rows).prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+    done = 0
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except tf.errors.InvalidArgumentError:
+            _name_broken_image(records.skip(done * rows).take(rows), example)
+            raise
+        yield batch
+        done += 1
+
+
+def _name_broken_image(records, example):
+    for position, record in records:
+        try:
+            example(position, record)
+        except tf.errors.InvalidArgumentError as error:
+            name = record["id"].numpy().decode()
+            raise UserError(
+                f"image {name} cannot be decoded: it is cut off or damaged; replace or remove it"
+            ) from error

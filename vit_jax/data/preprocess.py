@@ -1,0 +1,134 @@
+"""From an encoded image to the pixels a model sees: one decode, one resize.
+
+The protocol chooses a box (see `protocols`); only the window of the image that covers the box is
+decoded, and one bilinear resampling takes exactly that box to the output. Augmentation is drawn
+with stateless operations, so a view is a pure function of the image and its seed.
+"""
+
+import tensorflow as tf
+
+from vit_jax.data.protocols import BIT_RESIZE, eval_box
+
+
+def view(encoded, seed, *, image_size, protocol, random_crop=False, random_flip=False) -> tf.Tensor:
+    """Returns one view of an image, float32 [image_size, image_size, 3] in [-1, 1].
+
+    Args:
+        encoded: scalar string; a JPEG, PNG, BMP or GIF (its first frame) of any colour type.
+            Grey becomes RGB, transparency is dropped.
+        seed: int64 [2], the source of all randomness; not read where nothing is random.
+        image_size: of the view, in pixels.
+        protocol: one of `protocols.PROTOCOLS`.
+        random_crop: look at a random box, as the protocol does in training.
+        random_flip: mirror every other view.
+
+    Raises:
+        tf.errors.InvalidArgumentError: when run on bytes that cannot be decoded.
+    """
+    crop_seed, flip_seed = tf.unstack(tf.random.split(seed, 2))
+
+    def choose(height, width):
+        if not random_crop:
+            box = eval_box(protocol, tf.cast(height, tf.float32), tf.cast(width, tf.float32))
+        elif protocol == "bit":
+            box = _bit_box(height, width, image_size, crop_seed)
+        elif protocol == "pad":
+            box = _shifted_box(height, width, crop_seed)
+        else:
+            window = _inception_window(height, width, crop_seed)
+            # The published code crops before it resizes, so nothing outside the crop is seen.
+            return tf.cast(window, tf.float32), window
+        box = tf.stack([tf.cast(edge, tf.float32) for edge in box])
+        return box, _covering_window(box, height, width)
+
+    pixels, box, window = tf.cond(
+        tf.io.is_jpeg(encoded),
+        lambda: _decode_jpeg(encoded, choose),
+        lambda: _decode_other(encoded, choose),
+    )
+    image = _resample(pixels, box, window, image_size)
+    if random_flip:
+        mirrored = tf.random.stateless_uniform([], flip_seed) < 0.5
+        image = tf.cond(mirrored, lambda: image[:, ::-1], lambda: image)
+    return tf.ensure_shape((image - 127.5) / 127.5, [image_size, image_size, 3])
+
+
+def _inception_window(height, width, seed):
+    begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
+        tf.stack([height, width, 3]),
+        tf.zeros([0, 0, 4]),
+        seed,
+        min_object_covered=0.0,
+        aspect_ratio_range=(3 / 4, 4 / 3),
+        area_range=(0.05, 1.0),
+        use_image_if_no_bounding_boxes=True,
+    )
+    return tf.concat([begin[:2], size[:2]], 0)
+
+
+def _bit_box(height, width, image_size, seed):
+    # What is left of the resized image by a crop at an integer offset, in source pixels.
+    resized = round(image_size * BIT_RESIZE)
+    offset = tf.random.stateless_uniform([2], seed, maxval=resized - image_size + 1, dtype=tf.int32)
+    size = tf.cast(tf.stack([height, width]), tf.float32)
+    y, x = tf.unstack(size * tf.cast(offset, tf.float32) / resized)
+    h, w = tf.unstack(size * image_size / resized)
+    return y, x, h, w
+
+
+def _shifted_box(height, width, seed):
+    # Resampling gives 0 outside of the image, which is black.
+    limit = tf.cast(tf.stack([height, width]) // 8, tf.float32)
+    shift = tf.floor(tf.random.stateless_uniform([2], seed) * (2 * limit + 1)) - limit
+    return shift[0], shift[1], height, width
+
+
+def _covering_window(box, height, width):
+    # Bilinear sampling at the edge of the box reads up to one pixel outside of it.
+    limit = tf.stack([height, width])
+    begin = tf.maximum(tf.cast(tf.floor(box[:2]), tf.int32) - 1, 0)
+    end = tf.minimum(tf.cast(tf.math.ceil(box[:2] + box[2:]), tf.int32) + 1, limit)
+    return tf.concat([begin, end - begin], 0)
+
+
+def _resample(pixels, box, window, image_size):
+    size = [image_size, image_size]
+    window = tf.cast(window, tf.float32)
+    scale = image_size / box[2:]
+
+    def sample_box():
+        return tf.raw_ops.ScaleAndTranslate(
+            images=tf.cast(pixels, tf.float32)[None],
+            size=size,
+            scale=scale,
+            translation=(window[:2] - box[:2]) * scale,
+            kernel_type="triangle",
+            antialias=False,
+        )[0]
+
+    # Both sample alike; resize is faster, but knows no box.
+    is_whole = tf.reduce_all(box == window)
+    return tf.cond(is_whole, lambda: tf.image.resize(pixels, size), sample_box)
+
+
+def _decode_jpeg(encoded, choose):
+    height, width, _ = tf.unstack(tf.io.extract_jpeg_shape(encoded))
+    box, window = choose(height, width)
+    # The decoder interpolates chroma from both sides, but not beyond what it is asked for: a
+    # column more on either side, to be dropped. The accurate DCT is what PIL uses.
+    y, x, h, w = tf.unstack(window)
+    left = tf.maximum(x - 1, 0)
+    right = tf.minimum(x + w + 1, width)
+    pixels = tf.io.decode_and_crop_jpeg(
+        encoded, tf.stack([y, left, h, right - left]), channels=3, dct_method="INTEGER_ACCURATE"
+    )
+    return pixels[:, x - left : x - left + w], box, window
+
+
+def _decode_other(encoded, choose):
+    image = tf.io.decode_image(encoded, expand_animations=False)
+    height, width, channels = tf.unstack(tf.shape(image))
+    image = tf.cond(channels < 3, lambda: tf.repeat(image[..., :1], 3, -1), lambda: image)
+    box, window = choose(height, width)
+    y, x, h, w = tf.unstack(window)
+    return image[y : y + h, x : x + w, :3], box, window

@@ -1,0 +1,115 @@
+"""Trains a model: `python -m vit_jax.main --config configs/b16.py`."""
+
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # With it TensorFlow greets on every start.
+
+import jax
+from absl import app, flags, logging
+from flax.traverse_util import flatten_dict
+from ml_collections import config_flags
+
+from vit_jax import config as config_lib
+from vit_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "What to run: configs/b16.py, configs/b16.py:SPEC, or a run's config.json."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where it goes [runs/<config>-<spec>].")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, where there are several processes."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the config that the flags name."""
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.ERROR)
+    if len(argv) > 1:
+        raise UserError(f"argument {argv[1]!r} is not a flag: values go as --config.KEY=VALUE")
+    if _CONFIG.value is None:
+        raise UserError("--config is missing: for example --config configs/digits.py")
+    if _COORDINATOR.value:
+        jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    workdir = _WORKDIR.value or default_workdir(
+        config_flags.get_config_filename(flags.FLAGS.config)
+    )
+    from vit_jax import train  # TensorFlow takes seconds to import: a wrong flag should not
+
+    if jax.process_index() == 0:
+        print(f"workdir: {workdir}", flush=True)
+    train.train(_CONFIG.value, workdir)
+
+
+def default_workdir(config: str) -> str:
+    """`configs/b16.py:finetune,cifar10` gives `runs/b16-finetune-cifar10`."""
+    path, _, spec = config.partition(":")
+    if pathlib.Path(path) == pathlib.Path(config_lib.__file__):
+        return os.path.dirname(spec) or "."
+    words = [pathlib.Path(path).stem, *re.split(r"[^\w.]+", spec)]
+    return os.path.join("runs", "-".join(word for word in words if word))
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses the command line.
+
+    Raises:
+            UserError: in place of the errors of absl and ml_collections.
+    """
+    # "--config VALUE" becomes "--config=VALUE".
+    argv = re.sub(r"\0--?config\0", "\0--config=", "\0".join(argv)).split("\0")
+    argv = [_find_config(argument) for argument in argv]
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError) as error:
+        cause = error
+        while cause:  # What get_config(spec) raised is wrapped twice.
+            if isinstance(cause, UserError):
+                error = cause
+            cause = cause.__cause__ or cause.__context__
+        if isinstance(error, UserError):
+            raise error from None
+        if not isinstance(error, flags.Error):
+            _check_overrides(argv)
+        raise UserError(str(error).splitlines()[0]) from error
+
+
+def _find_config(argument: str) -> str:
+    """Checks that the config exists, and lets a config.json be read like a config file."""
+    match = re.fullmatch(r"--config=([^:]*).*", argument)
+    if not match:
+        return argument
+    path = match[1]
+    if not os.path.isfile(path):
+        raise UserError(f"config {path} does not exist: for example configs/digits.py")
+    return f"--config={config_lib.__file__}:{path}" if path.endswith(".json") else argument
+
+
+def _check_overrides(argv: Sequence[str]) -> None:
+    values = dict(argument.partition("=")[::2] for argument in argv)
+    config = flags.FLAGS["config"].parser.parse(values["--config"])
+    valid = flatten_dict(config_lib.to_dict(config), sep=".")
+    for flag in values:
+        key = flag.removeprefix("--config.")
+        if key != flag and key not in valid:
+            raise config_lib.unknown_key(key, valid)
+
+
+def run() -> None:
+    """The command: prints a user's mistake in one line and exits with code 2."""
+    try:
+        app.run(main, flags_parser=parse_flags)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,374 @@
+"""The Vision Transformer of the paper, in Flax Linen.
+
+Section and equation numbers are those of "An Image is Worth 16x16 Words" (Dosovitskiy et al., ICLR
+2021). Parameter names and shapes are those of the official checkpoints, so loading one is a plain
+tree match; the forward pass fuses and reshapes where that is faster, which leaves the tree alone.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vit_jax.errors import UserError
+
+Array = jax.Array
+
+
+def gelu_tanh(x: Array) -> Array:
+    """GELU in its tanh form, which the official checkpoints were trained with."""
+    return nn.gelu(x, approximate=True)
+
+
+def gelu_erf(x: Array) -> Array:
+    """GELU in its exact form, which timm and Hugging Face use.
+
+    Written with erf because jax.nn.gelu uses erfc, which ONNX does not have.
+    """
+    return 0.5 * x * (1.0 + jax.lax.erf(x * jnp.asarray(2.0**-0.5, x.dtype)))
+
+
+GELU = {"tanh": gelu_tanh, "erf": gelu_erf}
+
+
+class PatchEmbedding(nn.Module):
+    """E of Eq. 1: cuts images into patches and maps each to `hidden_size` features."""
+
+    patch_size: int
+    hidden_size: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        """Maps images [batch, height, width, channels] to [batch, patches, hidden_size]."""
+        batch, height, width, channels = images.shape
+        size = self.patch_size
+        shape = (size, size, channels, self.hidden_size)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.hidden_size,)).astype(self.dtype)
+        rows, columns = height // size, width // size
+        # A strided convolution without overlap is one product of flattened patches.
+        x = images.astype(self.dtype).reshape(batch, rows, size, columns, size, channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, size * size * channels)
+        return x @ kernel.reshape(-1, self.hidden_size) + bias
+
+
+class PositionEmbedding(nn.Module):
+    """E_pos of Eq. 1: adds one learned vector to every token."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Adds the embeddings to x [batch, tokens, hidden_size]."""
+        init = nn.initializers.normal(stddev=0.02)
+        return x + self.param("pos_embedding", init, (1, *x.shape[1:])).astype(self.dtype)
+
+
+class HeadProjection(nn.Module):
+    """The parameters of one of the q, k, v projections, flattened over the heads."""
+
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, hidden_size: int) -> tuple[Array, Array]:
+        """Returns a kernel [hidden_size, hidden_size] and a bias [hidden_size]."""
+        heads = (self.num_heads, hidden_size // self.num_heads)
+        init = nn.initializers.xavier_uniform(in_axis=0, out_axis=(1, 2))
+        kernel = self.param("kernel", init, (hidden_size, *heads))
+        bias = self.param("bias", nn.initializers.zeros, heads)
+        return kernel.reshape(hidden_size, hidden_size), bias.reshape(hidden_size)
+
+
+class OutputProjection(nn.Module):
+    """U_msa of Eq. 8: joins the heads."""
+
+    num_heads: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps x [batch, tokens, hidden_size], heads side by side, to the same shape."""
+        hidden_size = x.shape[-1]
+        shape = (self.num_heads, hidden_size // self.num_heads, hidden_size)
+        init = nn.initializers.xavier_uniform(in_axis=(0, 1), out_axis=2)
+        kernel = self.param("kernel", init, shape).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (hidden_size,)).astype(self.dtype)
+        return x @ kernel.reshape(hidden_size, hidden_size) + bias
+
+
+class MultiHeadSelfAttention(nn.Module):
+    """MSA of Appendix A.
+
+    The attention weights [batch, heads, tokens, tokens] are sown as
+    `intermediates/attention_weights`: they cost nothing unless somebody asks for them.
+    """
+
+    num_heads: int
+    attention_dropout_rate: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, deterministic: bool) -> Array:
+        """Maps x [batch, tokens, hidden_size] to the same shape."""
+        batch, tokens, hidden_size = x.shape
+        kernels, biases = zip(
+            *(
+                HeadProjection(self.num_heads, name=name)(hidden_size)
+                for name in ("query", "key", "value")
+            ),
+            strict=True,
+        )
+        # Eq. 5: the three projections as one product.
+        qkv = x @ jnp.concatenate(kernels, axis=1).astype(self.dtype)
+        qkv = qkv + jnp.concatenate(biases).astype(self.dtype)
+        heads = (batch, tokens, self.num_heads, hidden_size // self.num_heads)
+        q, k, v = (x.reshape(heads).swapaxes(1, 2) for x in jnp.split(qkv, 3, axis=-1))
+        # Eq. 6. Scaling q, not the product, keeps 16-bit logits in range and lets TensorRT fuse.
+        logits = jnp.matmul(q * heads[-1] ** -0.5, k.swapaxes(-1, -2))
+        weights = nn.softmax(logits.astype(jnp.float32)).astype(self.dtype)
+        self.sow("intermediates", "attention_weights", weights)
+        weights = nn.Dropout(self.attention_dropout_rate)(weights, deterministic)
+        # Eqs. 7 and 8.
+        x = jnp.matmul(weights, v).swapaxes(1, 2).reshape(batch, tokens, hidden_size)
+        return OutputProjection(self.num_heads, self.dtype, name="out")(x)
+
+
+class MlpBlock(nn.Module):
+    """The MLP of Eq. 3: two layers with a GELU in between."""
+
+    mlp_dim: int
+    dropout_rate: float = 0.0
+    gelu: str = "tanh"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, deterministic: bool) -> Array:
+        """Maps x [batch, tokens, hidden_size] to the same shape."""
+        init = {
+            "kernel_init": nn.initializers.xavier_uniform(),
+            "bias_init": nn.initializers.normal(stddev=1e-6),
+            "dtype": self.dtype,
+        }
+        hidden_size = x.shape[-1]
+        x = GELU[self.gelu](nn.Dense(self.mlp_dim, **init, name="Dense_0")(x))
+        x = nn.Dropout(self.dropout_rate)(x, deterministic)
+        x = nn.Dense(hidden_size, **init, name="Dense_1")(x)
+        return nn.Dropout(self.dropout_rate)(x, deterministic)
+
+
+class EncoderBlock(nn.Module):
+    """One Transformer layer, Eqs. 2 and 3."""
+
+    num_heads: int
+    mlp_dim: int
+    dropout_rate: float = 0.0
+    attention_dropout_rate: float = 0.0
+    gelu: str = "tanh"
+    layer_norm_epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, z: Array, deterministic: bool) -> Array:
+        """Maps z [batch, tokens, hidden_size] to the same shape."""
+        # Eq. 2
+        x = layer_norm(self.layer_norm_epsilon, self.dtype, "LayerNorm_0")(z)
+        x = MultiHeadSelfAttention(
+            self.num_heads,
+            self.attention_dropout_rate,
+            self.dtype,
+            name="MultiHeadDotProductAttention_1",
+        )(x, deterministic)
+        z = z + nn.Dropout(self.dropout_rate)(x, deterministic)
+        # Eq. 3
+        x = layer_norm(self.layer_norm_epsilon, self.dtype, "LayerNorm_2")(z)
+        mlp = MlpBlock(self.mlp_dim, self.dropout_rate, self.gelu, self.dtype, name="MlpBlock_3")
+        return z + mlp(x, deterministic)
+
+
+def layer_norm(epsilon: float, dtype: Any, name: str) -> nn.LayerNorm:
+    """A LayerNorm whose variance is mean((x - mean)^2): E[x^2] - E[x]^2 cancels in 16 bits."""
+    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+
+
+class Encoder(nn.Module):
+    """Position embeddings, `num_layers` Transformer layers and the last LayerNorm (Eqs. 1 to 4)."""
+
+    num_layers: int
+    block: dict[str, Any]
+    dropout_rate: float = 0.0
+    layer_norm_epsilon: float = 1e-6
+    remat: bool = False
+    scan_layers: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, deterministic: bool) -> Array:
+        """Maps tokens [batch, tokens, hidden_size] to the same shape."""
+        x = PositionEmbedding(self.dtype, name="posembed_input")(x)
+        x = nn.Dropout(self.dropout_rate)(x, deterministic)
+        block = nn.remat(EncoderBlock, static_argnums=(2,)) if self.remat else EncoderBlock
+        if self.scan_layers:
+            x, _ = nn.scan(
+                lambda layer, carry, _: (layer(carry, deterministic), None),
+                variable_axes={"params": 0, "intermediates": 0},
+                split_rngs={"params": True, "dropout": True},
+                length=self.num_layers,
+            )(block(**self.block, name="encoderblock"), x, None)
+        else:
+            for i in range(self.num_layers):
+                x = block(**self.block, name=f"encoderblock_{i}")(x, deterministic)
+        return layer_norm(self.layer_norm_epsilon, self.dtype, "encoder_norm")(x)  # Eq. 4
+
+
+def stack_layers(variables: dict[str, Any]) -> dict[str, Any]:
+    """Joins encoderblock_0, encoderblock_1 ... to one `encoderblock` with a leading layer axis."""
+    params = dict(variables["params"])
+    num_layers = sum(name.startswith("encoderblock_") for name in params)
+    layers = [params.pop(f"encoderblock_{i}") for i in range(num_layers)]
+    if layers:
+        params["encoderblock"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    return {**variables, "params": params}
+
+
+def unstack_layers(variables: dict[str, Any]) -> dict[str, Any]:
+    """Undoes `stack_layers`."""
+    params = dict(variables["params"])
+    stacked = params.pop("encoderblock", None)
+    for i in range(0 if stacked is None else len(jax.tree.leaves(stacked)[0])):
+        params[f"encoderblock_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+    return {**variables, "params": params}
+
+
+class VisionTransformer(nn.Module):
+    """ViT (Section 3.1): an image to the logits of its classes.
+
+    Attributes:
+        num_classes: width of the head; 0 leaves the head out, and features are returned.
+        patch_size: side of a square patch in pixels; the image's sides must be multiples of it.
+        hidden_size: width D of every token.
+        num_layers: number of Transformer layers L.
+        mlp_dim: width of the hidden layer of each MLP.
+        num_heads: attention heads; must divide hidden_size.
+        classifier: "token" (class token) or "gap" (mean over the patches, Appendix D.3).
+        representation_size: width of the tanh layer of the pre-training head (`pre_logits`); 0 for
+            none, as in fine-tuning.
+        dropout_rate: after every dense layer except the q, k, v projections, and after adding the
+            position embeddings (Appendix B.1). As in the published code, the head has none and the
+            MLP's first dropout comes after its GELU.
+        attention_dropout_rate: dropout of the attention weights; the paper has none.
+        gelu: "tanh" (official checkpoints) or "erf" (timm, Hugging Face).
+        layer_norm_epsilon: 1e-6 in the official and timm checkpoints, 1e-12 in Hugging Face's.
+        head_bias_init: start value of the head's bias; -10 goes with the sigmoid loss.
+        remat: recompute each layer in the backward pass: less memory, about a third more time.
+        scan_layers: compile one layer and loop over it; the parameter tree does not change.
+        dtype: of the computation; parameters and logits are always float32.
+    """
+
+    num_classes: int
+    patch_size: int
+    hidden_size: int
+    num_layers: int
+    mlp_dim: int
+    num_heads: int
+    classifier: str = "token"
+    representation_size: int = 0
+    dropout_rate: float = 0.0
+    attention_dropout_rate: float = 0.0
+    gelu: str = "tanh"
+    layer_norm_epsilon: float = 1e-6
+    head_bias_init: float = 0.0
+    remat: bool = False
+    scan_layers: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool = False) -> Array:
+        """Computes logits.
+
+        Args:
+            images: [batch, height, width, 3], values in [-1, 1].
+            train: whether dropout is on; then the "dropout" RNG is needed.
+
+        Returns:
+            Logits [batch, num_classes], or where num_classes is 0 the representation [batch,
+            representation_size or hidden_size], in float32.
+
+        Raises:
+            UserError: the image's sides are not multiples of the patch size, hidden_size is not a
+                multiple of num_heads, or classifier or gelu is unknown.
+        """
+        self._check(images.shape)
+        x = PatchEmbedding(self.patch_size, self.hidden_size, self.dtype, name="embedding")(images)
+        if self.classifier == "token":
+            cls = self.param("cls", nn.initializers.zeros, (1, 1, self.hidden_size))
+            patches = x.shape[1]
+            # [x_class; x_p E] of Eq. 1, by padding: a concatenation would have to broadcast the
+            # token to the batch size, which costs Shape and Expand nodes in an exported graph.
+            x = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))
+            x = x + jnp.pad(cls, ((0, 0), (0, patches), (0, 0))).astype(self.dtype)
+        x = self._encoder()(x, not train)
+        x = x[:, 0] if self.classifier == "token" else x.mean(axis=1)  # y of Eq. 4
+        if self.representation_size:
+            x = nn.tanh(nn.Dense(self.representation_size, dtype=self.dtype, name="pre_logits")(x))
+        x = x.astype(jnp.float32)
+        if not self.num_classes:
+            return x
+        bias_init = nn.initializers.constant(self.head_bias_init)
+        return nn.Dense(
+            self.num_classes,
+            kernel_init=nn.initializers.zeros,
+            bias_init=bias_init,
+            name="head",
+        )(x)
+
+    def _encoder(self) -> nn.Module:
+        shared = {
+            "dropout_rate": self.dropout_rate,
+            "layer_norm_epsilon": self.layer_norm_epsilon,
+            "dtype": self.dtype,
+        }
+        block = {
+            "num_heads": self.num_heads,
+            "mlp_dim": self.mlp_dim,
+            "attention_dropout_rate": self.attention_dropout_rate,
+            "gelu": self.gelu,
+            **shared,
+        }
+        encoder = Encoder
+        if self.scan_layers:
+            encoder = nn.map_variables(
+                Encoder,
+                "params",
+                trans_in_fn=stack_layers,
+                trans_out_fn=unstack_layers,
+                init=self.is_initializing(),
+                mutable=self.is_initializing(),
+            )
+        return encoder(
+            self.num_layers,
+            block,
+            remat=self.remat,
+            scan_layers=self.scan_layers,
+            name="Transformer",
+            **shared,
+        )
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        height, width = shape[1:3]
+        if height % self.patch_size or width % self.patch_size:
+            below = max(height // self.patch_size, 1) * self.patch_size
+            size = height if height == width else f"{height}x{width}"
+            raise UserError(
+                f"image_size {size} is not a multiple of patch_size {self.patch_size}: "
+                f"use {below} or {below + self.patch_size}"
+            )
+        if self.hidden_size % self.num_heads:
+            raise UserError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
+            )
+        if self.classifier not in ("token", "gap"):
+            raise UserError(f"classifier {self.classifier!r} is unknown: use token or gap")
+        if self.gelu not in GELU:
+            raise UserError(f"gelu {self.gelu!r} is unknown: use {' or '.join(GELU)}")

@@ -1,0 +1,182 @@
+"""The train state, and the optimiser and schedule that a config describes."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from vit_jax.errors import UserError
+
+Params = dict[str, Any]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a run carries from one step to the next.
+
+    The input needs no state of its own: the order of the images is a pure function of the seed and
+    the step (see `vit_jax.data.pipeline`).
+
+    Attributes:
+        step: int32 scalar, the number of updates done.
+        params: the parameters, float32, in the official tree.
+        opt_state: of the optax optimiser.
+        ema_params: Polyak average of params, or None.
+        rng: typed PRNG key; step k draws from `fold_in(rng, k)`.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+    ema_params: Params | None
+    rng: jax.Array
+
+    @property
+    def eval_params(self) -> Params:
+        """The parameters to evaluate: the average where there is one."""
+        return self.params if self.ema_params is None else self.ema_params
+
+
+def create_schedule(
+    *, base_lr: float, decay: str, warmup_steps: int, total_steps: int, end_lr: float
+) -> optax.Schedule:
+    """Linear warm-up from 0, then linear or cosine decay to end_lr at the end (Appendix B.1)."""
+    if warmup_steps >= total_steps:
+        raise UserError(
+            f"schedule.warmup is {warmup_steps} steps but the run has {total_steps}: "
+            "shorten --config.schedule.warmup or lengthen --config.duration"
+        )
+    decay_steps = total_steps - warmup_steps
+    if decay == "cosine":
+        after = optax.cosine_decay_schedule(base_lr, decay_steps, end_lr / base_lr)
+    elif decay == "linear":
+        after = optax.linear_schedule(base_lr, end_lr, decay_steps)
+    else:
+        raise UserError(f"schedule.decay {decay!r} is unknown: use linear or cosine")
+    warmup = optax.linear_schedule(0.0, base_lr, warmup_steps)
+    return optax.join_schedules([warmup, after], [warmup_steps])
+
+
+def adam(
+    schedule: optax.Schedule,
+    *,
+    b1: float,
+    b2: float,
+    weight_decay: float,
+    decay: str,
+    mu_dtype: str,
+    clip_norm: float,
+) -> optax.GradientTransformation:
+    """Adam with decoupled weight decay: each step subtracts lr * weight_decay * p (AdamW).
+
+    Args:
+        schedule: step to learning rate.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        weight_decay: multiplied by the learning rate, unlike big_vision's, whose 1e-4 at
+            base_lr 1e-3 is 0.1 here.
+        decay: which parameters decay, "all" or "kernels".
+        mu_dtype: dtype of the first moment, "float32" or "bfloat16".
+        clip_norm: global norm to clip gradients at; 0 for none.
+    """
+    moments = optax.scale_by_adam(b1=b1, b2=b2, mu_dtype=jnp.dtype(mu_dtype))
+    return _chain(schedule, moments, weight_decay, decay, clip_norm)
+
+
+def sgd(
+    schedule: optax.Schedule,
+    *,
+    momentum: float,
+    weight_decay: float,
+    decay: str,
+    mu_dtype: str,
+    clip_norm: float,
+) -> optax.GradientTransformation:
+    """SGD with momentum, whose accumulator has mu_dtype; the other arguments are those of adam."""
+    trace = optax.trace(decay=momentum, accumulator_dtype=jnp.dtype(mu_dtype))
+    return _chain(schedule, trace, weight_decay, decay, clip_norm)
+
+
+def _chain(
+    schedule: optax.Schedule,
+    moments: optax.GradientTransformation,
+    weight_decay: float,
+    decay: str,
+    clip_norm: float,
+) -> optax.GradientTransformation:
+    if decay not in DECAY_MASKS:
+        raise UserError(f"optimizer.decay {decay!r} is unknown: use {' or '.join(DECAY_MASKS)}")
+    clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    decayed = optax.add_decayed_weights(weight_decay, DECAY_MASKS[decay])
+    return optax.chain(*clip, moments, decayed, optax.scale_by_learning_rate(schedule))
+
+
+def _kernels(params: Params) -> Params:
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+DECAY_MASKS = {"all": None, "kernels": _kernels}
+OPTIMIZERS = {"adam": adam, "sgd": sgd}
+
+
+def optimizer_keys(name: str) -> set[str]:
+    """The keys that an optimiser's config may have: the arguments of its function."""
+    if name not in OPTIMIZERS:
+        raise UserError(f"optimizer.name {name!r} is unknown: use {' or '.join(OPTIMIZERS)}")
+    parameters = inspect.signature(OPTIMIZERS[name]).parameters
+    return {"name"} | set(parameters) - {"schedule"}
+
+
+def create_optimizer(
+    config: Mapping[str, Any], schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """Builds the optimiser that a config's `optimizer` section describes."""
+    config = dict(config)
+    return OPTIMIZERS[config.pop("name")](schedule, **config)
+
+
+def init_train_state(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    image_size: int,
+    average: bool,
+) -> TrainState:
+    """A fresh state; traceable, so that it can be jitted into its shardings or only shaped.
+
+    Args:
+        model: maps images [batch, image_size, image_size, 3] to logits.
+        optimizer: whose state is initialised.
+        seed: of the parameters and of the run's randomness.
+        image_size: in pixels.
+        average: whether to keep a Polyak average.
+    """
+    init_rng, rng = jax.random.split(jax.random.key(seed))
+    images = jnp.zeros((1, image_size, image_size, 3))
+    params = model.init(init_rng, images)["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema_params=jax.tree.map(jnp.copy, params) if average else None,
+        rng=rng,
+    )
+
+
+def replace_params(state: TrainState, params: Params) -> TrainState:
+    """Puts pre-trained parameters, host arrays of the same shapes, into a fresh state."""
+
+    def put(old: jax.Array, new: Any) -> jax.Array:
+        # device_put may alias host memory, which must not be donated: jnp.copy owns its buffer.
+        return jnp.copy(jax.device_put(jnp.asarray(new, old.dtype), old.sharding))
+
+    def place() -> Params:
+        return jax.tree.map(put, state.params, params)
+
+    return state.replace(params=place(), ema_params=None if state.ema_params is None else place())

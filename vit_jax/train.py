@@ -1,0 +1,386 @@
+"""The training loop. Pre-training and fine-tuning are the same loop under two recipes."""
+
+import contextlib
+import functools
+import json
+import math
+import os
+import pathlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import optax
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from vit_jax import metrics
+from vit_jax.analysis import flops
+from vit_jax.checkpoints.pretrained import load_pretrained
+from vit_jax.checkpoints.training import CheckpointStore, config_differences
+from vit_jax.checkpoints.transfer import print_report, transfer
+from vit_jax.config import check_config, count_steps, to_dict
+from vit_jax.data import datasets, pipeline
+from vit_jax.errors import UserError
+from vit_jax.evaluate import evaluate
+from vit_jax.models import create_model
+from vit_jax.sharding import Mesh, batch_sharding, make_mesh, state_sharding, to_devices
+from vit_jax.state import (
+    TrainState,
+    create_optimizer,
+    create_schedule,
+    init_train_state,
+    replace_params,
+)
+from vit_jax.steps import eval_step, train_step
+
+# What may change when a run goes on: nothing here alters a parameter.
+RESUMABLE_CHANGES = {
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "sharding",
+    "dataset.data_dir",
+    "dataset.cache",
+}
+
+
+class Run(NamedTuple):
+    """All that is fixed for the length of a run."""
+
+    config: ConfigDict
+    workdir: pathlib.Path
+    mesh: Mesh
+    train_source: datasets.Source
+    eval_source: datasets.Source
+    model: nn.Module
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    total_steps: int
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+
+
+def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
+    """Runs a config to its end, from where an earlier run in the same workdir stopped.
+
+    Args:
+        config: of the whole run; see `vit_jax.recipes`.
+        workdir: takes config.json, metrics.jsonl, metrics.json, TensorBoard's event files, and the
+            checkpoints. Nothing else is written.
+
+    Returns:
+        What metrics.json holds: the last evaluation and the best.
+
+    Raises:
+        UserError: for any mistake of the user's, a loss that is not finite, and a full disk.
+        SystemExit: 143 after SIGTERM, when the state has been saved.
+    """
+    check_config(config)
+    workdir = _make_workdir(workdir)
+    store = CheckpointStore(workdir, keep=config.keep_checkpoints, report=_say)
+    with contextlib.closing(store):
+        _refuse_another_run(config, workdir, store)
+        finished = workdir / "metrics.json"
+        if finished.exists():
+            _say(f"{workdir} holds a finished run: nothing to do")
+            return json.loads(finished.read_text())
+        run = _prepare(config, workdir)
+        state, progress = _start(run, store)
+        final = _loop(run, state, progress, store)
+    if jax.process_index() == 0:
+        metrics.write_json(finished, final)
+    return final
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+def _make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
+    workdir = pathlib.Path(workdir).absolute()
+    probe = workdir / f".writable-{jax.process_index()}"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"workdir {workdir} is not writable ({error.strerror}): choose another --workdir"
+        ) from error
+    return workdir
+
+
+def _refuse_another_run(config: ConfigDict, workdir: pathlib.Path, store: CheckpointStore) -> None:
+    path = workdir / "config.json"
+    if path.exists() and (store.latest_step() is not None or (workdir / "metrics.json").exists()):
+        saved = json.loads(path.read_text())
+        differences = config_differences(saved, to_dict(config), RESUMABLE_CHANGES)
+        if differences:
+            raise UserError(
+                f"{workdir} holds a run of another config ({'; '.join(differences)}): "
+                "choose another --workdir, or change these back"
+            )
+    if jax.process_index() == 0:
+        metrics.write_json(path, to_dict(config))
+
+
+def _prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
+    mesh = make_mesh()
+    parts = mesh.size * config.accumulate_steps
+    if config.batch_size < 1 or config.batch_size % parts:
+        raise UserError(
+            f"batch_size {config.batch_size} does not divide evenly over {mesh.size} devices x "
+            f"{config.accumulate_steps} accumulate_steps: use a multiple of {parts}"
+        )
+    data = config.dataset
+    train_source, eval_source = datasets.open_dataset(
+        data.name,
+        data_dir=data.data_dir,
+        train_split=data.train_split,
+        eval_split=data.eval_split,
+        development=data.development,
+    )
+    num_classes = len(train_source.class_names)
+    if 0 < config.model.num_classes < num_classes:
+        raise UserError(
+            f"model.num_classes is {config.model.num_classes} but {data.name} has {num_classes} "
+            "classes: use at least as many, or 0 to take the data set's"
+        )
+    count = functools.partial(
+        count_steps, num_examples=train_source.num_examples, batch_size=config.batch_size
+    )
+    total_steps = count(config.duration)
+    schedule_keys = dict(config.schedule)
+    schedule = create_schedule(
+        warmup_steps=count(schedule_keys.pop("warmup")), total_steps=total_steps, **schedule_keys
+    )
+    return Run(
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        train_source=train_source,
+        eval_source=eval_source,
+        model=create_model(config.model, num_classes=config.model.num_classes or num_classes),
+        schedule=schedule,
+        optimizer=create_optimizer(config.optimizer, schedule),
+        total_steps=total_steps,
+        log_every=count(config.log_every),
+        eval_every=count(config.eval_every),
+        checkpoint_every=count(config.checkpoint_every),
+    )
+
+
+def _start(run: Run, store: CheckpointStore) -> tuple[TrainState, dict[str, Any]]:
+    """The state to begin with: restored, or fresh with the parameters of init_from if given."""
+    config = run.config
+    init = functools.partial(
+        init_train_state,
+        run.model,
+        run.optimizer,
+        seed=config.seed,
+        image_size=config.dataset.image_size,
+        average=config.ema_decay > 0,
+    )
+    shapes = jax.eval_shape(init)
+    sharding = state_sharding(shapes, run.mesh, config.sharding)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, sharding
+    )
+    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes.params))
+    _say(
+        f"{parameters:,} parameters, {run.train_source.num_examples:,} training images, "
+        f"{run.total_steps:,} steps of {config.batch_size:,} on {run.mesh.size} "
+        f"{jax.devices()[0].device_kind} device(s)"
+    )
+    restored = store.restore(abstract)
+    if restored is not None:
+        state, metadata = restored
+        _say(f"continuing from step {int(state.step)} in {run.workdir}")
+        return state, metadata["progress"]
+    state = jax.jit(init, out_shardings=sharding)()
+    if config.init_from:
+        pretrained = load_pretrained(config.init_from)
+        params, report = transfer(jax.device_get(state.params), pretrained.params)
+        if jax.process_index() == 0:
+            print_report(report)
+        state = replace_params(state, params)
+    return state, {"window": [], "evaluation": {}, "best": {}}
+
+
+def _loop(
+    run: Run, state: TrainState, progress: dict[str, Any], store: CheckpointStore
+) -> dict[str, Any]:
+    step = int(state.step)
+    step_fn, evaluator = _compile(run, state)
+    window = metrics.Window(progress["window"])
+    stopwatch = metrics.Stopwatch()
+    laps = step
+    batches = to_devices(_train_batches(run, step), run.mesh)
+    with (
+        contextlib.closing(metrics.create_writer(run.workdir, step)) as writer,
+        _sigterm() as terminated,
+    ):
+        while step < run.total_steps:
+            state, step_metrics = step_fn(state, next(batches))
+            step += 1
+            last = step == run.total_steps
+            with _stopping_at_bad_loss(store):
+                window.add(step, step_metrics)
+                if last or _due(step, run.log_every):
+                    scalars = window.mean()
+                    _log(run, writer, step, step - laps, scalars, stopwatch.lap())
+                    laps = step
+                stop = terminated(step)
+                if not (last or stop or _due(step, run.eval_every, run.checkpoint_every)):
+                    continue
+                progress["window"] = window.drain()
+            with stopwatch:
+                if last or _due(step, run.eval_every):
+                    progress["evaluation"] = {"step": step, **evaluator(state.eval_params)}
+                    _report_evaluation(run, writer, progress, state, store)
+                if last or stop or _due(step, run.checkpoint_every):
+                    writer.flush()
+                    store.save(step, state, _metadata(run, progress))
+            if stop and not last:
+                store.wait()
+                _say(f"SIGTERM: saved step {step}; the same command continues from there")
+                raise SystemExit(128 + signal.SIGTERM)
+    store.wait()
+    return {**progress["evaluation"], "best": progress["best"]}
+
+
+def _due(step: int, *intervals: int) -> bool:
+    return any(interval and step % interval == 0 for interval in intervals)
+
+
+def _compile(run: Run, state: TrainState) -> tuple[Callable, Callable]:
+    """The jitted training step, and a function from parameters to evaluation metrics."""
+    config = run.config
+    sharding = jax.tree.map(lambda x: x.sharding, state)
+    step_fn = jax.jit(
+        functools.partial(
+            train_step,
+            model=run.model,
+            optimizer=run.optimizer,
+            loss=config.loss,
+            label_smoothing=config.label_smoothing,
+            accumulate_steps=config.accumulate_steps,
+            ema_decay=config.ema_decay,
+        ),
+        in_shardings=(sharding, batch_sharding(run.mesh)),
+        out_shardings=(sharding, None),
+        donate_argnums=0,
+    )
+    compiled_eval = jax.jit(functools.partial(eval_step, model=run.model, loss=config.loss))
+    batches = pipeline.eval_batches(
+        run.eval_source,
+        batch_size=config.batch_size // config.accumulate_steps,
+        image_size=config.dataset.image_size,
+        protocol=config.dataset.protocol,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return step_fn, lambda params: evaluate(compiled_eval, params, batches, run.mesh)
+
+
+def _train_batches(run: Run, first_step: int) -> Iterator[dict[str, Any]]:
+    data = run.config.dataset
+    return pipeline.train_batches(
+        run.train_source,
+        batch_size=run.config.batch_size,
+        image_size=data.image_size,
+        protocol=data.protocol,
+        random_crop=data.random_crop,
+        random_flip=data.random_flip,
+        seed=run.config.seed,
+        first_step=first_step,
+        shuffle_buffer=data.shuffle_buffer,
+        cache=data.cache,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[Callable[[int], bool]]:
+    """Yields a function of the step: whether to save and stop, the same on all processes."""
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda step: False  # noqa: ARG005
+        return
+    received = threading.Event()
+    previous = signal.signal(signal.SIGTERM, lambda *_: received.set())
+    try:
+        yield lambda step: received.is_set()  # noqa: ARG005
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def _stopping_at_bad_loss(store: CheckpointStore) -> Iterator[None]:
+    try:
+        yield
+    except FloatingPointError as error:
+        store.wait()
+        kept = store.latest_step()
+        raise UserError(
+            f"{error}: stopped; "
+            + ("there is no checkpoint yet" if kept is None else f"step {kept} is the last saved")
+            + ". Lower schedule.base_lr, lengthen schedule.warmup or set optimizer.clip_norm"
+        ) from None
+
+
+def _log(
+    run: Run,
+    writer: Any,
+    step: int,
+    steps: int,
+    scalars: dict[str, float],
+    seconds: float,
+) -> None:
+    """Writes the means over the last `steps` steps, which took `seconds`."""
+    config = run.config
+    images_per_second = steps * config.batch_size / seconds
+    scalars["learning_rate"] = float(run.schedule(step - 1))
+    scalars["images_per_second"] = images_per_second
+    peak = flops.peak_flops(jax.devices()[0].device_kind)
+    if peak:
+        macs = flops.multiply_adds(config.model, config.dataset.image_size, run.model.num_classes)
+        needed = flops.train_flops(macs) * images_per_second
+        scalars["mfu"] = needed / (peak * run.mesh.size)
+    writer.write_scalars(step, scalars)
+    left = (run.total_steps - step) * seconds / steps
+    _say(metrics.progress_line(step, run.total_steps, scalars, left))
+
+
+def _report_evaluation(
+    run: Run, writer: Any, progress: dict[str, Any], state: TrainState, store: CheckpointStore
+) -> None:
+    result = progress["evaluation"]
+    writer.write_scalars(
+        result["step"], {"eval_accuracy": result["accuracy"], "eval_loss": result["loss"]}
+    )
+    _say(
+        f"step {result['step']}/{run.total_steps}  evaluated on {result['examples']:,} images of "
+        f"{run.eval_source.split}: accuracy {result['accuracy']:.4f}  loss {result['loss']:.4f}"
+    )
+    if result["accuracy"] > progress["best"].get("accuracy", -1.0):
+        progress["best"] = result
+        store.save_best(result["step"], state, _metadata(run, progress), result["accuracy"])
+
+
+def _metadata(run: Run, progress: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "config": to_dict(run.config),
+        "class_names": list(run.train_source.class_names),
+        "progress": progress,
+    }
