@@ -9,8 +9,8 @@ def get_config() -> ConfigDict:
     """ImageNet's recipe, shortened to 1,440 images of 8 x 8 pixels."""
     config = recipes.get_config("ViT-Ti/2", "pretrain,digits")
     config.batch_size = 64
-    config.duration = "50 epochs"
-    config.log_every = "2 epochs"
+    config.duration = "75 epochs"
+    config.log_every = "5 epochs"
     config.eval_every = "5 epochs"
     config.checkpoint_every = "5 epochs"
     config.dataset.image_size = 8

@@ -78,10 +78,9 @@ def start():
                 command,
                 cwd=ROOT,
                 env=environment,
-                stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                **options,
+                **{"stdout": subprocess.PIPE, **options},
             )
         )
         return processes[-1]

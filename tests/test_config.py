@@ -59,6 +59,19 @@ def test_a_missing_key_raises():
         ("", "schedule", 3, "config.schedule is 3: it is a section of keys"),
         ("optimizer", "name", "lamb", "optimizer.name 'lamb' is unknown: use adam or sgd"),
         ("model", "architecture", "cnn", "model.architecture 'cnn' is unknown: use vit"),
+        ("optimizer", "weight_decay", "0.1", "config.optimizer.weight_decay is '0.1': it must be"),
+        ("", "accumulate_steps", 0, "config.accumulate_steps is 0: it must be at least 1"),
+        ("", "keep_checkpoints", 0, "config.keep_checkpoints is 0: it must be at least 1"),
+        ("model", "patch_size", 0, "config.model.patch_size is 0: it must be at least 1"),
+        ("model", "num_classes", -1, "config.model.num_classes is -1: it must not be negative"),
+        ("model", "dropout_rate", 1.5, "config.model.dropout_rate is 1.5: it must be from 0 to be"),
+        ("schedule", "base_lr", 0.0, "config.schedule.base_lr is 0.0: it must be above 0"),
+        (
+            "optimizer",
+            "mu_dtype",
+            "float8",
+            "config.optimizer.mu_dtype is 'float8': use float32 or",
+        ),
     ],
 )
 def test_a_wrong_value_raises(section, key, value, message):
@@ -94,6 +107,7 @@ def test_finetuning_needs_to_be_told_from_what():
         ("0.5 epochs", 156),
         ("1 epoch", 313),
         ("0 steps", 0),
+        ("0.0001 epochs", 1),
     ],
 )
 def test_durations(duration, steps):

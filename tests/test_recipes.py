@@ -85,6 +85,10 @@ def test_pretraining_on_imagenet_is_table_3():
         ("ViT-L/16", "jft", "14 epochs", 4e-4, 0.1, 0.0),
         ("ViT-L/32", "jft", "7 epochs", 6e-4, 0.1, 0.0),
         ("ViT-H/14", "jft", "14 epochs", 3e-4, 0.1, 0.0),
+        ("ViT-L/32", "imagenet21k:1.0.0", "90 epochs", 1e-3, 0.03, 0.1),
+        # Not in the table: H takes the row of L, S that of B.
+        ("ViT-H/14", "imagenet21k", "90 epochs", 1e-3, 0.03, 0.1),
+        ("ViT-S/16", "jft", "7 epochs", 8e-4, 0.1, 0.0),
     ],
 )
 def test_pretraining_elsewhere_is_table_3(model, dataset, duration, base_lr, weight_decay, dropout):
@@ -103,6 +107,8 @@ def test_pretraining_elsewhere_is_table_3(model, dataset, duration, base_lr, wei
     [
         ("imagenet2012", 20_000, 500, 0.03),
         ("cifar10", 10_000, 500, 0.03),
+        ("cifar10:3.*.*", 10_000, 500, 0.03),
+        ("folder:/data/photos", 500, 100, 0.03),
         ("oxford_iiit_pet", 500, 100, 0.03),
         ("vtab", 2500, 200, 0.01),
     ],
@@ -127,8 +133,20 @@ def test_dev_holds_out_a_part_of_train():
     assert not get_config("ViT-B/16", "finetune,cifar10").dataset.development
 
 
-def test_a_folder_can_be_named():
-    assert get_config("ViT-B/16", "finetune,folder:/a/b").dataset.name == "folder:/a/b"
+@pytest.mark.parametrize("development", [False, True])
+@pytest.mark.parametrize("name", ["folder:/a/b", "folder:/a, b/c", "cifar10:3.0.2"])
+def test_a_folder_or_version_can_be_named(name, development):
+    spec = f"finetune,{name}" + (",dev" if development else "")
+    dataset = get_config("ViT-B/16", spec).dataset
+    assert (dataset.name, dataset.development) == (name, development)
+
+
+def test_pretraining_on_other_data_is_imagenets_recipe_in_epochs():
+    config, imagenet = get_config("ViT-B/16", "pretrain,folder:/a"), get_config("ViT-B/16")
+    assert config.duration == "300 epochs"
+    # As many images as ImageNet's warm-up: 10,000 batches of 4,096 out of 1,281,167 images.
+    assert config.schedule.warmup == f"{round(10_000 * 4096 / 1_281_167)} epochs"
+    assert config.optimizer.to_dict() == imagenet.optimizer.to_dict()
 
 
 @pytest.mark.parametrize(
@@ -136,7 +154,9 @@ def test_a_folder_can_be_named():
     [
         ("finetun,cifar10", "recipe 'finetun' is unknown.*did you mean finetune"),
         ("cifar10", "recipe 'cifar10' is unknown: use pretrain or finetune"),
-        ("finetune", "finetune needs a data set"),
+        ("finetune", "names no data set: for example finetune,cifar10"),
+        ("finetune,", "names no data set"),
+        ("pretrain,", "names no data set"),
         ("finetune,cifar10,dve", "'dve' after the data set: only dev may follow"),
     ],
 )

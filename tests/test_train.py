@@ -1,19 +1,26 @@
 import json
 import math
+import pathlib
 import random
+import re
+import shutil
 import signal
 import socket
+import sys
 import time
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from vit_jax import train
 from vit_jax.config import to_dict
 from vit_jax.errors import UserError
+from vit_jax.models import create_model, vit
+from vit_jax.sharding import state_sharding
 
 
 def read_metrics(workdir):
@@ -28,9 +35,10 @@ def read_losses(workdir):
 
 
 def read_arrays(workdir, step):
-    """Every array of a checkpoint, by the name of its file."""
+    """Every array of a checkpoint, by its name."""
     with ocp.PyTreeCheckpointer() as checkpointer:
         state = checkpointer.restore(workdir / "checkpoints" / str(step) / "state")
+    state["rng"] = jax.random.key_data(state["rng"])
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
@@ -42,6 +50,8 @@ def assert_same_run(first, second, step):
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         assert value.tobytes() == found[name].tobytes(), name
+    best, same_best = ([path.name for path in (run / "best").iterdir()] for run in (first, second))
+    assert best == same_best
     assert read_metrics(first) == read_metrics(second)
     assert (first / "metrics.json").read_text() == (second / "metrics.json").read_text()
 
@@ -98,6 +108,34 @@ def test_another_config_is_refused_with_what_differs(finished, tiny_config):
     assert "log_every" not in str(error.value)
 
 
+def test_another_config_is_refused_by_the_checkpoint_itself(finished, tiny_config, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "config.json").unlink()
+    (run / "metrics.json").unlink()
+    with pytest.raises(UserError, match="seed: 0 in the checkpoint, 1 now"):
+        train.train(tiny_config(seed=1), run)
+
+
+def test_a_run_that_ended_before_its_metrics_json_writes_it(finished, tiny_config, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "metrics.json").unlink()
+    train.train(tiny_config(), run)
+    assert_same_run(finished, run, 6)
+
+
+def test_config_json_runs_the_same_again(finished, tmp_path, run):
+    again = tmp_path / "again"
+    again.mkdir()
+    shutil.copy(finished / "config.json", again)
+    main = [sys.executable, "-m", "vit_jax.main", "--config", str(again / "config.json")]
+    code, output = run(main)
+    assert code == 0, output
+    assert f"workdir: {again}" in output
+    assert_same_run(finished, again, 6)
+
+
 def test_config_json_describes_the_run(finished, tiny_config):
     assert json.loads((finished / "config.json").read_text()) == to_dict(tiny_config())
 
@@ -117,6 +155,9 @@ def test_every_config_key_is_read(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(ConfigDict, "__getitem__", recording)
     train.train(config, tmp_path / "run")
     monkeypatch.undo()
+    # A module takes its section whole: each of its fields must be used in it.
+    source = pathlib.Path(vit.__file__).read_text()
+    assert not [key for key in plain["model"] if f"self.{key}" not in source][1:]
     unread = [key for key in config if (id(config), key) not in read]
     for section in ("dataset", "model", "optimizer", "schedule"):
         part = config[section]
@@ -230,43 +271,49 @@ def checkpoint_steps(workdir):
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_ends_as_if_it_never_was(tiny_config, tmp_path, command, start):
+def test_killed_at_any_moment_it_ends_as_if_it_never_was(
+    tiny_config, tmp_path, command, start, run
+):
     config = tiny_config(
-        duration="200 steps",
+        duration="400 steps",
         log_every="3 steps",
         eval_every="16 steps",
         checkpoint_every="10 steps",
     )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = start(command(config, whole))
-    assert process.wait(300) == 0, process.stdout.read()
-
+    code, output = run(command(config, whole))
+    assert code == 0, output
     chance = random.Random(time.time_ns())
     for kill in range(6):
-        process = start(command(config, killed))
-        newest = max(checkpoint_steps(killed), default=0) if killed.exists() else 0
-        target = newest + chance.randint(5, 28)
+        log = tmp_path / f"{kill}.log"
+        process = start(command(config, killed), stdout=log.open("w"))
+        target = chance.randint(3, 25)
         while process.poll() is None:
-            if kill == 3:  # During a save: orbax writes into a temporary directory first.
-                if list((killed / "checkpoints").glob("*tmp*")):
-                    break
-            elif progress(killed) >= target:
-                time.sleep(chance.uniform(0, 0.05))
+            saving = list((killed / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+            if steps_done(log) >= target and (kill != 3 or saving):
                 break
-            time.sleep(0.001)
-        assert process.poll() is None, process.stdout.read()
-        process.send_signal(signal.SIGKILL)
+            time.sleep(0.0005 if kill == 3 else chance.uniform(0, 0.05))
+        assert process.poll() is None, log.read_text()
+        process.kill()
         process.wait()
-    process = start(command(config, killed))
-    assert process.wait(300) == 0
-    assert "continuing from step" in process.stdout.read()
-    assert_same_run(whole, killed, 200)
+        if kill == 3:
+            assert list((killed / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+    code, output = run(command(config, killed))
+    assert code == 0, output
+    assert "continuing from step" in output
+    assert_same_run(whole, killed, 400)
 
 
 def progress(workdir):
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return max((json.loads(line)["step"] for line in lines[:-1]), default=0)
+
+
+def steps_done(log):
+    """How many steps this process has logged since it started or went on."""
+    steps = [int(step) for step in re.findall(r"^step (\d+)/", log.read_text(), re.MULTILINE)]
+    return steps[-1] - steps[0] if steps else 0
 
 
 @pytest.mark.slow
@@ -290,6 +337,14 @@ def test_sigterm_saves_and_the_run_goes_on(tiny_config, tmp_path, command, start
 WIDE = {"model.hidden_size": 64, "model.mlp_dim": 256, "model.dropout_rate": 0.1}
 
 
+def count_split_parameters(config):
+    model = create_model(config.model, num_classes=10)
+    images = jax.ShapeDtypeStruct((1, 8, 8, 3), np.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), images)
+    sharding = state_sharding(params, AbstractMesh((8,), ("data",)), config.sharding)
+    return sum("data" in s.spec for s in jax.tree.leaves(sharding))
+
+
 @pytest.mark.slow
 def test_eight_devices_give_the_losses_of_one(tiny_config, tmp_path, command, run):
     runs = {
@@ -306,6 +361,7 @@ def test_eight_devices_give_the_losses_of_one(tiny_config, tmp_path, command, ru
         losses[name] = read_losses(tmp_path / name)
         assert len(losses[name]) == 6
         assert json.loads((tmp_path / name / "metrics.json").read_text())["examples"] == 355
+    assert count_split_parameters(runs["fsdp"][0]) == 2  # The kernels of the MLP.
     np.testing.assert_allclose(losses["eight"], losses["one"], atol=1e-5)
     # Parts draw their own dropout, so that these two compare with each other.
     np.testing.assert_allclose(losses["fsdp"], losses["parts"], atol=1e-5)
@@ -325,20 +381,25 @@ def test_a_checkpoint_moves_between_numbers_of_devices(tiny_config, tmp_path, co
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(tiny_config, tmp_path, command, start, run):
-    config = tiny_config(**WIDE)
+@pytest.mark.parametrize("sharding", ["replicated", "fsdp"])
+def test_two_processes_give_the_losses_of_one(tiny_config, tmp_path, command, start, run, sharding):
+    first = tiny_config(duration="3 steps", **WIDE)
+    assert run(command(first, tmp_path / "first"))[0] == 0
+    config = tiny_config(init_from=str(tmp_path / "first"), sharding=sharding, **WIDE)
     assert run(command(config, tmp_path / "one"))[0] == 0
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
     flags = ("--coordinator", address, "--num_processes", "2", "--process_id")
-    processes = [start(command(config, tmp_path / "two", *flags, str(i)), 2) for i in range(2)]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "on 4 cpu device(s)" in outputs[0]
-    assert "step" not in outputs[1]
-    np.testing.assert_allclose(
-        read_losses(tmp_path / "two"), read_losses(tmp_path / "one"), atol=1e-5
-    )
+    logs = [tmp_path / f"{i}.log" for i in range(2)]
+    processes = [
+        start(command(config, tmp_path / "two", *flags, str(i)), 2, stdout=log.open("w"))
+        for i, log in enumerate(logs)
+    ]
+    assert [p.wait(300) for p in processes] == [0, 0], [log.read_text() for log in logs]
+    assert "on 4 cpu device(s)" in logs[0].read_text()
+    assert "step 1/6" not in logs[1].read_text()
+    losses = [read_losses(tmp_path / name) for name in ("one", "two")]
+    np.testing.assert_allclose(losses[1], losses[0], atol=1e-5)
     final = [json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("one", "two")]
     assert final[0]["accuracy"] == final[1]["accuracy"]

@@ -10,12 +10,43 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from vit_jax import recipes
 from vit_jax.errors import UserError
-from vit_jax.models import model_keys
+from vit_jax.models import DTYPES, model_keys
 from vit_jax.state import optimizer_keys
+
+AT_LEAST_ONE = {
+    "batch_size",
+    "accumulate_steps",
+    "keep_checkpoints",
+    "dataset.image_size",
+    "dataset.shuffle_buffer",
+    "model.patch_size",
+    "model.hidden_size",
+    "model.num_layers",
+    "model.mlp_dim",
+    "model.num_heads",
+}
+FRACTIONS = {
+    "label_smoothing",
+    "ema_decay",
+    "model.dropout_rate",
+    "model.attention_dropout_rate",
+    "optimizer.b1",
+    "optimizer.b2",
+    "optimizer.momentum",
+}
+NOT_NEGATIVE = {
+    "model.num_classes",
+    "model.representation_size",
+    "optimizer.weight_decay",
+    "optimizer.clip_norm",
+    "schedule.base_lr",
+    "schedule.end_lr",
+}
 
 
 def check_config(config: ConfigDict) -> None:
@@ -25,7 +56,8 @@ def check_config(config: ConfigDict) -> None:
         UserError: a key is unknown (the nearest valid one is named), missing, of another type, or
             still to be given.
     """
-    template = recipes.base("ViT-B/16", "imagenet2012")
+    template = recipes.pretrain("ViT-B/16", "imagenet2012")
+    template.optimizer.update(recipes.finetune("ViT-B/16", "cifar10").optimizer)
     _check_keys(config, template, "")
     for section, values in template.items():
         if not isinstance(values, ConfigDict):
@@ -41,6 +73,7 @@ def check_config(config: ConfigDict) -> None:
         _check_keys(config[section], keys, f"{section}.")
         for key in set(keys) & set(values):
             _check_type(f"{section}.{key}", config[section][key], values[key])
+    _check_ranges(config)
 
 
 def _check_keys(config: Mapping[str, Any], valid: Iterable[str], prefix: str) -> None:
@@ -56,6 +89,24 @@ def _check_type(key: str, value: Any, example: Any) -> None:
     kinds = (int, float) if isinstance(example, float) else type(example)
     if isinstance(value, bool) != isinstance(example, bool) or not isinstance(value, kinds):
         raise UserError(f"config.{key} is {value!r}: it must be of type {type(example).__name__}")
+
+
+def _check_ranges(config: ConfigDict) -> None:
+    values = flatten_dict(to_dict(config), sep=".")
+    for key in AT_LEAST_ONE & values.keys():
+        if values[key] < 1:
+            raise UserError(f"config.{key} is {values[key]}: it must be at least 1")
+    for key in FRACTIONS & values.keys():
+        if not 0 <= values[key] < 1:
+            raise UserError(f"config.{key} is {values[key]}: it must be from 0 to below 1")
+    for key in NOT_NEGATIVE & values.keys():
+        if values[key] < 0:
+            raise UserError(f"config.{key} is {values[key]}: it must not be negative")
+    if values["schedule.base_lr"] == 0:
+        raise UserError("config.schedule.base_lr is 0.0: it must be above 0")
+    for key in ("model.dtype", "optimizer.mu_dtype"):
+        if values[key] not in DTYPES:
+            raise UserError(f"config.{key} is {values[key]!r}: use {' or '.join(DTYPES)}")
 
 
 def unknown_key(key: str, valid: Iterable[str]) -> UserError:
@@ -77,7 +128,7 @@ def count_steps(duration: str, num_examples: int, batch_size: int) -> int:
         raise UserError(f"duration {duration!r} is not understood: use '500 steps' or '7 epochs'")
     number = float(match[1])
     if (match[2] or "").startswith("epoch"):
-        return round(number * num_examples / batch_size)
+        return max(round(number * num_examples / batch_size), 1) if number else 0
     return int(number)
 
 

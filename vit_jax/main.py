@@ -36,10 +36,15 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"argument {argv[1]!r} is not a flag: values go as --config.KEY=VALUE")
     if _CONFIG.value is None:
         raise UserError("--config is missing: for example --config configs/digits.py")
+    distributed = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    if None in distributed and any(value is not None for value in distributed):
+        raise UserError(
+            "--coordinator, --num_processes and --process_id go together: give all three"
+        )
     if _COORDINATOR.value:
-        jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        jax.distributed.initialize(*distributed)
     workdir = _WORKDIR.value or default_workdir(
-        config_flags.get_config_filename(flags.FLAGS.config)
+        config_flags.get_config_filename(flags.FLAGS["config"])
     )
     from vit_jax import train  # TensorFlow takes seconds to import: a wrong flag should not
 
@@ -63,8 +68,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     Raises:
             UserError: in place of the errors of absl and ml_collections.
     """
-    # "--config VALUE" becomes "--config=VALUE".
-    argv = re.sub(r"\0--?config\0", "\0--config=", "\0".join(argv)).split("\0")
+    # "--config VALUE" and "-config=VALUE" become "--config=VALUE".
+    argv = re.sub(r"\0--?config[\0=]", "\0--config=", "\0".join(argv)).split("\0")
     argv = [_find_config(argument) for argument in argv]
     try:
         return flags.FLAGS(argv)

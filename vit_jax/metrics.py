@@ -1,5 +1,6 @@
 """What a run tells while it goes: a line to read, metrics.jsonl and TensorBoard."""
 
+import collections
 import json
 import math
 import os
@@ -70,19 +71,19 @@ def create_writer(workdir: pathlib.Path, last_step: int) -> metric_writers.Metri
 
 
 class Window:
-    """The training metrics since the last log line.
+    """The sums of the training metrics since the last log line.
 
     A step's metrics are fetched two steps later, so that the host runs ahead of the device, but not
     without bound.
 
     Args:
-        values: of an earlier `drain`, to go on after a checkpoint between two log lines.
+        sums: of an earlier `drain`, to go on after a checkpoint between two log lines.
     """
 
     _LAG = 2
 
-    def __init__(self, values: list[dict[str, float]]):
-        self._values = list(values)
+    def __init__(self, sums: dict[str, float]):
+        self._sums = collections.Counter(sums)
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -95,17 +96,18 @@ class Window:
         if len(self._pending) > self._LAG:
             self._fetch()
 
-    def drain(self) -> list[dict[str, float]]:
-        """Waits for all steps and returns their metrics; raises as `add` does."""
+    def drain(self) -> dict[str, float]:
+        """Waits for all steps and returns their sums and "count"; raises as `add` does."""
         while self._pending:
             self._fetch()
-        return self._values
+        return dict(self._sums)
 
     def mean(self) -> dict[str, float]:
         """Waits for all steps, returns the mean of each metric and starts anew."""
-        values = self.drain()
-        self._values = []
-        return {key: sum(v[key] for v in values) / len(values) for key in values[0]}
+        sums = self.drain()
+        count = sums.pop("count")
+        self._sums.clear()
+        return {key: value / count for key, value in sums.items()}
 
     def _fetch(self) -> None:
         step, metrics = self._pending.pop(0)
@@ -113,7 +115,7 @@ class Window:
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):
                 raise FloatingPointError(f"{name} is {values[name]} at step {step}")
-        self._values.append(values)
+        self._sums.update(values, count=1)
 
 
 class Stopwatch:

@@ -5,6 +5,7 @@ What the paper leaves open is marked "silent", with the choice and its reason.
 """
 
 import difflib
+import re
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -56,6 +57,8 @@ TABLE_3 = {
 ADAM_BETAS = (0.9, 0.999)
 PRETRAIN_BATCH_SIZE = 4096
 PRETRAIN_WARMUP_STEPS = 10_000
+PRETRAIN_DATASETS = ("jft", "imagenet21k", "imagenet2012")
+OTHER_WARMUP_EPOCHS = 32  # 10,000 steps of 4,096 images are 32 epochs of ImageNet.
 PRETRAIN_IMAGE_SIZE = 224
 IMAGENET_CLIP_NORM = 1.0  # Table 3's caption: gradient clipping only on ImageNet.
 # Silent: linear decay ends at 1e-5, and the multi-label data sets (JFT and, by its hierarchy,
@@ -104,28 +107,36 @@ def get_config(model: str, spec: str = "") -> ConfigDict:
 
 def _parse(spec: str) -> tuple[str, str, bool]:
     recipes = ("pretrain", "finetune")
-    recipe, *rest = [word.strip() for word in spec.split(",")] if spec else ["pretrain"]
+    recipe, comma, dataset = (spec or "pretrain").partition(",")
     if recipe not in recipes:
         near = difflib.get_close_matches(recipe, recipes, n=1)
         hint = f"did you mean {near[0]}?" if near else "for example pretrain,imagenet21k"
         raise UserError(f"recipe {recipe!r} is unknown: use pretrain or finetune; {hint}")
-    development = rest[-1:] == ["dev"]
-    rest = rest[:-1] if development else rest
-    if len(rest) > 1:
-        raise UserError(f"spec {spec!r} has {rest[1]!r} after the data set: only dev may follow")
-    if not rest and recipe == "finetune":
-        raise UserError("finetune needs a data set: for example finetune,cifar10")
-    return recipe, rest[0] if rest else "imagenet2012", development
+    development = dataset == "dev" or dataset.endswith(",dev")
+    dataset = dataset.removesuffix("dev").removesuffix(",") if development else dataset
+    if "," in dataset and not dataset.startswith("folder:"):
+        dataset, _, rest = dataset.partition(",")
+        raise UserError(f"spec {spec!r} has {rest!r} after the data set: only dev may follow")
+    if not dataset and (recipe == "finetune" or (comma and not development)):
+        raise UserError(f"spec {spec!r} names no data set: for example {recipe},cifar10")
+    return recipe, dataset or "imagenet2012", development
+
+
+def _table_name(dataset: str) -> str:
+    """The name without the version and configuration of TFDS, `cifar10` of `cifar10:3.0.2`."""
+    return dataset if dataset.startswith("folder:") else re.split("[:/]", dataset)[0]
 
 
 def pretrain(model: str, dataset: str) -> ConfigDict:
     """Table 3: pre-training from scratch.
 
     The longest of a row's durations is taken. Silent: Ti and S take the row of B and H on
-    ImageNet-21k that of L; a data set that the paper did not pre-train on takes ImageNet's row.
+    ImageNet-21k that of L; a data set that the paper did not pre-train on takes ImageNet's row,
+    with the warm-up in epochs.
     """
-    row = pretraining_row(model, dataset)
     config = base(model, dataset)
+    dataset = _table_name(dataset)
+    row = pretraining_row(model, dataset)
     config.batch_size = PRETRAIN_BATCH_SIZE
     config.duration = f"{max(row.epochs)} epochs"
     config.dataset.image_size = PRETRAIN_IMAGE_SIZE
@@ -139,7 +150,7 @@ def pretrain(model: str, dataset: str) -> ConfigDict:
             "b1": ADAM_BETAS[0],
             "b2": ADAM_BETAS[1],
             # Silent: decoupled (AdamW: each step subtracts lr * weight_decay * p), on every
-            # parameter, as published later. "kernels" spares biases, norms and embeddings.
+            # parameter, as published later. "kernels" spares biases, norms and positions.
             "weight_decay": row.weight_decay,
             "decay": "all",
             "mu_dtype": "float32",
@@ -149,6 +160,8 @@ def pretrain(model: str, dataset: str) -> ConfigDict:
     config.schedule.base_lr = row.base_lr
     config.schedule.decay = row.decay
     config.schedule.warmup = f"{PRETRAIN_WARMUP_STEPS} steps"
+    if dataset not in PRETRAIN_DATASETS:
+        config.schedule.warmup = f"{OTHER_WARMUP_EPOCHS} epochs"
     config.schedule.end_lr = LINEAR_END_LR if row.decay == "linear" else 0.0
     if dataset in SIGMOID_DATASETS:
         config.loss = "sigmoid"
@@ -181,7 +194,7 @@ def finetune(model: str, dataset: str) -> ConfigDict:
     Silent: a data set that Table 4 does not have takes the row of Pets and Flowers, which are of
     the size that people fine-tune on; dropout is off.
     """
-    row = TABLE_4.get(dataset, TABLE_4["oxford_flowers102"])
+    row = TABLE_4.get(_table_name(dataset), TABLE_4["oxford_flowers102"])
     config = base(model, dataset)
     config.batch_size = FINETUNE_BATCH_SIZE
     config.duration = f"{row.steps} steps"

@@ -1,6 +1,7 @@
 """The training loop. Pre-training and fine-tuning are the same loop under two recipes."""
 
 import contextlib
+import errno
 import functools
 import json
 import math
@@ -45,7 +46,6 @@ RESUMABLE_CHANGES = {
     "keep_checkpoints",
     "sharding",
     "dataset.data_dir",
-    "dataset.cache",
 }
 
 
@@ -83,18 +83,20 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     """
     check_config(config)
     workdir = _make_workdir(workdir)
+    finished = workdir / "metrics.json"
     store = CheckpointStore(workdir, keep=config.keep_checkpoints, report=_say)
-    with contextlib.closing(store):
+    with _sigterm() as terminated, _full_disk(workdir), contextlib.closing(store):
         _refuse_another_run(config, workdir, store)
-        finished = workdir / "metrics.json"
         if finished.exists():
             _say(f"{workdir} holds a finished run: nothing to do")
             return json.loads(finished.read_text())
         run = _prepare(config, workdir)
+        if jax.process_index() == 0:
+            metrics.write_json(workdir / "config.json", to_dict(config))
         state, progress = _start(run, store)
-        final = _loop(run, state, progress, store)
-    if jax.process_index() == 0:
-        metrics.write_json(finished, final)
+        final = _loop(run, state, progress, store, terminated)
+        if jax.process_index() == 0:
+            metrics.write_json(finished, final)
     return final
 
 
@@ -118,17 +120,14 @@ def _make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
 
 
 def _refuse_another_run(config: ConfigDict, workdir: pathlib.Path, store: CheckpointStore) -> None:
-    path = workdir / "config.json"
-    if path.exists() and (store.latest_step() is not None or (workdir / "metrics.json").exists()):
-        saved = json.loads(path.read_text())
-        differences = config_differences(saved, to_dict(config), RESUMABLE_CHANGES)
+    saved = store.latest_metadata()
+    if saved is not None:
+        differences = config_differences(saved["config"], to_dict(config), RESUMABLE_CHANGES)
         if differences:
             raise UserError(
                 f"{workdir} holds a run of another config ({'; '.join(differences)}): "
                 "choose another --workdir, or change these back"
             )
-    if jax.process_index() == 0:
-        metrics.write_json(path, to_dict(config))
 
 
 def _prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
@@ -157,6 +156,10 @@ def _prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
         count_steps, num_examples=train_source.num_examples, batch_size=config.batch_size
     )
     total_steps = count(config.duration)
+    if total_steps < 1:
+        raise UserError(
+            f"duration {config.duration!r} is {total_steps} steps: it must be at least 1"
+        )
     schedule_keys = dict(config.schedule)
     schedule = create_schedule(
         warmup_steps=count(schedule_keys.pop("warmup")), total_steps=total_steps, **schedule_keys
@@ -206,16 +209,32 @@ def _start(run: Run, store: CheckpointStore) -> tuple[TrainState, dict[str, Any]
         return state, metadata["progress"]
     state = jax.jit(init, out_shardings=sharding)()
     if config.init_from:
-        pretrained = load_pretrained(config.init_from)
-        params, report = transfer(jax.device_get(state.params), pretrained.params)
-        if jax.process_index() == 0:
-            print_report(report)
-        state = replace_params(state, params)
-    return state, {"window": [], "evaluation": {}, "best": {}}
+        state = _initialise_from(config, state)
+    return state, {"window": {}, "evaluation": {}, "best": {}}
+
+
+def _initialise_from(config: ConfigDict, state: TrainState) -> TrainState:
+    pretrained = load_pretrained(config.init_from)
+    saved = pretrained.metadata.get("config", {}).get("model", {})
+    for key in ("gelu", "layer_norm_epsilon"):  # They travel with the weights.
+        if saved.get(key, config.model[key]) != config.model[key]:
+            raise UserError(
+                f"model.{key} is {config.model[key]} but {pretrained.source} was trained with "
+                f"{saved[key]}: set --config.model.{key}={saved[key]}"
+            )
+    fresh = multihost_utils.process_allgather(state.params, tiled=True)
+    params, report = transfer(fresh, pretrained.params)
+    if jax.process_index() == 0:
+        print_report(report)
+    return replace_params(state, params)
 
 
 def _loop(
-    run: Run, state: TrainState, progress: dict[str, Any], store: CheckpointStore
+    run: Run,
+    state: TrainState,
+    progress: dict[str, Any],
+    store: CheckpointStore,
+    terminated: Callable[[int], bool],
 ) -> dict[str, Any]:
     step = int(state.step)
     step_fn, evaluator = _compile(run, state)
@@ -223,12 +242,16 @@ def _loop(
     stopwatch = metrics.Stopwatch()
     laps = step
     batches = to_devices(_train_batches(run, step), run.mesh)
-    with (
-        contextlib.closing(metrics.create_writer(run.workdir, step)) as writer,
-        _sigterm() as terminated,
-    ):
+    with contextlib.closing(metrics.create_writer(run.workdir, step)) as writer:
         while step < run.total_steps:
-            state, step_metrics = step_fn(state, next(batches))
+            try:
+                batch = next(batches)
+            except UserError:  # An image that cannot be decoded must not cost what was learned.
+                if jax.process_count() == 1:
+                    progress["window"] = window.drain()
+                    store.save(step, state, _metadata(run, progress))
+                raise
+            state, step_metrics = step_fn(state, batch)
             step += 1
             last = step == run.total_steps
             with _stopping_at_bad_loss(store):
@@ -326,6 +349,19 @@ def _sigterm() -> Iterator[Callable[[int], bool]]:
 
 
 @contextlib.contextmanager
+def _full_disk(workdir: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        raise UserError(
+            f"{workdir} cannot be written: {error.strerror}; free space and run the same command "
+            "again, it continues from the last checkpoint"
+        ) from error
+
+
+@contextlib.contextmanager
 def _stopping_at_bad_loss(store: CheckpointStore) -> Iterator[None]:
     try:
         yield
@@ -335,7 +371,8 @@ def _stopping_at_bad_loss(store: CheckpointStore) -> Iterator[None]:
         raise UserError(
             f"{error}: stopped; "
             + ("there is no checkpoint yet" if kept is None else f"step {kept} is the last saved")
-            + ". Lower schedule.base_lr, lengthen schedule.warmup or set optimizer.clip_norm"
+            + ". Start anew in another --workdir with a lower schedule.base_lr, a longer "
+            "schedule.warmup or optimizer.clip_norm"
         ) from None
 
 
@@ -375,7 +412,7 @@ def _report_evaluation(
     )
     if result["accuracy"] > progress["best"].get("accuracy", -1.0):
         progress["best"] = result
-        store.save_best(result["step"], state, _metadata(run, progress), result["accuracy"])
+        store.save_best(result["step"], state, _metadata(run, progress))
 
 
 def _metadata(run: Run, progress: dict[str, Any]) -> dict[str, Any]:

@@ -39,4 +39,7 @@ def test_global_average_pooling_has_one_token_less():
 def test_peak_is_known_by_device_kind():
     assert flops.peak_flops("NVIDIA H200") == 989e12
     assert flops.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert flops.peak_flops("cpu") is None
+    assert flops.peak_flops("NVIDIA L4") == 121e12
+    assert flops.peak_flops("TPU v5 lite") == 197e12
+    for unknown in ("cpu", "NVIDIA L40", "NVIDIA GB200"):
+        assert flops.peak_flops(unknown) is None

@@ -35,7 +35,8 @@ def save_run(workdir, params, ema_params=None, steps=(1,)):
         scaled = jax.tree.map(lambda x, step=step: jnp.asarray(x) * step, params)
         state = TrainState(jnp.int32(step), scaled, (), ema_params, jax.random.key(0))
         store.save(step, state, {"class_names": ["a", "b", "c"]})
-        store.save_best(step, state, {}, metric=-step)
+        if step == 1:
+            store.save_best(step, state, {})
     store.close()
 
 

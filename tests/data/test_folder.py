@@ -108,7 +108,7 @@ def test_empty_and_unknown_splits_are_named(image_folder):
     assert "'tset'" in unknown and "train, test" in unknown
 
 
-@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("cache", ["memory", "disk"])
 def test_truncated_image_is_named_when_training_reaches_it(image_folder, cache):
     broken = image_folder / "train" / "rose" / "7.jpg"
     broken.write_bytes(broken.read_bytes()[:-200])
@@ -148,3 +148,18 @@ def test_truncated_image_is_named_by_evaluation_on_the_process_that_owns_it(imag
         except UserError as error:
             messages.append(str(error))
     assert len(messages) == 1 and str(broken) in messages[0]
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_a_file_that_has_gone_is_named(image_folder, cache):
+    train, _ = open_dataset(f"folder:{image_folder}")
+    gone = next((image_folder / "train").rglob("*.*"))
+    gone.unlink()
+    options = {"image_size": 8, "protocol": "pad", "random_crop": True, "random_flip": False}
+    with pytest.raises(UserError, match="the data cannot be read") as error:
+        batches = train_batches(
+            train, batch_size=2, seed=0, shuffle_buffer=10, cache=cache, **options
+        )
+        for _ in range(train.num_examples):
+            next(batches)
+    assert gone.name in str(error.value)

@@ -1,22 +1,23 @@
 """The arithmetic of a model, and the share of a device's peak that a run reaches."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-# Dense bfloat16 FLOP/s of one JAX device, from the vendors' data sheets; the first name that is
-# part of the device's kind counts. A TPU v2 or v3 device is one of a chip's two cores.
+# Dense bfloat16 FLOP/s of one JAX device, from the vendors' data sheets; the first name that stands
+# in the device's kind counts. A TPU v2 or v3 device is one of a chip's two cores.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
+    "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
     "L4": 121e12,
     "RTX 4090": 165e12,
-    "V100": 125e12,
-    "TPU v6": 918e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 197e12,
+    "TPU v6 lite": 918e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
     "TPU v4": 275e12,
     "TPU v3": 61.5e12,
     "TPU v2": 22.5e12,
@@ -48,4 +49,5 @@ def train_flops(multiply_adds: int) -> int:
 
 def peak_flops(device_kind: str) -> float | None:
     """Peak dense bfloat16 FLOP/s of a device by its JAX `device_kind`, or None if not known."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
+    names = (name for name in PEAK_FLOPS if re.search(rf"\b{name}\b", device_kind))
+    return PEAK_FLOPS.get(next(names, ""))

@@ -119,8 +119,8 @@ def fingerprints(tree: Any) -> dict[str, int]:
     Any single altered value changes them for certain, any other alteration but for one in 2**32.
     They depend on neither sharding nor device.
     """
-    sums = {name: _fingerprint(x) for name, x in _named_leaves(tree).items()}
-    return {name: int(x) for name, x in jax.device_get(sums).items()}
+    sums = jax.device_get(_fingerprints(_named_leaves(tree)))
+    return {name: int(x) for name, x in sums.items()}
 
 
 def mapping_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
@@ -159,6 +159,10 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
 
 
 @jax.jit
+def _fingerprints(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: _fingerprint(x) for name, x in arrays.items()}
+
+
 def _fingerprint(x: jax.Array) -> jax.Array:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)

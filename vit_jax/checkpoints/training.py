@@ -75,29 +75,25 @@ class CheckpointStore:
         Raises:
             UserError: this save, or the one before in the background, could not be written.
         """
+        self._save(self._newest, self._newest_dir, step, state, metadata)
+
+    def save_best(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
+        """Saves in the same way as the best checkpoint, in place of the best before it."""
+        self._save(self._best, self._best_dir, step, state, metadata)
+
+    def _save(
+        self,
+        manager: ocp.CheckpointManager,
+        directory: Path,
+        step: int,
+        state: Any,
+        metadata: dict[str, Any],
+    ) -> None:
+        # One save at a time: two managers at work can mix up the barriers of their processes.
+        self.wait()
         with self._storage_errors():
-            self._newest.wait_until_finished()
-            if step not in saved_steps(self._newest_dir):
-                self._newest.save(step, args=items(state, metadata), force=True)
-
-    def save_best(self, step: int, state: Any, metadata: dict[str, Any], metric: float) -> bool:
-        """Replaces the best checkpoint if `metric` is higher than its metric.
-
-        Returns:
-            Whether this state is the new best one.
-
-        Raises:
-            UserError: this save, or the one before in the background, could not be written.
-        """
-        with self._storage_errors():
-            self._best.wait_until_finished()
-            steps = saved_steps(self._best_dir)
-            best = max((m["metric"] for m in _intact_metadata(self._best_dir, steps)), default=None)
-            # A resumed run evaluates the best step again and finds the same but for rounding.
-            if step in steps or (best is not None and metric <= best):
-                return False
-            self._best.save(step, args=items(state, metadata | {"metric": metric}), force=True)
-        return True
+            if step not in saved_steps(directory):
+                manager.save(step, args=items(state, metadata), force=True)
 
     def latest_step(self) -> int | None:
         """The newest committed step, None if there is none."""

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import rich
 from flax.traverse_util import flatten_dict, unflatten_dict
-from rich.table import Table
+from rich.table import Column, Table
 
 from vit_jax.checkpoints.integrity import shortlist
 from vit_jax.errors import UserError
@@ -96,7 +96,7 @@ def resize_grid(embeddings: np.ndarray, grid: Grid) -> np.ndarray:
 
 def print_report(report: list[Row]) -> None:
     """Prints the rows of `transfer` as a table, parameters of equal layers in one line."""
-    table = Table("parameter", "shape", "action")
+    table = Table(Column("parameter", overflow="fold"), "shape", "action")
     alike = Counter(
         row._replace(name=re.sub(r"encoderblock_\d+", "encoderblock_*", row.name)) for row in report
     )

@@ -59,6 +59,7 @@ _USUAL = {
     "oxford_flowers102": _Usual("train+validation", "test", 10),
 }
 _OTHER = _Usual("train", "", 10)
+_NO_DATA = "`--config configs/digits.py` needs no data at all"
 
 
 def open_dataset(
@@ -195,9 +196,10 @@ def _builder(name, data_dir):
         near = difflib.get_close_matches(name, tfds.list_builders(), n=3) or ["digits"]
         raise UserError(
             f"data set {name!r} is not known to TFDS and not prepared in "
-            f"{data_dir or tfds.core.constants.DATA_DIR}: did you mean {' or '.join(near)}?"
+            f"{data_dir or tfds.core.constants.DATA_DIR}: did you mean {' or '.join(near)}? "
+            f"If it is prepared elsewhere, set config.dataset.data_dir; {_NO_DATA}"
         ) from error
-    except (ValueError, AssertionError, OSError) as error:
+    except (ValueError, AssertionError, OSError, ImportError) as error:
         raise UserError(f"data set {name!r} cannot be opened: {_first_line(error)}") from error
 
 
@@ -207,7 +209,7 @@ def _not_prepared(name, builder):
         f'data set {name!r} is not prepared in data_dir {str(root)!r}: run `python -c "import '
         f"tensorflow_datasets as tfds; tfds.builder({name!r}, data_dir={str(root)!r})"
         '.download_and_prepare()"`, or set config.dataset.data_dir to where it is prepared; '
-        "`--config configs/digits.py` needs no data at all"
+        f"{_NO_DATA}"
     )
 
 

@@ -6,6 +6,7 @@ the augmentation of an image one of (seed, g). So the step is the whole state of
 neither the order nor the augmentation depends on the number of processes.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 
@@ -31,7 +32,7 @@ def train_batches(
     seed: int,
     shuffle_buffer: int,
     first_step: int = 0,
-    cache: bool | str = "auto",
+    cache: str = "auto",
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -51,7 +52,8 @@ def train_batches(
         shuffle_buffer: encoded images to shuffle among when they are streamed. Files are shuffled
             too. What is in memory is shuffled as a whole.
         first_step: the batch to begin with. What comes before is skipped without decoding.
-        cache: keep the encoded images in memory; "auto" does so below 2 GiB.
+        cache: where the encoded images are read from again: "memory", "disk", or "auto", memory
+            below 2 GiB. The two have different orders.
         process_index: of this process.
         process_count: of all processes.
 
@@ -65,9 +67,9 @@ def train_batches(
     """
     rows = _rows_per_process(batch_size, process_count)
     _check_protocol(protocol)
-    if cache not in (True, False, "auto"):
-        raise UserError(f"cache {cache!r} is none of True, False and 'auto'")
-    in_memory = source.num_bytes < _CACHE_LIMIT if cache == "auto" else cache
+    if cache not in ("auto", "memory", "disk"):
+        raise UserError(f"cache {cache!r} is unknown: use auto, memory or disk")
+    in_memory = cache == "memory" or (cache == "auto" and source.num_bytes < _CACHE_LIMIT)
 
     num_examples = source.num_examples
     epoch_of, lookup = (
@@ -185,7 +187,8 @@ def _pad(array, rows):
 
 def _in_memory(source, seed):
     # An element of an epoch is an index, so that skipping costs next to nothing.
-    everything = source.records().batch(source.num_examples).get_single_element()
+    with _unreadable_files():
+        everything = source.records().batch(source.num_examples).get_single_element()
 
     def epoch_of(epoch):
         order = tf.range(source.num_examples)
@@ -220,7 +223,8 @@ def _decoded_batches(records, example, rows):
     done = 0
     while True:
         try:
-            batch = next(batches)
+            with _unreadable_files():
+                batch = next(batches)
         except StopIteration:
             return
         except tf.errors.InvalidArgumentError:
@@ -228,6 +232,21 @@ def _decoded_batches(records, example, rows):
             raise
         yield batch
         done += 1
+
+
+@contextlib.contextmanager
+def _unreadable_files():
+    try:
+        yield
+    except (
+        tf.errors.DataLossError,
+        tf.errors.NotFoundError,
+        tf.errors.PermissionDeniedError,
+    ) as error:
+        raise UserError(
+            f"the data cannot be read: {error.message.splitlines()[0]}; restore the file or "
+            "prepare the data set again"
+        ) from error
 
 
 def _name_broken_image(records, example):

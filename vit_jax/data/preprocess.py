@@ -10,7 +10,15 @@ import tensorflow as tf
 from vit_jax.data.protocols import BIT_RESIZE, eval_box
 
 
-def view(encoded, seed, *, image_size, protocol, random_crop=False, random_flip=False) -> tf.Tensor:
+def view(
+    encoded: tf.Tensor,
+    seed: tf.Tensor,
+    *,
+    image_size: int,
+    protocol: str,
+    random_crop: bool = False,
+    random_flip: bool = False,
+) -> tf.Tensor:
     """Returns one view of an image, float32 [image_size, image_size, 3] in [-1, 1].
 
     Args:

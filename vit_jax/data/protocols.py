@@ -12,13 +12,15 @@ A view of an image is a box in source pixels, a float (y, x, height, width), tha
                up to an eighth of the side, black beyond the edge; evaluation on the whole image
 """
 
+from typing import Any
+
 PROTOCOLS = ("inception", "bit", "pretrain", "pad")
 
 # BiT resizes to 448 and crops 384.
 BIT_RESIZE = 448 / 384
 
 
-def eval_box(protocol, height, width):
+def eval_box(protocol: str, height: Any, width: Any) -> tuple[Any, Any, Any, Any]:
     """Returns the box (y, x, height, width) that evaluation looks at, in source pixels.
 
     Args:

@@ -62,9 +62,8 @@ def create_model(config: Mapping[str, Any], **overrides: Any) -> nn.Module:
     Raises:
         UserError: the architecture or the dtype is unknown.
     """
-    config = {**config, **overrides}
-    module = ARCHITECTURES[config.pop("architecture")]
-    dtype = config.pop("dtype", "float32")
-    if dtype not in DTYPES:
-        raise UserError(f"model.dtype {dtype!r} is unknown: use {' or '.join(DTYPES)}")
-    return module(**config, dtype=jnp.dtype(dtype))
+    config = {"dtype": "float32", **config, **overrides}
+    if config["dtype"] not in DTYPES:
+        raise UserError(f"model.dtype {config['dtype']!r} is unknown: use {' or '.join(DTYPES)}")
+    config["dtype"] = jnp.dtype(config["dtype"])
+    return ARCHITECTURES[config.pop("architecture")](**config)

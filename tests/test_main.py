@@ -1,0 +1,90 @@
+import json
+import pathlib
+import sys
+
+import pytest
+import tensorflow_datasets as tfds
+
+from vit_jax import config, train
+from vit_jax.data.datasets import open_dataset
+from vit_jax.main import default_workdir
+from vit_jax.recipes import get_config
+
+MAIN = [sys.executable, "-m", "vit_jax.main"]
+B16 = "configs/b16.py"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--config is missing: for example --config configs/digits.py"),
+        (["--config"], "Missing value for flag --config"),
+        (["--config", "configs/b17.py"], "config configs/b17.py does not exist"),
+        (["--config", f"{B16}:finetun,cifar10"], "recipe 'finetun' is unknown"),
+        ([f"--config={B16}", "--config.bacth_size=8"], "did you mean config.batch_size?"),
+        (["--config", B16, "--config.base_lr=1"], "did you mean config.schedule.base_lr?"),
+        (["--config", B16, "--config.batch_size=big"], "--config.batch_size=big: invalid literal"),
+        (["--config", B16, "batch_size=8"], "argument 'batch_size=8' is not a flag"),
+        (["--confg", B16], "Unknown command line flag 'confg'"),
+        ([f"-config={B16}", "--config.bacth_size=8"], "did you mean config.batch_size?"),
+        (["--config", B16, "--num_processes=2"], "go together: give all three"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path, flags, message):
+    code, output = run([*MAIN, "--workdir", str(tmp_path / "run"), *flags])
+    assert code == 2
+    assert output.startswith("error: ")
+    assert message in output
+    assert output.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_imagenet_it_says_where_it_looked_and_what_to_do(run, tmp_path):
+    data = f"--config.dataset.data_dir={tmp_path}"
+    code, output = run([*MAIN, "--config", B16, data, "--workdir", str(tmp_path / "run")])
+    assert code == 2
+    *_, error = output.splitlines()
+    assert error.startswith("error: data set 'imagenet2012' is not prepared in data_dir")
+    assert str(tmp_path) in error
+    assert "download_and_prepare()" in error
+    assert "configs/digits.py" in error
+    assert "Traceback" not in output
+
+
+def test_b16_takes_two_real_steps_at_a_reduced_width(tmp_path, monkeypatch):
+    real = get_config("ViT-B/16")
+    real.update_from_flattened_dict(
+        {
+            "batch_size": 8,
+            "duration": "2 steps",
+            "schedule.warmup": "1 step",
+            "model.hidden_size": 48,
+            "model.mlp_dim": 96,
+            "model.representation_size": 48,
+        }
+    )
+    with tfds.testing.mock_data(num_examples=12):
+        # Opened first: the mock replaces the file system under which checkpoints are looked for.
+        sources = open_dataset("imagenet2012")
+        monkeypatch.setattr(train.datasets, "open_dataset", lambda *_, **__: sources)
+        final = train.train(real, tmp_path / "run")
+    assert (final["step"], final["examples"]) == (2, 12)
+    losses = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    # The mean of two steps: the first guesses among 1,000 classes, the second after lr 0.
+    assert losses[0]["loss"] == pytest.approx(6.9078, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "workdir"),
+    [
+        ("configs/b16.py", "runs/b16"),
+        ("configs/b16.py:finetune,cifar10", "runs/b16-finetune-cifar10"),
+        (
+            "configs/b16.py:finetune,folder:/data/my flowers",
+            "runs/b16-finetune-folder-data-my-flowers",
+        ),
+        (f"{config.__file__}:runs/x/config.json", "runs/x"),
+    ],
+)
+def test_the_default_workdir_is_named_after_the_config(name, workdir):
+    assert pathlib.Path(default_workdir(name)) == pathlib.Path(workdir)

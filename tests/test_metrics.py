@@ -1,0 +1,97 @@
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from vit_jax import metrics
+from vit_jax.errors import UserError
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_resumed_run_drops_what_was_written_after_its_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
+    writer = metrics.JsonlWriter(path, last_step=1)
+    writer.write_scalars(2, {"loss": 2.5})
+    writer.close()
+    assert lines(path) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}]
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
+    writer = metrics.JsonlWriter(tmp_path / "metrics.jsonl", last_step=0)
+    writer.write_scalars(1, {"loss": 0.1})
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.1}]
+
+
+def step(loss=1.0, grad_norm=1.0):
+    return {"loss": jnp.float32(loss), "grad_norm": jnp.float32(grad_norm)}
+
+
+def test_a_window_gives_means_and_starts_anew():
+    window = metrics.Window({})
+    for i, loss in enumerate((1.0, 2.0, 6.0)):
+        window.add(i, step(loss))
+    assert window.mean() == {"loss": 3.0, "grad_norm": 1.0}
+    window.add(3, step(5.0))
+    assert window.mean() == {"loss": 5.0, "grad_norm": 1.0}
+
+
+def test_a_window_goes_on_after_a_checkpoint():
+    first = metrics.Window({})
+    first.add(1, step(1.0))
+    saved = json.loads(json.dumps(first.drain()))
+    second = metrics.Window(saved)
+    second.add(2, step(2.0))
+    assert second.mean() == {"loss": 1.5, "grad_norm": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (step(loss=float("nan")), "loss is nan at step 7"),
+        (step(grad_norm=float("inf")), "grad_norm is inf at step 7"),
+    ],
+)
+def test_what_is_not_finite_is_found_with_its_step(bad, message):
+    window = metrics.Window({})
+    window.add(6, step())
+    window.add(7, bad)
+    window.add(8, step())
+    with pytest.raises(FloatingPointError, match=message):
+        window.add(9, step())
+
+
+def test_evaluation_does_not_count_as_training_time(monkeypatch):
+    clock = iter([0.0, 10.0, 15.0, 20.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    stopwatch = metrics.Stopwatch()
+    with stopwatch:
+        pass
+    assert stopwatch.lap() == 15.0
+
+
+def test_the_progress_line_has_all_that_is_asked_for():
+    scalars = {"loss": 0.51234, "accuracy": 0.845, "images_per_second": 12345.6}
+    line = metrics.progress_line(200, 1000, scalars, 192.0)
+    assert line == "step 200/1000  loss 0.5123  accuracy 0.8450  12,346 images/s  ETA 3m12s"
+    assert "MFU 41.2%" in metrics.progress_line(200, 1000, scalars | {"mfu": 0.412}, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0s"), (59.6, "1m00s"), (185, "3m05s"), (3725, "1h02m")]
+)
+def test_durations_are_read_at_a_glance(seconds, text):
+    assert metrics.format_seconds(seconds) == text
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "metrics.json"
+    metrics.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        metrics.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    with pytest.raises(UserError, match="cannot be written: No such file"):
+        metrics.write_json(tmp_path / "no/such.json", {})
