@@ -222,7 +222,7 @@ def train_until(config, workdir, step):
             {"batch_size": 30, "accumulate_steps": 4},
             "batch_size 30 does not divide evenly over 1 dev",
         ),
-        ({"batch_size": 0}, "batch_size 0 does not divide evenly"),
+        ({"batch_size": 0}, "config.batch_size is 0: it must be at least 1"),
         ({"model.num_classes": 7}, "model.num_classes is 7 but digits has 10 classes"),
         (
             {"dataset.image_size": 10},

@@ -66,7 +66,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses the command line.
 
     Raises:
-            UserError: in place of the errors of absl and ml_collections.
+        UserError: in place of the errors of absl and ml_collections.
     """
     # "--config VALUE" and "-config=VALUE" become "--config=VALUE".
     argv = re.sub(r"\0--?config[\0=]", "\0--config=", "\0".join(argv)).split("\0")
