@@ -21,6 +21,7 @@ setup(
         "absl-py>=2.5",
         "clu>=0.0.12",
         "flax>=0.12.0",
+        "importlib-resources>=7.1",  # TFDS imports it without saying so.
         "jax>=0.7.1",
         "matplotlib>=3.11",
         "ml-collections>=1.1.0",
