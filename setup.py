@@ -29,7 +29,6 @@ setup(
         "numpy>=2.4",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
-        "rich>=15.0",
         "scikit-learn>=1.9",
         "tensorboard>=2.21",
         "tensorflow-datasets>=4.9.10",

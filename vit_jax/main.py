@@ -5,6 +5,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # With it TensorFlow greets on every start.
@@ -31,7 +32,8 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, f
 def main(argv: Sequence[str]) -> None:
     """Runs the config that the flags name."""
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.ERROR)
+        # Libraries log what they raise as well, with its traceback; --verbosity=0 shows it.
+        logging.set_verbosity(logging.FATAL)
     if len(argv) > 1:
         raise UserError(f"argument {argv[1]!r} is not a flag: values go as --config.KEY=VALUE")
     if _CONFIG.value is None:
@@ -107,8 +109,15 @@ def _check_overrides(argv: Sequence[str]) -> None:
             raise config_lib.unknown_key(key, valid)
 
 
+def _hide_abandoned_writes(unraisable: Any) -> None:
+    # When one write of a checkpoint fails, those that orbax abandons complain one by one.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def run() -> None:
     """The command: prints a user's mistake in one line and exits with code 2."""
+    sys.unraisablehook = _hide_abandoned_writes
     try:
         app.run(main, flags_parser=parse_flags)
     except UserError as error:

@@ -6,9 +6,7 @@ from collections import Counter
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import rich
 from flax.traverse_util import flatten_dict, unflatten_dict
-from rich.table import Column, Table
 
 from vit_jax.checkpoints.integrity import shortlist
 from vit_jax.errors import UserError
@@ -95,14 +93,12 @@ def resize_grid(embeddings: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 def print_report(report: list[Row]) -> None:
-    """Prints the rows of `transfer` as a table, parameters of equal layers in one line."""
-    table = Table(Column("parameter", overflow="fold"), "shape", "action")
+    """Prints the rows of `transfer`, a line each, parameters of equal layers in one line."""
     alike = Counter(
         row._replace(name=re.sub(r"encoderblock_\d+", "encoderblock_*", row.name)) for row in report
     )
     for (name, shape, action), count in alike.items():
-        table.add_row(f"{name} x{count}" if count > 1 else name, str(shape), action)
-    rich.print(table)
+        print(f"{action:8}{shape!s:22}{name}{f' x{count}' if count > 1 else ''}", flush=True)
 
 
 def _fit_positions(
