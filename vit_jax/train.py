@@ -134,7 +134,7 @@ def _refuse_another_run(config: ConfigDict, workdir: pathlib.Path, store: Checkp
 def _prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
     mesh = make_mesh()
     parts = mesh.size * config.accumulate_steps
-    if config.batch_size < 1 or config.batch_size % parts:
+    if config.batch_size % parts:
         raise UserError(
             f"batch_size {config.batch_size} does not divide evenly over {mesh.size} devices x "
             f"{config.accumulate_steps} accumulate_steps: use a multiple of {parts}"
@@ -307,9 +307,8 @@ def _compile(run: Run, state: TrainState) -> tuple[Callable, Callable]:
         out_shardings=(sharding, None),
         donate_argnums=0,
     )
-    step_fn = step_fn.lower(
-        state, batch
-    ).compile()  # Now, so that the first steps are timed fairly.
+    # Compiled here, the first step takes no longer than the others.
+    step_fn = step_fn.lower(state, batch).compile()
     eval_fn = jax.jit(functools.partial(eval_step, model=run.model, loss=config.loss))
     batches = pipeline.eval_batches(
         run.eval_source,

@@ -101,7 +101,10 @@ class CheckpointStore:
 
     def latest_metadata(self) -> dict[str, Any] | None:
         """The newest intact metadata, None if there is none: to compare before arrays are read."""
-        return next(_intact_metadata(self._newest_dir, saved_steps(self._newest_dir)), None)
+        for step in saved_steps(self._newest_dir):
+            with contextlib.suppress(DamagedError):
+                return read_document(self._newest_dir / str(step))["metadata"]
+        return None
 
     def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
         """Restores the newest intact checkpoint.
@@ -213,12 +216,6 @@ def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
         item_handlers=item_handlers(),
         options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
     )
-
-
-def _intact_metadata(directory: Path, steps: Iterable[int]) -> Iterator[dict[str, Any]]:
-    for step in steps:
-        with contextlib.suppress(DamagedError):
-            yield read_document(directory / str(step))["metadata"]
 
 
 def _storage_problem(error: Exception) -> str | None:
