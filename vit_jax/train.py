@@ -26,6 +26,7 @@ from vit_jax.checkpoints.training import CheckpointStore, config_differences
 from vit_jax.checkpoints.transfer import print_report, transfer
 from vit_jax.config import check_config, count_steps, to_dict
 from vit_jax.data import datasets, pipeline
+from vit_jax.data.protocols import evaluation
 from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate
 from vit_jax.models import create_model
@@ -313,8 +314,7 @@ def _compile(run: Run, state: TrainState) -> tuple[Callable, Callable]:
     batches = pipeline.eval_batches(
         run.eval_source,
         batch_size=config.batch_size // config.accumulate_steps,
-        image_size=size,
-        protocol=config.dataset.protocol,
+        preprocessing=evaluation(config.dataset.protocol, size),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )

@@ -4,6 +4,7 @@ import pytest
 
 from vit_jax.data.datasets import open_dataset
 from vit_jax.data.pipeline import eval_batches, train_batches
+from vit_jax.data.protocols import evaluation
 from vit_jax.errors import UserError
 
 
@@ -138,8 +139,7 @@ def test_truncated_image_is_named_by_evaluation_on_the_process_that_owns_it(imag
         batches = eval_batches(
             test,
             batch_size=4,
-            image_size=16,
-            protocol="bit",
+            preprocessing=evaluation("bit", image_size=16),
             process_index=process,
             process_count=2,
         )

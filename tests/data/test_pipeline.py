@@ -10,10 +10,17 @@ import tensorflow_datasets as tfds
 
 from vit_jax.data.datasets import Source, open_dataset
 from vit_jax.data.pipeline import eval_batches, train_batches
+from vit_jax.data.protocols import evaluation
 from vit_jax.errors import UserError
 
-VIEW = {"image_size": 8, "protocol": "inception"}
-TRAIN = VIEW | {"random_crop": True, "random_flip": True, "shuffle_buffer": 7}
+TRAIN = {
+    "image_size": 8,
+    "protocol": "inception",
+    "random_crop": True,
+    "random_flip": True,
+    "shuffle_buffer": 7,
+}
+EVAL = {"preprocessing": evaluation("inception", image_size=8)}
 
 
 def tiny_source(count):
@@ -84,7 +91,7 @@ def test_every_image_is_counted_once_in_evaluation(count, batch_size, processes)
             batch_size=batch_size,
             process_index=process,
             process_count=processes,
-            **VIEW,
+            **EVAL,
         )
         assert len(batches) == len(list(batches)) == -(-count // batch_size)
         for batch in batches:
@@ -103,7 +110,7 @@ def test_batches_have_the_promised_types(sharded):
     assert (batch["image"].dtype, batch["label"].dtype) == (np.float32, np.int32)
     assert batch["image"].shape == (8, 8, 8, 3)
     assert -1 <= batch["image"].min() < -0.5 < 0.5 < batch["image"].max() <= 1
-    assert next(iter(eval_batches(sharded, batch_size=8, **VIEW)))["mask"].dtype == np.float32
+    assert next(iter(eval_batches(sharded, batch_size=8, **EVAL)))["mask"].dtype == np.float32
 
 
 @pytest.mark.parametrize("cache", ["memory", "disk"])
@@ -149,7 +156,7 @@ def test_augmentation_differs_between_epochs(sharded):
 
 def test_without_randomness_training_sees_what_evaluation_sees(sharded):
     trained = by_label(take(sharded, 5, 10, random_crop=False, random_flip=False))
-    evaluated = by_label(eval_batches(sharded, batch_size=10, **VIEW))
+    evaluated = by_label(eval_batches(sharded, batch_size=10, **EVAL))
     for label in range(50):
         np.testing.assert_array_equal(trained[label], evaluated[label])
 

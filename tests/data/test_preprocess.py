@@ -8,7 +8,8 @@ import tensorflow as tf
 from PIL import Image
 
 from vit_jax.data import preprocess
-from vit_jax.data.protocols import eval_box
+from vit_jax.data.protocols import Preprocessing, eval_box
+from vit_jax.errors import UserError
 
 SEED = tf.constant([3, 5], tf.int64)
 
@@ -64,6 +65,42 @@ def test_pretrain_evaluation_equals_resizing_to_256_and_cropping_224():
     view = preprocess.view(encode(image, "PNG"), SEED, image_size=224, protocol="pretrain")
     resized = tf.image.resize(image, [256, 320])[16:240, 48:272]
     np.testing.assert_allclose(pixels(view), resized, atol=0.1)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("shape", [(300, 375), (40, 32)])
+def test_antialiased_evaluation_is_the_resize_and_crop_of_pil(shape, interpolation):
+    # Smooth, because PIL rounds to whole values between its two passes.
+    image = Image.fromarray(noise_image(*shape)).resize((9, 7)).resize(shape[::-1])
+    view = preprocess.eval_view(
+        encode(np.asarray(image), "PNG"), Preprocessing(56, 56 / 64, interpolation, antialias=True)
+    )
+    height, width = (64 * side // min(shape) for side in shape)
+    resized = np.asarray(image.resize((width, height), Image.Resampling[interpolation.upper()]))
+    y, x = (height - 56) // 2, (width - 56) // 2
+    np.testing.assert_allclose(pixels(view), resized[y : y + 56, x : x + 56], atol=1.5)
+
+
+def test_mean_and_std_are_those_of_pixels_from_0_to_1():
+    image = noise_image(8, 8)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    view = preprocess.eval_view(encode(image, "PNG"), Preprocessing(8, mean=mean, std=std))
+    np.testing.assert_allclose(view, (image / 255 - mean) / std, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"image_size": 0}, "image_size 0"),
+        ({"center_crop": 1.5}, "center_crop 1.5"),
+        ({"interpolation": "lanczos"}, "interpolation 'lanczos' is none of bilinear, bicubic"),
+        ({"std": (0.5, 0.0, 0.5)}, "is not positive"),
+        ({"mean": (0.5,)}, "is not three numbers"),
+    ],
+)
+def test_a_preprocessing_out_of_range_is_refused(wrong, message):
+    with pytest.raises(UserError, match=message):
+        Preprocessing(**{"image_size": 8, **wrong})
 
 
 @pytest.mark.parametrize("shape", [(60, 80), (20, 14)])
@@ -227,7 +264,7 @@ def test_16_bit_png_keeps_its_high_byte():
 
 
 def test_eval_box_takes_ints_and_tensors():
-    assert eval_box("inception", 30, 40) == (0, 0, 30, 40)
-    assert eval_box("pretrain", 256, 320) == (16, 48, 224, 224)
-    box = eval_box("pretrain", tf.constant(320.0), tf.constant(256.0))
+    assert eval_box(None, 30, 40) == (0, 0, 30, 40)
+    assert eval_box(0.875, 256, 320) == (16, 48, 224, 224)
+    box = eval_box(0.875, tf.constant(320.0), tf.constant(256.0))
     assert [float(edge) for edge in box] == [48, 16, 224, 224]

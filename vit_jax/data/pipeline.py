@@ -14,8 +14,8 @@ import numpy as np
 import tensorflow as tf
 
 from vit_jax.data.datasets import Source
-from vit_jax.data.preprocess import view
-from vit_jax.data.protocols import PROTOCOLS
+from vit_jax.data.preprocess import eval_view, view
+from vit_jax.data.protocols import Preprocessing, evaluation
 from vit_jax.errors import UserError
 
 _CACHE_LIMIT = 2 * 2**30  # bytes of encoded images that cache="auto" keeps in memory
@@ -66,7 +66,7 @@ def train_batches(
             an image is broken, with its name.
     """
     rows = _rows_per_process(batch_size, process_count)
-    _check_protocol(protocol)
+    evaluation(protocol, image_size)  # Checks both.
     if cache not in ("auto", "memory", "disk"):
         raise UserError(f"cache {cache!r} is unknown: use auto, memory or disk")
     in_memory = cache == "memory" or (cache == "auto" and source.num_bytes < _CACHE_LIMIT)
@@ -131,8 +131,7 @@ def eval_batches(
     source: Source,
     *,
     batch_size: int,
-    image_size: int,
-    protocol: str,
+    preprocessing: Preprocessing,
     process_index: int = 0,
     process_count: int = 1,
 ) -> EvalBatches:
@@ -144,26 +143,24 @@ def eval_batches(
     Args:
         source: what to read.
         batch_size: of the global batch, rows divided as in `train_batches`.
-        image_size: in pixels.
-        protocol: one of `protocols.PROTOCOLS`.
+        preprocessing: of the model.
         process_index: of this process.
         process_count: of all processes.
 
     Raises:
-        UserError: if `batch_size` cannot be divided or `protocol` is unknown; while iterating, if
-            an image is broken, with its name.
+        UserError: if `batch_size` cannot be divided; while iterating, if an image is broken, with
+            its name.
     """
     rows = _rows_per_process(batch_size, process_count)
-    _check_protocol(protocol)
 
     def example(position, record):
-        seed = tf.stack([position, position])  # of nothing: no view is random here
-        image = view(record["image"], seed, image_size=image_size, protocol=protocol)
+        del position
+        image = eval_view(record["image"], preprocessing)
         return {"image": image, "label": tf.cast(record["label"], tf.int32)}
 
     records = _own_rows(source.records().enumerate(), batch_size, rows, process_index)
     num_batches = -(-source.num_examples // batch_size)
-    return EvalBatches(num_batches, records, example, rows, image_size)
+    return EvalBatches(num_batches, records, example, rows, preprocessing.image_size)
 
 
 def _rows_per_process(batch_size, process_count):
@@ -172,11 +169,6 @@ def _rows_per_process(batch_size, process_count):
             f"batch_size {batch_size} is not a positive multiple of the {process_count} processes"
         )
     return batch_size // process_count
-
-
-def _check_protocol(protocol):
-    if protocol not in PROTOCOLS:
-        raise UserError(f"protocol {protocol!r} is none of {', '.join(PROTOCOLS)}")
 
 
 def _pad(array, rows):

@@ -1,13 +1,16 @@
 """From an encoded image to the pixels a model sees: one decode, one resize.
 
 The protocol chooses a box (see `protocols`); only the window of the image that covers the box is
-decoded, and one bilinear resampling takes exactly that box to the output. Augmentation is drawn
-with stateless operations, so a view is a pure function of the image and its seed.
+decoded, and one resampling takes exactly that box to the output. Augmentation is drawn with
+stateless operations, so a view is a pure function of the image and its seed.
 """
 
 import tensorflow as tf
 
-from vit_jax.data.protocols import BIT_RESIZE, eval_box
+from vit_jax.data.protocols import BIT_RESIZE, Preprocessing, eval_box, evaluation
+
+# The kernels of ScaleAndTranslate, and how far they reach in pixels of the coarser grid.
+_KERNELS = {"bilinear": ("triangle", 1), "bicubic": ("keyscubic", 2)}
 
 
 def view(
@@ -34,31 +37,62 @@ def view(
         tf.errors.InvalidArgumentError: when run on bytes that cannot be decoded.
     """
     crop_seed, flip_seed = tf.unstack(tf.random.split(seed, 2))
+    preprocessing = evaluation(protocol, image_size)
+    if not random_crop:
+        image = eval_view(encoded, preprocessing)
+    else:
+
+        def choose(height, width):
+            if protocol == "bit":
+                box = _bit_box(height, width, image_size, crop_seed)
+            elif protocol == "pad":
+                box = _shifted_box(height, width, crop_seed)
+            else:
+                window = _inception_window(height, width, crop_seed)
+                # The published code crops before it resizes: nothing outside the crop is seen.
+                return tf.cast(window, tf.float32), window
+            return _with_window(box, height, width, preprocessing)
+
+        image = _look(encoded, choose, preprocessing)
+    if random_flip:
+        mirrored = tf.random.stateless_uniform([], flip_seed) < 0.5
+        image = tf.cond(mirrored, lambda: image[:, ::-1], lambda: image)
+    return image
+
+
+def eval_view(encoded: tf.Tensor, preprocessing: Preprocessing) -> tf.Tensor:
+    """Returns what evaluation sees of an image, float32 [image_size, image_size, 3].
+
+    Args:
+        encoded: as in `view`.
+        preprocessing: of the model.
+
+    Raises:
+        tf.errors.InvalidArgumentError: when run on bytes that cannot be decoded.
+    """
 
     def choose(height, width):
-        if not random_crop:
-            box = eval_box(protocol, tf.cast(height, tf.float32), tf.cast(width, tf.float32))
-        elif protocol == "bit":
-            box = _bit_box(height, width, image_size, crop_seed)
-        elif protocol == "pad":
-            box = _shifted_box(height, width, crop_seed)
-        else:
-            window = _inception_window(height, width, crop_seed)
-            # The published code crops before it resizes, so nothing outside the crop is seen.
-            return tf.cast(window, tf.float32), window
-        box = tf.stack([tf.cast(edge, tf.float32) for edge in box])
-        return box, _covering_window(box, height, width)
+        sides = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
+        box = eval_box(preprocessing.center_crop, *sides)
+        return _with_window(box, height, width, preprocessing)
 
+    return _look(encoded, choose, preprocessing)
+
+
+def _look(encoded, choose, preprocessing):
+    """The box that `choose` returns, with the window to decode for it, as a model is fed it."""
     pixels, box, window = tf.cond(
         tf.io.is_jpeg(encoded),
         lambda: _decode_jpeg(encoded, choose),
         lambda: _decode_other(encoded, choose),
     )
-    image = _resample(pixels, box, window, image_size)
-    if random_flip:
-        mirrored = tf.random.stateless_uniform([], flip_seed) < 0.5
-        image = tf.cond(mirrored, lambda: image[:, ::-1], lambda: image)
-    return tf.ensure_shape((image - 127.5) / 127.5, [image_size, image_size, 3])
+    image = _resample(pixels, box, window, preprocessing)
+    mean, std = (
+        tf.constant([255 * x for x in values], tf.float32)
+        for values in (preprocessing.mean, preprocessing.std)
+    )
+    size = preprocessing.image_size
+    return tf.ensure_shape((image - mean) / std, [size, size, 3])
 
 
 def _inception_window(height, width, seed):
@@ -91,18 +125,25 @@ def _shifted_box(height, width, seed):
     return shift[0], shift[1], height, width
 
 
-def _covering_window(box, height, width):
-    # Bilinear sampling at the edge of the box reads up to one pixel outside of it.
+def _with_window(box, height, width, preprocessing):
+    """The box, and the window of whole pixels that resampling it reads."""
+    box = tf.stack([tf.cast(edge, tf.float32) for edge in box])
+    _, radius = _KERNELS[preprocessing.interpolation]
+    margin = tf.constant([radius, radius])
+    if preprocessing.antialias:
+        shrinkage = tf.maximum(box[2:] / preprocessing.image_size, 1.0)
+        margin = tf.cast(tf.math.ceil(radius * shrinkage), tf.int32)
     limit = tf.stack([height, width])
-    begin = tf.maximum(tf.cast(tf.floor(box[:2]), tf.int32) - 1, 0)
-    end = tf.minimum(tf.cast(tf.math.ceil(box[:2] + box[2:]), tf.int32) + 1, limit)
-    return tf.concat([begin, end - begin], 0)
+    begin = tf.maximum(tf.cast(tf.floor(box[:2]), tf.int32) - margin, 0)
+    end = tf.minimum(tf.cast(tf.math.ceil(box[:2] + box[2:]), tf.int32) + margin, limit)
+    return box, tf.concat([begin, end - begin], 0)
 
 
-def _resample(pixels, box, window, image_size):
-    size = [image_size, image_size]
+def _resample(pixels, box, window, preprocessing):
+    size = [preprocessing.image_size] * 2
     window = tf.cast(window, tf.float32)
-    scale = image_size / box[2:]
+    scale = preprocessing.image_size / box[2:]
+    kernel, _ = _KERNELS[preprocessing.interpolation]
 
     def sample_box():
         return tf.raw_ops.ScaleAndTranslate(
@@ -110,10 +151,12 @@ def _resample(pixels, box, window, image_size):
             size=size,
             scale=scale,
             translation=(window[:2] - box[:2]) * scale,
-            kernel_type="triangle",
-            antialias=False,
+            kernel_type=kernel,
+            antialias=preprocessing.antialias,
         )[0]
 
+    if kernel != "triangle" or preprocessing.antialias:
+        return sample_box()
     # Both sample alike; resize is faster, but knows no box.
     is_whole = tf.reduce_all(box == window)
     return tf.cond(is_whole, lambda: tf.image.resize(pixels, size), sample_box)
