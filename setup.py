@@ -21,6 +21,8 @@ setup(
         "absl-py>=2.5",
         "clu>=0.0.12",
         "flax>=0.12.0",
+        "google-crc32c>=1.9",
+        "huggingface-hub>=2.4",
         "importlib-resources>=7.1",  # TFDS imports it without saying so.
         "jax>=0.7.1",
         "matplotlib>=3.11",
@@ -29,12 +31,14 @@ setup(
         "numpy>=2.4",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "requests>=2.34",
         "scikit-learn>=1.9",
         "tensorboard>=2.21",
         "tensorflow-datasets>=4.9.10",
         # TensorFlow only reads data: its CPU build, where there is one, is a tenth of the size.
         "tensorflow-cpu>=2.21; sys_platform == 'linux' and platform_machine == 'x86_64'",
         "tensorflow>=2.21; sys_platform != 'linux' or platform_machine != 'x86_64'",
+        "tqdm>=4.70",
     ],
     extras_require={
         "cuda": ["jax[cuda12]"],
