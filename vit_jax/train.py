@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import metrics
 from vit_jax.analysis import flops
-from vit_jax.checkpoints.pretrained import load_pretrained
+from vit_jax.checkpoints.pretrained import load_pretrained, with_usual_inputs
 from vit_jax.checkpoints.training import CheckpointStore, config_differences
 from vit_jax.checkpoints.transfer import print_report, transfer
 from vit_jax.config import check_config, count_steps, to_dict
@@ -217,15 +217,14 @@ def _start(run: Run, store: CheckpointStore) -> tuple[TrainState, dict[str, Any]
 
 def _initialise_from(config: ConfigDict, state: TrainState) -> TrainState:
     pretrained = load_pretrained(config.init_from)
-    saved = pretrained.metadata.get("config", {}).get("model", {})
     for key in ("gelu", "layer_norm_epsilon"):  # They travel with the weights.
-        if saved.get(key, config.model[key]) != config.model[key]:
+        if pretrained.model[key] != config.model[key]:
             raise UserError(
                 f"model.{key} is {config.model[key]} but {pretrained.source} was trained with "
-                f"{saved[key]}: set --config.model.{key}={saved[key]}"
+                f"{pretrained.model[key]}: set --config.model.{key}={pretrained.model[key]}"
             )
     fresh = multihost_utils.process_allgather(state.params, tiled=True)
-    params, report = transfer(fresh, pretrained.params)
+    params, report = transfer(fresh, with_usual_inputs(pretrained))
     if jax.process_index() == 0:
         print_report(report)
     return replace_params(state, params)

@@ -5,7 +5,8 @@ import pytest
 import scipy.ndimage
 from flax.traverse_util import flatten_dict
 
-from vit_jax.checkpoints.transfer import POSITIONS, Row, print_report, resize_grid, transfer
+from vit_jax.checkpoints.layouts import POSITIONS
+from vit_jax.checkpoints.transfer import Row, print_report, resize_grid, transfer
 from vit_jax.errors import UserError
 from vit_jax.models.vit import VisionTransformer
 

@@ -28,8 +28,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from vit_jax.checkpoints.integrity import first_line, shortlist
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, first_line, shortlist
 
 MAX_BYTES = 16 << 30
 MAX_ARRAYS = 10_000  # ViT-H/14 has 400

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import unflatten_dict
 from jax import lax
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, first_line, shortlist
 
 
 class DamagedError(Exception):
@@ -139,18 +139,6 @@ def mapping_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[
         for key, (old, new) in pairs.items()
         if old != new
     ]
-
-
-def shortlist(lines: list[str], limit: int = 4) -> str:
-    """Joins the first lines into one and counts the rest."""
-    rest = len(lines) - limit
-    return "; ".join(lines[:limit]) + (f"; and {rest} more" if rest > 0 else "")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, cut at 200 characters."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0][:200]
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

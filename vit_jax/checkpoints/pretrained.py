@@ -1,125 +1,209 @@
-"""Pretrained weights from a file or a run, as a plain tree of NumPy arrays."""
+"""Weights with all that must travel with them, from any format: see `load_pretrained`."""
 
 import dataclasses
 import os
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax.checkpoints.integrity import (
-    DamagedError,
-    first_line,
-    read_document,
-    read_subtree,
-    shortlist,
-)
-from vit_jax.checkpoints.training import saved_steps
-from vit_jax.errors import UserError
+from vit_jax import models
+from vit_jax.checkpoints import infer, layouts, peers, remote
+from vit_jax.checkpoints.arrays import read_arrays, read_sharded
+from vit_jax.checkpoints.known import Known, of_run, read_sidecar
+from vit_jax.checkpoints.layouts import Arrays
+from vit_jax.checkpoints.transfer import check_fit, transfer
+from vit_jax.data.protocols import Preprocessing, evaluation
+from vit_jax.errors import UserError, shortlist
 
-_ACCEPTED = "an .npz file in the official format, a run's workdir, or one checkpoint in it"
-
-# What NumPy and zipfile raise for a damaged or hostile archive.
-_UNREADABLE = (
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    LookupError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
+_ACCEPTED = (
+    "a run's workdir or a checkpoint in it; a file of weights (.npz, .safetensors, .pth) under "
+    "Google's or timm's names; a folder of Hugging Face's or timm's; or a name such as ViT-B_16 or "
+    "hf:OWNER/NAME"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """Weights and where they came from.
+    """A model: its weights, and what must be known to use them rightly.
 
     Attributes:
-        params: nested dicts of float32 arrays, in the tree of the file.
-        source: the file or checkpoint directory that was read.
-        metadata: what the run saved beside them; empty for an .npz file.
+        params: nested dicts of float32 NumPy arrays, in the official tree.
+        model: for `models.create_model`: the architecture, its sizes, `num_classes`, and the GELU
+            and LayerNorm epsilon that the weights were trained with.
+        preprocessing: what evaluation makes of an image.
+        class_names: one per class in the order of the logits, None if nobody knows them.
+        loss: "softmax" or "sigmoid", for which the logits were trained.
+        source: the file or directory that was read.
     """
 
     params: dict[str, Any]
+    model: dict[str, Any]
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None
+    loss: str
     source: str
-    metadata: dict[str, Any]
 
 
-def load_pretrained(path: str | os.PathLike[str]) -> Pretrained:
-    """Reads weights from an official `.npz` file or from a run of this project.
+def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretrained:
+    """Reads a model from any format, which is recognised from what is there.
+
+    The architecture is read off the shapes. What shapes cannot tell comes from the configuration
+    beside the weights: a run's, Hugging Face's, timm's, or the JSON file that `vit_jax.convert`
+    writes. Without one the format's conventions stand: Google's weights have the tanh form of GELU,
+    timm's and Hugging Face's the exact one, and the heads are those of the paper's model of this
+    size.
 
     Args:
-        path: an `.npz` whose keys are parameter names joined by "/"; or a run's workdir or its
-            `checkpoints` or `best` directory, of which the newest step is read; or one step. Of a
-            run that averaged its parameters the average is read.
+        path: a run's workdir or its `checkpoints` or `best` directory, of which the newest step is
+            read, or one step (of a run that averaged its parameters, the average is read); a file;
+            a folder of Hugging Face's or timm's; or a published name, see `checkpoints.remote`.
+        **overrides: `num_heads`, `gelu` or `layer_norm_epsilon`, where what is read is silent or
+            wrong; `image_size`, to which position embeddings are interpolated. None is no override.
 
     Raises:
-        UserError: the path is none of these, or what it holds is damaged, empty or not finite.
+        UserError: the path is none of these; the weights are damaged, not finite, of no ViT, or do
+            not fit together; something can be neither read nor inferred, and is asked for by name.
     """
-    path = Path(path)
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    image_size = overrides.pop("image_size", None)
+    name = os.fspath(path)
+    path = Path(remote.fetch(name) if remote.is_remote_name(name) else name)
     if not path.exists():
         raise UserError(f"{path} does not exist: give {_ACCEPTED}")
-    pretrained = _read_run(path) if path.is_dir() else _read_npz(path)
-    flat = flatten_dict(pretrained.params, sep="/")
-    if not flat:
-        raise UserError(f"{path} holds no parameters: give {_ACCEPTED}")
-    if bad := [name for name, x in flat.items() if not np.isfinite(x).all()]:
-        raise UserError(f"{path} has NaN or infinite values in {shortlist(bad)}: use another file")
+    try:
+        if path.is_dir() and _weights_of(path) == path:
+            path, arrays, known = _read_run(path)
+        else:
+            arrays, known = _read_weights(path, overrides)
+        pretrained = _assemble(arrays, known, overrides, str(path))
+        if image_size is not None and image_size != pretrained.preprocessing.image_size:
+            pretrained = resize(pretrained, image_size)
+    except UserError as error:
+        message = str(error)
+        raise UserError(message if str(path) in message else f"{path}: {message}") from error
     return pretrained
 
 
-def _read_npz(path: Path) -> Pretrained:
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is truncated or not an .npz file: fetch it again")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            flat = {name: _float32(archive[name], name, path) for name in archive.files}
-            params = unflatten_dict(flat, sep="/")
-    except UserError:
-        raise
-    except _UNREADABLE as error:
-        if "allow_pickle" in str(error):
-            raise UserError(
-                f"{path} holds pickled Python objects, which are never loaded: "
-                "save it again with plain arrays"
-            ) from error
-        raise UserError(f"{path} is damaged ({first_line(error)}): fetch it again") from error
-    return Pretrained(params, str(path), {})
+def resize(pretrained: Pretrained, image_size: int) -> Pretrained:
+    """The model for square images of another size: position embeddings are interpolated (3.2)."""
+    fresh = jax.tree.map(
+        lambda x: np.zeros(x.shape, x.dtype), abstract_params(pretrained.model, image_size)
+    )
+    params, _ = transfer(fresh, pretrained.params, keep_head=True)
+    preprocessing = dataclasses.replace(pretrained.preprocessing, image_size=image_size)
+    return dataclasses.replace(pretrained, params=params, preprocessing=preprocessing)
 
 
-def _read_run(path: Path) -> Pretrained:
-    step_dir = _step_directory(path)
-    try:
-        document = read_document(step_dir)
-        averaged = any(name.startswith("ema_params/") for name in document["arrays"])
-        params = read_subtree(step_dir, "ema_params" if averaged else "params")
-    except DamagedError as error:
+def with_usual_inputs(pretrained: Pretrained) -> dict[str, Any]:
+    """The parameters of the same model for images in [-1, 1], as training here feeds them.
+
+    Weights made for other channel means and standard deviations get the difference put into their
+    patch embedding, which is linear: E (x - mean) / std + b = E' (2x - 1) + b'.
+
+    Raises:
+        UserError: the model is a hybrid with such statistics, whose stem is not linear.
+    """
+    preprocessing = pretrained.preprocessing
+    mean, std = np.float64(preprocessing.mean), np.float64(preprocessing.std)
+    if np.all(mean == 0.5) and np.all(std == 0.5):
+        return pretrained.params
+    if pretrained.model["architecture"] != "vit":
         raise UserError(
-            f"checkpoint {step_dir} is damaged: {error}; name another step of the run"
-        ) from error
-    flat = flatten_dict(params, sep="/")
-    params = unflatten_dict({name: _float32(x, name, path) for name, x in flat.items()}, sep="/")
-    return Pretrained(params, str(step_dir), document["metadata"])
+            f"{pretrained.source} was trained on images of mean {preprocessing.mean} and standard "
+            f"deviation {preprocessing.std}: a hybrid goes on only from images in [-1, 1]"
+        )
+    kernel, bias = (np.float64(pretrained.params["embedding"][x]) for x in ("kernel", "bias"))
+    # x = (y + 1) / 2, so (x - mean) / std = y / (2 std) + (1/2 - mean) / std.
+    embedding = {
+        "kernel": np.float32(kernel / (2 * std)[:, None]),
+        "bias": np.float32(bias + np.einsum("hwio,i->o", kernel, (0.5 - mean) / std)),
+    }
+    return {**pretrained.params, "embedding": embedding}
 
 
-def _step_directory(path: Path) -> Path:
-    if (path / "metadata").is_dir() and (path / "state").is_dir():
-        return path
+def abstract_params(model: dict[str, Any], image_size: int) -> dict[str, Any]:
+    """The parameter tree of a model for square images, as shapes and dtypes."""
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.float32)
+    module = models.create_model(model)
+    return jax.eval_shape(module.init, jax.random.key(0), images)["params"]
+
+
+def _assemble(arrays: Arrays, known: Known, overrides: dict[str, Any], source: str) -> Pretrained:
+    """Checks that the arrays are one whole model."""
+    sizes = infer.infer_model(arrays)
+    defaults = {"gelu": "tanh", "layer_norm_epsilon": 1e-6}
+    # A run's config has 0 classes for "those of the data set".
+    classes = {"num_classes": sizes["num_classes"]}
+    model = {**defaults, **sizes, **known.model, **classes, **overrides}
+    preprocessing = known.preprocessing
+    if preprocessing is None:
+        # A hidden layer before the head is pre-training's, which evaluates on a central crop.
+        protocol = "pretrain" if model["representation_size"] else "inception"
+        grid = infer.infer_grid(arrays)
+        preprocessing = evaluation(protocol, grid * models.create_model(model).downsampling)
+    if model["num_heads"] < 1:
+        raise UserError(f"num_heads {model['num_heads']} is less than 1")
+    params = unflatten_dict(arrays, sep="/")
+    check_fit(abstract_params(model, preprocessing.image_size), params)
+    names = known.class_names
+    if names is not None and len(names) != model["num_classes"]:
+        raise UserError(
+            f"{len(names)} class names for {model['num_classes']} classes: give one for each"
+        )
+    return Pretrained(params, model, preprocessing, names, known.loss, source)
+
+
+def _read_weights(path: Path, overrides: dict[str, Any]) -> tuple[Arrays, Known]:
+    """The arrays of a file or folder under official names, and what is known of them."""
+    weights = _weights_of(path)
+    arrays = read_sharded(weights) if weights.suffix == ".json" else read_arrays(weights)
+    layout = layouts.recognise(arrays)
+    if layout is None:
+        raise UserError(
+            f"{weights} has no ViT's parameter names ({shortlist(sorted(arrays), 2)}): "
+            f"give {_ACCEPTED}"
+        )
+    # PyTorch's layouts do not tell the heads: one is as good as any to learn the other sizes.
+    official = layouts.to_official(arrays, layout, num_heads=1)
+    sizes = infer.infer_model(official)
+    image_size = infer.infer_grid(official) * models.create_model(sizes).downsampling
+    known = read_sidecar(path, peers.describe(path, layout, sizes, image_size))
+    if layout == "official":
+        return official, known
+    num_heads = {**known.model, **overrides}.get("num_heads")
+    if num_heads is None:
+        keys = ("hidden_size", "num_layers", "mlp_dim")
+        num_heads = infer.usual_num_heads(**{key: sizes[key] for key in keys})
+    return layouts.to_official(arrays, layout, num_heads), known
+
+
+def _weights_of(path: Path) -> Path:
+    names = ("model.safetensors", "model.safetensors.index.json") if path.is_dir() else ()
+    return next((path / name for name in names if (path / name).is_file()), path)
+
+
+def _read_run(path: Path) -> tuple[Path, Arrays, Known]:
+    # Orbax takes a second to import.
+    from vit_jax.checkpoints import integrity
+    from vit_jax.checkpoints.training import saved_steps
+
+    steps = [path] if (path / "metadata").is_dir() and (path / "state").is_dir() else []
     for directory in (path, path / "checkpoints"):
-        if steps := saved_steps(directory):
-            return directory / str(steps[0])
-    raise UserError(f"{path} holds no checkpoint: give {_ACCEPTED}")
-
-
-def _float32(array: np.ndarray, name: str, path: Path) -> np.ndarray:
-    if array.dtype == np.dtype("V2"):  # how NumPy stores bfloat16
-        array = array.view(ml_dtypes.bfloat16)
-    if array.dtype != ml_dtypes.bfloat16 and not np.issubdtype(array.dtype, np.floating):
-        raise UserError(f"{path} has {name} of type {array.dtype}: parameters are floating point")
-    return array.astype(np.float32)
+        steps += [directory / str(step) for step in saved_steps(directory)[:1]]
+    if not steps:
+        raise UserError(f"{path} holds no checkpoint: give {_ACCEPTED}")
+    try:
+        document = integrity.read_document(steps[0])
+        averaged = any(name.startswith("ema_params/") for name in document["arrays"])
+        params = integrity.read_subtree(steps[0], "ema_params" if averaged else "params")
+    except integrity.DamagedError as error:
+        raise UserError(
+            f"checkpoint {steps[0]} is damaged: {error}; name another step of the run"
+        ) from error
+    arrays = flatten_dict(params, sep="/")
+    if bad := [name for name, x in arrays.items() if not np.isfinite(x).all()]:
+        raise UserError(f"{steps[0]} has NaN or infinite values in {shortlist(bad)}")
+    return steps[0], arrays, of_run(document["metadata"])

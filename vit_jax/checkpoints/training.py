@@ -22,9 +22,8 @@ from vit_jax.checkpoints.integrity import (
     mapping_differences,
     read_document,
     read_state,
-    shortlist,
 )
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, shortlist
 
 _STORAGE_ERRORS = (
     errno.ENOSPC,

@@ -8,10 +8,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax.checkpoints.integrity import shortlist
-from vit_jax.errors import UserError
-
-POSITIONS = "Transformer/posembed_input/pos_embedding"
+from vit_jax.checkpoints.layouts import POSITIONS
+from vit_jax.errors import UserError, shortlist
 
 Grid = tuple[int, int]
 
@@ -71,13 +69,38 @@ def transfer(
         found[POSITIONS] = _fit_positions(old[POSITIONS], init[POSITIONS], has_class, grids)
         if found[POSITIONS] is not old[POSITIONS]:
             actions[POSITIONS] = "resized"
-    _check_fit({name: init[name] for name in init.keys() - new}, found)
+    check_fit({name: init[name] for name in init.keys() - new}, found)
 
     found |= {name: init[name] for name in new}
     params = {name: np.asarray(found[name], init[name].dtype) for name in init}
     report = [Row(name, np.shape(params[name]), action) for name, action in actions.items()]
     report += [Row(name, np.shape(old[name]), "dropped") for name in sorted(dropped)]
     return unflatten_dict(params, sep="/"), report
+
+
+def check_fit(wanted: dict[str, Any], found: dict[str, Any]) -> None:
+    """Checks that parameters are those of a model.
+
+    Args:
+        wanted: arrays, or their shapes as `jax.ShapeDtypeStruct`, of the model; nested or flat.
+        found: the arrays that should fill it.
+
+    Raises:
+        UserError: parameters are missing, misshapen or left over; it lists them.
+    """
+    wanted, found = (flatten_dict(tree, sep="/") for tree in (wanted, found))
+    problems = [f"{name} is missing" for name in wanted.keys() - found.keys()]
+    problems += [f"{name} is not in the model" for name in found.keys() - wanted.keys()]
+    problems += [
+        f"{name} has shape {found[name].shape}, the model {np.shape(wanted[name])}"
+        for name in wanted.keys() & found.keys()
+        if found[name].shape != np.shape(wanted[name])
+    ]
+    if problems:
+        raise UserError(
+            f"the weights do not fit the model in {len(problems)} places: "
+            f"{shortlist(sorted(problems))}; choose the model that they were made for"
+        )
 
 
 def resize_grid(embeddings: np.ndarray, grid: Grid) -> np.ndarray:
@@ -135,18 +158,3 @@ def _grid(patches: int, grid: Grid | None) -> Grid:
 def _interpolation(old: int, new: int) -> np.ndarray:
     positions = np.linspace(0, old - 1, new)
     return np.maximum(0.0, 1.0 - np.abs(positions[:, None] - np.arange(old)))
-
-
-def _check_fit(wanted: dict[str, Any], found: dict[str, Any]) -> None:
-    problems = [f"{name} is missing" for name in wanted.keys() - found.keys()]
-    problems += [f"{name} is not in the model" for name in found.keys() - wanted.keys()]
-    problems += [
-        f"{name} has shape {found[name].shape}, the model {np.shape(wanted[name])}"
-        for name in wanted.keys() & found.keys()
-        if found[name].shape != np.shape(wanted[name])
-    ]
-    if problems:
-        raise UserError(
-            f"the weights do not fit the model in {len(problems)} places: "
-            f"{shortlist(sorted(problems))}; choose the model that they were made for"
-        )

@@ -52,6 +52,25 @@ def model_keys(architecture: str) -> set[str]:
     return {"architecture"} | fields - {"parent", "name"}
 
 
+def check_types(config: Mapping[str, Any]) -> None:
+    """Checks the keys of an architecture and some of its hyperparameters, and their types.
+
+    Raises:
+        UserError: a key is none of its architecture's, or a value is of another type.
+    """
+    valid = model_keys(config["architecture"])
+    fields = dataclasses.fields(ARCHITECTURES[config["architecture"]])
+    fields = {field.name: field.type for field in fields}
+    for key in config.keys() - {"architecture"}:
+        if key not in valid:
+            raise UserError(f"model.{key} is not a key that anything reads")
+        kind = (int, float) if fields[key] is float else fields[key]
+        if isinstance(kind, type | tuple) and not isinstance(config[key], kind):
+            raise UserError(
+                f"model.{key} is {config[key]!r}: it must be of type {fields[key].__name__}"
+            )
+
+
 def create_model(config: Mapping[str, Any], **overrides: Any) -> nn.Module:
     """Builds the module that a config's `model` section describes.
 

@@ -283,6 +283,11 @@ class VisionTransformer(nn.Module):
     scan_layers: bool = False
     dtype: Any = jnp.float32
 
+    @property
+    def downsampling(self) -> int:
+        """Side in pixels of the square of the image that becomes one token."""
+        return self.patch_size
+
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
         """Computes logits.

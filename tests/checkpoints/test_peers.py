@@ -1,0 +1,253 @@
+"""Whole models against timm's and Transformers' own, every tensor random, both ways."""
+
+import json
+
+import numpy as np
+import pytest
+
+from vit_jax import models
+from vit_jax.checkpoints.pretrained import load_pretrained
+from vit_jax.checkpoints.save import save_pretrained
+from vit_jax.errors import UserError
+
+PEERS = "needs the peers extra: pip install -e '.[peers]'"
+torch = pytest.importorskip("torch", reason=PEERS, exc_type=ImportError)
+timm = pytest.importorskip("timm", reason=PEERS, exc_type=ImportError)
+safetensors_torch = pytest.importorskip("safetensors.torch", reason=PEERS, exc_type=ImportError)
+transformers = pytest.importorskip("transformers", reason=PEERS, exc_type=ImportError)
+
+TINY = {"embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
+
+
+def randomise(module, seed=0):
+    """Every tensor random, so that a swapped pair cannot hide, and of a usual scale."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, x in module.state_dict().items():
+            noise = torch.randn(x.shape, generator=generator)
+            if x.ndim == 1:
+                x.copy_(0.2 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+            else:
+                x.copy_(noise / max(x[0].numel(), 1) ** 0.5)
+    return module.eval()
+
+
+def images(size, count=2):
+    return np.random.default_rng(size).uniform(-1, 1, (count, size, size, 3)).astype(np.float32)
+
+
+def logits_of_torch(module, x):
+    with torch.no_grad():
+        output = module(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()))
+    return getattr(output, "logits", output).numpy()
+
+
+def logits_of(pretrained, x):
+    return np.asarray(models.create_model(pretrained.model).apply({"params": pretrained.params}, x))
+
+
+def assert_close(actual, expected):
+    assert np.std(expected) > 1e-2
+    assert np.abs(actual - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def assert_same_tensors(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, x in expected.items():
+        np.testing.assert_array_equal(actual[name].numpy(), x.numpy(), err_msg=name)
+
+
+def timm_round_trip(tmp_path, name, size, act_layer="gelu", **options):
+    """A timm model, read from its state dict, written as a folder and read by timm again."""
+    module = randomise(timm.create_model(name, img_size=size, act_layer=act_layer, **options))
+    path = tmp_path / "theirs.safetensors"
+    safetensors_torch.save_file(module.state_dict(), path)
+    gelu = "tanh" if act_layer == "gelu_tanh" else None
+    ours = load_pretrained(path, num_heads=options.get("num_heads"), gelu=gelu)
+    x = images(size)
+    assert_close(logits_of(ours, x), logits_of_torch(module, x))
+    save_pretrained(ours, tmp_path / "folder", "timm")
+    again = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True)
+    assert_same_tensors(again.state_dict(), module.state_dict())
+    np.testing.assert_array_equal(logits_of_torch(again.eval(), x), logits_of_torch(module, x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [224, 160])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_tiny_patch16_224",
+        "vit_small_patch16_224",
+        "vit_base_patch16_224",
+        "vit_base_patch32_224",
+    ],
+)
+def test_timm_models_agree_both_ways(tmp_path, name, size):
+    timm_round_trip(tmp_path, name, size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        # The shapes and heads of the large ones; two of their 24 and 32 equal layers.
+        ("vit_large_patch16_224", {"num_heads": 16}),
+        ("vit_huge_patch14_224", {"num_heads": 16}),
+    ],
+)
+@pytest.mark.parametrize("size", [224, 112])
+def test_large_timm_models_agree_both_ways(tmp_path, name, sizes, size):
+    timm_round_trip(tmp_path, name, size, depth=2, **sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [224, 160])
+@pytest.mark.parametrize("name", ["vit_base_r50_s16_224", "vit_small_r26_s32_224"])
+def test_timm_hybrids_agree_both_ways(tmp_path, name, size):
+    timm_round_trip(tmp_path, name, size, depth=2, num_heads={"b": 12, "s": 6}[name[4]])
+
+
+@pytest.mark.parametrize("size", [32, 48])
+@pytest.mark.parametrize("options", [{"act_layer": "gelu"}, {"act_layer": "gelu_tanh"}])
+def test_a_tiny_timm_model_agrees_both_ways(tmp_path, size, options):
+    timm_round_trip(tmp_path, "vit_tiny_patch16_224", size, **TINY, **options)
+
+
+def test_mean_pooling_is_timms_without_a_class_token(tmp_path):
+    options = {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    timm_round_trip(tmp_path, "vit_tiny_patch16_224", 32, **TINY, **options)
+
+
+def transformer(size, **options):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 32, "patch_size": 8, "image_size": size, **options}
+    return transformers.ViTConfig(**sizes)
+
+
+def transformers_round_trip(tmp_path, config, processor=None, **saving):
+    """A Transformers model, read from its folder, written as one and read by Transformers again."""
+    module = randomise(transformers.ViTForImageClassification(config))
+    module.save_pretrained(tmp_path / "theirs", **saving)
+    if processor:
+        processor.save_pretrained(tmp_path / "theirs")
+    ours = load_pretrained(tmp_path / "theirs")
+    x = images(config.image_size)
+    assert_close(logits_of(ours, x), logits_of_torch(module, x))
+    save_pretrained(ours, tmp_path / "folder", "huggingface")
+    again = transformers.ViTForImageClassification.from_pretrained(tmp_path / "folder")
+    assert_same_tensors(again.state_dict(), module.state_dict())
+    np.testing.assert_array_equal(logits_of_torch(again.eval(), x), logits_of_torch(module, x))
+    return ours, again
+
+
+@pytest.mark.parametrize("size", [32, 48])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh"])
+def test_a_tiny_transformers_model_agrees_both_ways(tmp_path, size, activation):
+    names = {0: "daisy", 1: "iris", 2: "rose"}
+    config = transformer(size, hidden_act=activation, id2label=names, layer_norm_eps=1e-5)
+    ours, again = transformers_round_trip(tmp_path, config)
+    assert ours.class_names == ("daisy", "iris", "rose") and again.config.id2label == names
+    assert ours.model["gelu"] == {"gelu": "erf"}.get(activation, "tanh")
+    assert ours.model["layer_norm_epsilon"] == again.config.layer_norm_eps == 1e-5
+
+
+def test_a_sharded_transformers_model_is_read(tmp_path):
+    transformers_round_trip(tmp_path, transformer(32), max_shard_size="8KB")
+    assert len(list((tmp_path / "theirs").glob("model-*.safetensors"))) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [224, 384])
+def test_transformers_base_model_agrees_both_ways(tmp_path, size):
+    transformers_round_trip(tmp_path, transformers.ViTConfig(image_size=size, num_labels=1000))
+
+
+def test_the_processor_travels_both_ways(tmp_path):
+    processor = transformers.ViTImageProcessor(
+        size={"height": 32, "width": 32},
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+        resample=3,
+    )
+    ours, _ = transformers_round_trip(tmp_path, transformer(32), processor)
+    assert ours.preprocessing.mean == (0.485, 0.456, 0.406)
+    assert ours.preprocessing.interpolation == "bicubic" and ours.preprocessing.antialias
+    again = transformers.ViTImageProcessor.from_pretrained(tmp_path / "folder")
+    for key in ("size", "image_mean", "image_std", "resample", "do_normalize"):
+        assert getattr(again, key) == getattr(processor, key)
+
+
+def test_a_vit_model_without_a_head_is_read_with_its_pooler(tmp_path):
+    module = randomise(transformers.ViTModel(transformer(32)))
+    module.save_pretrained(tmp_path / "theirs")
+    ours = load_pretrained(tmp_path / "theirs")
+    x = images(32)
+    with torch.no_grad():
+        expected = module(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).pooler_output.numpy()
+    assert_close(logits_of(ours, x), expected)
+    save_pretrained(ours, tmp_path / "folder", "huggingface")
+    again = transformers.ViTModel.from_pretrained(tmp_path / "folder")
+    assert_same_tensors(again.state_dict(), module.state_dict())
+
+
+def test_names_that_transformers_uses_in_memory_are_read(tmp_path):
+    module = randomise(transformers.ViTForImageClassification(transformer(32)))
+    module.save_pretrained(tmp_path / "theirs")
+    safetensors_torch.save_file(module.state_dict(), tmp_path / "theirs/model.safetensors")
+    x = images(32)
+    assert_close(logits_of(load_pretrained(tmp_path / "theirs"), x), logits_of_torch(module, x))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".npz"])
+def test_a_timm_state_dict_is_read_from_any_file(tmp_path, suffix):
+    module = randomise(timm.create_model("vit_tiny_patch16_224", img_size=32, **TINY))
+    path = tmp_path / f"theirs{suffix}"
+    if suffix == ".pth":
+        torch.save(module.state_dict(), path)
+    elif suffix == ".npz":
+        np.savez(path, **{name: x.numpy() for name, x in module.state_dict().items()})
+    else:
+        safetensors_torch.save_file(module.state_dict(), path)
+    x = images(32)
+    ours = load_pretrained(path, num_heads=2)
+    assert_close(logits_of(ours, x), logits_of_torch(module, x))
+
+
+def test_the_configuration_that_timm_writes_is_read(tmp_path):
+    module = randomise(timm.create_model("vit_tiny_patch16_224", img_size=32, **TINY))
+    timm.models.save_for_hf(module, tmp_path / "hub", safe_serialization=True)
+    config = json.loads((tmp_path / "hub/config.json").read_text())
+    config["pretrained_cfg"] |= {"crop_pct": 0.95, "interpolation": "bilinear", "std": [0.25] * 3}
+    config["pretrained_cfg"]["input_size"] = [3, 32, 32]
+    config["label_names"] = list("abcde")
+    (tmp_path / "hub/config.json").write_text(json.dumps(config))
+    ours = load_pretrained(tmp_path / "hub", num_heads=2)
+    assert ours.class_names == tuple("abcde")
+    assert ours.preprocessing.center_crop == 32 / 33  # 33 = floor(32 / 0.95)
+    assert ours.preprocessing.std == (0.25,) * 3 and ours.preprocessing.interpolation == "bilinear"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init_values": 1.0}, "ls1.gamma; .*not part of a plain or hybrid ViT"),
+        ({"reg_tokens": 1}, "reg_token: not part of"),
+        ({"global_pool": "avg"}, "fc_norm.bias; fc_norm.weight: not part of"),
+        ({"qkv_bias": False}, "query/bias is missing"),
+    ],
+)
+def test_what_is_not_the_papers_model_is_refused(tmp_path, options, message):
+    module = timm.create_model("vit_tiny_patch16_224", img_size=32, **TINY, **options)
+    safetensors_torch.save_file(module.state_dict(), tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=message):
+        load_pretrained(tmp_path / "a.safetensors", num_heads=2)
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path):
+    module = transformers.DeiTForImageClassification(transformers.DeiTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        image_size=32, patch_size=8))  # fmt: skip
+    module.save_pretrained(tmp_path / "deit")
+    with pytest.raises(UserError, match="not part of a plain or hybrid ViT|model_type 'deit'"):
+        load_pretrained(tmp_path / "deit")

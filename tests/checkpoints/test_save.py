@@ -1,0 +1,122 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from vit_jax.checkpoints.pretrained import Pretrained, load_pretrained
+from vit_jax.checkpoints.save import save_pretrained
+from vit_jax.data.protocols import Preprocessing
+from vit_jax.errors import UserError
+from vit_jax.models import create_model
+
+MODEL = {
+    "architecture": "vit",
+    "patch_size": 8,
+    "hidden_size": 16,
+    "num_layers": 2,
+    "mlp_dim": 32,
+    "num_heads": 4,
+    "num_classes": 3,
+    "classifier": "token",
+    "representation_size": 0,
+    "gelu": "erf",
+    "layer_norm_epsilon": 1e-5,
+}
+
+
+def make(preprocessing=Preprocessing(16, 0.875, "bicubic", True, (0.4,) * 3, (0.2,) * 3), **model):  # noqa: B008
+    model = {**MODEL, **model}
+    images = np.zeros((1, 16, 16, 3), np.float32)
+    shapes = jax.eval_shape(create_model(model).init, jax.random.key(0), images)["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes)
+    return Pretrained(params, model, preprocessing, ("a", "b", "c"), "sigmoid", "test")
+
+
+def assert_same(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual.params, expected.params)
+    assert dataclasses.replace(actual, params={}, source="") == dataclasses.replace(
+        expected, params={}, source=""
+    )
+
+
+FORMATS = [
+    ("official", "a.npz"),
+    ("timm", "a.npz"),
+    ("timm", "a.safetensors"),
+    ("timm", "folder"),
+    ("huggingface", "folder"),
+]
+
+
+@pytest.mark.parametrize(("layout", "name"), FORMATS)
+def test_all_that_travels_with_the_weights_comes_back(tmp_path, layout, name):
+    pretrained = make()
+    save_pretrained(pretrained, tmp_path / name, layout)
+    assert_same(load_pretrained(tmp_path / name), pretrained)
+
+
+@pytest.mark.parametrize(("layout", "name"), FORMATS)
+def test_what_exists_is_not_replaced(tmp_path, layout, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name} exists already: remove it"):
+        save_pretrained(make(), tmp_path / name, layout)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_chain_of_formats_ends_with_the_same_bits(tmp_path):
+    first = last = make()
+    for layout, name in [*FORMATS, *FORMATS[::-1]]:
+        path = tmp_path / layout / str(len(list(tmp_path.rglob("*")))) / name
+        path.parent.mkdir(parents=True)
+        save_pretrained(last, path, layout)
+        last = load_pretrained(path)
+    assert_same(last, first)
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "message"),
+    [
+        ("official", "a.safetensors", "a path in the official format ends in .npz"),
+        ("official", "folder", "a path in the official format ends in .npz"),
+        ("huggingface", "a.npz", "ends in no suffix, for a folder"),
+    ],
+)
+def test_a_path_of_another_kind_is_refused(tmp_path, layout, name, message):
+    with pytest.raises(UserError, match=message):
+        save_pretrained(make(), tmp_path / name, layout)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "options", "message"),
+    [
+        ("timm", "a.npz", {"representation_size": 8}, "timm's ViT has no hidden layer"),
+        ("huggingface", "a", {"representation_size": 8}, "no hidden layer .pre_logits. before"),
+        ("huggingface", "a", {"classifier": "gap"}, "has a class token: use --format"),
+    ],
+)
+def test_what_a_format_has_no_place_for_is_refused_before_writing(
+    tmp_path, layout, name, options, message
+):
+    with pytest.raises(UserError, match=message):
+        save_pretrained(make(**options), tmp_path / name, layout)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("layout", "name"), FORMATS)
+def test_a_missing_folder_is_one_line_and_leaves_nothing(tmp_path, layout, name):
+    with pytest.raises(UserError, match="cannot be written"):
+        save_pretrained(make(), tmp_path / "none" / name, layout)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_not_there_before_it_is_whole(tmp_path, monkeypatch):
+    def fail(*_):
+        raise UserError("disk full")
+
+    monkeypatch.setattr("vit_jax.checkpoints.save.write_safetensors", fail)
+    with pytest.raises(UserError, match="disk full"):
+        save_pretrained(make(), tmp_path / "folder", "huggingface")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,56 @@
+import sys
+
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from vit_jax.checkpoints.pretrained import load_pretrained
+from vit_jax.convert import convert
+from vit_jax.errors import UserError
+from vit_jax.train import train
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture
+def finished(tiny_config, workdir):
+    """A run of the digits, fine-tuned from another, so that its head is not zero."""
+    if not (workdir / "metrics.json").exists():
+        train(tiny_config(**{"model.representation_size": 0}), workdir)
+    return load_pretrained(workdir)
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"), [("official", "a.npz"), ("timm", "a"), ("huggingface", "a")]
+)
+def test_a_trained_run_goes_out_and_comes_back_with_its_head(tmp_path, finished, layout, name):
+    assert convert(finished, str(tmp_path / name), layout) == (0.0, 0.0)
+    again = load_pretrained(tmp_path / name)
+    assert again.class_names == tuple("0123456789") and np.any(again.params["head"]["kernel"])
+    for key, x in flatten_dict(finished.params).items():
+        np.testing.assert_array_equal(flatten_dict(again.params)[key], x)
+
+
+def test_a_result_that_differs_is_not_called_converted(tmp_path, finished, monkeypatch):
+    def forget_names(pretrained, path, layout):
+        import vit_jax.checkpoints.save as save
+
+        save.save_pretrained(pretrained, path, layout)
+        (tmp_path / "a.npz.json").unlink()
+
+    monkeypatch.setattr("vit_jax.convert.save_pretrained", forget_names)
+    with pytest.raises(UserError, match="is not what was converted .* do not use it"):
+        convert(finished, str(tmp_path / "a.npz"), "official")
+
+
+def test_the_command_proves_itself(tmp_path, finished, run):
+    arguments = ["--from", finished.source, "--to", str(tmp_path / "hf"), "--format", "huggingface"]
+    code, output = run([sys.executable, "-m", "vit_jax.convert", *arguments])
+    assert code == 0
+    assert "largest difference of any parameter: 0\n" in output
+    assert "largest difference of the logits on 2 random images: 0\n" in output
+    code, output = run([sys.executable, "-m", "vit_jax.convert", *arguments])
+    assert code == 2 and output.startswith("error: ") and output.count("\n") == 1

@@ -1,0 +1,91 @@
+"""What the names and shapes of a ViT's parameters tell of its architecture."""
+
+import math
+import re
+from collections import Counter
+from typing import Any
+
+from vit_jax.checkpoints.layouts import POSITIONS, Arrays
+from vit_jax.errors import UserError
+from vit_jax.models import SIZES
+
+_LAYER = "Transformer/encoderblock_0"
+_TELLING = {
+    "embedding/kernel": 4,
+    f"{_LAYER}/MultiHeadDotProductAttention_1/query/kernel": 3,
+    f"{_LAYER}/MlpBlock_3/Dense_0/kernel": 2,
+}
+
+
+def infer_model(arrays: Arrays) -> dict[str, Any]:
+    """The sizes of a plain or hybrid ViT, for `models.create_model`.
+
+    Args:
+        arrays: official names, joined by "/".
+
+    Raises:
+        UserError: a parameter without which nothing can be told is missing or misshapen.
+    """
+    for name, rank in _TELLING.items():
+        if name not in arrays:
+            raise UserError(f"{name} is missing: this is no whole ViT, fetch it again")
+        if arrays[name].ndim != rank or 0 in arrays[name].shape:
+            raise UserError(f"{name} has shape {arrays[name].shape}, which no ViT has")
+    kernel, query, dense = (arrays[name].shape for name in _TELLING)
+    layers = {name.split("/")[1] for name in arrays if name.startswith(_LAYER[:-1])}
+    model = {
+        "architecture": "vit",
+        "patch_size": kernel[0],
+        "hidden_size": kernel[-1],
+        "num_layers": len(layers),
+        "mlp_dim": dense[1],
+        "num_heads": query[1],
+        "num_classes": _width(arrays, "head/bias"),
+        "classifier": "token" if "cls" in arrays else "gap",
+        "representation_size": _width(arrays, "pre_logits/bias"),
+    }
+    if "conv_root/kernel" in arrays:
+        units = Counter(
+            int(match[1]) for name in arrays if (match := re.match(r"block(\d+)/.*/conv1/", name))
+        )
+        model |= {"architecture": "hybrid", "resnet_layers": [units[i] for i in sorted(units)]}
+    return model
+
+
+def _width(arrays: Arrays, bias: str) -> int:
+    return arrays[bias].size if bias in arrays else 0
+
+
+def infer_grid(arrays: Arrays) -> int:
+    """The side of the square of patches that the position embeddings are for.
+
+    Raises:
+        UserError: they are not those of a square.
+    """
+    positions = arrays.get(POSITIONS)
+    if positions is None or positions.ndim != 3:
+        raise UserError(f"{POSITIONS} is missing or misshapen: fetch the file again")
+    patches = positions.shape[1] - ("cls" in arrays)
+    side = math.isqrt(max(patches, 0))
+    if side < 1 or side**2 != patches:
+        raise UserError(
+            f"{POSITIONS} has {positions.shape[1]} tokens, which are no square of patches: only "
+            "models for square images are read"
+        )
+    return side
+
+
+def usual_num_heads(hidden_size: int, num_layers: int, mlp_dim: int) -> int:
+    """The heads of the paper's model of these sizes, which PyTorch's layouts do not tell.
+
+    Raises:
+        UserError: there is none, so that --num_heads must be given.
+    """
+    sizes = {"hidden_size": hidden_size, "num_layers": num_layers, "mlp_dim": mlp_dim}
+    for size in SIZES.values():
+        if sizes.items() <= size.items():
+            return size["num_heads"]
+    raise UserError(
+        f"how many heads a ViT of {num_layers} layers, width {hidden_size} and MLP width {mlp_dim} "
+        "has is not in the weights: give --num_heads"
+    )

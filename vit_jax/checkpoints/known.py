@@ -1,0 +1,122 @@
+"""What must be known of weights beyond their values, and the JSON file beside them that says it.
+
+Google's and timm's files hold arrays and nothing else. `vit_jax.convert` writes what they cannot
+say to `<file>.json` (`vit_jax.json` in a folder); one written by hand is read as well:
+
+    {"model": {"gelu": "erf", "num_heads": 8}, "class_names": ["daisy", "iris"],
+     "preprocessing": {"image_size": 224, "center_crop": 0.875}, "loss": "softmax"}
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from vit_jax.data.protocols import Preprocessing, evaluation
+from vit_jax.errors import UserError, first_line
+from vit_jax.models import check_types
+
+_MAX_BYTES = 2**26
+# Keys of a config's model section that only training reads.
+TRAINING_KEYS = {
+    "attention_dropout_rate",
+    "dropout_rate",
+    "dtype",
+    "head_bias_init",
+    "remat",
+    "scan_layers",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What is known of a model besides its parameters; see `Pretrained` for the fields.
+
+    Attributes:
+        model: some of the entries that `models.create_model` takes.
+        preprocessing: None if it is not known.
+        class_names: None if they are not known.
+        loss: "softmax" or "sigmoid".
+    """
+
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    preprocessing: Preprocessing | None = None
+    class_names: tuple[str, ...] | None = None
+    loss: str = "softmax"
+
+
+def sidecar(path: Path) -> Path:
+    """The JSON file beside a weights file or in a folder of weights."""
+    return path / "vit_jax.json" if path.is_dir() else path.with_name(path.name + ".json")
+
+
+def read_sidecar(path: Path, default: Known) -> Known:
+    """Returns `default`, which names the architecture, with what the sidecar of `path` replaces.
+
+    Raises:
+        UserError: it cannot be read, or has an unknown key or a value of the wrong kind.
+    """
+    file = sidecar(path)
+    document = read_json(file)
+    allowed = {field.name for field in dataclasses.fields(Known)}
+    try:
+        if unknown := sorted(document.keys() - allowed):
+            raise UserError(f"{unknown[0]!r} is none of {', '.join(sorted(allowed))}")
+        model = {**default.model, **document.pop("model", {})}
+        check_types(model)
+        if "preprocessing" in document:
+            document["preprocessing"] = _preprocessing(document["preprocessing"])
+        if document.get("class_names") is not None:
+            document["class_names"] = tuple(map(str, document["class_names"]))
+        if document.get("loss", "softmax") not in ("softmax", "sigmoid"):
+            raise UserError(f"loss {document['loss']!r} is neither softmax nor sigmoid")
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file}: {first_line(error)}: mend or remove it") from error
+    return dataclasses.replace(default, model=model, **document)
+
+
+def _preprocessing(values: dict[str, Any]) -> Preprocessing:
+    lists = {key: tuple(x) if isinstance(x, list) else x for key, x in values.items()}
+    return Preprocessing(**lists)
+
+
+def to_json(known: Known) -> str:
+    """The text of a sidecar."""
+    return json.dumps(dataclasses.asdict(known), indent=2) + "\n"
+
+
+def of_run(metadata: dict[str, Any]) -> Known:
+    """What a run of this project saved beside its weights."""
+    config = metadata.get("config")
+    names = metadata.get("class_names")
+    names = None if names is None else tuple(names)
+    if config is None:
+        return Known(class_names=names)
+    data = config["dataset"]
+    return Known(
+        {key: x for key, x in config["model"].items() if key not in TRAINING_KEYS},
+        evaluation(data["protocol"], data["image_size"]),
+        names,
+        config["loss"],
+    )
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a JSON object; a missing file is an empty one.
+
+    Raises:
+        UserError: it is no JSON object, or larger than 64 MiB.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            return {}
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError("larger than 64 MiB")
+        document = json.loads(path.read_text())
+        if not isinstance(document, dict):
+            raise ValueError("no object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no readable JSON ({first_line(error)}): mend it") from error
+    return document

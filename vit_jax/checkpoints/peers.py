@@ -1,0 +1,281 @@
+"""The configuration files of Hugging Face's and timm's folders: what they say of a model.
+
+Fields are those of Transformers' ViTConfig and ViTImageProcessor, and of the `config.json` that
+timm writes for the Hugging Face hub.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from vit_jax.checkpoints.known import Known, read_json
+from vit_jax.data.protocols import Preprocessing
+from vit_jax.errors import UserError, first_line
+from vit_jax.models import SIZES
+
+TIMM_EPSILON, TIMM_GROUP_NORM_EPSILON, HUGGINGFACE_EPSILON = 1e-6, 1e-5, 1e-12
+_GELU = {
+    "gelu": "erf",
+    "gelu_python": "erf",
+    "gelu_new": "tanh",
+    "gelu_fast": "tanh",
+    "gelu_pytorch_tanh": "tanh",
+    "gelu_tanh": "tanh",
+}
+_INTERPOLATION = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic"}
+_RESAMPLE = {"bilinear": 2, "bicubic": 3}  # PIL's numbers
+
+
+def describe(path: Path, layout: str, sizes: dict[str, Any], image_size: int) -> Known:
+    """What is known of weights by their format, and by the configuration in their folder.
+
+    Args:
+        path: a file, of which only the format's conventions are known, or a folder.
+        layout: "official", "timm" or "huggingface".
+        sizes: of the model, as far as shapes tell them.
+        image_size: that of the position embeddings, for where the configuration names none.
+
+    Raises:
+        UserError: the configuration is of a model that is no plain or hybrid ViT.
+    """
+    if layout == "official":
+        return Known({"architecture": sizes["architecture"]})
+    config = read_json(path / "config.json") if path.is_dir() else {}
+    try:
+        if layout == "timm":
+            return _of_timm(config, sizes, image_size)
+        if config.get("model_type", "vit") != "vit":
+            raise UserError(f"model_type {config['model_type']!r} is not 'vit': only that is read")
+        processor = read_json(path / "preprocessor_config.json") if path.is_dir() else {}
+        return _of_huggingface(config, processor, image_size)
+    except UserError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"{path}: a value in its configuration is not understood ({first_line(error)})"
+        ) from error
+
+
+def _look_up(table: dict[Any, str], key: Any, name: str) -> str:
+    if not isinstance(key, str | int) or key not in table:
+        raise UserError(f"{name} {key!r} is none of {', '.join(map(str, table))}")
+    return table[key]
+
+
+def _of_huggingface(config: dict[str, Any], processor: dict[str, Any], image_size: int) -> Known:
+    if not config.get("qkv_bias", True):
+        raise UserError("qkv_bias is false: the paper's ViT has these biases")
+    labels = config.get("id2label")
+    names = labels and tuple(str(labels[str(i)]) for i in range(len(labels)))
+    if names == tuple(f"LABEL_{i}" for i in range(len(names or ()))):  # What stands for no names.
+        names = None
+    model = {
+        "architecture": "vit",
+        "gelu": _look_up(_GELU, config.get("hidden_act", "gelu"), "hidden_act"),
+        "layer_norm_epsilon": float(config.get("layer_norm_eps", HUGGINGFACE_EPSILON)),
+    }
+    if "num_attention_heads" in config:
+        model["num_heads"] = int(config["num_attention_heads"])
+    size = processor.get("size", config.get("image_size", image_size))
+    return Known(model, _huggingface_preprocessing(processor, size), names)
+
+
+def _huggingface_preprocessing(processor: dict[str, Any], size: Any) -> Preprocessing:
+    if not processor.get("do_resize", True) or not processor.get("do_rescale", True):
+        raise UserError("do_resize or do_rescale is false: images must be resized and rescaled")
+    crop = None
+    if isinstance(size, dict) and "shortest_edge" in size:
+        crop_size = processor.get("crop_size", size["shortest_edge"])
+        height, width = _sides(crop_size)
+        if not processor.get("do_center_crop", True):
+            raise UserError("size has shortest_edge without a center crop: images must be square")
+        crop = height / size["shortest_edge"]
+    else:
+        height, width = _sides(size)
+    if height != width:
+        raise UserError(f"size is {height} x {width}: only square images are supported")
+    normalised = processor.get("do_normalize", True)
+    if processor.get("rescale_factor", 1 / 255) != 1 / 255:
+        raise UserError(f"rescale_factor {processor['rescale_factor']} is not 1/255")
+    return Preprocessing(
+        height,
+        crop,
+        _look_up(_INTERPOLATION, processor.get("resample", 2), "resample"),
+        antialias=True,
+        mean=tuple(processor.get("image_mean", (0.5,) * 3)) if normalised else (0.0,) * 3,
+        std=tuple(processor.get("image_std", (0.5,) * 3)) if normalised else (1.0,) * 3,
+    )
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    if isinstance(size, dict):
+        size = size.get("height"), size.get("width")
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return int(height), int(width)
+
+
+def huggingface_files(known: Known) -> dict[str, dict[str, Any]]:
+    """The JSON files of a Hugging Face folder, by name; everything in `known` must be known."""
+    model, preprocessing = known.model, known.preprocessing
+    size = preprocessing.image_size
+    config = {
+        "architectures": ["ViTForImageClassification" if model["num_classes"] else "ViTModel"],
+        "model_type": "vit",
+        "attention_probs_dropout_prob": 0.0,
+        "dtype": "float32",
+        "hidden_act": "gelu" if model["gelu"] == "erf" else "gelu_pytorch_tanh",
+        "hidden_dropout_prob": 0.0,
+        "hidden_size": model["hidden_size"],
+        "image_size": size,
+        "initializer_range": 0.02,
+        "intermediate_size": model["mlp_dim"],
+        "layer_norm_eps": model["layer_norm_epsilon"],
+        "num_attention_heads": model["num_heads"],
+        "num_channels": 3,
+        "num_hidden_layers": model["num_layers"],
+        "patch_size": model["patch_size"],
+        "qkv_bias": True,
+    }
+    if model["num_classes"]:
+        names = known.class_names or [f"LABEL_{i}" for i in range(model["num_classes"])]
+        config["id2label"] = {str(i): name for i, name in enumerate(names)}
+        config["label2id"] = {name: i for i, name in enumerate(names)}
+    processor = {
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(preprocessing.mean),
+        "image_processor_type": "ViTImageProcessor",
+        "image_std": list(preprocessing.std),
+        "resample": _RESAMPLE[preprocessing.interpolation],
+        "rescale_factor": 1 / 255,
+        "size": {"height": size, "width": size},
+    }
+    if preprocessing.center_crop is not None:
+        processor |= {
+            "crop_size": {"height": size, "width": size},
+            "do_center_crop": True,
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": round(size / preprocessing.center_crop)},
+        }
+    return {"config.json": config, "preprocessor_config.json": processor}
+
+
+def _of_timm(config: dict[str, Any], sizes: dict[str, Any], image_size: int) -> Known:
+    arguments = config.get("model_args", {})
+    pretrained = config.get("pretrained_cfg", {})
+    model = {
+        "architecture": sizes["architecture"],
+        "gelu": _look_up(_GELU, arguments.get("act_layer", "gelu"), "act_layer"),
+        "layer_norm_epsilon": TIMM_EPSILON,
+    }
+    if sizes["architecture"] == "hybrid":
+        model["group_norm_epsilon"] = TIMM_GROUP_NORM_EPSILON
+    if "num_heads" in arguments:
+        model["num_heads"] = int(arguments["num_heads"])
+    size = pretrained.get("input_size", (3, *_sides(arguments.get("img_size", image_size))))
+    if size[1] != size[2]:
+        raise UserError(f"input_size {size} is not square: only square images are supported")
+    names = config.get("label_names", pretrained.get("label_names"))
+    return Known(model, _timm_preprocessing(int(size[1]), **pretrained), names and tuple(names))
+
+
+def _timm_preprocessing(
+    image_size: int,
+    *,
+    crop_pct: float | None = None,
+    crop_mode: str = "center",
+    interpolation: str = "bicubic",
+    mean: tuple[float, float, float] = (0.5,) * 3,
+    std: tuple[float, float, float] = (0.5,) * 3,
+    **_: Any,
+) -> Preprocessing:
+    """The evaluation of a timm `pretrained_cfg`; without crop_pct that of its ViTs of this size."""
+    if crop_mode not in ("center", "squash"):
+        raise UserError(f"crop_mode {crop_mode!r} is none of center, squash")
+    crop_pct = crop_pct or (0.9 if image_size < 384 else 1.0)
+    resized = math.floor(image_size / crop_pct)
+    return Preprocessing(
+        image_size,
+        image_size / resized if crop_mode == "center" else None,
+        _look_up(_INTERPOLATION, interpolation, "interpolation"),
+        antialias=True,
+        mean=tuple(mean),
+        std=tuple(std),
+    )
+
+
+_TIMM_SIZES = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
+_TIMM_PATCHES = {
+    "Ti": (16,),
+    "S": (8, 16, 32),
+    "B": (8, 16, 32),
+    "L": (14, 16, 32),
+    "H": (14,),
+}
+_TIMM_STEMS = {
+    (3, 4, 6, 3): "vit_large_r50_s32_224",
+    (3, 4, 9): "vit_base_r50_s16_224",
+    (2, 2, 2, 2): "vit_small_r26_s32_224",
+    (): "vit_tiny_r_s16_p8_224",
+}
+
+
+def timm_files(known: Known) -> dict[str, dict[str, Any]]:
+    """The JSON file of a timm folder, by name; `timm.create_model("local-dir:DIR")` reads it.
+
+    Everything in `known` must be known.
+
+    Raises:
+        UserError: timm has no name for a hybrid of these sizes.
+    """
+    model, preprocessing = known.model, known.preprocessing
+    size, crop = preprocessing.image_size, preprocessing.center_crop
+    pool = "token" if model["classifier"] == "token" else "avg"
+    arguments = {
+        "act_layer": "gelu" if model["gelu"] == "erf" else "gelu_tanh",
+        "depth": model["num_layers"],
+        "embed_dim": model["hidden_size"],
+        "img_size": size,
+        "mlp_ratio": model["mlp_dim"] / model["hidden_size"],
+        "num_heads": model["num_heads"],
+        "num_classes": model["num_classes"],
+        "patch_size": model["patch_size"],
+    }
+    if pool == "avg":
+        arguments |= {"class_token": False, "fc_norm": False, "global_pool": "avg"}
+    pretrained = {
+        "classifier": "head",
+        "crop_mode": "squash" if crop is None else "center",
+        "crop_pct": crop or 1.0,
+        "first_conv": "patch_embed.proj",
+        "input_size": [3, size, size],
+        "interpolation": preprocessing.interpolation,
+        "mean": list(preprocessing.mean),
+        "num_classes": model["num_classes"],
+        "std": list(preprocessing.std),
+    }
+    config = {
+        "architecture": _timm_name(model),
+        "num_classes": model["num_classes"],
+        "num_features": model["hidden_size"],
+        "global_pool": pool,
+        "model_args": arguments,
+        "pretrained_cfg": pretrained,
+    }
+    if known.class_names:
+        config["label_names"] = list(known.class_names)
+    return {"config.json": config}
+
+
+def _timm_name(model: dict[str, Any]) -> str:
+    # The name only decides the stem: `model_args` replace the sizes that go with it.
+    if model["architecture"] == "hybrid":
+        stem = tuple(model["resnet_layers"])
+        if stem not in _TIMM_STEMS:
+            raise UserError(f"timm has no stem of {stem} units: use --format official")
+        return _TIMM_STEMS[stem]
+    name = next((x for x in SIZES if SIZES[x].items() <= model.items()), None)
+    if name is None or model["patch_size"] not in _TIMM_PATCHES[name]:
+        return "vit_base_patch16_224"
+    return f"vit_{_TIMM_SIZES[name]}_patch{model['patch_size']}_224"

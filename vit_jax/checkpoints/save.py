@@ -1,0 +1,82 @@
+"""Writes a model in the format of Google, timm or Hugging Face, for others and for us to read."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from flax.traverse_util import flatten_dict
+
+from vit_jax.checkpoints import layouts, peers
+from vit_jax.checkpoints.arrays import write_npz, write_safetensors
+from vit_jax.checkpoints.known import Known, sidecar, to_json
+from vit_jax.checkpoints.pretrained import Pretrained
+from vit_jax.errors import UserError
+
+FORMATS = ("official", "timm", "huggingface")
+_WRITERS = {".npz": write_npz, ".safetensors": write_safetensors}
+_SUFFIXES = {"official": (".npz",), "timm": ("", ".safetensors", ".npz"), "huggingface": ("",)}
+
+
+def save_pretrained(pretrained: Pretrained, path: str | os.PathLike[str], layout: str) -> None:
+    """Writes a model so that `load_pretrained` gives back the same, and others can read it too.
+
+    What the format has no place for goes to a JSON file beside it, see `checkpoints.known`.
+
+    Args:
+        pretrained: the model.
+        path: a file that ends in .npz (official, timm) or .safetensors (timm), or a folder to be
+            made (timm, huggingface). It must not exist. It appears at once, when all is written.
+        layout: one of `FORMATS`.
+
+    Raises:
+        UserError: the path exists or has another suffix, the format has no place for a parameter,
+            or the disk is full.
+    """
+    path = Path(path)
+    suffix = path.suffix if path.suffix in _WRITERS else ""
+    if suffix not in _SUFFIXES[layout]:
+        usual = " or ".join(x or "no suffix, for a folder" for x in _SUFFIXES[layout])
+        raise UserError(f"{path}: a path in the {layout} format ends in {usual}")
+    if path.exists():
+        raise UserError(f"{path} exists already: remove it, or choose another path")
+    arrays = layouts.from_official(flatten_dict(pretrained.params, sep="/"), layout)
+    known = Known(
+        pretrained.model, pretrained.preprocessing, pretrained.class_names, pretrained.loss
+    )
+    if suffix:
+        with _storage_errors(path):
+            sidecar(path).write_text(to_json(known))
+        _WRITERS[suffix](path, arrays)
+        return
+    files = peers.timm_files if layout == "timm" else peers.huggingface_files
+    documents = {name: json.dumps(x, indent=2) + "\n" for name, x in files(known).items()}
+    with _storage_errors(path), _new_folder(path) as folder:
+        for name, text in documents.items():
+            (folder / name).write_text(text)
+        sidecar(folder).write_text(to_json(known))
+        write_safetensors(folder / "model.safetensors", arrays)
+
+
+@contextlib.contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """A folder that gets its name when it is complete, and is gone if it never is."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)  # mkdtemp keeps others out.
+        os.rename(folder, path)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def _storage_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
