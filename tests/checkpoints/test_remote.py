@@ -385,6 +385,14 @@ def test_without_a_checksum_it_says_so(bucket, capsys):
     assert "ViT-B_16 could not be verified" in capsys.readouterr().err
 
 
+def test_a_login_page_is_not_taken_for_the_bucket(bucket, cache, monkeypatch):
+    monkeypatch.setattr(remote, "_BUCKET_URL", bucket.url)
+    bucket.blobs[PATH] = Blob(b"<html>Please log in", hashes="")
+    with refused("ViT-B_16 is not in the cache", "login page", "put ViT-B_16.npz at"):
+        remote.fetch("ViT-B_16")
+    assert files(cache) == []
+
+
 def test_the_checksum_of_a_compressed_original_is_not_held_against_it(bucket, capsys):
     bucket.blobs[PATH] = Blob(b"x", hashes="md5=1B2M2Y8AsgTpgAmY7PhCfg==", encoding="gzip")
     assert remote.fetch("ViT-B_16").read_bytes() == b"x"
