@@ -35,6 +35,7 @@ class Blob:
     claimed: int | None = None  # the length that is told in place of the true one
     ignores_if_range: bool = False
     encoding: str | None = None
+    stored_length: int | None = None
     pace: float = 0.0  # seconds between two pieces
 
     def goog_hash(self) -> str:
@@ -86,6 +87,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(claimed - start))
         if blob.encoding:
             self.send_header("x-goog-stored-content-encoding", blob.encoding)
+        if blob.stored_length:
+            self.send_header("x-goog-stored-content-length", str(blob.stored_length))
         self.end_headers()
         piece = blob.body[start:]
         if blob.break_after:
@@ -255,6 +258,7 @@ def test_a_cut_connection_is_resumed_where_it_broke(bucket, cache):
         f"bytes={10 * BLOCK}-",
         f"bytes={15 * BLOCK}-",
     ]
+    assert [x.get("If-Range") for x in bucket.requests] == [None, '"first"', '"first"']
     assert files(cache) == [PATH[1:]]
 
 
@@ -381,6 +385,14 @@ def test_without_a_checksum_it_says_so(bucket, capsys):
     assert "ViT-B_16 could not be verified" in capsys.readouterr().err
 
 
+def test_a_login_page_is_not_taken_for_the_bucket(bucket, cache, monkeypatch):
+    monkeypatch.setattr(remote, "_BUCKET_URL", bucket.url)
+    bucket.blobs[PATH] = Blob(b"<html>Please log in", hashes="")
+    with refused("ViT-B_16 is not in the cache", "login page", "put ViT-B_16.npz at"):
+        remote.fetch("ViT-B_16")
+    assert files(cache) == []
+
+
 def test_the_checksum_of_a_compressed_original_is_not_held_against_it(bucket, capsys):
     bucket.blobs[PATH] = Blob(b"x", hashes="md5=1B2M2Y8AsgTpgAmY7PhCfg==", encoding="gzip")
     assert remote.fetch("ViT-B_16").read_bytes() == b"x"
@@ -397,6 +409,13 @@ def test_a_length_that_never_comes(bucket, cache):
 def test_a_file_cut_short_by_its_length_is_not_taken(bucket, cache):
     bucket.blobs[PATH] = Blob(b"0123456789", claimed=7)
     with refused("is not what was published", "MD5"):
+        remote.fetch("ViT-B_16")
+    assert files(cache) == []
+
+
+def test_a_length_counts_where_there_is_no_checksum(bucket, cache):
+    bucket.blobs[PATH] = Blob(b"0123456789", claimed=7, stored_length=10, hashes="")
+    with refused("is not what was published (7 bytes came, not 10)"):
         remote.fetch("ViT-B_16")
     assert files(cache) == []
 
@@ -484,6 +503,22 @@ def test_the_waiting_process_takes_over_from_a_killed_one(bucket, cache):
             out, _ = second.communicate(timeout=60)
     assert out == f"{cache / PATH[1:]}\n"
     assert (cache / PATH[1:]).read_bytes() == body
+
+
+def test_the_waiting_process_begins_anew_what_another_found_corrupt(bucket, cache):
+    body = random_bytes(500_000)
+    bucket.blobs[PATH] = Blob(body, pace=0.02, hashes="md5=1B2M2Y8AsgTpgAmY7PhCfg==")
+    with start("ViT-B_16") as first:
+        while not bucket.sent:
+            time.sleep(0.01)
+        bucket.blobs[PATH] = Blob(body)
+        with start("ViT-B_16") as second:
+            assert "another process fetches" in second.stderr.readline()
+            assert "is not what was published" in first.communicate(timeout=60)[1]
+            out, _ = second.communicate(timeout=60)
+    assert out == f"{cache / PATH[1:]}\n"
+    assert (cache / PATH[1:]).read_bytes() == body
+    assert files(cache) == [PATH[1:]]
 
 
 def test_a_disk_that_is_full_is_one_line(bucket, cache):

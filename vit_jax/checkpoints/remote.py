@@ -234,19 +234,22 @@ def _continue(name: str, url: str, path: Path, file: BinaryIO) -> _Published:
     if known and known.etag.startswith('"'):  # A weak one does not vouch for every byte.
         headers |= {"Range": f"bytes={have}-", "If-Range": known.etag}
     with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
-        if response.status_code == 206:
-            content_range = response.headers.get("Content-Range", "")
-            expected = f"bytes {have}-"
-            if response.headers.get("ETag") != known.etag or not content_range.startswith(expected):
-                _forget(file)
-                raise _InterruptedError("has another file now")
-        elif response.status_code == 200:
+        if response.status_code == 200:
             _forget(file)
             known = _published(response.headers)
+            if url.startswith(_BUCKET_URL) and not response.headers.get("x-goog-hash"):
+                _discard(file)
+                raise UserError(
+                    f"{name} is not in the cache, and {url} was answered by something else than "
+                    f"the bucket: mind the proxy or the login page, or put {path.name} at {path}"
+                )
             _sidecar(file).write_text(json.dumps(dataclasses.asdict(known)))
-        elif response.status_code == 416:
-            _forget(file)
-            raise _InterruptedError("has another file now")
+        elif response.status_code in (206, 416):
+            content_range = response.headers.get("Content-Range", "")
+            etag = response.headers.get("ETag")
+            if not (known and etag == known.etag and content_range.startswith(f"bytes {have}-")):
+                _forget(file)
+                raise _InterruptedError("has another file now")
         elif response.status_code in _TRANSIENT:
             raise _InterruptedError(f"answers with HTTP status {response.status_code}")
         else:
@@ -344,8 +347,8 @@ def _forget(file: BinaryIO) -> None:
 
 
 def _discard(file: BinaryIO) -> None:
+    _sidecar(file).unlink(missing_ok=True)  # First: without the file another process may begin.
     Path(file.name).unlink(missing_ok=True)
-    _sidecar(file).unlink(missing_ok=True)
 
 
 def _say(line: str) -> None:
