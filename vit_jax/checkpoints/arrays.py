@@ -57,6 +57,12 @@ _TORCH_GLOBALS = {
     "torch BoolStorage",
 }
 
+# Bytes of one value while it is read: everything becomes float32.
+_WIDTHS = {"float16": 4, "bfloat16": 4, "float32": 4, "float64": 8}
+
+# Of the safetensors format.
+_TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
 Kind = Literal["npz", "safetensors", "torch", "legacy torch"]
 
 
@@ -114,8 +120,11 @@ def read_sharded(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             raise UserError(
                 f'{path} has no "weight_map": use the index that lies beside the shards'
             )
-        names = sorted({*map(_shard_name, weight_map.values())})
-        shards = [path.with_name(name) for name in names]
+        if bad := [str(name) for name in weight_map.values() if not _is_file_name(name)]:
+            raise UserError(
+                f"{path} names the shards {_shortlist(bad)}: they must lie in its own folder"
+            )
+        shards = [path.with_name(name) for name in sorted({*weight_map.values()})]
         if missing := [shard.name for shard in shards if not shard.exists()]:
             raise UserError(f"{path} names shards that are missing: put {shortlist(missing)} there")
         if sum(map(_file_size, shards)) > MAX_BYTES:
@@ -273,14 +282,11 @@ def _read_safetensors(path: Path, size: int) -> dict[str, np.ndarray]:
         _check_names(path, names)
         slices = {name: file.get_slice(name) for name in names}
         types = {
-            name: (_SAFETENSORS_TYPES.get(x.get_dtype(), x.get_dtype()), tuple(x.get_shape()))
+            name: (_TYPES.get(x.get_dtype(), x.get_dtype()), tuple(x.get_shape()))
             for name, x in slices.items()
         }
         _check_declared(path, size, types)
         return {name: _float32(file.get_tensor(name)) for name in names}
-
-
-_SAFETENSORS_TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
 def _read_torch(path: Path, size: int, kind: Kind) -> dict[str, np.ndarray]:
@@ -395,12 +401,14 @@ def _is_name(name: Any) -> bool:
 
 def _check_declared(path: Path, size: int, types: dict[str, tuple[str, tuple[int, ...]]]) -> None:
     for name, (dtype, _) in types.items():
-        if dtype not in {"float16", "bfloat16", "float32", "float64", "float128"}:
+        if dtype not in _WIDTHS:
             raise UserError(
-                f"{path} has {name} of type {_printable(dtype)}: parameters are floating point"
+                f"{path} has {name} of type {_printable(dtype[:100])}: "
+                "parameters are float16, bfloat16, float32 or float64"
             )
-    width = {"float64": 8, "float128": 16}
-    _check_total(path, size, sum(math.prod(s) * width.get(d, 4) for d, s in types.values()))
+    _check_total(
+        path, size, sum(_WIDTHS[dtype] * math.prod(shape) for dtype, shape in types.values())
+    )
 
 
 def _check_total(path: Path, size: int, declared: int) -> None:
@@ -423,12 +431,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return unique
 
 
-def _shard_name(value: Any) -> str:
-    if not _is_name(value) or "/" in value or "\\" in value:
-        raise UserError(
-            f"shard {_printable(str(value))} is no plain file name: shards lie beside their index"
-        )
-    return value
+def _is_file_name(value: Any) -> bool:
+    return _is_name(value) and not {"/", "\\"} & set(value)
 
 
 def _writable(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
