@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import pickle
 import pickletools
 import secrets
 import stat
@@ -55,6 +56,12 @@ _TORCH_GLOBALS = {
     ),
     "torch BoolStorage",
 }
+
+# Bytes of one value while it is read: everything becomes float32.
+_WIDTHS = {"float16": 4, "bfloat16": 4, "float32": 4, "float64": 8}
+
+# Of the safetensors format.
+_TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 Kind = Literal["npz", "safetensors", "torch", "legacy torch"]
 
@@ -113,12 +120,17 @@ def read_sharded(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             raise UserError(
                 f'{path} has no "weight_map": use the index that lies beside the shards'
             )
-        names = sorted({*map(_shard_name, weight_map.values())})
-        shards = [path.with_name(name) for name in names]
+        if bad := [str(name) for name in weight_map.values() if not _is_file_name(name)]:
+            raise UserError(
+                f"{path} names the shards {_shortlist(bad)}: they must lie in its own folder"
+            )
+        shards = [path.with_name(name) for name in sorted({*weight_map.values()})]
         if missing := [shard.name for shard in shards if not shard.exists()]:
             raise UserError(f"{path} names shards that are missing: put {shortlist(missing)} there")
         if sum(map(_file_size, shards)) > MAX_BYTES:
-            raise UserError(f"{path} has shards of more than {MAX_BYTES >> 30} GiB together")
+            raise UserError(
+                f"{path} has shards of more than {MAX_BYTES >> 30} GiB: use another model"
+            )
     arrays, found = {}, {}
     for shard in shards:
         read = read_arrays(shard)
@@ -171,8 +183,6 @@ def _reading(path: Path) -> Iterator[None]:
         raise
     except MemoryError as error:
         raise UserError(f"{path} does not fit in memory: use a smaller file") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or first_line(error)}") from error
     except Exception as error:  # parsers of other projects have no class for hostile bytes
         reason = _printable(first_line(error))
         raise UserError(f"{path} is damaged ({reason}): fetch it again") from error
@@ -180,12 +190,14 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _file_size(path: Path) -> int:
     try:
-        status = path.stat()
+        if not stat.S_ISREG(path.stat().st_mode):  # to open a FIFO would wait for ever
+            raise UserError(f"{path} is a directory or a device: give a file")
+        with path.open("rb") as file:
+            return file.seek(0, os.SEEK_END)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path} does not exist: give an existing file") from error
-    if not stat.S_ISREG(status.st_mode):  # to open a FIFO would wait for ever
-        raise UserError(f"{path} is a directory or a device: give a file")
-    return status.st_size
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; give another file") from error
 
 
 def _kind(path: Path) -> Kind:
@@ -272,14 +284,11 @@ def _read_safetensors(path: Path, size: int) -> dict[str, np.ndarray]:
         _check_names(path, names)
         slices = {name: file.get_slice(name) for name in names}
         types = {
-            name: (_SAFETENSORS_TYPES.get(x.get_dtype(), x.get_dtype()), tuple(x.get_shape()))
+            name: (_TYPES.get(x.get_dtype(), x.get_dtype()), tuple(x.get_shape()))
             for name, x in slices.items()
         }
         _check_declared(path, size, types)
         return {name: _float32(file.get_tensor(name)) for name in names}
-
-
-_SAFETENSORS_TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
 def _read_torch(path: Path, size: int, kind: Kind) -> dict[str, np.ndarray]:
@@ -298,7 +307,12 @@ def _read_torch(path: Path, size: int, kind: Kind) -> dict[str, np.ndarray]:
             f"{path} is a PyTorch file, and PyTorch is not installed: "
             "pip install -e '.[peers]', or convert the file to .safetensors"
         ) from error
-    loaded = torch.load(str(path), map_location="cpu", weights_only=True, mmap=kind == "torch")
+    try:
+        loaded = torch.load(str(path), map_location="cpu", weights_only=True, mmap=kind == "torch")
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is not what torch.load(weights_only=True) would load: save model.state_dict()"
+        ) from error
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
@@ -346,7 +360,10 @@ def _check_pickle(path: Path, file: BinaryIO) -> None:
             (fetchable.discard if top.startswith("TUPLE") else fetchable.add)(value)
             continue
         if opcode.name in {"BINGET", "LONG_BINGET"} and value not in fetchable:
-            raise UserError(f"{path} pickles one tuple twice: save model.state_dict() alone")
+            raise UserError(
+                f"{path} refers to one tuple twice, which no state dict does: "
+                "save model.state_dict() alone"
+            )
         top = opcode.name
 
 
@@ -356,13 +373,13 @@ def _checked_members(path: Path, archive: zipfile.ZipFile, size: int) -> dict[st
     if len(members) < len(infos):
         raise UserError(f"{path} holds several members of one name: fetch it again")
     if len(members) > MAX_ARRAYS:
-        raise UserError(f"{path} holds {len(members)} arrays: at most {MAX_ARRAYS} are read")
+        raise UserError(f"{path} holds {len(members)} arrays: at most {MAX_ARRAYS} make a model")
     if any(info.flag_bits & 1 for info in infos):
         raise UserError(f"{path} is encrypted: unpack it and save it without a password")
     for info in infos:
         # zipfile inflates bzip2 and LZMA without a bound.
         if info.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
-            raise UserError(f"{path} is compressed, but not by deflate: save it with np.savez")
+            raise UserError(f"{path} is compressed, but not by deflate: save it uncompressed")
         if info.compress_type == zipfile.ZIP_STORED and info.compress_size != info.file_size:
             raise ValueError(f"{_printable(info.filename)} is stored in two sizes")
     _check_total(path, size, sum(info.file_size for info in infos))
@@ -372,7 +389,7 @@ def _checked_members(path: Path, archive: zipfile.ZipFile, size: int) -> dict[st
 def _check_names(path: Path, names: Any) -> None:
     names = list(names)
     if len(names) > MAX_ARRAYS:
-        raise UserError(f"{path} holds {len(names)} arrays: at most {MAX_ARRAYS} are read")
+        raise UserError(f"{path} holds {len(names)} arrays: at most {MAX_ARRAYS} make a model")
     if bad := [str(name) for name in names if not _is_name(name)]:
         raise UserError(
             f"{path} has arrays named {_shortlist(bad)}: a name is printable text, or several "
@@ -380,7 +397,9 @@ def _check_names(path: Path, names: Any) -> None:
         )
     folders = {name[:i] for name in names for i, character in enumerate(name) if character == "/"}
     if both := sorted(folders & set(names)):
-        raise UserError(f"{path} has both an array and a folder named {_shortlist(both)}")
+        raise UserError(
+            f"{path} has both an array and a folder named {_shortlist(both)}: rename one of them"
+        )
 
 
 def _is_name(name: Any) -> bool:
@@ -394,12 +413,14 @@ def _is_name(name: Any) -> bool:
 
 def _check_declared(path: Path, size: int, types: dict[str, tuple[str, tuple[int, ...]]]) -> None:
     for name, (dtype, _) in types.items():
-        if dtype not in {"float16", "bfloat16", "float32", "float64", "float128"}:
+        if dtype not in _WIDTHS:
             raise UserError(
-                f"{path} has {name} of type {_printable(dtype)}: parameters are floating point"
+                f"{path} has {name} of type {_printable(dtype[:100])}: "
+                "parameters are float16, bfloat16, float32 or float64"
             )
-    width = {"float64": 8, "float128": 16}
-    _check_total(path, size, sum(math.prod(s) * width.get(d, 4) for d, s in types.values()))
+    _check_total(
+        path, size, sum(_WIDTHS[dtype] * math.prod(shape) for dtype, shape in types.values())
+    )
 
 
 def _check_total(path: Path, size: int, declared: int) -> None:
@@ -422,12 +443,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return unique
 
 
-def _shard_name(value: Any) -> str:
-    if not _is_name(value) or "/" in value or "\\" in value:
-        raise UserError(
-            f"shard {_printable(str(value))} is no plain file name: shards lie beside their index"
-        )
-    return value
+def _is_file_name(value: Any) -> bool:
+    return _is_name(value) and not {"/", "\\"} & set(value)
 
 
 def _writable(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
