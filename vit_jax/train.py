@@ -218,8 +218,8 @@ def _start(run: Run, store: CheckpointStore) -> tuple[TrainState, dict[str, Any]
 def _initialise_from(config: ConfigDict, state: TrainState) -> TrainState:
     pretrained = load_pretrained(config.init_from)
     saved = pretrained.metadata.get("config", {}).get("model", {})
-    for key in ("gelu", "layer_norm_epsilon"):  # They travel with the weights.
-        if saved.get(key, config.model[key]) != config.model[key]:
+    for key in ("gelu", "layer_norm_epsilon", "group_norm_epsilon"):  # They travel with them.
+        if key in config.model and saved.get(key, config.model[key]) != config.model[key]:
             raise UserError(
                 f"model.{key} is {config.model[key]} but {pretrained.source} was trained with "
                 f"{saved[key]}: set --config.model.{key}={saved[key]}"
