@@ -81,6 +81,30 @@ def test_a_wrong_value_raises(section, key, value, message):
         check_config(config)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("resnet_layers", 3, "config.model.resnet_layers is 3: it must be of type tuple"),
+        ("resnet_layers", [3, 0], "config.model.resnet_layers has 0: it must be units per stage"),
+        ("resnet_layers", [3, "4"], "config.model.resnet_layers has '4': it must be units per"),
+        ("group_norm_epsilon", "1e-5", "config.model.group_norm_epsilon is '1e-5': it must be of"),
+        ("resnet_layer", (3,), "did you mean config.model.resnet_layers"),
+    ],
+)
+def test_a_wrong_value_of_a_hybrid_raises(key, value, message):
+    config = ConfigDict(to_dict(recipe("R50+ViT-B/16")), type_safe=False)
+    config.model[key] = value
+    with pytest.raises(UserError, match=message):
+        check_config(config)
+
+
+def test_the_keys_of_a_hybrid_are_not_those_of_a_vit():
+    config = recipe("ViT-B/16")
+    config.model.resnet_layers = (3, 4, 9)
+    with pytest.raises(UserError, match="config.model.resnet_layers is not a key that anything"):
+        check_config(config)
+
+
 def test_an_int_will_do_for_a_float():
     config = ConfigDict(to_dict(recipe("ViT-B/16")), type_safe=False)
     config.optimizer.weight_decay = 0
@@ -122,8 +146,9 @@ def test_a_duration_of_another_form_is_refused(duration):
         count_steps(duration, num_examples=10, batch_size=1)
 
 
-def test_config_json_gives_the_config_back(tmp_path):
-    config = recipe("ViT-B/16")
+@pytest.mark.parametrize("model", ["ViT-B/16", "R50+ViT-B/16", "R+ViT-Ti/16"])
+def test_config_json_gives_the_config_back(model, tmp_path):
+    config = recipe(model)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(to_dict(config)))
     assert to_dict(get_config(str(path))) == to_dict(config)

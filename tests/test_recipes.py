@@ -89,6 +89,14 @@ def test_pretraining_on_imagenet_is_table_3():
         # Not in the table: H takes the row of L, S that of B.
         ("ViT-H/14", "imagenet21k", "90 epochs", 1e-3, 0.03, 0.1),
         ("ViT-S/16", "jft", "7 epochs", 8e-4, 0.1, 0.0),
+        ("R50+ViT-B/32", "jft", "7 epochs", 8e-4, 0.1, 0.0),
+        ("R50+ViT-L/32", "jft", "7 epochs", 2e-4, 0.1, 0.0),
+        ("R50+ViT-L/16", "jft", "14 epochs", 4e-4, 0.1, 0.0),
+        # Not in the table: R26 and R take the row of R50, on ImageNet-21k all that of their ViT.
+        ("R26+ViT-S/32", "jft", "7 epochs", 8e-4, 0.1, 0.0),
+        ("R+ViT-Ti/16", "jft", "7 epochs", 8e-4, 0.1, 0.0),
+        ("R50+ViT-L/16", "imagenet21k", "90 epochs", 1e-3, 0.03, 0.1),
+        ("R26+ViT-B/32", "imagenet21k", "90 epochs", 1e-3, 0.03, 0.1),
     ],
 )
 def test_pretraining_elsewhere_is_table_3(model, dataset, duration, base_lr, weight_decay, dropout):
@@ -126,6 +134,22 @@ def test_finetuning_is_table_4(dataset, steps, warmup, base_lr):
 
 def test_huge_is_finetuned_at_a_multiple_of_its_patches():
     assert get_config("ViT-H/14", "finetune,cifar10").dataset.image_size == 27 * 14
+
+
+def test_hybrids_are_pretrained_as_vits_on_imagenet():
+    row = get_config("R50+ViT-B/16")
+    assert (row.duration, row.schedule.base_lr) == ("300 epochs", 3e-3)
+    assert (row.optimizer.weight_decay, row.optimizer.clip_norm) == (0.3, 1.0)
+
+
+@pytest.mark.parametrize("model", ["R50+ViT-B/16", "R50+ViT-L/32", "R+ViT-Ti/16"])
+def test_hybrids_are_finetuned_at_384(model):
+    assert get_config(model, "finetune,cifar10").dataset.image_size == 384
+
+
+def test_a_model_without_a_row_is_refused():
+    with pytest.raises(UserError, match="Table 3 has no row for R50.ViT-H/32 on jft"):
+        get_config("R50+ViT-H/32", "pretrain,jft")
 
 
 def test_dev_holds_out_a_part_of_train():
@@ -183,4 +207,25 @@ def test_every_config_file_is_its_model(file, patch_size, hidden_size):
     get = runpy.run_path(str(path))["get_config"]
     for spec in ("", "pretrain,imagenet21k", "finetune,cifar100"):
         model = get(spec).model
+        assert (model.patch_size, model.hidden_size) == (patch_size, hidden_size)
+
+
+@pytest.mark.parametrize(
+    ("file", "resnet_layers", "patch_size", "hidden_size"),
+    [
+        ("r50_b32", (3, 4, 6, 3), 1, 768),
+        ("r50_b16", (3, 4, 9), 1, 768),
+        ("r50_l32", (3, 4, 6, 3), 1, 1024),
+        ("r50_l16", (3, 4, 9), 1, 1024),
+        ("r26_s32", (2, 2, 2, 2), 1, 384),
+        ("r26_b32", (2, 2, 2, 2), 1, 768),
+        ("r_ti16", (), 8, 192),
+    ],
+)
+def test_every_config_file_of_a_hybrid_is_its_model(file, resnet_layers, patch_size, hidden_size):
+    path = pathlib.Path(__file__).parents[1] / "configs" / f"{file}.py"
+    get = runpy.run_path(str(path))["get_config"]
+    for spec in ("", "pretrain,imagenet21k", "finetune,cifar100"):
+        model = get(spec).model
+        assert (model.architecture, model.resnet_layers) == ("hybrid", resnet_layers)
         assert (model.patch_size, model.hidden_size) == (patch_size, hidden_size)

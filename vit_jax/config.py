@@ -58,6 +58,7 @@ def check_config(config: ConfigDict) -> None:
     """
     template = recipes.pretrain("ViT-B/16", "imagenet2012")
     template.optimizer.update(recipes.finetune("ViT-B/16", "cifar10").optimizer)
+    template.model.update(recipes.pretrain("R50+ViT-B/16", "imagenet2012").model)
     _check_keys(config, template, "")
     for section, values in template.items():
         if not isinstance(values, ConfigDict):
@@ -86,7 +87,8 @@ def _check_keys(config: Mapping[str, Any], valid: Iterable[str], prefix: str) ->
 def _check_type(key: str, value: Any, example: Any) -> None:
     if value == recipes.REQUIRED:
         raise UserError(f"config.{key} must be given: --config.{key}=...")
-    kinds = (int, float) if isinstance(example, float) else type(example)
+    alike = {float: (int, float), tuple: (tuple, list)}  # JSON has no tuples.
+    kinds = alike.get(type(example), type(example))
     if isinstance(value, bool) != isinstance(example, bool) or not isinstance(value, kinds):
         raise UserError(f"config.{key} is {value!r}: it must be of type {type(example).__name__}")
 
@@ -102,6 +104,9 @@ def _check_ranges(config: ConfigDict) -> None:
     for key in NOT_NEGATIVE & values.keys():
         if values[key] < 0:
             raise UserError(f"config.{key} is {values[key]}: it must not be negative")
+    for units in values.get("model.resnet_layers", ()):
+        if type(units) is not int or units < 1:
+            raise UserError(f"config.model.resnet_layers has {units!r}: it must be units per stage")
     if values["schedule.base_lr"] == 0:
         raise UserError("config.schedule.base_lr is 0.0: it must be above 0")
     for key in ("model.dtype", "optimizer.mu_dtype"):

@@ -131,8 +131,9 @@ def pretrain(model: str, dataset: str) -> ConfigDict:
     """Table 3: pre-training from scratch.
 
     The longest of a row's durations is taken. Silent: Ti and S take the row of B and H on
-    ImageNet-21k that of L; a data set that the paper did not pre-train on takes ImageNet's row,
-    with the warm-up in epochs.
+    ImageNet-21k that of L; R26 and R take the row of R50 and, on ImageNet-21k, every hybrid that
+    of its ViT; a data set that the paper did not pre-train on takes ImageNet's row, with the
+    warm-up in epochs.
     """
     config = base(model, dataset)
     dataset = _table_name(dataset)
@@ -173,9 +174,12 @@ def pretraining_row(model: str, dataset: str) -> Pretraining:
     """The row of Table 3 for a model and a data set; see `pretrain` for what it lacks."""
     if dataset not in SIGMOID_DATASETS:
         return TABLE_3["ViT-*", "imagenet2012"]
-    stand_in = model.replace("ViT-Ti/", "ViT-B/").replace("ViT-S/", "ViT-B/")
+    stem, _, vit = model.rpartition("+")
+    stand_in = vit.replace("ViT-Ti/", "ViT-B/").replace("ViT-S/", "ViT-B/")
     if dataset == "imagenet21k":
         stand_in = stand_in.replace("ViT-H/", "ViT-L/")
+    elif stem:
+        stand_in = f"R50+{stand_in}"
     family = stand_in.split("/")[0]
     rows = [row for (name, data), row in TABLE_3.items() if data == dataset and name == stand_in]
     rows += [
@@ -199,8 +203,8 @@ def finetune(model: str, dataset: str) -> ConfigDict:
     config.batch_size = FINETUNE_BATCH_SIZE
     config.duration = f"{row.steps} steps"
     # 384 is no multiple of H/14's patches: 378 has the 27 x 27 that the published code cuts.
-    patch_size = config.model.patch_size
-    config.dataset.image_size = FINETUNE_IMAGE_SIZE // patch_size * patch_size
+    downsampling = models.create_model(config.model).downsampling
+    config.dataset.image_size = FINETUNE_IMAGE_SIZE // downsampling * downsampling
     config.dataset.protocol = "bit"
     config.optimizer = ConfigDict(
         {

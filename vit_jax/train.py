@@ -217,8 +217,8 @@ def _start(run: Run, store: CheckpointStore) -> tuple[TrainState, dict[str, Any]
 
 def _initialise_from(config: ConfigDict, state: TrainState) -> TrainState:
     pretrained = load_pretrained(config.init_from)
-    for key in ("gelu", "layer_norm_epsilon"):  # They travel with the weights.
-        if pretrained.model[key] != config.model[key]:
+    for key in ("gelu", "layer_norm_epsilon", "group_norm_epsilon"):  # They travel with them.
+        if key in config.model and pretrained.model.get(key) != config.model[key]:
             raise UserError(
                 f"model.{key} is {config.model[key]} but {pretrained.source} was trained with "
                 f"{pretrained.model[key]}: set --config.model.{key}={pretrained.model[key]}"

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from flax.traverse_util import flatten_dict
 from vit_jax.checkpoints.layouts import POSITIONS
 from vit_jax.checkpoints.transfer import Row, print_report, resize_grid, transfer
 from vit_jax.errors import UserError
+from vit_jax.models.hybrid import HybridVisionTransformer
 from vit_jax.models.vit import VisionTransformer
 
 WIDTH = 8
@@ -229,3 +232,27 @@ def test_a_real_model_is_fine_tuned_at_a_higher_resolution():
     assert kept == set(flatten_dict(fresh, sep="/"))
     logits = model.apply({"params": params}, jnp.ones((1, 48, 48, 3)))
     np.testing.assert_array_equal(logits, np.zeros((1, 3)))
+
+
+def test_a_hybrid_is_fine_tuned_at_a_higher_resolution():
+    def init(size, num_classes):
+        sizes = {"patch_size": 1, "hidden_size": 16, "mlp_dim": 32, "num_heads": 2, "num_layers": 1}
+        model = HybridVisionTransformer(num_classes=num_classes, resnet_layers=(2, 1), **sizes)
+        images = jnp.zeros((1, size, size, 3))
+        shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+        rng = np.random.default_rng(size)
+        return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+
+    pretrained, fresh = init(32, 11), init(48, 3)
+    params, report = transfer(fresh, pretrained)
+    assert Row(POSITIONS, (1, 1 + 6 * 6, 16), "resized") in report
+    stem = [row.name for row in report if re.match("conv_root|gn_root|block|embedding", row.name)]
+    assert len(stem) == 3 + 3 * 9 + 2 * 3 + 2
+    old, new = flatten_dict(pretrained, sep="/"), flatten_dict(params, sep="/")
+    for name in stem:
+        np.testing.assert_array_equal(new[name], old[name])
+
+
+def test_the_printed_report_joins_equal_units(capsys):
+    print_report([Row(f"block1/unit{u}/gn1/scale", (64,), "loaded") for u in (1, 2, 10)])
+    assert capsys.readouterr().out.split() == ["loaded", "(64,)", "block*/unit*/gn1/scale", "x3"]

@@ -15,18 +15,9 @@ from typing import Any
 
 from vit_jax.data.protocols import Preprocessing, evaluation
 from vit_jax.errors import UserError, first_line
-from vit_jax.models import check_types
+from vit_jax.models import TRAINING_FIELDS, check_types
 
 _MAX_BYTES = 2**26
-# Keys of a config's model section that only training reads.
-TRAINING_KEYS = {
-    "attention_dropout_rate",
-    "dropout_rate",
-    "dtype",
-    "head_bias_init",
-    "remat",
-    "scan_layers",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +86,7 @@ def of_run(metadata: dict[str, Any]) -> Known:
         return Known(class_names=names)
     data = config["dataset"]
     return Known(
-        {key: x for key, x in config["model"].items() if key not in TRAINING_KEYS},
+        {key: x for key, x in config["model"].items() if key not in TRAINING_FIELDS},
         evaluation(data["protocol"], data["image_size"]),
         names,
         config["loss"],

@@ -134,7 +134,7 @@ def abstract_params(model: dict[str, Any], image_size: int) -> dict[str, Any]:
 def _assemble(arrays: Arrays, known: Known, overrides: dict[str, Any], source: str) -> Pretrained:
     """Checks that the arrays are one whole model."""
     sizes = infer.infer_model(arrays)
-    defaults = {"gelu": "tanh", "layer_norm_epsilon": 1e-6}
+    defaults = models.prediction_defaults(sizes["architecture"])
     # A run's config has 0 classes for "those of the data set".
     classes = {"num_classes": sizes["num_classes"]}
     model = {**defaults, **sizes, **known.model, **classes, **overrides}

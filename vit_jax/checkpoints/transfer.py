@@ -118,7 +118,8 @@ def resize_grid(embeddings: np.ndarray, grid: Grid) -> np.ndarray:
 def print_report(report: list[Row]) -> None:
     """Prints the rows of `transfer`, a line each, parameters of equal layers in one line."""
     alike = Counter(
-        row._replace(name=re.sub(r"encoderblock_\d+", "encoderblock_*", row.name)) for row in report
+        row._replace(name=re.sub(r"(encoderblock_|\bblock|\bunit)\d+", r"\1*", row.name))
+        for row in report
     )
     for (name, shape, action), count in alike.items():
         print(f"{action:8}{shape!s:22}{name}{f' x{count}' if count > 1 else ''}", flush=True)

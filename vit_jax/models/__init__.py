@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError
+from vit_jax.models.hybrid import HybridVisionTransformer
 from vit_jax.models.vit import VisionTransformer
 
 # Table 1; Ti and S are from later work (DeiT, AugReg).
@@ -19,7 +20,15 @@ SIZES = {
     "L": {"hidden_size": 1024, "num_layers": 24, "mlp_dim": 4096, "num_heads": 16},
     "H": {"hidden_size": 1280, "num_layers": 32, "mlp_dim": 5120, "num_heads": 16},
 }
-ARCHITECTURES = {"vit": VisionTransformer}
+# The stem of a hybrid and the suffix of its name. The suffix is the total downsampling, but for
+# R+ViT-Ti/16 of AugReg: its published weights have patches of 8 x 8 on the root's stride of 4.
+STEMS = {
+    ("R50", "32"): {"resnet_layers": (3, 4, 6, 3), "patch_size": 1},
+    ("R50", "16"): {"resnet_layers": (3, 4, 9), "patch_size": 1},
+    ("R26", "32"): {"resnet_layers": (2, 2, 2, 2), "patch_size": 1},
+    ("R", "16"): {"resnet_layers": (), "patch_size": 8},
+}
+ARCHITECTURES = {"vit": VisionTransformer, "hybrid": HybridVisionTransformer}
 DTYPES = ("float32", "bfloat16")
 
 
@@ -27,19 +36,24 @@ def architecture(name: str) -> dict[str, Any]:
     """The hyperparameters of a model of the paper, to be passed to `create_model`.
 
     Args:
-        name: "ViT-B/16" and so on: any size of Table 1 (or Ti, S) with any patch size.
+        name: "ViT-B/16" and so on: any size of Table 1 (or Ti, S) with any patch size. Or a hybrid:
+            "R50+ViT-B/16", "R26+ViT-S/32", "R+ViT-Ti/16" and so on, any size on one of STEMS.
 
     Raises:
         UserError: the name is not of that form.
     """
-    match = re.fullmatch(rf"ViT-({'|'.join(SIZES)})/([1-9]\d*)", name)
-    if not match:
+    match = re.fullmatch(rf"(?:(R\d*)\+)?ViT-({'|'.join(SIZES)})/([1-9]\d*)", name)
+    stem, size, suffix = match.groups() if match else (None, None, None)
+    if stem and (stem, suffix) in STEMS:
+        stem_config = {**STEMS[stem, suffix], "group_norm_epsilon": 1e-6}
+        return {"architecture": "hybrid", **stem_config, **SIZES[size]}
+    if stem or not match:
+        hybrids = ", ".join(f"{stem}+ViT-SIZE/{suffix}" for stem, suffix in STEMS)
         raise UserError(
             f"model {name!r} is unknown: use ViT-SIZE/PATCH with SIZE one of {', '.join(SIZES)}, "
-            "for example ViT-B/16"
+            f"for example ViT-B/16, or {hybrids}"
         )
-    size, patch_size = match.groups()
-    return {"architecture": "vit", "patch_size": int(patch_size), **SIZES[size]}
+    return {"architecture": "vit", "patch_size": int(suffix), **SIZES[size]}
 
 
 def model_keys(architecture: str) -> set[str]:
@@ -50,6 +64,28 @@ def model_keys(architecture: str) -> set[str]:
         )
     fields = {field.name for field in dataclasses.fields(ARCHITECTURES[architecture])}
     return {"architecture"} | fields - {"parent", "name"}
+
+
+# Fields that only training reads.
+TRAINING_FIELDS = (
+    "attention_dropout_rate",
+    "dropout_rate",
+    "dtype",
+    "head_bias_init",
+    "remat",
+    "scan_layers",
+)
+
+
+def prediction_defaults(architecture: str) -> dict[str, Any]:
+    """The default of every field that predictions depend on and that has one."""
+    return {
+        field.name: field.default
+        for field in dataclasses.fields(ARCHITECTURES[architecture])
+        if field.name in model_keys(architecture)
+        and field.name not in TRAINING_FIELDS
+        and field.default is not dataclasses.MISSING
+    }
 
 
 def check_types(config: Mapping[str, Any]) -> None:
@@ -75,7 +111,8 @@ def create_model(config: Mapping[str, Any], **overrides: Any) -> nn.Module:
     """Builds the module that a config's `model` section describes.
 
     Args:
-        config: `architecture` and the fields of its module; `dtype` as a string.
+        config: `architecture` and the fields of its module; `dtype` as a string, tuples also as
+            the lists that they are in JSON.
         **overrides: replace entries of config.
 
     Raises:
@@ -85,4 +122,6 @@ def create_model(config: Mapping[str, Any], **overrides: Any) -> nn.Module:
     if config["dtype"] not in DTYPES:
         raise UserError(f"model.dtype {config['dtype']!r} is unknown: use {' or '.join(DTYPES)}")
     config["dtype"] = jnp.dtype(config["dtype"])
+    if "resnet_layers" in config:
+        config["resnet_layers"] = tuple(config["resnet_layers"])
     return ARCHITECTURES[config.pop("architecture")](**config)

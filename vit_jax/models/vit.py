@@ -301,11 +301,12 @@ class VisionTransformer(nn.Module):
             representation_size or hidden_size], in float32.
 
         Raises:
-            UserError: the image's sides are not multiples of the patch size, hidden_size is not a
+            UserError: the image's sides are not multiples of the downsampling, hidden_size is not a
                 multiple of num_heads, or classifier or gelu is unknown.
         """
         self._check(images.shape)
-        x = PatchEmbedding(self.patch_size, self.hidden_size, self.dtype, name="embedding")(images)
+        x = self._stem(images)
+        x = PatchEmbedding(self.patch_size, self.hidden_size, self.dtype, name="embedding")(x)
         if self.classifier == "token":
             cls = self.param("cls", nn.initializers.zeros, (1, 1, self.hidden_size))
             patches = x.shape[1]
@@ -327,6 +328,10 @@ class VisionTransformer(nn.Module):
             bias_init=bias_init,
             name="head",
         )(x)
+
+    def _stem(self, images: Array) -> Array:
+        """What the patches are cut from."""
+        return images
 
     def _encoder(self) -> nn.Module:
         shared = {
@@ -362,12 +367,13 @@ class VisionTransformer(nn.Module):
 
     def _check(self, shape: tuple[int, ...]) -> None:
         height, width = shape[1:3]
-        if height % self.patch_size or width % self.patch_size:
-            below = max(height // self.patch_size, 1) * self.patch_size
+        step = self.downsampling
+        if height % step or width % step:
+            below = max(height // step, 1) * step
             size = height if height == width else f"{height}x{width}"
+            rule = f"patch_size {step}" if step == self.patch_size else f"total downsampling {step}"
             raise UserError(
-                f"image_size {size} is not a multiple of patch_size {self.patch_size}: "
-                f"use {below} or {below + self.patch_size}"
+                f"image_size {size} is not a multiple of {rule}: use {below} or {below + step}"
             )
         if self.hidden_size % self.num_heads:
             raise UserError(
