@@ -6,7 +6,6 @@ more; `preprocess` resamples as its `eval_view` does.
 
 import math
 import os
-import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -50,25 +49,22 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{path} is not a file: give an image file")
     Image.preinit()
-    with warnings.catch_warnings():
-        # PIL warns about odd metadata, which changes no pixel, and below its limit about size.
-        warnings.simplefilter("ignore")
-        try:
-            with Image.open(path, formats=FORMATS) as image:
-                return _to_rgb(image, path)
-        except UserError:
-            raise
-        except Image.DecompressionBombError as error:
-            rule = f"has more than {MAX_PIXELS:,} pixels"
-            raise UserError(f"{path} {rule}: make it smaller") from error
-        except UnidentifiedImageError as error:
-            found = "is an empty file" if os.path.getsize(path) == 0 else "is not an image"
-            raise UserError(f"{path} {found}: give one of {', '.join(FORMATS)}") from error
-        except (FileNotFoundError, PermissionError) as error:
-            raise UserError(f"{path} cannot be opened: {error.strerror}") from error
-        except Exception as error:  # PIL's readers have no class for damage: anything may come out
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise UserError(f"{path} is damaged ({reason}): fetch it again") from error
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return _to_rgb(image, path)
+    except UserError:
+        raise
+    except Image.DecompressionBombError as error:
+        rule = f"has more than {MAX_PIXELS:,} pixels"
+        raise UserError(f"{path} {rule}: make it smaller") from error
+    except UnidentifiedImageError as error:
+        found = "is an empty file" if os.path.getsize(path) == 0 else "is not an image"
+        raise UserError(f"{path} {found}: give one of {', '.join(FORMATS)}") from error
+    except (FileNotFoundError, PermissionError) as error:
+        raise UserError(f"{path} cannot be opened: {error.strerror}") from error
+    except Exception as error:  # PIL's readers have no class for damage: anything may come out
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{path} is damaged ({reason}): fetch it again") from error
 
 
 def preprocess(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
