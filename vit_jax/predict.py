@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ import numpy as np
 
 from vit_jax import command
 from vit_jax.checkpoints import flags
+from vit_jax.checkpoints.arrays import replacing
 from vit_jax.data.images import SUFFIXES, preprocess, read_image
 from vit_jax.errors import UserError
 
@@ -48,7 +48,8 @@ def main() -> int:
     if not done:
         return 2
     if args.logits:
-        _write_npz(args.logits, files=np.array(done), logits=np.stack(rows))
+        with replacing(Path(args.logits)) as temporary, temporary.open("wb") as file:
+            np.savez(file, files=np.array(done), logits=np.stack(rows))
     return 0 if len(done) == len(files) else 1
 
 
@@ -105,6 +106,7 @@ def classify(
     Raises:
         UserError: the model has no head, or its logits are not finite.
     """
+    # Here because JAX takes half a second to import, for which --help should not wait.
     import jax
 
     from vit_jax.models import create_model
@@ -118,21 +120,23 @@ def classify(
     size = pretrained.preprocessing.image_size
     batch_size = min(batch_size, len(files))
 
-    def read(file: str) -> np.ndarray | None:
+    def read(file: str) -> np.ndarray | UserError:
         try:
             if os.path.isdir(file):
                 raise UserError(f"{file} holds no image")
             return preprocess(read_image(file), pretrained.preprocessing)
         except UserError as error:
-            command.report(error)
-            return None
+            return error
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for begin in range(0, len(files), batch_size):
             part = files[begin : begin + batch_size]
-            found = [
-                pair for pair in zip(part, pool.map(read, part), strict=True) if pair[1] is not None
-            ]
+            found = []
+            for file, image in zip(part, pool.map(read, part), strict=True):
+                if isinstance(image, UserError):
+                    command.report(image)
+                else:
+                    found.append((file, image))
             if not found:
                 continue
             batch = np.zeros((batch_size, size, size, 3), np.float32)
@@ -182,23 +186,6 @@ def _print(file: str, predictions: list[dict[str, Any]], as_json: bool) -> None:
         label = f"class {each['index']}" if each["label"] is None else each["label"]
         lines.append(f"{each['probability']:8.2%}  {label}")
     print("\n".join(lines), flush=True)
-
-
-def _write_npz(path: str, **arrays: np.ndarray) -> None:
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are for their owner only
-        os.replace(temporary, target)
-    except BaseException as error:
-        os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise UserError(f"--logits {path} cannot be written: {error.strerror}") from error
-        raise
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
