@@ -1,17 +1,16 @@
 """Converts weights: `python -m vit_jax.convert --from C --to PATH --format FORMAT`."""
 
-import argparse
 import dataclasses
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from vit_jax import models
-from vit_jax.checkpoints.flags import add_flags, load
+from vit_jax import command, models
+from vit_jax.checkpoints import flags
 from vit_jax.checkpoints.pretrained import Pretrained, load_pretrained
 from vit_jax.checkpoints.save import FORMATS, save_pretrained
-from vit_jax.errors import UserError, run
+from vit_jax.errors import UserError
 
 _NUM_IMAGES = 2
 
@@ -66,14 +65,14 @@ def _differences(source: Pretrained, layout: str) -> list[str]:
     return notes
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m vit_jax.convert", description=__doc__)
-    add_flags(parser, "--from")
+def main() -> int:
+    """Runs the command; returns its exit code."""
+    parser = command.Parser(prog="python -m vit_jax.convert", description=__doc__)
+    flags.add_flags(parser, "--from")
     parser.add_argument("--to", required=True, metavar="PATH", help="a file or folder to be made")
     parser.add_argument("--format", required=True, choices=FORMATS)
     args = parser.parse_args()
-    source = load(args)
+    source = flags.load(args)
     of_params, of_logits = convert(source, args.to, args.format)
     print(f"from  {source.source}")
     print(f"to    {args.to} ({args.format})")
@@ -81,7 +80,8 @@ def main() -> None:
     print(f"largest difference of the logits on {_NUM_IMAGES} random images: {of_logits:g}")
     for note in _differences(source, args.format):
         print(f"note: {note}")
+    return 0
 
 
 if __name__ == "__main__":
-    run(main)
+    command.run(main)

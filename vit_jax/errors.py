@@ -1,10 +1,5 @@
 """A user's mistake, told in one line."""
 
-import os
-import signal
-import sys
-from collections.abc import Callable
-
 
 class UserError(ValueError):
     """A mistake that the user can mend, told in one line.
@@ -24,19 +19,3 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, cut at 200 characters."""
     lines = str(error).splitlines() or [type(error).__name__]
     return lines[0][:200]
-
-
-def run(main: Callable[[], None]) -> None:
-    """Runs a command: a user's mistake is one line and exit code 2, a closed pipe the end."""
-    try:
-        main()
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:
-        # Whoever read the output has seen enough; what is left must not be written at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)

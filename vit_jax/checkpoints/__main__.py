@@ -1,30 +1,23 @@
 """Says which file published weights are: `python -m vit_jax.checkpoints B_16 [--fetch]`."""
 
-import argparse
 import math
-import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
+from vit_jax import command
 from vit_jax.checkpoints import augreg, remote
 from vit_jax.errors import UserError
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}: see python -m vit_jax.checkpoints --help")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table, and with `--fetch` the path of the file that was fetched."""
-    parser = _Parser(
+    parser = command.Parser(
         prog="python -m vit_jax.checkpoints",
         description="Finds published weights. Of an AugReg model (B_16) it lists the recommended "
         "pre-trained file and the best fine-tunes of it.",
     )
     parser.add_argument("name", help="B_16, ViT-B_16, augreg/FILE, hf:OWNER/NAME, ...")
     parser.add_argument("--dataset", help="only fine-tunes on this: imagenet2012, cifar100, ...")
-    parser.add_argument("--resolution", type=int, help="of the fine-tune, pixels")
+    parser.add_argument("--resolution", type=command.positive, help="of the fine-tune, pixels")
     parser.add_argument("--upstream", choices=augreg.UPSTREAM, help="pre-trained on [i21k]")
     parser.add_argument(
         "--fetch", action="store_true", help="fetch the first file listed, and print where it is"
@@ -52,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(_table([header, *rows]), flush=True)
     if args.fetch:
         print(remote.fetch(first))
+    return 0
 
 
 def _recommendations(
@@ -91,17 +85,5 @@ def _table(rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def run() -> None:
-    """The command: prints a user's mistake in one line and exits with code 2."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    run()
+    command.run(main)

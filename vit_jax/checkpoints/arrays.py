@@ -155,7 +155,7 @@ def write_npz(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
         UserError: it cannot be written, or `read_arrays` would refuse it.
     """
     arrays = _writable(path, arrays)
-    with _replacing(Path(path)) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+    with replacing(Path(path)) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for name, array in arrays.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
@@ -170,7 +170,7 @@ def write_safetensors(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -
         UserError: it cannot be written, or `read_arrays` would refuse it.
     """
     arrays = _writable(path, arrays)
-    with _replacing(Path(path)) as temporary:
+    with replacing(Path(path)) as temporary:
         # transformers refuses a file that does not name the framework of its layouts.
         safetensors.numpy.save_file(arrays, temporary, metadata={"format": "pt"})
 
@@ -453,7 +453,7 @@ def _writable(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> dict[s
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside, which takes the place of `path` if all goes well."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:

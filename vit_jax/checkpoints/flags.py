@@ -1,40 +1,49 @@
-"""The flags by which every command takes a checkpoint."""
+"""The flags of a command that reads a model, one set for all of them."""
 
 import argparse
+from typing import TYPE_CHECKING
 
-from vit_jax.checkpoints.pretrained import Pretrained, load_pretrained
-from vit_jax.models.vit import GELU
+from vit_jax import command
+
+if TYPE_CHECKING:
+    from vit_jax.checkpoints.pretrained import Pretrained
+
+_OVERRIDES = ("num_heads", "gelu", "layer_norm_epsilon", "image_size")
 
 
 def add_flags(parser: argparse.ArgumentParser, name: str = "--checkpoint") -> None:
-    """Adds the flag `name`, and those that tell what a checkpoint cannot."""
-    parser.add_argument(
+    """Adds the flag of the checkpoint and those that override what is read from it.
+
+    Args:
+        parser: what to add to.
+        name: of the checkpoint's flag.
+    """
+    group = parser.add_argument_group("the model")
+    group.add_argument(
         name,
+        dest="checkpoint",
         required=True,
         metavar="C",
-        dest="checkpoint",
-        help="a run's workdir, a file or folder of weights, or a name such as ViT-B_16 or "
-        "hf:OWNER/NAME",
+        help="a run's directory, a file or folder of weights in Google's, timm's or Hugging Face's "
+        "format, or a published name (ViT-B_16, hf:OWNER/NAME)",
     )
-    group = parser.add_argument_group("what a checkpoint may leave open, or have wrong")
-    group.add_argument("--num_heads", type=int, metavar="N", help="of the attention")
-    group.add_argument("--gelu", choices=list(GELU), help="form of the GELU")
-    group.add_argument("--layer_norm_epsilon", type=float, metavar="X")
     group.add_argument(
-        "--image_size", type=int, metavar="N", help="position embeddings are interpolated to it"
+        "--image_size",
+        type=command.positive,
+        metavar="PIXELS",
+        help="side of the input; position embeddings are interpolated [the checkpoint's]",
     )
+    silent = "where the checkpoint does not say"
+    group.add_argument("--num_heads", type=command.positive, metavar="N", help=silent)
+    group.add_argument("--gelu", choices=["tanh", "erf"], help=silent)
+    group.add_argument("--layer_norm_epsilon", type=float, metavar="EPSILON", help=silent)
 
 
-def load(args: argparse.Namespace) -> Pretrained:
-    """Reads the checkpoint that the flags name.
+def load(args: argparse.Namespace) -> "Pretrained":
+    """Loads the model that the flags name; see `load_pretrained`, also for what it raises."""
+    # JAX takes half a second to import, for which a wrong flag and --help should not wait.
+    from vit_jax.checkpoints.pretrained import load_pretrained
 
-    Raises:
-        UserError: as `load_pretrained`.
-    """
-    return load_pretrained(
-        args.checkpoint,
-        num_heads=args.num_heads,
-        gelu=args.gelu,
-        layer_norm_epsilon=args.layer_norm_epsilon,
-        image_size=args.image_size,
-    )
+    values = {name: getattr(args, name) for name in _OVERRIDES}
+    overrides = {name: value for name, value in values.items() if value is not None}
+    return load_pretrained(args.checkpoint, **overrides)

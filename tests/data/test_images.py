@@ -1,0 +1,300 @@
+"""The NumPy view against TensorFlow's, the resize of PIL, and files that are no images."""
+
+import io
+import os
+import resource
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from vit_jax.data import preprocess as tf_preprocess
+from vit_jax.data.images import MAX_PIXELS, preprocess, read_image
+from vit_jax.data.protocols import Preprocessing
+from vit_jax.errors import UserError
+
+
+def noise(*shape):
+    return np.random.default_rng(sum(shape)).integers(0, 256, shape, np.uint8)
+
+
+RGB, ALPHA = noise(20, 24, 3), noise(20, 24)
+COLOUR, GREY = Image.fromarray(RGB), Image.fromarray(noise(20, 24))
+RGBA = Image.fromarray(np.dstack([RGB, ALPHA]))
+PALETTE = COLOUR.quantize(16)
+DEEP = noise(20, 24, 4, 2).view(np.uint16)[..., 0]
+
+
+def encode(image, file_format, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_file(data, name="image.png"):
+        (tmp_path / name).write_bytes(data)
+        return tmp_path / name
+
+    return write_file
+
+
+# What TensorFlow decodes to the same pixels.
+LOSSLESS = {
+    "rgb png": encode(COLOUR, "PNG"),
+    "grey png": encode(GREY, "PNG"),
+    "bilevel png": encode(GREY.convert("1"), "PNG"),
+    "palette png": encode(PALETTE, "PNG"),
+    "rgba png": encode(RGBA, "PNG"),
+    "grey and alpha png": encode(RGBA.convert("LA"), "PNG"),
+    "palette png, one transparent": encode(PALETTE, "PNG", transparency=3),
+    "palette png, all half transparent": encode(PALETTE, "PNG", transparency=bytes(range(16))),
+    "grey png, one transparent": encode(GREY, "PNG", transparency=int(np.asarray(GREY)[0, 0])),
+    "16-bit grey png": tf.io.encode_png(DEEP[..., :1]).numpy(),
+    "16-bit grey and alpha png": tf.io.encode_png(DEEP[..., :2]).numpy(),
+    "16-bit rgb png": tf.io.encode_png(DEEP[..., :3]).numpy(),
+    "16-bit rgba png": tf.io.encode_png(DEEP).numpy(),
+    "gif": encode(PALETTE, "GIF"),
+    "gif, one transparent": encode(PALETTE, "GIF", transparency=3),
+    "gif of two frames": encode(PALETTE, "GIF", save_all=True, append_images=[GREY]),
+    "bmp": encode(COLOUR, "BMP"),
+    "bmp with alpha": encode(RGBA, "BMP"),
+}
+JPEG = {
+    "rgb jpeg": encode(COLOUR, "JPEG", quality=95),
+    "rgb jpeg 4:4:4": encode(COLOUR, "JPEG", subsampling=0),
+    "progressive jpeg": encode(COLOUR, "JPEG", progressive=True),
+    "grey jpeg": encode(GREY, "JPEG"),
+    "cmyk jpeg": encode(COLOUR.convert("CMYK"), "JPEG"),
+}
+
+
+@pytest.mark.parametrize("encoded", LOSSLESS.values(), ids=LOSSLESS)
+def test_every_colour_type_gives_the_view_of_tensorflow(encoded, write):
+    preprocessing = Preprocessing(16, 0.9)
+    view = preprocess(read_image(write(encoded)), preprocessing)
+    expected = tf_preprocess.eval_view(encoded, preprocessing)
+    np.testing.assert_allclose(view, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("encoded", JPEG.values(), ids=JPEG)
+def test_jpeg_pixels_are_those_of_tensorflow_within_a_grey_level(encoded, write):
+    pixels = read_image(write(encoded, "image.jpg")).astype(int)
+    expected = tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
+    assert np.abs(pixels - expected.numpy()).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        encode(RGBA, "WEBP", lossless=True, exact=True),
+        encode(COLOUR, "TIFF"),
+        encode(RGBA, "TIFF", compression="tiff_lzw"),
+        encode(COLOUR, "PPM"),
+        encode(PALETTE.convert("RGB"), "GIF"),
+        encode(COLOUR, "JPEG2000", irreversible=False),
+    ],
+    ids=["webp", "tiff", "tiff with alpha", "ppm", "gif", "jpeg 2000"],
+)
+def test_formats_beyond_tensorflow_keep_their_pixels(encoded, write):
+    expected = np.asarray(PALETTE.convert("RGB")) if encoded.startswith(b"GIF") else RGB
+    np.testing.assert_array_equal(read_image(write(encoded, "no_suffix")), expected)
+
+
+def test_avif_is_read_about_as_it_was(write):
+    smooth = COLOUR.resize((5, 4)).resize((64, 48))
+    if not Image.registered_extensions().get(".avif"):
+        pytest.skip("this Pillow has no AVIF")
+    pixels = read_image(write(encode(smooth, "AVIF", quality=95), "image.avif"))
+    np.testing.assert_allclose(pixels, np.asarray(smooth), atol=12)
+
+
+def test_16_bit_tiff_keeps_its_high_byte(write):
+    deep = Image.fromarray(DEEP[..., 0])
+    pixels = read_image(write(encode(deep, "TIFF"), "image.tif"))
+    np.testing.assert_array_equal(pixels, np.repeat(DEEP[..., :1] >> 8, 3, -1))
+
+
+# What turns and mirrors undo each EXIF orientation, by the EXIF standard's table.
+UPRIGHT = {
+    1: lambda x: x,
+    2: np.fliplr,
+    3: lambda x: np.rot90(x, 2),
+    4: np.flipud,
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: np.rot90(x, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "WEBP"])
+def test_exif_orientation_is_respected(orientation, file_format, write):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if file_format == "WEBP" else {}
+    pixels = read_image(write(encode(COLOUR, file_format, exif=exif, **options)))
+    np.testing.assert_array_equal(pixels, UPRIGHT[orientation](RGB))
+
+
+def test_damaged_exif_does_not_cost_the_image(write):
+    broken = encode(COLOUR, "PNG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff\x01\x02")
+    np.testing.assert_array_equal(read_image(write(broken)), RGB)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("center_crop", [None, 0.875, 0.9, 1.0])
+@pytest.mark.parametrize("shape", [(8, 8), (37, 91), (300, 200), (600, 800), (1, 5), (5, 1)])
+def test_preprocess_is_the_evaluation_view_of_tensorflow(
+    shape, center_crop, antialias, interpolation
+):
+    image = noise(*shape, 3)
+    preprocessing = Preprocessing(
+        56, center_crop, interpolation, antialias, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    )
+    view = preprocess(image, preprocessing)
+    assert (view.dtype, view.shape) == (np.float32, (56, 56, 3))
+    expected = tf_preprocess.eval_view(tf.io.encode_png(image), preprocessing)
+    np.testing.assert_allclose(view, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("shape", [(300, 375), (375, 300), (40, 32), (3, 400), (400, 3)])
+def test_antialias_is_the_resize_of_pil(shape, interpolation):
+    channel = noise(*shape).astype(np.float32)  # which PIL does not round between its passes
+    kind = Image.Resampling[interpolation.upper()]
+    expected = np.asarray(Image.fromarray(channel).resize((48, 48), kind))
+    image = np.repeat(channel.astype(np.uint8)[..., None], 3, -1)
+    view = preprocess(image, Preprocessing(48, None, interpolation, antialias=True))
+    np.testing.assert_allclose(view[..., 1] * 127.5 + 127.5, expected, atol=0.01)
+
+
+def test_a_strip_is_preprocessed_in_bounded_memory():
+    # Rows first would need 20 GB.
+    strip = np.broadcast_to(np.uint8([10, 20, 30]), (2, 8_000_000, 3))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for image in (strip, strip.swapaxes(0, 1)):
+        view = preprocess(image, Preprocessing(224, None, "bicubic", antialias=True))
+        np.testing.assert_allclose(view[100, 100] * 127.5 + 127.5, [10, 20, 30], atol=0.01)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # KiB
+
+
+def bomb(width, height):
+    """A sound PNG of one grey level, a few MB for any size."""
+
+    def chunk(name, data):
+        checksum = zlib.crc32(name + data)
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)
+
+    deflate = zlib.compressobj(1)
+    rows = b"".join(deflate.compress(bytes(width + 1)) for _ in range(height)) + deflate.flush()
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    magic = b"\x89PNG\r\n\x1a\n"
+    return magic + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(write):
+    path = write(bomb(30_000, 30_000))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match="has more than 178,956,970 pixels"):
+        read_image(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+    assert MAX_PIXELS < 30_000**2
+
+
+def test_the_limit_on_pixels_holds_where_a_program_lifted_that_of_pil(write, monkeypatch):
+    path = write(bomb(30_000, 30_000))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    with pytest.raises(UserError, match="has more than 178,956,970 pixels"):
+        read_image(path)
+
+
+PNG = LOSSLESS["rgb png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("text.jpg", b"not an image at all\n" * 99, "is not an image: give one of JPEG, PNG"),
+        ("empty.jpg", b"", "is an empty file: give"),
+        ("truncated.jpg", JPEG["rgb jpeg"][:-300], "is damaged (image file is truncated"),
+        ("truncated.png", PNG[: len(PNG) // 2], "is damaged ("),
+        ("header.png", PNG[:20], "is"),
+        (
+            "runs_a_program.eps",
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+            "is not an image",
+        ),
+        ("float.tif", encode(Image.new("F", (4, 4)), "TIFF"), "pixels of 32 bits"),
+    ],
+)
+def test_what_is_no_image_is_one_line(write, name, data, message):
+    path = write(data, name)
+    with pytest.raises(UserError) as error:
+        read_image(path)
+    assert str(error.value).startswith(f"{path} ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_directory_a_pipe_and_nothing_are_each_one_line(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for path, message in [
+        (tmp_path, "is not a file"),
+        (tmp_path / "pipe.jpg", "is not a file"),
+        (tmp_path / "absent.jpg", "cannot be opened: No such file or directory"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            read_image(path)
+
+
+def test_a_file_without_permission_is_one_line(write, monkeypatch):
+    path = write(PNG)
+    path.chmod(0)
+    if os.access(path, os.R_OK):  # root may read everything
+
+        def refuse(*_, **__):
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(UserError, match="cannot be opened: Permission denied"):
+        read_image(path)
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        PNG,
+        LOSSLESS["gif of two frames"],
+        LOSSLESS["bmp"],
+        JPEG["rgb jpeg"],
+        encode(COLOUR, "WEBP"),
+        encode(COLOUR, "TIFF"),
+    ],
+    ids=["png", "gif", "bmp", "jpeg", "webp", "tiff"],
+)
+def test_damaged_bytes_give_pixels_or_one_line(encoded, write, capfd):
+    rng = np.random.default_rng(len(encoded))
+    for _ in range(60):
+        data = bytearray(encoded)
+        for position in rng.integers(0, min(len(data), 200), rng.integers(1, 8)):
+            data[position] = rng.integers(256)
+        try:
+            pixels = read_image(write(bytes(data)))
+            assert pixels.dtype == np.uint8 and pixels.shape[2:] == (3,)
+        except UserError as error:
+            assert "\n" not in str(error)
+    assert capfd.readouterr().err == ""
+
+
+def test_it_needs_no_tensorflow():
+    code = "import sys, vit_jax.data.images; sys.exit('tensorflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

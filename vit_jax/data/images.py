@@ -1,0 +1,176 @@
+"""Evaluation's view of an image in NumPy and PIL, for programs that need no TensorFlow.
+
+`read_image` decodes what `vit_jax.data.preprocess` decodes to the same pixels, and a few formats
+more; `preprocess` resamples as its `eval_view` does.
+"""
+
+import math
+import os
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vit_jax.data.protocols import Preprocessing, eval_box
+from vit_jax.errors import UserError
+
+# Only these of PIL's readers: others start programs (EPS runs Ghostscript). First those that are
+# imported at once; one beyond them makes PIL import every reader it has.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000")
+
+# What a directory is searched for. HEIF cannot be read: it is reported then, not passed over.
+SUFFIXES = frozenset(
+    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".dib", ".ppm", ".pgm"]
+    + [".pbm", ".pnm", ".webp", ".tif", ".tiff", ".avif", ".jp2", ".j2k", ".heic", ".heif"]
+)
+
+# PIL's own limit, which it only has while nobody moves Image.MAX_IMAGE_PIXELS.
+MAX_PIXELS = 178_956_970
+
+_ORIENTATION = 0x0112  # the EXIF tag
+
+
+def read_image(path: str | os.PathLike[str]) -> np.ndarray:
+    """Returns an image as it is meant to be seen, uint8 [height, width, 3], RGB.
+
+    Grey becomes RGB, palettes and CMYK are converted, of 16 bits the high byte is kept, of an
+    animation the first frame. Transparency is dropped and the colour beneath it shown, as
+    TensorFlow does; in a GIF there is none beneath, and black is shown. The image is turned as its
+    EXIF orientation says, which TensorFlow does not do.
+
+    Args:
+        path: of a file in one of `FORMATS`, recognised by its content.
+
+    Raises:
+        UserError: there is no such file, it is no image of these formats, is damaged or truncated,
+            has more than `MAX_PIXELS` pixels or values of unknown range (floats, 32-bit integers).
+    """
+    # A named pipe would be waited for, forever.
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is not a file: give an image file")
+    Image.preinit()
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return _to_rgb(image, path)
+    except UserError:
+        raise
+    except Image.DecompressionBombError as error:
+        rule = f"has more than {MAX_PIXELS:,} pixels"
+        raise UserError(f"{path} {rule}: make it smaller") from error
+    except UnidentifiedImageError as error:
+        found = "is an empty file" if os.path.getsize(path) == 0 else "is not an image"
+        raise UserError(f"{path} {found}: give one of {', '.join(FORMATS)}") from error
+    except (FileNotFoundError, PermissionError) as error:
+        raise UserError(f"{path} cannot be opened: {error.strerror}") from error
+    except Exception as error:  # PIL's readers have no class for damage: anything may come out
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{path} is damaged ({reason}): fetch it again") from error
+
+
+def preprocess(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """Returns what evaluation sees of an image, float32 [image_size, image_size, 3].
+
+    The box is resampled with half-pixel centres and a separable kernel, whose weights are
+    normalised where it reaches beyond the image: TensorFlow's ScaleAndTranslate, and with
+    `antialias` PIL's resize without its rounding.
+
+    Args:
+        image: uint8 [height, width, 3].
+        preprocessing: of the model.
+    """
+    size = preprocessing.image_size
+    y, x, height, width = eval_box(preprocessing.center_crop, *image.shape[:2])
+    rows = _taps(y, height, image.shape[0], preprocessing)
+    columns = _taps(x, width, image.shape[1], preprocessing)
+    # Rows first, as they lie in memory; but of a long strip what lies in between would be huge.
+    if width > 8 * height:
+        pixels = _resample(image.swapaxes(0, 1), columns, rows).swapaxes(0, 1)
+    else:
+        pixels = _resample(image, rows, columns)
+    mean, std = (
+        np.array([255 * x for x in values], np.float32)
+        for values in (preprocessing.mean, preprocessing.std)
+    )
+    return ((pixels - mean) / std).reshape(size, size, 3)
+
+
+def _to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> np.ndarray:
+    if image.width * image.height > MAX_PIXELS:
+        raise Image.DecompressionBombError
+    if image.mode in ("F", "I"):
+        raise UserError(f"{path} has pixels of 32 bits, whose range is unknown: save it with 8")
+    image.load()
+    # Of TIFF and AVIF PIL turns some by itself as it loads, and then the tag is gone.
+    if _orientation(image) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, -1)
+    if image.format == "GIF" and "transparency" in image.info:
+        rgba = np.asarray(image.convert("RGBA"))
+        return np.where(rgba[..., 3:] > 0, rgba[..., :3], np.uint8(0))
+    return np.asarray(image.convert("RGB"))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged metadata, of which anything may come too; the pixels are sound
+        return 1
+
+
+def _triangle(x: np.ndarray) -> np.ndarray:
+    return np.maximum(0, 1 - x)
+
+
+def _keys_cubic(x: np.ndarray) -> np.ndarray:
+    # Keys, "Cubic convolution interpolation for digital image processing", 1981, Eq. 15.
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return np.where(x < 1, near, np.where(x < 2, far, 0))
+
+
+# The kernels, and how far they reach in pixels of the coarser grid.
+_KERNELS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], int]] = {
+    "bilinear": (_triangle, 1),
+    "bicubic": (_keys_cubic, 2),
+}
+
+
+def _taps(
+    begin: float, extent: float, length: int, preprocessing: Preprocessing
+) -> list[tuple[slice, np.ndarray]]:
+    """For every output pixel of one axis: the source pixels that it reads, and their weights."""
+    size = preprocessing.image_size
+    kernel, radius = _KERNELS[preprocessing.interpolation]
+    scale = max(extent / size, 1.0) if preprocessing.antialias else 1.0
+    reach = radius * scale
+    # In 32 bits and from where its window begins, as TensorFlow: between two pixels of a sharp
+    # edge the rounding of a large image's coordinates can be seen.
+    origin = max(math.floor(begin) - math.ceil(reach), 0)
+    step, offset = np.float32(extent / size), np.float32(begin - origin)
+    taps = []
+    for centre in (np.arange(size, dtype=np.float32) + np.float32(0.5)) * step + offset:
+        centre = origin + float(centre)
+        # Source pixel i has its centre at i + 0.5.
+        first = max(math.ceil(centre - reach - 0.5), 0)
+        last = min(math.floor(centre + reach - 0.5), length - 1)
+        weights = kernel(np.abs(np.arange(first, last + 1) + 0.5 - centre) / scale)
+        taps.append((slice(first, last + 1), (weights / weights.sum()).astype(np.float32)))
+    return taps
+
+
+def _resample(
+    image: np.ndarray,
+    rows: list[tuple[slice, np.ndarray]],
+    columns: list[tuple[slice, np.ndarray]],
+) -> np.ndarray:
+    """Resamples [height, width, 3], rows first, to float32 [len(rows), len(columns), 3]."""
+    left = columns[0][0].start
+    window = image[:, left : columns[-1][0].stop]
+    result = np.empty((len(rows), window.shape[1], 3), np.float32)
+    for row, (source, weights) in zip(result, rows, strict=True):
+        np.einsum("hwc,h->wc", window[source].astype(np.float32), weights, out=row)
+    output = np.empty((len(rows), len(columns), 3), np.float32)
+    for index, (source, weights) in enumerate(columns):
+        part = result[:, source.start - left : source.stop - left]
+        np.einsum("hwc,w->hc", part, weights, out=output[:, index])
+    return output
