@@ -34,6 +34,7 @@ from vit_jax.errors import UserError
 
 MAX_BYTES = 16 << 30
 MAX_ARRAYS = 10_000  # ViT-H/14 has 400
+_MAX_NAME = 250
 
 # What the arrays of a file may take together, where it is small and what it holds compresses well.
 _ALLOWANCE = 256 << 20
@@ -76,7 +77,7 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             or `state_dict`. A file named `.npz` or `.safetensors` is never read as PyTorch's.
 
     Returns:
-        Float32 arrays in C order that own their memory, by their names in the file. Float16,
+        Float32 arrays in C order, independent of the file, by their names in it. Float16,
         bfloat16 and float64, big-endian and Fortran order are converted.
 
     Raises:
@@ -153,7 +154,7 @@ def write_npz(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
     The file appears whole or not at all.
 
     Raises:
-        UserError: it cannot be written, or `read_arrays` would refuse it.
+        UserError: the file cannot be written, or `read_arrays` would refuse the names.
     """
     arrays = _writable(path, arrays)
     with _replacing(Path(path)) as temporary, zipfile.ZipFile(temporary, "w") as archive:
@@ -168,7 +169,7 @@ def write_safetensors(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -
     The file appears whole or not at all.
 
     Raises:
-        UserError: it cannot be written, or `read_arrays` would refuse it.
+        UserError: the file cannot be written, or `read_arrays` would refuse the names.
     """
     arrays = _writable(path, arrays)
     with _replacing(Path(path)) as temporary:
@@ -393,11 +394,12 @@ def _check_names(path: Path, names: Any) -> None:
         raise UserError(f"{path} holds {len(names)} arrays: at most {MAX_ARRAYS} make a model")
     if bad := [str(name) for name in names if not _is_name(name)]:
         raise UserError(
-            f"{path} has arrays named {_shortlist(bad)}: a name is printable text, or several "
-            "joined by single slashes"
+            f"{path} has arrays named {_shortlist(bad)}: a name is printable, of at most "
+            f"{_MAX_NAME} characters, its parts joined by single slashes"
         )
-    folders = {name[:i] for name in names for i, character in enumerate(name) if character == "/"}
-    if both := sorted(folders & set(names)):
+    arrays = set(names)
+    folders = (name[:i] for name in names for i, character in enumerate(name) if character == "/")
+    if both := sorted({folder for folder in folders if folder in arrays}):
         raise UserError(
             f"{path} has both an array and a folder named {_shortlist(both)}: rename one of them"
         )
@@ -406,7 +408,7 @@ def _check_names(path: Path, names: Any) -> None:
 def _is_name(name: Any) -> bool:
     return (
         isinstance(name, str)
-        and len(name) <= 1000
+        and len(name) <= _MAX_NAME
         and name.isprintable()
         and not {"", ".", ".."} & set(name.split("/"))
     )
@@ -428,8 +430,8 @@ def _check_total(path: Path, size: int, declared: int) -> None:
     allowed = min(_ALLOWANCE + _EXPANSION * size, MAX_BYTES)
     if declared > allowed:
         raise UserError(
-            f"{path} of {size} bytes declares {declared} bytes of arrays: "
-            f"at most {allowed} are read from it"
+            f"{path} of {size} bytes declares {declared} bytes of arrays, and at most {allowed} "
+            "are read from it: save it again uncompressed, or use a smaller model"
         )
 
 
