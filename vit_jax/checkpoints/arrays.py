@@ -33,6 +33,7 @@ from vit_jax.errors import UserError, first_line, shortlist
 
 MAX_BYTES = 16 << 30
 MAX_ARRAYS = 10_000  # ViT-H/14 has 400
+_MAX_NAME = 250
 
 # What the arrays of a file may take together, where it is small and what it holds compresses well.
 _ALLOWANCE = 256 << 20
@@ -75,7 +76,7 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             or `state_dict`. A file named `.npz` or `.safetensors` is never read as PyTorch's.
 
     Returns:
-        Float32 arrays in C order that own their memory, by their names in the file. Float16,
+        Float32 arrays in C order, independent of the file, by their names in it. Float16,
         bfloat16 and float64, big-endian and Fortran order are converted.
 
     Raises:
@@ -152,7 +153,7 @@ def write_npz(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
     The file appears whole or not at all.
 
     Raises:
-        UserError: it cannot be written, or `read_arrays` would refuse it.
+        UserError: the file cannot be written, or `read_arrays` would refuse the names.
     """
     arrays = _writable(path, arrays)
     with replacing(Path(path)) as temporary, zipfile.ZipFile(temporary, "w") as archive:
@@ -167,7 +168,7 @@ def write_safetensors(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -
     The file appears whole or not at all.
 
     Raises:
-        UserError: it cannot be written, or `read_arrays` would refuse it.
+        UserError: the file cannot be written, or `read_arrays` would refuse the names.
     """
     arrays = _writable(path, arrays)
     with replacing(Path(path)) as temporary:
@@ -258,7 +259,7 @@ def _npy_type(
             "save it again with plain arrays"
         )
     nbytes = math.prod(shape) * dtype.itemsize
-    if min(shape, default=0) < 0 or start.tell() + nbytes != info.file_size:
+    if start.tell() + nbytes != info.file_size:
         raise ValueError(f"{info.filename} is not as long as its shape {shape} says")
     return "bfloat16" if dtype == np.dtype("V2") else str(dtype.newbyteorder("=")), shape
 
@@ -376,12 +377,9 @@ def _checked_members(path: Path, archive: zipfile.ZipFile, size: int) -> dict[st
         raise UserError(f"{path} holds {len(members)} arrays: at most {MAX_ARRAYS} make a model")
     if any(info.flag_bits & 1 for info in infos):
         raise UserError(f"{path} is encrypted: unpack it and save it without a password")
-    for info in infos:
-        # zipfile inflates bzip2 and LZMA without a bound.
-        if info.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
-            raise UserError(f"{path} is compressed, but not by deflate: save it uncompressed")
-        if info.compress_type == zipfile.ZIP_STORED and info.compress_size != info.file_size:
-            raise ValueError(f"{_printable(info.filename)} is stored in two sizes")
+    # zipfile inflates bzip2 and LZMA without a bound.
+    if any(info.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED} for info in infos):
+        raise UserError(f"{path} is compressed, but not by deflate: save it uncompressed")
     _check_total(path, size, sum(info.file_size for info in infos))
     return members
 
@@ -392,11 +390,12 @@ def _check_names(path: Path, names: Any) -> None:
         raise UserError(f"{path} holds {len(names)} arrays: at most {MAX_ARRAYS} make a model")
     if bad := [str(name) for name in names if not _is_name(name)]:
         raise UserError(
-            f"{path} has arrays named {_shortlist(bad)}: a name is printable text, or several "
-            "joined by single slashes"
+            f"{path} has arrays named {_shortlist(bad)}: a name is printable, of at most "
+            f"{_MAX_NAME} characters, its parts joined by single slashes"
         )
-    folders = {name[:i] for name in names for i, character in enumerate(name) if character == "/"}
-    if both := sorted(folders & set(names)):
+    arrays = set(names)
+    folders = (name[:i] for name in names for i, character in enumerate(name) if character == "/")
+    if both := sorted({folder for folder in folders if folder in arrays}):
         raise UserError(
             f"{path} has both an array and a folder named {_shortlist(both)}: rename one of them"
         )
@@ -405,7 +404,7 @@ def _check_names(path: Path, names: Any) -> None:
 def _is_name(name: Any) -> bool:
     return (
         isinstance(name, str)
-        and len(name) <= 1000
+        and len(name) <= _MAX_NAME
         and name.isprintable()
         and not {"", ".", ".."} & set(name.split("/"))
     )
@@ -427,8 +426,8 @@ def _check_total(path: Path, size: int, declared: int) -> None:
     allowed = min(_ALLOWANCE + _EXPANSION * size, MAX_BYTES)
     if declared > allowed:
         raise UserError(
-            f"{path} of {size} bytes declares {declared} bytes of arrays: "
-            f"at most {allowed} are read from it"
+            f"{path} of {size} bytes declares {declared} bytes of arrays, and at most {allowed} "
+            "are read from it: save it again uncompressed, or use a smaller model"
         )
 
 
