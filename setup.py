@@ -16,6 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["vit_jax", "vit_jax.*"]),
+    package_data={"vit_jax.data": ["imagenet_classes.txt"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.5",
@@ -31,7 +32,9 @@ setup(
         "numpy>=2.4",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "pillow>=13.0",
         "requests>=2.34",
+        "safetensors>=0.8",
         "scikit-learn>=1.9",
         "tensorboard>=2.21",
         "tensorflow-datasets>=4.9.10",
@@ -48,6 +51,8 @@ setup(
             "onnxruntime>=1.31",
             "tf2onnx>=1.17",
         ],
-        "test": ["pytest>=9.2", "ruff>=0.17.5", "scipy>=1.17"],
+        # The other implementations, to compare with. On Linux, PyPI's PyTorch brings CUDA along.
+        "peers": ["timm>=1.0.31", "torch==2.13.0", "torchvision==0.28.0", "transformers>=5.23"],
+        "test": ["hypothesis>=6.170", "pytest>=9.2", "ruff>=0.17.5", "scipy>=1.17"],
     },
 )

@@ -15,6 +15,7 @@ import numpy as np
 from vit_jax import command
 from vit_jax.checkpoints import flags
 from vit_jax.checkpoints.arrays import replacing
+from vit_jax.data import imagenet
 from vit_jax.data.images import SUFFIXES, preprocess, read_image
 from vit_jax.errors import UserError
 
@@ -155,7 +156,8 @@ def top(
 
     Args:
         logits: [num_classes].
-        class_names: one per class, or None if nobody knows them; labels are then None.
+        class_names: one per class, or None if nobody knows them; labels are then None. WordNet ids
+            of ImageNet's classes become their names.
         loss: "softmax", or "sigmoid" for probabilities each on its own, that need not sum to 1.
         topk: how many; all if there are fewer.
 
@@ -170,7 +172,7 @@ def top(
     return [
         {
             "index": int(index),
-            "label": None if class_names is None else class_names[index],
+            "label": None if class_names is None else imagenet.readable(class_names[index]),
             "probability": float(probabilities[index]),
         }
         for index in np.argsort(-logits, kind="stable")[:topk]

@@ -200,7 +200,7 @@ def test_the_command_says_where_a_single_file_lies(index_csv):
         ((), "error: the following arguments are required: name"),
         (("B_17",), "error: 'B_17' is no name of published weights: give ViT-B_16"),
         (("ViT-B_16", "--dataset=cifar100"), "error: 'ViT-B_16' is one file: --dataset"),
-        (("Ti_16", "--resolution=x"), "error: argument --resolution: invalid int value: 'x'"),
+        (("Ti_16", "--resolution=x"), "error: argument --resolution: 'x' is not a whole number"),
         (("Ti_16", "--fetch"), "error: augreg/Ti_16-i21k"),
         (("hf:x", "--fetch"), "error: 'hf:x' is no name on the Hugging Face hub"),
     ],

@@ -60,6 +60,7 @@ def assert_same_tensors(actual, expected):
 def timm_round_trip(tmp_path, name, size, act_layer="gelu", **options):
     """A timm model, read from its state dict, written as a folder and read by timm again."""
     module = randomise(timm.create_model(name, img_size=size, act_layer=act_layer, **options))
+    tmp_path.mkdir(exist_ok=True)
     path = tmp_path / "theirs.safetensors"
     safetensors_torch.save_file(module.state_dict(), path)
     gelu = "tanh" if act_layer == "gelu_tanh" else None
@@ -102,10 +103,17 @@ def test_large_timm_models_agree_both_ways(tmp_path, name, sizes, size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [224, 160])
-@pytest.mark.parametrize("name", ["vit_base_r50_s16_224", "vit_small_r26_s32_224"])
-def test_timm_hybrids_agree_both_ways(tmp_path, name, size):
-    timm_round_trip(tmp_path, name, size, depth=2, num_heads={"b": 12, "s": 6}[name[4]])
+@pytest.mark.parametrize(
+    ("name", "num_heads", "sizes"),
+    [
+        ("vit_base_r50_s16_224", 12, (224, 160)),
+        ("vit_small_r26_s32_224", 6, (224, 160)),
+        ("vit_tiny_r_s16_p8_224", 3, (224, 160)),
+    ],
+)
+def test_timm_hybrids_agree_both_ways(tmp_path, name, num_heads, sizes):
+    for size in sizes:
+        timm_round_trip(tmp_path / str(size), name, size, depth=2, num_heads=num_heads)
 
 
 @pytest.mark.parametrize("size", [32, 48])

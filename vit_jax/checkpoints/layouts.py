@@ -98,7 +98,15 @@ def _layer_names(i: int) -> list[Name]:
     ]
 
 
-def _stem_names(stage: int, unit: int) -> list[Name]:
+def _root_names(has_stages: bool) -> list[Name]:
+    backbone = "patch_embed.backbone" + (".stem" if has_stages else "")
+    return [
+        Name("conv_root/kernel", f"{backbone}.conv.weight", None, CONVOLUTION),
+        *_affine("gn_root", f"{backbone}.norm", None),
+    ]
+
+
+def _unit_names(stage: int, unit: int) -> list[Name]:
     ours = f"block{stage}/unit{unit}"
     theirs = f"patch_embed.backbone.stages.{stage - 1}.blocks.{unit - 1}"
     pairs = [(f"{i}", f"{theirs}.conv{i}", f"{theirs}.norm{i}") for i in (1, 2, 3)]
@@ -119,8 +127,6 @@ _ENDS = [
     *_affine("Transformer/encoder_norm", "norm", "vit.layernorm"),
     *_linear("pre_logits", "pre_logits.fc", "vit.pooler.dense"),
     *_linear("head", "head", "classifier"),
-    Name("conv_root/kernel", "patch_embed.backbone.stem.conv.weight", None, CONVOLUTION),
-    *_affine("gn_root", "patch_embed.backbone.stem.norm", None),
 ]
 
 
@@ -143,8 +149,10 @@ def names(present: Iterable[str]) -> Iterator[Name]:
     yield from _ENDS
     for (layer,) in sorted(layers):
         yield from _layer_names(layer)
-    for stage, unit in sorted(ours | {(stage + 1, unit + 1) for stage, unit in timm}):
-        yield from _stem_names(stage, unit)
+    units = sorted(ours | {(stage + 1, unit + 1) for stage, unit in timm})
+    yield from _root_names(has_stages=bool(units))
+    for stage, unit in units:
+        yield from _unit_names(stage, unit)
 
 
 def to_official(arrays: Arrays, layout: str, num_heads: int) -> Arrays:

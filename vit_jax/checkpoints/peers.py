@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.checkpoints.known import Known, read_json
+from vit_jax.data import imagenet
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError, first_line
 from vit_jax.models import SIZES
@@ -137,7 +138,8 @@ def huggingface_files(known: Known) -> dict[str, dict[str, Any]]:
         "qkv_bias": True,
     }
     if model["num_classes"]:
-        names = known.class_names or [f"LABEL_{i}" for i in range(model["num_classes"])]
+        unnamed = [f"LABEL_{i}" for i in range(model["num_classes"])]
+        names = [imagenet.readable(name) for name in known.class_names or unnamed]
         config["id2label"] = {str(i): name for i, name in enumerate(names)}
         config["label2id"] = {name: i for i, name in enumerate(names)}
     processor = {

@@ -15,6 +15,7 @@ from vit_jax.checkpoints.arrays import read_arrays, read_sharded
 from vit_jax.checkpoints.known import Known, of_run, read_sidecar
 from vit_jax.checkpoints.layouts import Arrays
 from vit_jax.checkpoints.transfer import check_fit, transfer
+from vit_jax.data import imagenet
 from vit_jax.data.protocols import Preprocessing, evaluation
 from vit_jax.errors import UserError, shortlist
 
@@ -53,8 +54,8 @@ def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretraine
     The architecture is read off the shapes. What shapes cannot tell comes from the configuration
     beside the weights: a run's, Hugging Face's, timm's, or the JSON file that `vit_jax.convert`
     writes. Without one the format's conventions stand: Google's weights have the tanh form of GELU,
-    timm's and Hugging Face's the exact one, and the heads are those of the paper's model of this
-    size.
+    timm's and Hugging Face's the exact one, the heads are those of the paper's model of this size,
+    and 1,000 classes are ImageNet's, named by their WordNet ids.
 
     Args:
         path: a run's workdir or its `checkpoints` or `best` directory, of which the newest step is
@@ -78,6 +79,8 @@ def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretraine
             path, arrays, known = _read_run(path)
         else:
             arrays, known = _read_weights(path, overrides)
+            if known.class_names is None and infer.infer_model(arrays)["num_classes"] == 1000:
+                known = dataclasses.replace(known, class_names=tuple(imagenet.classes()))
         pretrained = _assemble(arrays, known, overrides, str(path))
         if image_size is not None and image_size != pretrained.preprocessing.image_size:
             pretrained = resize(pretrained, image_size)
