@@ -263,7 +263,7 @@ def test_weights_without_a_head_are_refused(checkpoint, photos, run_main, tmp_pa
 def test_it_imports_no_tensorflow(checkpoint, photos):
     code = (
         "import sys; from vit_jax import predict; predict.main(); "
-        "sys.exit(', '.join({'tensorflow', 'orbax', 'torch'} & set(sys.modules)))"
+        "sys.exit(', '.join({'tensorflow', 'orbax', 'torch'} & set(sys.modules)) or 0)"
     )
     arguments = ["--checkpoint", str(checkpoint), str(photos)]
     done = subprocess.run(
