@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -11,13 +12,16 @@ import pytest
 import tensorflow as tf
 from flax.traverse_util import flatten_dict
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from vit_jax import command, predict
+from vit_jax.data.images import read_image
 from vit_jax.data.preprocess import eval_view
 from vit_jax.data.protocols import evaluation
 from vit_jax.errors import UserError
 from vit_jax.models import create_model
 
+ROOT = pathlib.Path(__file__).parents[1]
 PREDICT = [sys.executable, "-m", "vit_jax.predict"]
 MODEL = {
     "architecture": "vit",
@@ -263,7 +267,7 @@ def test_weights_without_a_head_are_refused(checkpoint, photos, run_main, tmp_pa
 def test_it_imports_no_tensorflow(checkpoint, photos):
     code = (
         "import sys; from vit_jax import predict; predict.main(); "
-        "sys.exit(', '.join({'tensorflow', 'orbax', 'torch'} & set(sys.modules)))"
+        "sys.exit(', '.join({'tensorflow', 'orbax', 'torch'} & set(sys.modules)) or 0)"
     )
     arguments = ["--checkpoint", str(checkpoint), str(photos)]
     done = subprocess.run(
@@ -282,6 +286,14 @@ def test_help_waits_for_neither_jax_nor_a_checkpoint():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "exit codes:" in done.stdout
+
+
+def test_the_digit_of_the_demo_is_of_the_test_split():
+    digits = load_digits()
+    sevens = np.round(digits.images[digits.target == 7] * 255 / 16)
+    pixels = read_image(ROOT / "docs/seven.png")[..., 0]
+    (where,) = np.flatnonzero((sevens == pixels).all((1, 2)))
+    assert where % 5 == 4  # every fifth of each digit, see vit_jax.data.digits
 
 
 def test_a_closed_pipe_is_quiet(checkpoint, photos):

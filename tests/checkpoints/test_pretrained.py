@@ -166,6 +166,12 @@ def test_the_best_and_any_named_step_are_read(tmp_path, params, where):
     assert_equal_trees(load_pretrained(tmp_path / where).params, params)
 
 
+def test_a_run_is_read_from_a_relative_path(tmp_path, params, monkeypatch):
+    save_run(tmp_path / "run", params)
+    monkeypatch.chdir(tmp_path)
+    assert_equal_trees(load_pretrained("run").params, params)
+
+
 def test_the_average_is_read_where_the_run_averaged(tmp_path, params):
     average = jax.tree.map(lambda x: jnp.asarray(x) + 1, params)
     save_run(tmp_path, params, average)

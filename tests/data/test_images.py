@@ -269,6 +269,7 @@ def test_a_file_without_permission_is_one_line(write, monkeypatch):
         read_image(path)
 
 
+@pytest.mark.filterwarnings("ignore")  # PIL's, about the damage
 @pytest.mark.parametrize(
     "encoded",
     [

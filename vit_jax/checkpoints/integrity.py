@@ -179,7 +179,7 @@ def _restore(step_dir: Path, args: ocp.args.PyTreeRestore) -> Any:
     with contextlib.redirect_stderr(io.StringIO()):
         try:
             with ocp.PyTreeCheckpointer() as checkpointer:
-                return checkpointer.restore(step_dir / "state", args=args)
+                return checkpointer.restore((step_dir / "state").absolute(), args=args)
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:  # orbax and tensorstore have no class for what is unreadable
