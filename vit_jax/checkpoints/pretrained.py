@@ -131,7 +131,8 @@ def abstract_params(model: dict[str, Any], image_size: int) -> dict[str, Any]:
     """The parameter tree of a model for square images, as shapes and dtypes."""
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.float32)
     module = models.create_model(model)
-    return jax.eval_shape(module.init, jax.random.key(0), images)["params"]
+    key = jax.ShapeDtypeStruct((2,), np.uint32)  # A real key would be computed.
+    return jax.eval_shape(module.init, key, images)["params"]
 
 
 def _assemble(arrays: Arrays, known: Known, overrides: dict[str, Any], source: str) -> Pretrained:
