@@ -67,7 +67,7 @@ def _of_huggingface(config: dict[str, Any], processor: dict[str, Any], image_siz
     if not config.get("qkv_bias", True):
         raise UserError("qkv_bias is false: the paper's ViT has these biases")
     labels = config.get("id2label")
-    names = labels and tuple(str(labels[str(i)]) for i in range(len(labels)))
+    names = tuple(str(labels[str(i)]) for i in range(len(labels))) if labels else None
     if names == tuple(f"LABEL_{i}" for i in range(len(names or ()))):  # What stands for no names.
         names = None
     model = {
@@ -179,7 +179,11 @@ def _of_timm(config: dict[str, Any], sizes: dict[str, Any], image_size: int) -> 
     if size[1] != size[2]:
         raise UserError(f"input_size {size} is not square: only square images are supported")
     names = config.get("label_names", pretrained.get("label_names"))
-    return Known(model, _timm_preprocessing(int(size[1]), **pretrained), names and tuple(names))
+    return Known(
+        model,
+        _timm_preprocessing(int(size[1]), **pretrained),
+        tuple(map(str, names)) if names else None,
+    )
 
 
 def _timm_preprocessing(
