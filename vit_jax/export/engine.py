@@ -38,7 +38,7 @@ def load_engine(path: str | os.PathLike[str]) -> Engine:
     """
     path = Path(path)
     path = path / ENGINE if path.is_dir() else path
-    description = _read_description(path)
+    description = read_description(path)
     trt = import_tensorrt()
     device = find_device()
     if description:
@@ -201,7 +201,7 @@ def deserialize(trt: Any, plan: Any, logger: Any, host_code: bool) -> tuple[Any,
     return runtime, engine
 
 
-def _read_description(engine: Path) -> dict[str, Any]:
+def read_description(engine: Path) -> dict[str, Any]:
     """The engine.json beside an engine, or nothing if there is none."""
     path = engine.with_name(DESCRIPTION)
     if not engine.is_file():

@@ -319,8 +319,9 @@ class _EngineRunner:
         choices = []
         for index, (smallest, optimal, largest) in enumerate(self.profiles):
             if batch <= largest:
-                sizes = (smallest, optimal, largest) if self.cuda_graph else (smallest, batch)
-                size = min(size for size in sizes if size >= batch)
+                size = max(smallest, batch)
+                if self.cuda_graph:
+                    size = min(size for size in (smallest, optimal, largest) if size >= batch)
                 choices.append((size, abs(optimal - batch), index))
         size, _, index = min(choices)
         return index, size

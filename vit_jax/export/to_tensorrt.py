@@ -255,10 +255,9 @@ def _create_network(trt: Any, builder: Any, config: Any, onnx: OnnxFile) -> Any:
 
     All that differs between the versions is here, in `_constrain` and in `_watch`.
     """
-    flags = trt.NetworkDefinitionCreationFlag
     if strongly_typed(trt):
         # In 11 this is the only kind of network. EXPLICIT_BATCH is implied from 10 on.
-        return builder.create_network(1 << int(flags.STRONGLY_TYPED))
+        return builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     if "bf16" in onnx.weight_types:
         raise UserError(
             f"{onnx.path} has bfloat16 weights, which TensorRT {trt.__version__} does not know: "
@@ -270,7 +269,7 @@ def _create_network(trt: Any, builder: Any, config: Any, onnx: OnnxFile) -> Any:
         config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
     if onnx.precision == "int8":
         config.set_flag(trt.BuilderFlag.INT8)
-    return builder.create_network(1 << int(flags.EXPLICIT_BATCH))
+    return builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
 
 
 def _constrain(trt: Any, network: Any) -> None:
