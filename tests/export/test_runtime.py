@@ -343,6 +343,9 @@ def test_a_missing_path_is_named(tmp_path):
         runtime.load(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"model\.engine is missing"):
         runtime.load(tmp_path)
+    (tmp_path / "weights.npz").touch()
+    with pytest.raises(UserError, match=r"weights\.npz is not a SavedModel"):
+        runtime.load(tmp_path / "weights.npz")
 
 
 def test_cuda_python_is_found_in_its_old_and_its_new_place(monkeypatch):

@@ -249,6 +249,26 @@ def test_a_directory_that_cannot_be_written_is_one_line(fake, onnx_file, tmp_pat
         build(onnx_file(), tmp_path / "out")
 
 
+def test_a_full_disk_leaves_the_old_engine_and_its_description(
+    fake, onnx_file, tmp_path, monkeypatch
+):
+    fake("10.0.1")
+    path = onnx_file()
+    build(path, tmp_path / "out")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    write = pathlib.Path.write_bytes
+
+    def full(self, data):
+        if self.name == "layers.json":
+            raise OSError(28, "No space left on device")
+        return write(self, data)
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        build(path, tmp_path / "out", batch="1")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+
+
 class Terminal:
     """A stderr that is a terminal; Ctrl-C is pressed when it is written to for the nth time."""
 
@@ -435,11 +455,27 @@ def test_a_damaged_engine_or_description_is_one_line(built, tmp_path):
     (directory / "model.engine").write_bytes(whole[:-1])
     with pytest.raises(UserError, match="bytes and engine.json says"):
         engine.load_engine(directory)
-    (directory / "engine.json").write_text("{")
-    with pytest.raises(UserError, match="engine.json is damaged"):
-        engine.load_engine(directory)
+    for text in ("{", "{}", "[]", '{"engine": {"bytes": 1}}'):
+        (directory / "engine.json").write_text(text)
+        with pytest.raises(UserError, match="engine.json is damaged"):
+            engine.load_engine(directory)
     with pytest.raises(UserError, match="is missing"):
         engine.load_engine(tmp_path / "nowhere")
+
+
+def test_the_fake_refuses_what_its_version_lacks():
+    old, new = fake_tensorrt.fake_tensorrt("8.6.0"), fake_tensorrt.fake_tensorrt("11.4.0.106")
+    assert not hasattr(new.BuilderFlag, "FP16") and hasattr(old.BuilderFlag, "FP16")
+    assert not hasattr(old, "IProgressMonitor") and hasattr(new, "IProgressMonitor")
+
+    class Logger(new.ILogger):
+        pass
+
+    config = new.Builder(Logger()).create_builder_config()
+    with pytest.raises(AttributeError, match=r"tensorrt 11\.4\.0\.106 has no"):
+        config.max_workspace_size = 1
+    with pytest.raises(AttributeError):
+        config.set_calibration_profile(None)
 
 
 # What the bindings lack, by version: everything else in the sources must be there.

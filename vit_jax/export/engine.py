@@ -211,6 +211,8 @@ def read_description(engine: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         size = description["engine"]["bytes"]
+        for key in ("tensorrt", "device", "version_compatible", "hardware_compatibility"):
+            description[key]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error!r}): build the engine again") from error
     if engine.name != description["engine"]["file"]:

@@ -77,10 +77,13 @@ class Model:
         parts = []
         for start in range(0, len(images), largest or len(images)):
             part = images[start : start + (largest or len(images))]
-            filling = np.repeat(part[-1:], max(0, smallest - len(part)), axis=0)
-            outputs = self._run(np.ascontiguousarray(np.concatenate([part, filling])))
-            parts.append(outputs[: len(part)].astype(np.float32))
-        return np.concatenate(parts)
+            if len(part) < smallest:
+                filling = np.repeat(part[-1:], smallest - len(part), axis=0)
+                outputs = self._run(np.concatenate([part, filling]))[: len(part)]
+            else:
+                outputs = self._run(part)
+            parts.append(outputs.astype(np.float32, copy=False))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def close(self) -> None:
         """Gives memory and streams of the GPU back; the model cannot be used afterwards."""
@@ -103,11 +106,12 @@ class Model:
                     "with mean and std as in training"
                 )
             mean, std = np.float32(self.preprocessing.mean), np.float32(self.preprocessing.std)
-            return ((images / np.float32(255) - mean) / std).astype(self.image_dtype)
+            normalized = (images / np.float32(255) - mean) / std
+            return normalized.astype(self.image_dtype, copy=False)
         if self.image_dtype == np.uint8 or not np.issubdtype(images.dtype, np.floating):
             wanted = "uint8" if self.image_dtype == np.uint8 else "uint8 or floats"
             raise UserError(f"images of {images.dtype} do not fit {self.path}: pass {wanted}")
-        return images.astype(self.image_dtype)
+        return images.astype(self.image_dtype, copy=False)
 
 
 def load(
@@ -133,6 +137,8 @@ def load(
     onnx = path.suffix == ".onnx"
     if not path.exists():
         raise UserError(f"{path} is missing: name a SavedModel, an ONNX file or an engine")
+    if not (saved_model or onnx or path.is_dir() or path.suffix in (".engine", ".plan")):
+        raise UserError(f"{path} is not a SavedModel, a .onnx file, or a .engine or .plan file")
     if device is not None and not onnx:
         raise UserError(f"device {device!r} is for ONNX files: leave it out for {path}")
     if cuda_graph and (saved_model or onnx):
@@ -196,7 +202,7 @@ def _onnx(path: Path, device: str) -> Model:
     # onnxruntime falls back to the CPU without an error.
     if session.get_providers()[0] != provider:
         raise missing
-    (images,), (output,) = session.get_inputs(), session.get_outputs()
+    (images,), (_output,) = session.get_inputs(), session.get_outputs()
     dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
     if images.type not in dtypes:
         raise UserError(f"{path} takes {images.type}: use one of {', '.join(dtypes)}")
@@ -205,7 +211,7 @@ def _onnx(path: Path, device: str) -> Model:
         shape=images.shape,
         dtype=dtypes[images.type],
         metadata=session.get_modelmeta().custom_metadata_map,
-        run=lambda batch: session.run([output.name], {images.name: batch})[0],
+        run=lambda batch: session.run(None, {images.name: np.ascontiguousarray(batch)})[0],
     )
 
 

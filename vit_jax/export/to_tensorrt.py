@@ -16,7 +16,9 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -177,12 +179,15 @@ def build(
         "metadata": onnx.metadata,
     }
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        _write(output / TIMING_CACHE, memoryview(timing_cache.serialize()))
-        _write(output / LAYERS, _json(layers))
-        # A description without its engine is told from a half-written pair by the size in it.
-        _write(output / ENGINE, plan)
-        _write(output / DESCRIPTION, _json(description))
+        _write(
+            output,
+            {
+                ENGINE: plan,
+                DESCRIPTION: _json(description),
+                LAYERS: _json(layers),
+                TIMING_CACHE: memoryview(timing_cache.serialize()),
+            },
+        )
     except OSError as error:
         raise UserError(f"{output} cannot be written ({error.strerror})") from error
     return description
@@ -393,7 +398,10 @@ def _load_timing_cache(config: Any, path: Path) -> Any:
 def _inspect(trt: Any, engine: Any) -> list[Any]:
     inspector = engine.create_engine_inspector()
     text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-    return json.loads(text)["Layers"]
+    try:
+        return json.loads(text)["Layers"]
+    except (ValueError, KeyError):  # The engine is good even where this account of it is not.
+        return text.splitlines()
 
 
 def _tensors(trt: Any, engine: Any) -> list[dict[str, Any]]:
@@ -410,14 +418,17 @@ def _tensors(trt: Any, engine: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _write(path: Path, data: Any) -> None:
-    """Writes a file so that it is there as a whole or not at all."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+def _write(directory: Path, files: dict[str, Any]) -> None:
+    """Writes files so that none is there by half, and none if the disk is full."""
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".engine-", dir=directory))
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        for name, data in files.items():
+            (temporary / name).write_bytes(data)
+        for name in files:
+            os.replace(temporary / name, directory / name)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _json(document: Any) -> bytes:
