@@ -219,6 +219,7 @@ def fake_tensorrt(version: str, **behaviour):
                 going_on = monitor.step_complete("Building", 0)
                 monitor.phase_finish("Building")
                 if not going_on:
+                    record("Builder.stopped")
                     return None
             if behaviour.get("build_fails"):
                 self._logger.log(ILogger.ERROR, "no implementation for node X")

@@ -11,10 +11,10 @@ helper, numpy_helper = onnx.helper, onnx.numpy_helper
 
 
 def save(path, *, dtype=np.float32, quantized=False, batch="batch", **options):
-    """images @ weights, then Softmax, with a small float32 bias beside the weights."""
+    """images @ weights, then Softmax; 600 weights, and 200 more in float32."""
     onnx_type = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    weights = numpy_helper.from_array(np.arange(600).reshape(6, 100).astype(dtype), "weights")
-    bias = numpy_helper.from_array(np.zeros((2, 3), np.float32), "bias")
+    weights = numpy_helper.from_array(np.arange(600).reshape(30, 20).astype(dtype), "weights")
+    bias = numpy_helper.from_array(np.zeros((200, 1), np.float32), "bias")
     nodes = [
         helper.make_node("MatMul", ["images", "weights"], ["x"]),
         helper.make_node("Softmax", ["x"], ["logits"]),
@@ -24,8 +24,8 @@ def save(path, *, dtype=np.float32, quantized=False, batch="batch", **options):
     graph = helper.make_graph(
         nodes,
         "graph",
-        [helper.make_tensor_value_info("images", onnx_type, [batch, 6])],
-        [helper.make_tensor_value_info("logits", onnx_type, [batch, 100])],
+        [helper.make_tensor_value_info("images", onnx_type, [batch, 30])],
+        [helper.make_tensor_value_info("logits", onnx_type, [batch, 20])],
         [weights, bias],
     )
     model = helper.make_model(graph)
@@ -37,8 +37,8 @@ def save(path, *, dtype=np.float32, quantized=False, batch="batch", **options):
 def test_reads_what_the_file_says_of_itself(tmp_path):
     path = save(tmp_path / "model.onnx")
     found = read_onnx(path)
-    assert found.inputs == (Tensor("images", "FLOAT", (-1, 6)),)
-    assert found.outputs == (Tensor("logits", "FLOAT", (-1, 100)),)
+    assert found.inputs == (Tensor("images", "FLOAT", (-1, 30)),)
+    assert found.outputs == (Tensor("logits", "FLOAT", (-1, 20)),)
     assert found.softmaxes == 1
     assert found.metadata == {"class_names": '["rose", "água"]', "pixels": "uint8"}
     assert read_metadata(path) == found.metadata
@@ -47,7 +47,7 @@ def test_reads_what_the_file_says_of_itself(tmp_path):
 
 def test_a_fixed_batch_is_a_number(tmp_path):
     found = read_onnx(save(tmp_path / "model.onnx", batch=3))
-    assert found.inputs[0].shape == (3, 6)
+    assert found.inputs[0].shape == (3, 30)
 
 
 @pytest.mark.parametrize("dtype, precision", [(np.float32, "fp32"), (np.float16, "fp16")])

@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -300,9 +301,10 @@ def test_progress_is_shown_on_a_terminal(fake, onnx_file, tmp_path, monkeypatch)
 
 def test_ctrl_c_ends_a_build_with_nothing_written(fake, onnx_file, tmp_path, monkeypatch):
     path = onnx_file()
-    fake("11.4.0.106")
+    trt = fake("11.4.0.106")
     monkeypatch.setattr(sys, "stderr", Terminal(interrupt_at=1))
     assert main([str(path), "--output", str(tmp_path / "out")]) == 130
+    assert called(trt, "Builder.stopped") == [()]
     assert not (tmp_path / "out").exists()
 
 
@@ -362,7 +364,7 @@ FUSED = [
         "Metadata": "[ONNX Layer: Transformer/encoderblock_0/Softmax]",
     },
     {
-        "Name": "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/Softmax_myl0_7",
+        "Name": "encoderblock_0/fused_mha/Softmax_myl0_7",
         "LayerType": "gemm",
         "TacticName": "sm90_xmma_gemm",
     },
@@ -517,17 +519,65 @@ def test_every_name_of_tensorrt_exists_in_its_real_bindings(version):
     assert absent == ABSENT[version.split(".")[0]]
 
 
-@pytest.mark.parametrize("version", STRONG)
-def test_the_recorded_names_are_those_of_the_real_bindings(version, tmp_path):
+@pytest.fixture(scope="module", params=STRONG)
+def bindings(request, tmp_path_factory):
+    """The real bindings of a version, in a directory that `tensorrt_names.load` takes."""
     if not shutil.which("gcc"):
         pytest.skip("needs gcc for empty stand-ins of TensorRT's libraries")
+    directory = tmp_path_factory.mktemp("bindings")
     try:
-        tensorrt_names.download(version, tmp_path)
+        tensorrt_names.download(request.param, directory)
     except (OSError, subprocess.SubprocessError) as error:
-        pytest.skip(f"no bindings of {version} for this Python, or no network: {error}")
-    command = [sys.executable, tensorrt_names.__file__, "--print", str(tmp_path)]
+        pytest.skip(f"no bindings of {request.param} for this Python, or no network: {error}")
+    return request.param, directory
+
+
+def test_the_recorded_names_are_those_of_the_real_bindings(bindings):
+    version, directory = bindings
+    command = [sys.executable, tensorrt_names.__file__, "--print", str(directory)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert json.loads(output) == fake_tensorrt.NAMES[version]
+
+
+def test_what_is_made_of_the_real_bindings_works(bindings):
+    version, directory = bindings
+    code = """
+        import importlib.util, pathlib, sys, types
+        from vit_jax.errors import UserError
+        from vit_jax.export import engine, to_tensorrt
+
+        spec = importlib.util.spec_from_file_location("names", sys.argv[1])
+        names = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(names)
+        trt = names.load(pathlib.Path(sys.argv[2]))
+
+        logger = engine.make_logger(trt)
+        logger.log(trt.ILogger.INFO, "hidden")
+        logger.log(trt.ILogger.WARNING, "shown")
+        logger.log(trt.ILogger.ERROR, "the reason")
+        assert logger.last_error() == "the reason"
+        # The stand-ins make null pointers, as a real builder is where it cannot use the GPU.
+        for kind in (trt.Builder, trt.Runtime):
+            try:
+                engine.create(kind, logger)
+            except UserError as error:
+                assert "cannot use this GPU: the reason" in str(error)
+            else:
+                raise AssertionError(kind)
+        config = types.SimpleNamespace()
+        progress = to_tensorrt._watch(trt, config)
+        assert isinstance(config.progress_monitor, trt.IProgressMonitor)
+        progress.phase_start("phase", None, 2)
+        assert progress.step_complete("phase", 0)
+        progress.phase_finish("phase")
+        level = to_tensorrt._member(trt.HardwareCompatibilityLevel, "ampere_plus", "level", trt)
+        assert level == trt.HardwareCompatibilityLevel.AMPERE_PLUS
+        assert to_tensorrt.strongly_typed(trt)
+        print(trt.__version__)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), tensorrt_names.__file__, str(directory)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (run.stdout, run.stderr) == (f"{version}\n", "TensorRT: shown\n")
 
 
 def test_the_recorded_names_are_those_of_the_tensorrt_that_is_installed():
