@@ -7,6 +7,7 @@ import shlex
 import numpy as np
 import pytest
 
+from vit_jax import command
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 from vit_jax.export.deploy import main, polygraphy_command, trtexec_command, write_deploy
@@ -199,7 +200,9 @@ def test_a_name_that_is_no_directory_is_refused(directory, name):
 
 
 def test_no_onnx_file_is_one_line_and_exit_code_2(tmp_path, capsys):
-    assert main([str(tmp_path)]) == 2
+    with pytest.raises(SystemExit) as caught:
+        command.run(lambda: main([str(tmp_path)]))
+    assert caught.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/model.onnx cannot be read")
     assert list(tmp_path.iterdir()) == []
 
@@ -242,9 +245,9 @@ def test_trtexec_of_each_version(directory):
         "11.4.0.106": [*both, "--tacticSources=-EDGE_MASK_CONVOLUTIONS,+JIT_CONVOLUTIONS"],
     }
     for version, flags in wanted.items():
-        command = trtexec_command(version, model, profiles, OPTIONS)
-        assert sorted(command) == sorted(common + flags)
-        shapes = [word for word in command if "rofile=" in word or "Shapes" in word]
+        words = trtexec_command(version, model, profiles, OPTIONS)
+        assert sorted(words) == sorted(common + flags)
+        shapes = [word for word in words if "rofile=" in word or "Shapes" in word]
         assert shapes == flags[: len(shapes)]
 
 
@@ -253,15 +256,15 @@ def test_the_commands_name_only_what_the_bindings_of_their_version_have(director
     model = read_onnx(directory(weights="float16") / "model.onnx")
     names = fake_tensorrt.NAMES[version]
     flags = {word.partition("=")[0] for word in names["BuilderFlag"].split()}
-    command = polygraphy_command(version, model, parse_batch("1:2:8"), OPTIONS)
-    assert ("--fp16" in command) == (version == "8.6.0")
-    assert ("--fp16" in command) <= ("FP16" in flags)
+    words = polygraphy_command(version, model, parse_batch("1:2:8"), OPTIONS)
+    assert ("--fp16" in words) == (version == "8.6.0")
+    assert ("--fp16" in words) <= ("FP16" in flags)
     typed = "STRONGLY_TYPED" in names["NetworkDefinitionCreationFlag"]
     # 11 accepts the flag, and needs it no more than it needs --stronglyTyped.
-    assert ("--strongly-typed" in command) == (typed and version.startswith("10"))
+    assert ("--strongly-typed" in words) == (typed and version.startswith("10"))
     sources = {word.partition("=")[0] for word in names["TacticSource"].split()}
-    command = trtexec_command(version, model, parse_batch("1:2:8"), OPTIONS)
-    (given,) = [word for word in command if word.startswith("--tacticSources=")]
+    words = trtexec_command(version, model, parse_batch("1:2:8"), OPTIONS)
+    (given,) = [word for word in words if word.startswith("--tacticSources=")]
     assert set(re.findall(r"[+-]([A-Z_]+)", given)) == sources
 
 
@@ -276,7 +279,7 @@ def test_the_readme_gives_commands_that_a_shell_reads_as_they_were_meant(directo
     options = {"workspace_mib": 64, "version_compatible": True}
     assert trtexec_command("10.16.1.11", model, profiles, options) in commands
     assert polygraphy_command("10.16.1.11", model, profiles, options) in commands
-    (own,) = [command for command in commands if command[0] == "python"]
+    (own,) = [words for words in commands if words[0] == "python"]
     assert own[:3] == ["python", "-m", "vit_jax.export.to_tensorrt"]
     assert own[3:] == [
         "model.onnx",

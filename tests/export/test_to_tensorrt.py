@@ -11,6 +11,7 @@ import textwrap
 import numpy as np
 import pytest
 
+from vit_jax import command
 from vit_jax.errors import UserError
 from vit_jax.export import engine, runtime
 from vit_jax.export.to_tensorrt import Profile, attention_report, build, main, parse_batch
@@ -47,6 +48,13 @@ def onnx_file(tmp_path):
 @pytest.fixture
 def fake(monkeypatch):
     return lambda version, **behaviour: fake_tensorrt.install(monkeypatch, version, **behaviour)
+
+
+def run(path, output):
+    """The command's exit code."""
+    with pytest.raises(SystemExit) as caught:
+        command.run(lambda: main([str(path), "--output", str(output)]))
+    return caught.value.code
 
 
 def called(trt, name):
@@ -201,7 +209,7 @@ def test_parser_errors_are_printed_whole(fake, onnx_file, tmp_path, capsys):
     errors = ["node 3: no importer for Gelu\n  at line 7", "node 9: shapes differ"]
     fake("8.6.0", parser_errors=errors)
     path = onnx_file()
-    assert main([str(path), "--output", str(tmp_path / "out")]) == 2
+    assert run(path, tmp_path / "out") == 2
     output = capsys.readouterr().err
     assert all(error in output for error in errors)
     assert output.splitlines()[-1].startswith("error: TensorRT 8.6.0 cannot read")
@@ -303,14 +311,14 @@ def test_ctrl_c_ends_a_build_with_nothing_written(fake, onnx_file, tmp_path, mon
     path = onnx_file()
     trt = fake("11.4.0.106")
     monkeypatch.setattr(sys, "stderr", Terminal(interrupt_at=1))
-    assert main([str(path), "--output", str(tmp_path / "out")]) == 130
+    assert run(path, tmp_path / "out") == 130
     assert called(trt, "Builder.stopped") == [()]
     assert not (tmp_path / "out").exists()
 
 
 def test_nothing_is_shown_where_there_is_no_terminal(fake, onnx_file, tmp_path, capsys):
     fake("10.0.1")
-    assert main([str(onnx_file()), "--output", str(tmp_path / "out")]) == 0
+    assert run(onnx_file(), tmp_path / "out") == 0
     output = capsys.readouterr()
     assert output.err == ""
     assert "TensorRT 10.0.1 on NVIDIA Fake (compute capability 9.0): fp32" in output.out
@@ -321,7 +329,7 @@ def test_without_tensorrt_one_line_and_exit_code_2(monkeypatch, onnx_file, tmp_p
     path = onnx_file()
     before = path.read_bytes()
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    assert main([str(path), "--output", str(tmp_path / "out")]) == 2
+    assert run(path, tmp_path / "out") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: TensorRT is not installed here")
     assert path.read_bytes() == before
@@ -348,7 +356,7 @@ def test_without_a_gpu_one_line_and_exit_code_2(
     # TensorRT must not even be asked: 8.6 crashes without a driver.
     trt = fake("8.6.0", device_fails=True)
     monkeypatch.setattr(ctypes, "CDLL", driver)
-    assert main([str(path), "--output", str(tmp_path / "out")]) == 2
+    assert run(path, tmp_path / "out") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: no NVIDIA GPU here")
     assert trt.calls == []
@@ -534,8 +542,8 @@ def bindings(request, tmp_path_factory):
 
 def test_the_recorded_names_are_those_of_the_real_bindings(bindings):
     version, directory = bindings
-    command = [sys.executable, tensorrt_names.__file__, "--print", str(directory)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    words = [sys.executable, tensorrt_names.__file__, "--print", str(directory)]
+    output = subprocess.run(words, check=True, capture_output=True, text=True).stdout
     assert json.loads(output) == fake_tensorrt.NAMES[version]
 
 
@@ -575,9 +583,9 @@ def test_what_is_made_of_the_real_bindings_works(bindings):
         assert to_tensorrt.strongly_typed(trt)
         print(trt.__version__)
     """
-    command = [sys.executable, "-c", textwrap.dedent(code), tensorrt_names.__file__, str(directory)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (run.stdout, run.stderr) == (f"{version}\n", "TensorRT: shown\n")
+    words = [sys.executable, "-c", textwrap.dedent(code), tensorrt_names.__file__, str(directory)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"{version}\n", "TensorRT: shown\n")
 
 
 def test_the_recorded_names_are_those_of_the_tensorrt_that_is_installed():
@@ -593,8 +601,8 @@ def test_it_needs_nothing_but_the_standard_library():
         "names = 'jax tensorflow onnx numpy tensorrt cuda'.split()\n"
         "print([name for name in names if name in sys.modules])"
     )
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert run.stdout == "[]\n", run.stderr
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_it_runs_on_python_3_10(tmp_path):
@@ -605,13 +613,13 @@ def test_it_runs_on_python_3_10(tmp_path):
             break
     else:
         pytest.skip("needs Python 3.10, the last that TensorRT 8.6 knows")
-    command = [str(python), "-m", "vit_jax.export.to_tensorrt", str(tmp_path / "m.onnx")]
-    run = subprocess.run(
-        [*command, "--output", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    words = [str(python), "-m", "vit_jax.export.to_tensorrt", str(tmp_path / "m.onnx")]
+    done = subprocess.run(
+        [*words, "--output", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
     )
-    assert run.returncode == 2
+    assert done.returncode == 2
     assert (
-        run.stderr == f"error: {tmp_path}/m.onnx cannot be read (No such file or directory): "
+        done.stderr == f"error: {tmp_path}/m.onnx cannot be read (No such file or directory): "
         "name an ONNX file\n"
     )
 

@@ -6,17 +6,16 @@ DIR holds `model.onnx` and, once `vit_jax.export.to_tensorrt` ran, `model.engine
 `DIR/deploy`; needs neither TensorRT nor a GPU.
 """
 
-import argparse
 import contextlib
 import json
 import os
 import shlex
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from vit_jax import command
 from vit_jax.errors import UserError
 from vit_jax.export.engine import ENGINE, numbers, read_description
 from vit_jax.export.onnx_file import OnnxFile, Tensor, read_onnx
@@ -151,30 +150,30 @@ def trtexec_command(
             hardware_compatibility, tf32, tactic_sources.
     """
     major = numbers(version)[0]
-    command = ["trtexec", f"--onnx={onnx.path.name}", f"--saveEngine={ENGINE}"]
+    words = ["trtexec", f"--onnx={onnx.path.name}", f"--saveEngine={ENGINE}"]
     for index, profile in enumerate(profiles if major >= 10 else profiles[:1]):
         if len(profiles) > 1 and major >= 10:
-            command.append(f"--profile={index}")
+            words.append(f"--profile={index}")
         for bound in ("min", "opt", "max"):
             shape = "x".join(map(str, _shape(onnx.inputs[0], getattr(profile, bound))))
-            command.append(f"--{bound}Shapes={onnx.inputs[0].name}:{shape}")
-    command += {8: _weak_flags(onnx), 10: ["--stronglyTyped"]}.get(major, [])
+            words.append(f"--{bound}Shapes={onnx.inputs[0].name}:{shape}")
+    words += {8: _weak_flags(onnx), 10: ["--stronglyTyped"]}.get(major, [])
     if not options.get("tf32"):
-        command.append("--noTF32")
+        words.append("--noTF32")
     if options.get("workspace_mib"):
-        command.append(f"--memPoolSize=workspace:{options['workspace_mib']}")
-    command.append(f"--builderOptimizationLevel={options.get('optimization_level', 3)}")
+        words.append(f"--memPoolSize=workspace:{options['workspace_mib']}")
+    words.append(f"--builderOptimizationLevel={options.get('optimization_level', 3)}")
     if options.get("version_compatible"):
-        command.append("--versionCompatible")
+        words.append("--versionCompatible")
     level = options.get("hardware_compatibility", "none")
     if level != "none":
-        command.append(f"--hardwareCompatibilityLevel={_HARDWARE[level]}")
+        words.append(f"--hardwareCompatibilityLevel={_HARDWARE[level]}")
     if options.get("tactic_sources"):
         chosen = _names(options["tactic_sources"])
         signs = [("+" if s in chosen else "-") + s for s in _TACTIC_SOURCES[major < 11]]
-        command.append(f"--tacticSources={','.join(signs)}")
+        words.append(f"--tacticSources={','.join(signs)}")
     return [
-        *command,
+        *words,
         f"--timingCacheFile={TIMING_CACHE}",
         "--profilingVerbosity=detailed",
         "--skipInference",
@@ -186,26 +185,26 @@ def polygraphy_command(
 ) -> list[str]:
     """The polygraphy command that builds the same engine; arguments as of `trtexec_command`."""
     major = numbers(version)[0]
-    command = ["polygraphy", "convert", onnx.path.name, "--convert-to", "trt", "--output", ENGINE]
+    words = ["polygraphy", "convert", onnx.path.name, "--convert-to", "trt", "--output", ENGINE]
     for profile in profiles:
         for bound in ("min", "opt", "max"):
             shape = ",".join(map(str, _shape(onnx.inputs[0], getattr(profile, bound))))
-            command += [f"--trt-{bound}-shapes", f"{onnx.inputs[0].name}:[{shape}]"]
-    command += {8: _weak_flags(onnx), 10: ["--strongly-typed"]}.get(major, [])
+            words += [f"--trt-{bound}-shapes", f"{onnx.inputs[0].name}:[{shape}]"]
+    words += {8: _weak_flags(onnx), 10: ["--strongly-typed"]}.get(major, [])
     if options.get("tf32"):
-        command.append("--tf32")
+        words.append("--tf32")
     if options.get("workspace_mib"):
-        command += ["--pool-limit", f"workspace:{options['workspace_mib']}M"]
-    command += ["--builder-optimization-level", str(options.get("optimization_level", 3))]
+        words += ["--pool-limit", f"workspace:{options['workspace_mib']}M"]
+    words += ["--builder-optimization-level", str(options.get("optimization_level", 3))]
     if options.get("version_compatible"):
-        command.append("--version-compatible")
+        words.append("--version-compatible")
     level = options.get("hardware_compatibility", "none")
     if level != "none":
-        command += ["--hardware-compatibility-level", level.upper()]
+        words += ["--hardware-compatibility-level", level.upper()]
     if options.get("tactic_sources"):
-        command += ["--tactic-sources", *_names(options["tactic_sources"])]
-    command += ["--load-timing-cache", TIMING_CACHE, "--save-timing-cache", TIMING_CACHE]
-    return [*command, "--profiling-verbosity", "detailed"]
+        words += ["--tactic-sources", *_names(options["tactic_sources"])]
+    words += ["--load-timing-cache", TIMING_CACHE, "--save-timing-cache", TIMING_CACHE]
+    return [*words, "--profiling-verbosity", "detailed"]
 
 
 def _readme(
@@ -265,18 +264,18 @@ def _build_command(
     onnx: OnnxFile, description: dict[str, Any], profiles: tuple[Profile, ...]
 ) -> list[str]:
     batch = ",".join(f"{profile.min}:{profile.opt}:{profile.max}" for profile in profiles)
-    command = ["python", "-m", "vit_jax.export.to_tensorrt", onnx.path.name, "--output", "."]
-    command += ["--batch", batch]
+    words = ["python", "-m", "vit_jax.export.to_tensorrt", onnx.path.name, "--output", "."]
+    words += ["--batch", batch]
     for option in ("version_compatible", "tf32"):
-        command += [f"--{option}"] * bool(description.get(option))
+        words += [f"--{option}"] * bool(description.get(option))
     defaults = {"optimization_level": 3, "hardware_compatibility": "none"}
     for option in ("workspace_mib", "optimization_level", "hardware_compatibility"):
         value = description.get(option)
         if value not in (None, defaults.get(option)):
-            command += [f"--{option}", str(value)]
+            words += [f"--{option}", str(value)]
     if description.get("tactic_sources"):
-        command += ["--tactic_sources", description["tactic_sources"]]
-    return command
+        words += ["--tactic_sources", description["tactic_sources"]]
+    return words
 
 
 def _write_model(
@@ -327,10 +326,10 @@ def _names(sources: str) -> list[str]:
     return [source.strip().upper() for source in sources.split(",")]
 
 
-def _indented(command: list[str]) -> str:
+def _indented(words: list[str]) -> str:
     """A command as a Markdown block; no line parts an option from its values."""
     options = []
-    for word in map(shlex.quote, command):
+    for word in map(shlex.quote, words):
         if word.startswith("-") or not options:
             options.append(word)
         else:
@@ -346,23 +345,22 @@ def _indented(command: list[str]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m vit_jax.export.deploy",
         description="Writes a Triton model repository and build commands beside a model.",
-        allow_abbrev=False,
     )
     parser.add_argument("directory", help="with model.onnx and perhaps model.engine")
     parser.add_argument("--batch", default="1:8:64", help="batch sizes where no engine has its own")
     parser.add_argument("--name", default="vit", help="of the model in Triton")
-    parser.add_argument("--instances", type=int, default=1, help="copies on each GPU")
-    parser.add_argument("--queue_delay_us", type=int, default=1000, help="wait for a fuller batch")
-    try:
-        print(write_deploy(**vars(parser.parse_args(arguments))))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser.add_argument(
+        "--instances", type=command.positive, default=1, help="copies on each GPU (1)"
+    )
+    parser.add_argument(
+        "--queue_delay_us", type=int, default=1000, help="wait for a fuller batch, microseconds"
+    )
+    print(write_deploy(**vars(parser.parse_args(arguments))))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

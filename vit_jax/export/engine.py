@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, first_line
 
 ENGINE, DESCRIPTION = "model.engine", "engine.json"
 
@@ -99,7 +99,7 @@ def import_tensorrt() -> Any:
     # The package may be there and its libraries not.
     except (ImportError, OSError) as error:
         raise UserError(
-            f"TensorRT is not installed here ({str(error).splitlines()[0]}): pip install tensorrt, "
+            f"TensorRT is not installed here ({first_line(error)}): pip install tensorrt, "
             "or take the ONNX file to a machine that has it"
         ) from error
     if numbers(tensorrt.__version__) < (8, 6):

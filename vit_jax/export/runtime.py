@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.data.protocols import Preprocessing
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, first_line
 from vit_jax.export.engine import load_engine
 from vit_jax.export.onnx_file import read_metadata
 
@@ -158,8 +158,9 @@ def _saved_model(path: Path) -> Model:
         ((name, spec),) = serve.structured_input_signature[1].items()
         (output,) = serve.structured_outputs
     except (OSError, KeyError, ValueError, tf.errors.OpError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a SavedModel of one input and output ({reason})") from error
+        raise UserError(
+            f"{path} is not a SavedModel of one input and output ({first_line(error)})"
+        ) from error
 
     def run(images: np.ndarray) -> np.ndarray:
         return serve(**{name: tf.constant(images)})[output].numpy()

@@ -11,7 +11,6 @@ Needs the ONNX file, the `tensorrt` package and a GPU, and nothing else: no JAX,
     DIR/timing.cache   measured kernel times, which make the next build shorter
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -23,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from vit_jax import command
 from vit_jax.errors import UserError
 from vit_jax.export.engine import (
     DESCRIPTION,
@@ -437,17 +437,18 @@ def _json(document: Any) -> bytes:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m vit_jax.export.to_tensorrt",
         description="Builds a TensorRT engine for this machine's GPU from an ONNX file.",
-        allow_abbrev=False,
     )
     parser.add_argument("onnx_path", metavar="model.onnx")
     parser.add_argument("--output", required=True, help="directory of the engine")
     parser.add_argument(
         "--batch", default="1:8:64", help="profiles: MIN:OPT:MAX or SIZE, several with commas"
     )
-    parser.add_argument("--workspace_mib", type=int, help="limit of scratch memory, in MiB")
+    parser.add_argument(
+        "--workspace_mib", type=command.positive, help="limit of scratch memory, in MiB"
+    )
     parser.add_argument("--optimization_level", type=int, default=3, help="0 to 5 (3)")
     parser.add_argument(
         "--version_compatible", action="store_true", help="also for later versions of TensorRT"
@@ -456,17 +457,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tf32", action="store_true", help="faster, coarser float32 products")
     parser.add_argument("--tactic_sources", help="names of tensorrt.TacticSource, with commas")
     parser.add_argument("--verbose", action="store_true", help="print all that TensorRT says")
-    try:
-        description = build(**vars(parser.parse_args(arguments)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    print(summary(description))
+    print(summary(build(**vars(parser.parse_args(arguments)))))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)
