@@ -3,6 +3,7 @@ import gc
 import json
 import sys
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -315,20 +316,13 @@ class TestEngine:
     def test_closing_lets_the_engine_go(self, load):
         model = load()
         model.predict(floats(1))
-        kinds = ("Engine", "Context")
-
-        def alive():
-            gc.collect()
-            found = [type(thing).__qualname__ for thing in gc.get_objects()]
-            return [
-                name
-                for name in found
-                if name.startswith("fake_tensorrt.") and name.rpartition(".")[2] in kinds
-            ]
-
-        assert sorted(name.rpartition(".")[2] for name in alive()) == ["Context", "Engine"]
+        runner = model._run.__self__
+        (context,) = runner.contexts.values()
+        alive = [weakref.ref(runner.engine), weakref.ref(context)]
+        del context
         model.close()
-        assert alive() == []
+        gc.collect()
+        assert [reference() for reference in alive] == [None, None]
 
 
 @pytest.mark.parametrize("options", [{"device": "cpu"}, {"cuda_graph": True}])

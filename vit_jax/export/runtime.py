@@ -72,11 +72,10 @@ class Model:
                 f"images of shape {images.shape} do not fit {self.path}: pass "
                 f"[batch, {', '.join(map(str, self.image_shape))}] with at least one image"
             )
-        images = self._normalize(images)
         smallest, largest = self.sizes
         parts = []
         for start in range(0, len(images), largest or len(images)):
-            part = images[start : start + (largest or len(images))]
+            part = self._normalize(images[start : start + (largest or len(images))])
             if len(part) < smallest:
                 filling = np.repeat(part[-1:], smallest - len(part), axis=0)
                 outputs = self._run(np.concatenate([part, filling]))[: len(part)]
