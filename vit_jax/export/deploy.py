@@ -1,0 +1,366 @@
+"""What an engineer needs next: a Triton model repository, and the commands that build the engine.
+
+    python -m vit_jax.export.deploy DIR
+
+DIR holds `model.onnx` and, once `vit_jax.export.to_tensorrt` ran, `model.engine`. Writes
+`DIR/deploy`; needs neither TensorRT nor a GPU.
+"""
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from vit_jax import command
+from vit_jax.errors import UserError
+from vit_jax.export.engine import ENGINE, numbers, read_description
+from vit_jax.export.onnx_file import OnnxFile, Tensor, read_onnx
+from vit_jax.export.to_tensorrt import TIMING_CACHE, Profile, parse_batch
+
+_TRITON = {"FLOAT": "FP32", "HALF": "FP16", "BF16": "BF16", "UINT8": "UINT8"}
+_HARDWARE = {"ampere_plus": "ampere+", "same_compute_capability": "sameComputeCapability"}
+# What trtexec can switch on and off; cuBLAS and cuDNN are no longer asked from TensorRT 11 on.
+_TACTIC_SOURCES = {
+    True: ("CUBLAS", "CUBLAS_LT", "CUDNN", "EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"),
+    False: ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"),
+}
+
+
+def write_deploy(
+    directory: str | os.PathLike[str],
+    *,
+    batch: str = "1:8:64",
+    name: str = "vit",
+    instances: int = 1,
+    queue_delay_us: int = 1000,
+) -> Path:
+    """Writes `directory/deploy`, replacing one that is there.
+
+    In it are README.md, and models/, a Triton model repository with `NAME_onnx` and, if there is an
+    engine, `NAME_tensorrt`. The model files are hard links where that is possible.
+
+    Args:
+        directory: with model.onnx and, if it was built, model.engine and engine.json.
+        batch: the batch sizes to serve, see `to_tensorrt.parse_batch`; an engine has its own.
+        name: of the model in Triton.
+        instances: copies of the model that each GPU runs at the same time.
+        queue_delay_us: how long a request may wait for others to share its batch, in microseconds.
+
+    Returns:
+        The directory that was written.
+
+    Raises:
+        UserError: there is no ONNX file, or a value is out of range, or the disk is full.
+    """
+    if instances < 1 or queue_delay_us < 0:
+        raise UserError(f"instances {instances} or queue_delay_us {queue_delay_us} is too small")
+    if not name or set(name) & set("/\\") or name.startswith("."):
+        raise UserError(f"name {name!r} is not a directory name: use for example vit")
+    directory = Path(directory)
+    onnx = read_onnx(directory / "model.onnx")
+    engine = directory / ENGINE
+    description = read_description(engine) if engine.is_file() else {}
+    built = tuple(Profile(**profile) for profile in description.get("profiles", ()))
+    asked = _fixed_batch(onnx) or parse_batch(batch)
+    target = directory / "deploy"
+    queue = {"instances": instances, "queue_delay_us": queue_delay_us}
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=".deploy-", dir=directory))
+        with contextlib.ExitStack() as stack:
+            stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+            new = temporary / "new"
+            # mkdtemp makes a directory that only its owner can enter; a server is another user.
+            new.mkdir(mode=0o755)
+            models = new / "models"
+            files = [directory / file for file in onnx.sha256]
+            config = triton_config(f"{name}_onnx", "onnxruntime_onnx", onnx, asked, **queue)
+            _write_model(models / f"{name}_onnx", config, onnx, files)
+            if description:
+                config = triton_config(f"{name}_tensorrt", "tensorrt_plan", onnx, built, **queue)
+                _write_model(models / f"{name}_tensorrt", config, onnx, [engine], "model.plan")
+            text = _readme(onnx, description, built or asked, name)
+            (new / "README.md").write_text(text, encoding="utf-8")
+            if target.exists():
+                target.rename(temporary / "old")
+            new.rename(target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror})") from error
+    return target
+
+
+def triton_config(
+    name: str,
+    platform: str,
+    onnx: OnnxFile,
+    profiles: tuple[Profile, ...],
+    *,
+    instances: int = 1,
+    queue_delay_us: int = 1000,
+) -> str:
+    """The config.pbtxt of a model for NVIDIA Triton.
+
+    Args:
+        name: of the model, and of its directory.
+        platform: "onnxruntime_onnx" or "tensorrt_plan".
+        onnx: the ONNX file that the model is, or was built from.
+        profiles: the batch sizes to serve.
+        instances: see `write_deploy`.
+        queue_delay_us: see `write_deploy`.
+    """
+    fixed = _fixed_batch(onnx) is not None
+    labels = "class_names" in onnx.metadata
+    lines = [
+        f"name: {json.dumps(name)}",
+        f'platform: "{platform}"',
+        # 0: the batch is a dimension like any other, and requests cannot share one.
+        f"max_batch_size: {0 if fixed else max(profile.max for profile in profiles)}",
+        f"input [ {{ {_tensor(onnx.inputs[0], fixed)} }} ]",
+    ]
+    label = ' label_filename: "labels.txt"' if labels else ""
+    lines.append(f"output [ {{ {_tensor(onnx.outputs[0], fixed)}{label} }} ]")
+    group = f"count: {instances} kind: KIND_GPU"
+    if platform == "tensorrt_plan":
+        # Triton loads the first profile only unless it is told of the others.
+        group += f" profile: [ {', '.join(json.dumps(str(i)) for i in range(len(profiles)))} ]"
+        lines.append("optimization { cuda { graphs: true } }")
+    lines.append(f"instance_group [ {{ {group} }} ]")
+    if not fixed:
+        preferred = sorted({profile.opt for profile in profiles} | {p.max for p in profiles})
+        lines.append(
+            f"dynamic_batching {{ preferred_batch_size: {preferred} "
+            f"max_queue_delay_microseconds: {queue_delay_us} }}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def trtexec_command(
+    version: str, onnx: OnnxFile, profiles: tuple[Profile, ...], options: dict[str, Any]
+) -> list[str]:
+    """The trtexec command that builds the engine that `to_tensorrt.build` builds.
+
+    Args:
+        version: of TensorRT: "8.6", "10.x", "11.4.0.106".
+        onnx: the ONNX file.
+        profiles: the batch sizes. trtexec of 8.6 knows one profile: it gets the first.
+        options: entries of engine.json: workspace_mib, optimization_level, version_compatible,
+            hardware_compatibility, tf32, tactic_sources.
+    """
+    major = numbers(version)[0]
+    words = ["trtexec", f"--onnx={onnx.path.name}", f"--saveEngine={ENGINE}"]
+    for index, profile in enumerate(profiles if major >= 10 else profiles[:1]):
+        if len(profiles) > 1 and major >= 10:
+            words.append(f"--profile={index}")
+        for bound in ("min", "opt", "max"):
+            shape = "x".join(map(str, _shape(onnx.inputs[0], getattr(profile, bound))))
+            words.append(f"--{bound}Shapes={onnx.inputs[0].name}:{shape}")
+    words += {8: _weak_flags(onnx), 10: ["--stronglyTyped"]}.get(major, [])
+    if not options.get("tf32"):
+        words.append("--noTF32")
+    if options.get("workspace_mib"):
+        words.append(f"--memPoolSize=workspace:{options['workspace_mib']}")
+    words.append(f"--builderOptimizationLevel={options.get('optimization_level', 3)}")
+    if options.get("version_compatible"):
+        words.append("--versionCompatible")
+    level = options.get("hardware_compatibility", "none")
+    if level != "none":
+        words.append(f"--hardwareCompatibilityLevel={_HARDWARE[level]}")
+    if options.get("tactic_sources"):
+        chosen = _names(options["tactic_sources"])
+        signs = [("+" if s in chosen else "-") + s for s in _TACTIC_SOURCES[major < 11]]
+        words.append(f"--tacticSources={','.join(signs)}")
+    return [
+        *words,
+        f"--timingCacheFile={TIMING_CACHE}",
+        "--profilingVerbosity=detailed",
+        "--skipInference",
+    ]
+
+
+def polygraphy_command(
+    version: str, onnx: OnnxFile, profiles: tuple[Profile, ...], options: dict[str, Any]
+) -> list[str]:
+    """The polygraphy command that builds the same engine; arguments as of `trtexec_command`."""
+    major = numbers(version)[0]
+    words = ["polygraphy", "convert", onnx.path.name, "--convert-to", "trt", "--output", ENGINE]
+    for profile in profiles:
+        for bound in ("min", "opt", "max"):
+            shape = ",".join(map(str, _shape(onnx.inputs[0], getattr(profile, bound))))
+            words += [f"--trt-{bound}-shapes", f"{onnx.inputs[0].name}:[{shape}]"]
+    words += {8: _weak_flags(onnx), 10: ["--strongly-typed"]}.get(major, [])
+    if options.get("tf32"):
+        words.append("--tf32")
+    if options.get("workspace_mib"):
+        words += ["--pool-limit", f"workspace:{options['workspace_mib']}M"]
+    words += ["--builder-optimization-level", str(options.get("optimization_level", 3))]
+    if options.get("version_compatible"):
+        words.append("--version-compatible")
+    level = options.get("hardware_compatibility", "none")
+    if level != "none":
+        words += ["--hardware-compatibility-level", level.upper()]
+    if options.get("tactic_sources"):
+        words += ["--tactic-sources", *_names(options["tactic_sources"])]
+    words += ["--load-timing-cache", TIMING_CACHE, "--save-timing-cache", TIMING_CACHE]
+    return [*words, "--profiling-verbosity", "detailed"]
+
+
+def _readme(
+    onnx: OnnxFile, description: dict[str, Any], profiles: tuple[Profile, ...], name: str
+) -> str:
+    image = onnx.inputs[0]
+    preprocessing = json.loads(onnx.metadata.get("preprocessing", "null"))
+    versions = [description["tensorrt"]] if description else ["11", "10", "8.6"]
+    input_type = _TRITON.get(image.type, image.type)
+    shape = "x".join(map(str, _shape(image, profiles[0].opt)))
+    lines = [
+        f"# {name}",
+        "",
+        f"`{image.name}` {input_type} {list(image.shape)} -> `{onnx.outputs[0].name}` "
+        f"{list(onnx.outputs[0].shape)}, {onnx.precision}; -1 is the batch.",
+    ]
+    if preprocessing:
+        lines += ["", f"Preprocessing: `{json.dumps(preprocessing)}`"]
+        if image.type == "UINT8":
+            lines += ["mean and std are in the graph: it takes cropped and resized pixels."]
+    lines += [
+        "",
+        "## Serve",
+        "",
+        "    tritonserver --model-repository=models",
+        "",
+        "## Build the engine",
+        "",
+        "Run beside `model.onnx`, on the GPU that will serve. This project's own builder needs only"
+        " TensorRT, and checks what it built:",
+        "",
+        _indented(_build_command(onnx, description, profiles)),
+    ]
+    for version in versions:
+        lines += ["", f"### TensorRT {version}", ""]
+        if numbers(version)[0] == 8:
+            if len(profiles) > 1:
+                lines += ["trtexec of this version builds one profile: the first.", ""]
+            if onnx.precision == "fp16":
+                lines += [
+                    "Neither command holds what the file keeps in float32 in float32, as "
+                    "`to_tensorrt` does.",
+                    "",
+                ]
+        lines.append(_indented(trtexec_command(version, onnx, profiles, description)))
+        lines += ["", _indented(polygraphy_command(version, onnx, profiles, description))]
+    lines += [
+        "",
+        "## Measure",
+        "",
+        f"    trtexec --loadEngine={ENGINE} --shapes={image.name}:{shape} --useCudaGraph",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _build_command(
+    onnx: OnnxFile, description: dict[str, Any], profiles: tuple[Profile, ...]
+) -> list[str]:
+    batch = ",".join(f"{profile.min}:{profile.opt}:{profile.max}" for profile in profiles)
+    words = ["python", "-m", "vit_jax.export.to_tensorrt", onnx.path.name, "--output", "."]
+    words += ["--batch", batch]
+    for option in ("version_compatible", "tf32"):
+        words += [f"--{option}"] * bool(description.get(option))
+    defaults = {"optimization_level": 3, "hardware_compatibility": "none"}
+    for option in ("workspace_mib", "optimization_level", "hardware_compatibility"):
+        value = description.get(option)
+        if value not in (None, defaults.get(option)):
+            words += [f"--{option}", str(value)]
+    if description.get("tactic_sources"):
+        words += ["--tactic_sources", description["tactic_sources"]]
+    return words
+
+
+def _write_model(
+    directory: Path, config: str, onnx: OnnxFile, files: list[Path], name: str | None = None
+) -> None:
+    """Writes a model of a Triton repository, in its version 1."""
+    (directory / "1").mkdir(parents=True)
+    (directory / "config.pbtxt").write_text(config, encoding="utf-8")
+    if "class_names" in onnx.metadata:
+        labels = json.loads(onnx.metadata["class_names"])
+        text = "".join(f"{label}\n" for label in labels)
+        (directory / "labels.txt").write_text(text, encoding="utf-8")
+    for file in files:
+        target = directory / "1" / (name or file.name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # ONNX refuses external data that has a second name, as it may stem from elsewhere.
+            if len(files) > 1:
+                raise OSError
+            os.link(file, target)
+        except OSError:  # Also a file system without links.
+            shutil.copyfile(file, target)
+
+
+def _tensor(tensor: Tensor, fixed: bool) -> str:
+    if tensor.type not in _TRITON:
+        raise UserError(f"{tensor.name} is {tensor.type}: use one of {', '.join(_TRITON)}")
+    dims = list(tensor.shape if fixed else tensor.shape[1:])
+    return f"name: {json.dumps(tensor.name)} data_type: TYPE_{_TRITON[tensor.type]} dims: {dims}"
+
+
+def _fixed_batch(onnx: OnnxFile) -> tuple[Profile, ...] | None:
+    """The one profile of a file whose batch is fixed; None if it is free."""
+    size = onnx.inputs[0].shape[0]
+    return None if size == -1 else (Profile(size, size, size),)
+
+
+def _shape(tensor: Tensor, batch: int) -> tuple[int, ...]:
+    return (batch, *tensor.shape[1:])
+
+
+def _weak_flags(onnx: OnnxFile) -> list[str]:
+    flags = ["--fp16"] * ("fp16" in onnx.weight_types)
+    return flags + ["--int8"] * (onnx.precision == "int8")
+
+
+def _names(sources: str) -> list[str]:
+    return [source.strip().upper() for source in sources.split(",")]
+
+
+def _indented(words: list[str]) -> str:
+    """A command as a Markdown block; no line parts an option from its values."""
+    options = []
+    for word in map(shlex.quote, words):
+        if word.startswith("-") or not options:
+            options.append(word)
+        else:
+            options[-1] += f" {word}"
+    lines = [options[0]]
+    for option in options[1:]:
+        if len(lines[-1]) + len(option) > 90:
+            lines.append(f"  {option}")
+        else:
+            lines[-1] += f" {option}"
+    return " \\\n".join(f"    {line}" for line in lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns its exit code."""
+    parser = command.Parser(
+        prog="python -m vit_jax.export.deploy",
+        description="Writes a Triton model repository and build commands beside a model.",
+    )
+    parser.add_argument("directory", help="with model.onnx and perhaps model.engine")
+    parser.add_argument("--batch", default="1:8:64", help="batch sizes where no engine has its own")
+    parser.add_argument("--name", default="vit", help="of the model in Triton")
+    parser.add_argument(
+        "--instances", type=command.positive, default=1, help="copies on each GPU (1)"
+    )
+    parser.add_argument(
+        "--queue_delay_us", type=int, default=1000, help="wait for a fuller batch, microseconds"
+    )
+    print(write_deploy(**vars(parser.parse_args(arguments))))
+    return 0
+
+
+if __name__ == "__main__":
+    command.run(main)

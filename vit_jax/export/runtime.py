@@ -1,0 +1,453 @@
+"""One class that runs a SavedModel, an ONNX file or a TensorRT engine. No JAX.
+
+    with runtime.load("DIR/model.engine") as model:
+        logits = model.predict(images)
+
+TensorFlow, onnxruntime, TensorRT and the CUDA bindings are imported for the format that needs them.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vit_jax.data.protocols import Preprocessing
+from vit_jax.errors import UserError, first_line
+from vit_jax.export.engine import load_engine
+from vit_jax.export.onnx_file import read_metadata
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+_NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "UINT8": np.uint8}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model that is ready to run; one thread at a time may use it.
+
+    Attributes:
+        path: what was loaded.
+        image_shape: (height, width, 3) of one image.
+        image_dtype: of the model's input. uint8: pixels go in as they are.
+        sizes: (smallest, largest) batch that it runs at once; None: any.
+        preprocessing: from pixels to what the model was trained on, or None if the file has none.
+        class_names: in the order of the outputs, or None.
+    """
+
+    path: Path
+    image_shape: tuple[int, int, int]
+    image_dtype: np.dtype
+    sizes: tuple[int, int | None]
+    preprocessing: Preprocessing | None
+    class_names: tuple[str, ...] | None
+    _run: Callable[[np.ndarray], np.ndarray]
+    _resources: contextlib.ExitStack
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """The logits of images, or whatever the model was exported to give.
+
+        Args:
+            images: [batch, height, width, 3] that were cropped and resized as `preprocessing` says;
+                uint8 pixels, or floats whose mean and std were adjusted already. A batch larger
+                than the model takes is run in parts, a smaller one is filled up.
+
+        Returns:
+            float32 [batch, outputs].
+
+        Raises:
+            UserError: the images have another shape or type, or there are none.
+        """
+        images = np.asarray(images)
+        if images.shape[1:] != self.image_shape or not len(images):
+            raise UserError(
+                f"images of shape {images.shape} do not fit {self.path}: pass "
+                f"[batch, {', '.join(map(str, self.image_shape))}] with at least one image"
+            )
+        smallest, largest = self.sizes
+        parts = []
+        for start in range(0, len(images), largest or len(images)):
+            part = self._normalize(images[start : start + (largest or len(images))])
+            if len(part) < smallest:
+                filling = np.repeat(part[-1:], smallest - len(part), axis=0)
+                outputs = self._run(np.concatenate([part, filling]))[: len(part)]
+            else:
+                outputs = self._run(part)
+            parts.append(outputs.astype(np.float32, copy=False))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def close(self) -> None:
+        """Gives memory and streams of the GPU back; the model cannot be used afterwards."""
+        self._resources.close()
+
+    def __enter__(self) -> "Model":
+        return self
+
+    def __exit__(self, *_exception: Any) -> None:
+        self.close()
+
+    def _normalize(self, images: np.ndarray) -> np.ndarray:
+        """To the type of the model's input; pixels become what the model was trained on."""
+        if images.dtype == np.uint8:
+            if self.image_dtype == np.uint8:
+                return images
+            if self.preprocessing is None:
+                raise UserError(
+                    f"{self.path} does not say how pixels are normalized: pass images as floats, "
+                    "with mean and std as in training"
+                )
+            mean, std = np.float32(self.preprocessing.mean), np.float32(self.preprocessing.std)
+            normalized = (images / np.float32(255) - mean) / std
+            return normalized.astype(self.image_dtype, copy=False)
+        if self.image_dtype == np.uint8 or not np.issubdtype(images.dtype, np.floating):
+            wanted = "uint8" if self.image_dtype == np.uint8 else "uint8 or floats"
+            raise UserError(f"images of {images.dtype} do not fit {self.path}: pass {wanted}")
+        return images.astype(self.image_dtype, copy=False)
+
+
+def load(
+    path: str | os.PathLike[str], device: str | None = None, *, cuda_graph: bool = False
+) -> Model:
+    """Loads a SavedModel directory, an `.onnx` file, or an engine (a file or its directory).
+
+    Args:
+        path: of the model. A SavedModel holds neither preprocessing nor class names: they are taken
+            from the `model.onnx` beside it, if there is one.
+        device: for ONNX, "cpu" (the default), "cuda" or "tensorrt", the last two with ":1" and so
+            on for another GPU. A SavedModel and an engine take no device: TensorFlow finds its own,
+            and an engine runs on the first GPU of CUDA_VISIBLE_DEVICES.
+        cuda_graph: engines only: launch all kernels at once. Batches are then filled up to the
+            smallest, the optimal or the largest size of a profile, each captured once.
+
+    Raises:
+        UserError: the file is missing or damaged, the device or a package that it needs is not
+            there, or the engine was built for another GPU or TensorRT.
+    """
+    path = Path(path)
+    saved_model = (path / "saved_model.pb").is_file()
+    onnx = path.suffix == ".onnx"
+    if not path.exists():
+        raise UserError(f"{path} is missing: name a SavedModel, an ONNX file or an engine")
+    if not (saved_model or onnx or path.is_dir() or path.suffix in (".engine", ".plan")):
+        raise UserError(f"{path} is not a SavedModel, a .onnx file, or a .engine or .plan file")
+    if device is not None and not onnx:
+        raise UserError(f"device {device!r} is for ONNX files: leave it out for {path}")
+    if cuda_graph and (saved_model or onnx):
+        raise UserError(f"a CUDA graph is for engines: leave cuda_graph out for {path}")
+    if saved_model:
+        return _saved_model(path)
+    return _onnx(path, device or "cpu") if onnx else _engine(path, cuda_graph)
+
+
+def _saved_model(path: Path) -> Model:
+    try:
+        import tensorflow as tf
+    except ImportError as error:
+        raise UserError(f"a SavedModel needs TensorFlow ({error}): use the ONNX file") from error
+    try:
+        serve = tf.saved_model.load(str(path)).signatures["serving_default"]
+        ((name, spec),) = serve.structured_input_signature[1].items()
+        (output,) = serve.structured_outputs
+    except (OSError, KeyError, ValueError, tf.errors.OpError) as error:
+        raise UserError(
+            f"{path} is not a SavedModel of one input and output ({first_line(error)})"
+        ) from error
+
+    def run(images: np.ndarray) -> np.ndarray:
+        return serve(**{name: tf.constant(images)})[output].numpy()
+
+    beside = path.parent / "model.onnx"
+    return _model(
+        path,
+        shape=spec.shape.as_list(),
+        dtype=spec.dtype.as_numpy_dtype,
+        metadata=read_metadata(beside) if beside.is_file() else {},
+        run=run,
+    )
+
+
+def _onnx(path: Path, device: str) -> Model:
+    kind, _, index = device.partition(":")
+    if kind not in PROVIDERS or (index and not index.isdigit()) or (index and kind == "cpu"):
+        raise UserError(f"device {device!r} is unknown: use cpu, cuda or tensorrt, or cuda:1")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(f"an ONNX file needs onnxruntime ({error}): install it") from error
+    provider = PROVIDERS[kind]
+    providers = [provider] if kind == "cpu" else [(provider, {"device_id": int(index or 0)})]
+    # TensorRT leaves what it does not take to the next in the list.
+    providers += [(PROVIDERS["cuda"], {"device_id": int(index or 0)})] * (kind == "tensorrt")
+    missing = UserError(
+        f"onnxruntime {onnxruntime.__version__} cannot run on {device!r} here: "
+        "pip install onnxruntime-gpu on a machine with a GPU, or use --device cpu"
+    )
+    if provider not in onnxruntime.get_available_providers():
+        raise missing
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # Errors; it warns of every node that stays on the CPU.
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # Its exceptions have no common type of their own.
+        reason = " ".join(str(error).split())
+        raise UserError(f"onnxruntime cannot load {path}: {reason}") from error
+    # onnxruntime falls back to the CPU without an error.
+    if session.get_providers()[0] != provider:
+        raise missing
+    (images,), (_output,) = session.get_inputs(), session.get_outputs()
+    dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
+    if images.type not in dtypes:
+        raise UserError(f"{path} takes {images.type}: use one of {', '.join(dtypes)}")
+    return _model(
+        path,
+        shape=images.shape,
+        dtype=dtypes[images.type],
+        metadata=session.get_modelmeta().custom_metadata_map,
+        run=lambda batch: session.run(None, {images.name: np.ascontiguousarray(batch)})[0],
+    )
+
+
+def _engine(path: Path, cuda_graph: bool) -> Model:
+    loaded = load_engine(path)
+    with contextlib.ExitStack() as resources:
+        engine = _EngineRunner(loaded, cuda_graph, resources)
+        return _model(
+            path,
+            shape=(-1, *engine.input_shape),
+            dtype=engine.input_dtype,
+            metadata=loaded.description.get("metadata", {}),
+            run=engine.run,
+            sizes=(1, max(largest for _, _, largest in engine.profiles)),
+            resources=resources.pop_all(),
+        )
+
+
+def _model(
+    path: Path,
+    *,
+    shape: Any,
+    dtype: Any,
+    metadata: Mapping[str, str],
+    run: Callable[[np.ndarray], np.ndarray],
+    sizes: tuple[int, int | None] = (1, None),
+    resources: contextlib.ExitStack | None = None,
+) -> Model:
+    """Puts a model together from the shape of its input; a batch that is no number is free."""
+    batch, *image_shape = shape
+    if len(image_shape) != 3 or not all(isinstance(size, int) and size > 0 for size in image_shape):
+        raise UserError(f"{path} takes {list(shape)}: it is no model of [batch, height, width, 3]")
+    if isinstance(batch, int) and batch > 0:
+        sizes = (batch, batch)
+    try:
+        fields = json.loads(metadata.get("preprocessing", "null"))
+        if fields is not None:
+            fields |= {name: tuple(fields[name]) for name in ("mean", "std")}
+        names = json.loads(metadata.get("class_names", "null"))
+        return Model(
+            path=path,
+            image_shape=tuple(image_shape),
+            image_dtype=np.dtype(dtype),
+            sizes=sizes,
+            preprocessing=None if fields is None else Preprocessing(**fields),
+            class_names=None if names is None else tuple(names),
+            _run=run,
+            _resources=resources or contextlib.ExitStack(),
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"the metadata of {path} is damaged ({error}): export it again") from error
+
+
+class _EngineRunner:
+    """Runs batches on an engine: one stream, pinned host buffers, an execution context a profile.
+
+    With CUDA graphs there is a context for every captured size: a graph belongs to the shapes of
+    its context.
+    """
+
+    def __init__(self, loaded: Any, cuda_graph: bool, resources: contextlib.ExitStack):
+        trt, engine = loaded.trt, loaded.cuda_engine
+        self.loaded, self.engine, self.cuda_graph = loaded, engine, cuda_graph
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        modes = {name: engine.get_tensor_mode(name) for name in names}
+        inputs = [name for name in names if modes[name] == trt.TensorIOMode.INPUT]
+        outputs = [name for name in names if modes[name] == trt.TensorIOMode.OUTPUT]
+        if (len(inputs), len(outputs)) != (1, 1):
+            raise UserError(f"the engine has inputs {inputs} and outputs {outputs}: one of each")
+        (self.input,), (self.output,) = inputs, outputs
+        self.input_shape = tuple(engine.get_tensor_shape(self.input))[1:]
+        self.output_shape = tuple(engine.get_tensor_shape(self.output))[1:]
+        self.input_dtype = self._dtype(self.input)
+        self.output_dtype = self._dtype(self.output)
+        self.profiles = [
+            tuple(shape[0] for shape in engine.get_tensor_profile_shape(self.input, index))
+            for index in range(engine.num_optimization_profiles)
+        ]
+        self.contexts, self.graphs = {}, {}
+
+        self.cudart = import_cudart()
+        largest = max(profile[2] for profile in self.profiles)
+        self.stream = self._take(resources, self._stream(), self.cudart.cudaStreamDestroy)
+        self.host_in, self.device_in = self._buffers(
+            resources, largest, self.input_shape, self.input_dtype
+        )
+        self.host_out, self.device_out = self._buffers(
+            resources, largest, self.output_shape, self.output_dtype
+        )
+        resources.callback(self._release)
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        index, size = self._choose(len(images))
+        self.host_in[: len(images)] = images
+        # What fills the batch up does not matter, but it must not be stale NaNs of another run.
+        self.host_in[len(images) : size] = images[-1]
+        if self.cuda_graph:
+            if (index, size) not in self.graphs:
+                self.graphs[index, size] = self._capture(index, size)
+            self._call(self.cudart.cudaGraphLaunch(self.graphs[index, size], self.stream))
+        else:
+            self._enqueue(self._context(index, index, size), size)
+        self._call(self.cudart.cudaStreamSynchronize(self.stream))
+        return self.host_out[: len(images)].copy()
+
+    def _choose(self, batch: int) -> tuple[int, int]:
+        """The profile, and the size that a batch is filled up to.
+
+        The one that fills up least; of those, the one with the nearest optimum.
+        """
+        choices = []
+        for index, (smallest, optimal, largest) in enumerate(self.profiles):
+            if batch <= largest:
+                size = max(smallest, batch)
+                if self.cuda_graph:
+                    size = min(size for size in (smallest, optimal, largest) if size >= batch)
+                choices.append((size, abs(optimal - batch), index))
+        size, _, index = min(choices)
+        return index, size
+
+    def _context(self, key: Any, index: int, size: int) -> Any:
+        """An execution context on a profile, with its buffers and the shape of this batch."""
+        if key not in self.contexts:
+            context = self.engine.create_execution_context()
+            if context is None:
+                raise UserError(
+                    f"the GPU has no memory left for the engine: {self.loaded.logger.last_error()}"
+                )
+            if not context.set_optimization_profile_async(index, self.stream):
+                raise RuntimeError(f"profile {index}: {self.loaded.logger.last_error()}")
+            self._call(self.cudart.cudaStreamSynchronize(self.stream))
+            context.set_tensor_address(self.input, self.device_in)
+            context.set_tensor_address(self.output, self.device_out)
+            self.contexts[key] = context
+        context = self.contexts[key]
+        if not context.set_input_shape(self.input, (size, *self.input_shape)):
+            raise RuntimeError(f"batch {size}: {self.loaded.logger.last_error()}")
+        return context
+
+    def _enqueue(self, context: Any, size: int) -> None:
+        kinds = self.cudart.cudaMemcpyKind
+        self._call(
+            self.cudart.cudaMemcpyAsync(
+                self.device_in,
+                self.host_in.ctypes.data,
+                self.host_in[:size].nbytes,
+                kinds.cudaMemcpyHostToDevice,
+                self.stream,
+            )
+        )
+        if not context.execute_async_v3(self.stream):
+            raise RuntimeError(f"TensorRT could not run: {self.loaded.logger.last_error()}")
+        self._call(
+            self.cudart.cudaMemcpyAsync(
+                self.host_out.ctypes.data,
+                self.device_out,
+                self.host_out[:size].nbytes,
+                kinds.cudaMemcpyDeviceToHost,
+                self.stream,
+            )
+        )
+
+    def _capture(self, index: int, size: int) -> Any:
+        context = self._context((index, size), index, size)
+        # The first run after a change of shape does work that cannot be captured.
+        self._enqueue(context, size)
+        self._call(self.cudart.cudaStreamSynchronize(self.stream))
+        mode = self.cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call(self.cudart.cudaStreamBeginCapture(self.stream, mode))
+        self._enqueue(context, size)
+        graph = self._call(self.cudart.cudaStreamEndCapture(self.stream))
+        executable = self._call(self.cudart.cudaGraphInstantiateWithFlags(graph, 0))
+        self._call(self.cudart.cudaGraphDestroy(graph))
+        return executable
+
+    def _buffers(
+        self,
+        resources: contextlib.ExitStack,
+        batch: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+    ) -> tuple[np.ndarray, int]:
+        """A pinned array in host memory, and the address of as much memory of the GPU."""
+        count = batch * int(np.prod(shape))
+        size = count * dtype.itemsize
+        host = self._take(
+            resources, self._call(self.cudart.cudaMallocHost(size)), self.cudart.cudaFreeHost
+        )
+        device = self._take(
+            resources, self._call(self.cudart.cudaMalloc(size)), self.cudart.cudaFree
+        )
+        array = np.ctypeslib.as_array((ctypes.c_byte * size).from_address(int(host)))
+        return array.view(dtype).reshape(batch, *shape), int(device)
+
+    def _stream(self) -> int:
+        # TensorRT would have to synchronise more often on the default stream.
+        return int(
+            self._call(self.cudart.cudaStreamCreateWithFlags(self.cudart.cudaStreamNonBlocking))
+        )
+
+    def _take(self, resources: contextlib.ExitStack, resource: Any, free: Callable) -> Any:
+        resources.callback(free, resource)
+        return resource
+
+    def _release(self) -> None:
+        for executable in self.graphs.values():
+            self.cudart.cudaGraphExecDestroy(executable)
+        self.graphs.clear()
+        # In this order: a context refers to its engine, and an engine to its runtime.
+        self.contexts.clear()
+        self.engine = self.loaded = None
+
+    def _dtype(self, name: str) -> np.dtype:
+        dtype = self.engine.get_tensor_dtype(name).name
+        if dtype not in _NUMPY:
+            raise UserError(f"the engine's {name} is {dtype}: use one of {', '.join(_NUMPY)}")
+        return np.dtype(_NUMPY[dtype])
+
+    def _call(self, result: tuple) -> Any:
+        """The value that a CUDA call returns beside its status."""
+        status, *values = result
+        if int(status):
+            text = self.cudart.cudaGetErrorString(status)[1]
+            raise UserError(f"CUDA error {int(status)}: {text.decode()}")
+        return values[0] if values else None
+
+
+def import_cudart() -> Any:
+    """The CUDA runtime of cuda-python, where its new releases or its old ones have it."""
+    try:
+        from cuda.bindings import runtime as cudart
+    except ImportError:
+        try:
+            from cuda import cudart
+        except ImportError as error:
+            raise UserError(
+                f"an engine needs NVIDIA's CUDA bindings ({error}): pip install cuda-python"
+            ) from error
+    return cudart

@@ -1,0 +1,465 @@
+"""ONNX to a TensorRT engine, with TensorRT 8.6, 10 or 11.
+
+    python -m vit_jax.export.to_tensorrt model.onnx --output DIR --batch 1:8:64
+
+Needs the ONNX file, the `tensorrt` package and a GPU, and nothing else: no JAX, no TensorFlow, no
+`onnx`. It runs on Python 3.10 too, the last that TensorRT 8.6 knows. What it writes:
+
+    DIR/model.engine   the engine
+    DIR/engine.json    what it was built from, by what, for what; `vit_jax.export.engine` reads it
+    DIR/layers.json    the engine inspector's account of its layers
+    DIR/timing.cache   measured kernel times, which make the next build shorter
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from vit_jax import command
+from vit_jax.errors import UserError
+from vit_jax.export.engine import (
+    DESCRIPTION,
+    ENGINE,
+    create,
+    deserialize,
+    device_name,
+    find_device,
+    import_tensorrt,
+    make_logger,
+)
+from vit_jax.export.onnx_file import OnnxFile, read_onnx
+
+LAYERS, TIMING_CACHE = "layers.json", "timing.cache"
+HARDWARE_COMPATIBILITY = ("none", "ampere_plus", "same_compute_capability")
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """The batch sizes that one optimisation profile covers; kernels are chosen for `opt`."""
+
+    min: int
+    opt: int
+    max: int
+
+
+def parse_batch(spec: str) -> tuple[Profile, ...]:
+    """Reads `--batch`: `8`, `1:8:64` (smallest:optimal:largest) or several, `1,8:32:64`.
+
+    Raises:
+        UserError: the specification is not of that form.
+    """
+    profiles = []
+    for part in spec.split(","):
+        sizes = part.split(":")
+        if len(sizes) not in (1, 3) or not all(re.fullmatch(r"\s*[1-9]\d*\s*", s) for s in sizes):
+            raise UserError(
+                f"batch {spec!r} is not MIN:OPT:MAX or one size: use for example 1:8:64 or 1,8:32"
+            )
+        low, opt, high = map(int, sizes if len(sizes) == 3 else sizes * 3)
+        if not low <= opt <= high:
+            raise UserError(f"batch {part!r} is not MIN <= OPT <= MAX: use for example 1:8:64")
+        profiles.append(Profile(low, opt, high))
+    return tuple(profiles)
+
+
+def build(
+    onnx_path: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    batch: str = "1:8:64",
+    workspace_mib: int | None = None,
+    optimization_level: int = 3,
+    version_compatible: bool = False,
+    hardware_compatibility: str = "none",
+    tf32: bool = False,
+    tactic_sources: str | None = None,
+    verbose: bool = False,
+) -> dict[str, Any]:
+    """Builds an engine for the GPU of this machine and writes it to a directory.
+
+    The precision is what the ONNX file says. Nothing is written before the engine is there.
+
+    Args:
+        onnx_path: the ONNX file; it is not changed.
+        output: the directory, see above for what it gets.
+        batch: the optimisation profiles, see `parse_batch`. Narrow ones give faster engines.
+        workspace_mib: upper limit of the scratch memory of a layer, in MiB; None: the GPU's memory.
+        optimization_level: 0 to 5; higher builds take longer and may give faster engines.
+        version_compatible: the engine also runs with later versions of TensorRT.
+        hardware_compatibility: "ampere_plus" for any GPU from Ampere on,
+            "same_compute_capability" (from TensorRT 10.9 on), or "none": this GPU's kind only.
+        tf32: let float32 products run with 10 bits of mantissa; errors grow to about 1e-3.
+        tactic_sources: names of `tensorrt.TacticSource` separated by commas; None: the default.
+        verbose: print everything that TensorRT says.
+
+    Returns:
+        The contents of engine.json.
+
+    Raises:
+        UserError: no TensorRT, no GPU, a value is out of range, or TensorRT cannot read the file or
+            build the engine.
+    """
+    profiles = parse_batch(batch)
+    if not 0 <= optimization_level <= 5:
+        raise UserError(f"optimization_level {optimization_level} is not from 0 to 5")
+    if workspace_mib is not None and workspace_mib < 1:
+        raise UserError(f"workspace_mib {workspace_mib} is not positive: give it in MiB")
+    onnx = read_onnx(onnx_path)
+    trt = import_tensorrt()
+    device = find_device()
+    output = Path(output)
+
+    logger = make_logger(trt, verbose)
+    trt.init_libnvinfer_plugins(logger, "")
+    builder = create(trt.Builder, logger)
+    config = builder.create_builder_config()
+    network = _create_network(trt, builder, config, onnx)
+    # The network refers to memory of the parser, as the configuration does to the timing cache.
+    parser = trt.OnnxParser(network, logger)
+    _parse(trt, parser, network, onnx)
+    _add_profiles(builder, config, network, profiles, batch)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.builder_optimization_level = optimization_level
+    if workspace_mib is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mib << 20)
+    if not tf32:
+        config.clear_flag(trt.BuilderFlag.TF32)
+    if version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    config.hardware_compatibility_level = _member(
+        trt.HardwareCompatibilityLevel, hardware_compatibility, "hardware_compatibility", trt
+    )
+    if tactic_sources is not None:
+        sources = [
+            _member(trt.TacticSource, name.strip(), "tactic_sources", trt)
+            for name in tactic_sources.split(",")
+        ]
+        config.set_tactic_sources(sum(1 << int(source) for source in set(sources)))
+    timing_cache = _load_timing_cache(config, output / TIMING_CACHE)
+    progress = _watch(trt, config)
+
+    start = time.monotonic()
+    plan = builder.build_serialized_network(network, config)
+    if progress is not None and progress.interrupted:
+        raise KeyboardInterrupt
+    if plan is None:
+        raise UserError(f"TensorRT {trt.__version__} built no engine: {logger.last_error()}")
+    seconds = time.monotonic() - start
+
+    plan = memoryview(plan)
+    _runtime, engine = deserialize(trt, plan, logger, version_compatible)
+    layers = _inspect(trt, engine)
+    tensors = _tensors(trt, engine)
+    heads = sum(tensor["name"] == "probabilities" for tensor in tensors)
+    description = {
+        "tensorrt": trt.__version__,
+        "device": device,
+        "version_compatible": version_compatible,
+        "hardware_compatibility": hardware_compatibility,
+        "precision": onnx.precision,
+        "strongly_typed": strongly_typed(trt),
+        "tf32": tf32,
+        "optimization_level": optimization_level,
+        "workspace_mib": workspace_mib,
+        "tactic_sources": tactic_sources,
+        "profiles": [dataclasses.asdict(profile) for profile in profiles],
+        "onnx": {"file": onnx.path.name, "sha256": onnx.sha256},
+        "engine": {"file": ENGINE, "bytes": plan.nbytes},
+        "tensors": tensors,
+        "layers": len(layers),
+        "attention": attention_report(layers, onnx.softmaxes, heads),
+        "build_seconds": round(seconds, 1),
+        "metadata": onnx.metadata,
+    }
+    try:
+        _write(
+            output,
+            {
+                ENGINE: plan,
+                DESCRIPTION: _json(description),
+                LAYERS: _json(layers),
+                TIMING_CACHE: memoryview(timing_cache.serialize()),
+            },
+        )
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error.strerror})") from error
+    return description
+
+
+def attention_report(layers: list[Any], softmaxes: int, heads: int = 0) -> dict[str, Any]:
+    """Says from the engine inspector's layers whether attention was fused.
+
+    Fused attention runs in kernels that TensorRT calls `_gemm_mha_v2` or the like; attention that
+    was not fused leaves softmax kernels. TensorRT 8.6 hides both in one layer ("ForeignNode").
+
+    Args:
+        layers: of the inspector's JSON, built with detailed verbosity; dicts, or mere names.
+        softmaxes: the number of Softmax nodes in the ONNX file.
+        heads: how many of them are not attention's but make probabilities of logits.
+
+    Returns:
+        `fused` (True, False, or None if the layers do not tell), and the numbers of
+        `fused_kernels`, of `softmax_kernels` and of `softmax_nodes`, all without those of heads.
+    """
+    fused = unfused = 0
+    for layer in layers:
+        layer = layer if isinstance(layer, dict) else {"Name": layer}
+        kernel = f"{layer.get('TacticName', '')} {layer.get('LayerType', '')}"
+        # The rest of a name quotes ONNX nodes, which may well be called "attention" or "Softmax".
+        name = str(layer.get("Name", "")).split("/")[0]
+        if re.search(r"mha(_|\b)|fmha|flash_?att", f"{kernel} {name}", re.I):
+            fused += 1
+        elif re.search(r"softmax", kernel, re.I) or re.match(r"__myl_\w*Max\w*Exp\w*Sum", name):
+            unfused += 1
+    nodes, unfused = softmaxes - heads, max(0, unfused - heads)
+    told = unfused > 0 or 0 < nodes <= fused
+    return {
+        "fused": unfused == 0 if told else None,
+        "fused_kernels": fused,
+        "softmax_kernels": unfused,
+        "softmax_nodes": nodes,
+    }
+
+
+def summary(description: dict[str, Any]) -> str:
+    """The lines that tell what was built, from the contents of engine.json."""
+    profiles = ", ".join("{min}:{opt}:{max}".format(**p) for p in description["profiles"])
+    attention = description["attention"]
+    verdict = {
+        True: f"fused into {attention['fused_kernels']} kernels",
+        False: f"NOT fused: {attention['softmax_kernels']} softmax kernels, "
+        f"{attention['fused_kernels']} fused ones",
+        None: "not told by the engine inspector of this version"
+        if attention["softmax_nodes"]
+        else "none in this model",
+    }[attention["fused"]]
+    typing = "strongly typed" if description["strongly_typed"] else "weakly typed"
+    return (
+        f"TensorRT {description['tensorrt']} on {device_name(description['device'])}: "
+        f"{description['precision']} ({typing}), batch {profiles}\n"
+        f"{description['engine']['bytes'] / 2**20:.1f} MiB in {description['layers']} layers, "
+        f"built in {description['build_seconds']} s\n"
+        f"attention ({attention['softmax_nodes']} softmax nodes): {verdict}"
+    )
+
+
+def strongly_typed(trt: Any) -> bool:
+    """Whether this version of TensorRT takes the types of a network from the ONNX file."""
+    return hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+
+
+def _create_network(trt: Any, builder: Any, config: Any, onnx: OnnxFile) -> Any:
+    """An empty network, and the flags that make the engine compute in the ONNX file's types.
+
+    All that differs between the versions is here, in `_constrain` and in `_watch`.
+    """
+    if strongly_typed(trt):
+        # In 11 this is the only kind of network. EXPLICIT_BATCH is implied from 10 on.
+        return builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    if "bf16" in onnx.weight_types:
+        raise UserError(
+            f"{onnx.path} has bfloat16 weights, which TensorRT {trt.__version__} does not know: "
+            "use --precision fp16, or TensorRT 10 or later"
+        )
+    if "fp16" in onnx.weight_types:
+        config.set_flag(trt.BuilderFlag.FP16)
+        # Those that `_constrain` sets.
+        config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+    if onnx.precision == "int8":
+        config.set_flag(trt.BuilderFlag.INT8)
+    return builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
+
+
+def _constrain(trt: Any, network: Any) -> None:
+    """Keeps what the ONNX file computes in float32 in float32, where the typing is weak (8.6).
+
+    With the FP16 flag TensorRT would be free to run, say, a residual sum in float16.
+    """
+    shapes = {trt.LayerType.CONSTANT, trt.LayerType.SHAPE, trt.LayerType.CAST}
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        types = {layer.get_output(i).dtype for i in range(layer.num_outputs)}
+        if layer.type not in shapes and types == {trt.DataType.FLOAT}:
+            layer.precision = trt.DataType.FLOAT
+            for i in range(layer.num_outputs):
+                layer.set_output_type(i, trt.DataType.FLOAT)
+
+
+def _watch(trt: Any, config: Any) -> Any:
+    """Shows the build's progress on a terminal, and lets Ctrl-C end it; from TensorRT 10 on."""
+    if not hasattr(trt, "IProgressMonitor"):
+        return None
+
+    class Progress(trt.IProgressMonitor):
+        def __init__(self):
+            trt.IProgressMonitor.__init__(self)
+            self.interrupted = False
+            self.phases = {}
+
+        def phase_start(self, phase_name, _parent_phase, num_steps):
+            self.phases[phase_name] = num_steps
+            self._show(phase_name, 0)
+
+        def step_complete(self, phase_name, step):
+            self._show(phase_name, step + 1)
+            return not self.interrupted
+
+        def phase_finish(self, phase_name):
+            steps = self.phases.pop(phase_name, 0)
+            self._show(phase_name if self.phases else "", steps)
+
+        def _show(self, phase_name, step):
+            # An exception must not travel through TensorRT.
+            try:
+                if sys.stderr.isatty():
+                    line = f"{phase_name}: {step}/{self.phases.get(phase_name, step)}"
+                    line = line[:78] if phase_name else ""
+                    print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+            except KeyboardInterrupt:
+                self.interrupted = True
+
+    progress = Progress()
+    config.progress_monitor = progress
+    return progress
+
+
+def _parse(trt: Any, parser: Any, network: Any, onnx: OnnxFile) -> None:
+    if not parser.parse_from_file(str(onnx.path)):
+        for index in range(parser.num_errors):
+            print(f"parser: {parser.get_error(index)}", file=sys.stderr)
+        raise UserError(
+            f"TensorRT {trt.__version__} cannot read {onnx.path}: its parser's "
+            f"{parser.num_errors} errors stand above"
+        )
+    # Between QuantizeLinear and DequantizeLinear float32 only stands for what is fused to int8.
+    if not strongly_typed(trt) and onnx.precision == "fp16":
+        _constrain(trt, network)
+
+
+def _add_profiles(
+    builder: Any, config: Any, network: Any, profiles: tuple[Profile, ...], batch: str
+) -> None:
+    for profile in profiles:
+        shapes = builder.create_optimization_profile()
+        for index in range(network.num_inputs):
+            tensor = network.get_input(index)
+            size, *rest = tuple(tensor.shape)
+            if -1 in rest:
+                raise UserError(
+                    f"input {tensor.name!r} of shape {(size, *rest)} is free in more than the "
+                    "batch: export the model at one image size"
+                )
+            if size != -1 and (size, size, size) != dataclasses.astuple(profile):
+                raise UserError(
+                    f"batch {batch!r} does not fit the ONNX file, whose batch is fixed at {size}: "
+                    f"use --batch {size}"
+                )
+            shapes.set_shape(
+                tensor.name,
+                (profile.min, *rest),
+                (profile.opt, *rest),
+                (profile.max, *rest),
+            )
+        if config.add_optimization_profile(shapes) < 0:
+            raise UserError(f"TensorRT does not accept the profile {profile}: change --batch")
+
+
+def _member(enum: Any, name: str, option: str, trt: Any) -> Any:
+    """The member of a TensorRT enumeration, whose members depend on the version."""
+    try:
+        return enum.__members__[name.upper()]
+    except KeyError:
+        known = ", ".join(member.lower() for member in enum.__members__)
+        raise UserError(
+            f"{option} {name!r} is unknown to TensorRT {trt.__version__}: use {known}"
+        ) from None
+
+
+def _load_timing_cache(config: Any, path: Path) -> Any:
+    """Attaches the cache of earlier builds, or a new one where there is none that fits."""
+    if path.is_file():
+        cache = config.create_timing_cache(path.read_bytes())
+        # False: a cache of another GPU or version must not be used.
+        if cache is not None and config.set_timing_cache(cache, False):
+            return cache
+        print(f"{path} is of another GPU or TensorRT and starts anew", file=sys.stderr)
+    cache = config.create_timing_cache(b"")
+    config.set_timing_cache(cache, False)
+    return cache
+
+
+def _inspect(trt: Any, engine: Any) -> list[Any]:
+    inspector = engine.create_engine_inspector()
+    text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    try:
+        return json.loads(text)["Layers"]
+    except (ValueError, KeyError):  # The engine is good even where this account of it is not.
+        return text.splitlines()
+
+
+def _tensors(trt: Any, engine: Any) -> list[dict[str, Any]]:
+    """Name, direction, type and shape of every input and output; -1 is the batch."""
+    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    return [
+        {
+            "name": name,
+            "mode": "input" if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else "output",
+            "type": engine.get_tensor_dtype(name).name,
+            "shape": list(engine.get_tensor_shape(name)),
+        }
+        for name in names
+    ]
+
+
+def _write(directory: Path, files: dict[str, Any]) -> None:
+    """Writes files so that none is there by half, and none if the disk is full."""
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".engine-", dir=directory))
+    try:
+        for name, data in files.items():
+            (temporary / name).write_bytes(data)
+        for name in files:
+            os.replace(temporary / name, directory / name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _json(document: Any) -> bytes:
+    return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns its exit code."""
+    parser = command.Parser(
+        prog="python -m vit_jax.export.to_tensorrt",
+        description="Builds a TensorRT engine for this machine's GPU from an ONNX file.",
+    )
+    parser.add_argument("onnx_path", metavar="model.onnx")
+    parser.add_argument("--output", required=True, help="directory of the engine")
+    parser.add_argument(
+        "--batch", default="1:8:64", help="profiles: MIN:OPT:MAX or SIZE, several with commas"
+    )
+    parser.add_argument(
+        "--workspace_mib", type=command.positive, help="limit of scratch memory, in MiB"
+    )
+    parser.add_argument("--optimization_level", type=int, default=3, help="0 to 5 (3)")
+    parser.add_argument(
+        "--version_compatible", action="store_true", help="also for later versions of TensorRT"
+    )
+    parser.add_argument("--hardware_compatibility", choices=HARDWARE_COMPATIBILITY, default="none")
+    parser.add_argument("--tf32", action="store_true", help="faster, coarser float32 products")
+    parser.add_argument("--tactic_sources", help="names of tensorrt.TacticSource, with commas")
+    parser.add_argument("--verbose", action="store_true", help="print all that TensorRT says")
+    print(summary(build(**vars(parser.parse_args(arguments)))))
+    return 0
+
+
+if __name__ == "__main__":
+    command.run(main)
