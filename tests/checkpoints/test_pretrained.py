@@ -296,10 +296,8 @@ def test_overrides_win_over_what_is_read(tmp_path, params):
     path = save_npz(tmp_path / "a.npz", params)
     pretrained = load_pretrained(path, gelu="erf", layer_norm_epsilon=1e-5, num_heads=None)
     assert pretrained.model["gelu"] == "erf" and pretrained.model["layer_norm_epsilon"] == 1e-5
-    with pytest.raises(UserError, match="query/bias has shape .2, 8., the model .4, 4."):
+    with pytest.raises(UserError, match="num_heads is 4 by what is said of it, 2 by its shapes"):
         load_pretrained(path, num_heads=4)
-    with pytest.raises(UserError, match="num_heads 0 is less than 1"):
-        load_pretrained(path, num_heads=0)
 
 
 def test_heads_that_no_format_tells_are_asked_for(tmp_path, params):

@@ -97,7 +97,7 @@ def _huggingface_preprocessing(processor: dict[str, Any], size: Any) -> Preproce
         raise UserError(f"size is {height} x {width}: only square images are supported")
     normalised = processor.get("do_normalize", True)
     if processor.get("rescale_factor", 1 / 255) != 1 / 255:
-        raise UserError(f"rescale_factor {processor['rescale_factor']} is not 1/255")
+        raise UserError(f"rescale_factor {processor['rescale_factor']!r} is not 1/255")
     return Preprocessing(
         height,
         crop,

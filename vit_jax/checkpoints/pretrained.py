@@ -138,18 +138,24 @@ def abstract_params(model: dict[str, Any], image_size: int) -> dict[str, Any]:
 def _assemble(arrays: Arrays, known: Known, overrides: dict[str, Any], source: str) -> Pretrained:
     """Checks that the arrays are one whole model."""
     sizes = infer.infer_model(arrays)
-    defaults = models.prediction_defaults(sizes["architecture"])
-    # A run's config has 0 classes for "those of the data set".
-    classes = {"num_classes": sizes["num_classes"]}
-    model = {**defaults, **sizes, **known.model, **classes, **overrides}
+    told = {**known.model, **overrides}
+    if not told.get("num_classes"):  # In a run's config 0 stands for those of the data set.
+        told["num_classes"] = sizes["num_classes"]
+    for key in sizes.keys() & told.keys():
+        if sizes[key] != told[key]:
+            raise UserError(
+                f"{key} is {told[key]} by what is said of it, {sizes[key]} by its shapes"
+            )
+    model = {**models.prediction_defaults(sizes["architecture"]), **told, **sizes}
+    for key in ("layer_norm_epsilon", "group_norm_epsilon"):
+        if not 0 < model.get(key, 1e-6) < 1:
+            raise UserError(f"{key} {model[key]} is not between 0 and 1")
     preprocessing = known.preprocessing
     if preprocessing is None:
         # A hidden layer before the head is pre-training's, which evaluates on a central crop.
         protocol = "pretrain" if model["representation_size"] else "inception"
         grid = infer.infer_grid(arrays)
         preprocessing = evaluation(protocol, grid * models.create_model(model).downsampling)
-    if model["num_heads"] < 1:
-        raise UserError(f"num_heads {model['num_heads']} is less than 1")
     params = unflatten_dict(arrays, sep="/")
     check_fit(abstract_params(model, preprocessing.image_size), params)
     names = known.class_names
