@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from vit_jax.config import parse_shots
 from vit_jax.errors import UserError
 from vit_jax.sharding import Mesh, make_mesh, state_sharding, to_devices
 
@@ -95,8 +96,8 @@ class Measures:
         top5_accuracy: likewise; 1 where there are at most five classes.
         loss: mean cross-entropy, in nats; with a sigmoid summed over the classes.
         calibration_error: expected calibration error in [0, 1] (Guo et al., 2017, Eq. 3): over 15
-            bins of equal width ((m - 1) / 15, m / 15] of the highest probability, the mean, weighted
-            by images, of |accuracy - mean probability|.
+            bins of equal width ((m - 1) / 15, m / 15] of the highest probability, the mean,
+            weighted by images, of |accuracy - mean probability|.
         num_classes: of the model.
         labels: int32 [images], in the order of the data.
         predicted: likewise.
@@ -148,7 +149,7 @@ def measure(
         losses, confidence = _LOSSES[loss](logits.astype(np.float64), labels)
         loss_sum += losses.sum()
         top_k += (_rank(logits, labels) < TOP_K).sum()
-        members = np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1
+        members = np.maximum(np.ceil(confidence * CALIBRATION_BINS), 1).astype(int) - 1
         np.add.at(bins, members, np.stack([predicted == labels, confidence], 1))
         all_labels.append(labels)
         all_predicted.append(predicted.astype(np.int32))
@@ -277,6 +278,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="class i of the checkpoint is class i of the data set, whatever it is called",
     )
     args = parser.parse_args(argv)
+    args.fewshot = parse_shots(args.fewshot) if args.fewshot else ()
     if args.batch_size < 1:
         raise UserError(f"--batch_size {args.batch_size} is not positive")
     if args.confusion and not args.confusion.endswith((".npz", ".csv")):
@@ -322,13 +324,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    from vit_jax import fewshot, metrics
+    from vit_jax import metrics
     from vit_jax.data import datasets
 
-    shots = fewshot.parse_shots(args.fewshot) if args.fewshot else ()
     result: dict[str, Any] = {"checkpoint": args.checkpoint, "dataset": args.dataset}
     if args.dataset == datasets.REAL:
-        if shots:
+        if args.fewshot:
             raise UserError(f"{datasets.REAL} has nothing to learn from: use imagenet2012")
         source = datasets.open_real(data_dir=args.data_dir, split=args.split or "validation")
         result |= _evaluate_real(_Checkpoint(args), source, args)
@@ -336,8 +337,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         source = datasets.open_evaluation(args.dataset, data_dir=args.data_dir, split=args.split)
         checkpoint = _Checkpoint(args)
         result |= _evaluate_classes(checkpoint, source, args)
-        if shots:
-            result["fewshot"] = _evaluate_fewshot(checkpoint, source, args, shots)
+        if args.fewshot:
+            result["fewshot"] = _evaluate_fewshot(checkpoint, source, args)
     if args.json:
         metrics.write_json(pathlib.Path(args.json), result)
 
@@ -394,7 +395,7 @@ def _evaluate_real(
 
 
 def _evaluate_fewshot(
-    checkpoint: _Checkpoint, test: Any, args: argparse.Namespace, shots: Sequence[int]
+    checkpoint: _Checkpoint, test: Any, args: argparse.Namespace
 ) -> dict[str, Any]:
     from vit_jax import fewshot
     from vit_jax.data import datasets
@@ -404,7 +405,7 @@ def _evaluate_fewshot(
         checkpoint.model,
         train,
         test,
-        shots=shots,
+        shots=args.fewshot,
         preprocessing=checkpoint.pretrained.preprocessing,
         batch_size=checkpoint.batch_size,
         mesh=checkpoint.mesh,

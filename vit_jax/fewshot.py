@@ -8,7 +8,7 @@ the support set, a constant feature 100 as the bias, lambda = 2^10, three seeds.
 """
 
 import dataclasses
-import re
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +22,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vit_jax.data.datasets import Source
 from vit_jax.data.pipeline import EvalBatches, eval_batches
 from vit_jax.data.protocols import Preprocessing
-from vit_jax.errors import UserError
 from vit_jax.evaluate import ApplyFn, Batches, make_apply_fn, outputs
 from vit_jax.sharding import Mesh, to_devices
 
@@ -96,18 +95,11 @@ def _solve(gram: np.ndarray, target: np.ndarray, l2: float) -> np.ndarray:
     return vectors @ ((vectors.T @ target) / (eigenvalues + l2)[:, None])
 
 
-def parse_shots(text: str) -> tuple[int, ...]:
-    """The numbers of "1,5,10,25".
-
-    Raises:
-        UserError: it is not a list of positive numbers, each given once.
-    """
-    words = [word.strip() for word in text.split(",")]
-    if not all(re.fullmatch(r"[1-9]\d{0,5}", word) for word in words) or len({*words}) < len(words):
-        raise UserError(
-            f"shots {text!r} are not positive numbers, each once: for example 1,5,10,25"
-        )
-    return tuple(sorted(map(int, words)))
+def short_name(dataset: str) -> str:
+    """What a data set is called in metrics: "flowers" of "folder:/data/flowers"."""
+    if dataset.startswith("folder:"):
+        return pathlib.Path(dataset.removeprefix("folder:")).name
+    return dataset.partition(":")[0]
 
 
 def support(source: Source, shots: int, seed: int) -> Source:
@@ -125,20 +117,22 @@ def support(source: Source, shots: int, seed: int) -> Source:
 
     def count(seen: tf.Tensor, record: dict[str, tf.Tensor]) -> tuple[tf.Tensor, Any]:
         label = record["label"]
-        wanted = seen[label] < shots
-        return tf.tensor_scatter_nd_add(seen, [[label]], [1]), (record, wanted)
+        full = tf.reduce_all(seen >= shots)
+        seen_then = tf.tensor_scatter_nd_add(seen, [[label]], [1])
+        return seen_then, {"record": record, "wanted": seen[label] < shots, "full": full}
 
-    def records(_: Any = None) -> tf.data.Dataset:
+    def records() -> tf.data.Dataset:
         order = tf.constant(seed, tf.int64)
-        chosen = (
+        return (
             source.records(order)
             .shuffle(buffer, order, reshuffle_each_iteration=False)
             .filter(lambda record: record["label"] >= 0)
             .scan(tf.zeros(num_classes, tf.int32), count)
-            .filter(lambda _, wanted: wanted)
-            .map(lambda record, _: record)
+            # Not take(limit): tf.data may prefetch before it, and read on for one more to the end.
+            .take_while(lambda counted: not counted["full"])
+            .filter(lambda counted: counted["wanted"])
+            .map(lambda counted: counted["record"])
         )
-        return chosen.take(limit)
 
     # An upper bound of the images: what is missing is padding.
     return dataclasses.replace(source, num_examples=limit, records=records)
