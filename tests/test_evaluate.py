@@ -1,12 +1,22 @@
+import csv
 import functools
+import json
 import math
+import sys
 
 import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from sklearn import metrics
+from sklearn.datasets import load_digits
 
+from vit_jax import evaluate as evaluate_module
+from vit_jax.checkpoints.pretrained import Pretrained, abstract_params
+from vit_jax.checkpoints.save import save_pretrained
+from vit_jax.data import datasets
+from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 from vit_jax.evaluate import (
     check_classes,
@@ -225,13 +235,203 @@ def test_classes_in_another_order_are_refused(own):
         (["--dataset", "digits"], "required: --checkpoint"),
         (["--nonsense"], "required"),
         (["--checkpoint=c", "--dataset=d", "--nonsense"], "unrecognized arguments: --nonsense"),
-        (["--checkpoint=c", "--dataset=d", "--batch_size=0"], "--batch_size 0 is not positive"),
+        (["--checkpoint=c", "--dataset=d", "--batch_size=0"], "--batch_size: '0' is not a whole"),
         (["--checkpoint=c", "--dataset=d", "--fewshot=5,0"], "shots '5,0' are not positive"),
         (["--checkpoint=c", "--dataset=d", "--confusion=x.png"], "neither .npz nor .csv"),
-        (["--checkpoint=c", "--dataset=d", "--json=no/where.json"], "directory does not exist"),
+        (
+            ["--checkpoint=c", "--dataset=d", "--json=no/where.json"],
+            "not a file in a directory that exists",
+        ),
     ],
 )
 def test_a_wrong_argument_is_one_line(arguments, message):
     with pytest.raises(UserError, match=message) as error:
         parse_arguments(arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random model for the digits, and its path."""
+    return save_random(tmp_path_factory.mktemp("weights") / "digits.npz", "0123456789")
+
+
+def save_random(path, class_names, num_classes=10):
+    model = {
+        "architecture": "vit", "patch_size": 4, "hidden_size": 16, "num_layers": 1, "mlp_dim": 8,
+        "num_heads": 2, "num_classes": num_classes, "classifier": "token", "representation_size": 0,
+        "gelu": "tanh", "layer_norm_epsilon": 1e-6,
+    }  # fmt: skip
+    shapes = abstract_params(model, 8)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32), shapes)
+    names = None if class_names is None else tuple(class_names)
+    pretrained = Pretrained(params, model, Preprocessing(8), names, "softmax", str(path))
+    save_pretrained(pretrained, str(path), "official")
+    return pretrained
+
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
+    return evaluate_module.main()
+
+
+def digits_test_set():
+    """The images as the model is fed them and their labels, straight from scikit-learn."""
+    digits = load_digits()
+    test = np.zeros(len(digits.target), bool)
+    for digit in range(10):
+        test[np.flatnonzero(digits.target == digit)[4::5]] = True
+    images = np.round(digits.images[test] * 255 / 16) / 127.5 - 1
+    return np.repeat(images[..., None], 3, -1).astype(np.float32), digits.target[test]
+
+
+@pytest.mark.parametrize(("devices", "batch_size"), [(1, 50), (8, 50)])
+def test_the_command_counts_exactly_on_any_number_of_devices(
+    checkpoint, data_dir, tmp_path, run, devices, batch_size
+):
+    files = {name: tmp_path / name for name in ("result.json", "confusion.npz")}
+    code, output = run(
+        [sys.executable, "-m", "vit_jax.evaluate", "--checkpoint", checkpoint.source]
+        + ["--dataset", "digits", "--data_dir", data_dir, "--batch_size", str(batch_size)]
+        + ["--json", str(files["result.json"]), "--confusion", str(files["confusion.npz"])],
+        devices,
+    )
+    assert code == 0, output
+    images, labels = digits_test_set()
+    logits = create_model(checkpoint.model).apply({"params": checkpoint.params}, images)
+    predicted = np.asarray(logits).argmax(1)
+    result = json.loads(files["result.json"].read_text())
+    assert result["examples"] == 355
+    assert result["split"] == "test"
+    assert result["accuracy"] == np.mean(predicted == labels)
+    assert result["top5_accuracy"] == metrics.top_k_accuracy_score(labels, logits, k=5)
+    p = np.asarray(jax.nn.softmax(logits), np.float64)
+    assert result["loss"] == pytest.approx(metrics.log_loss(labels, p), rel=1e-4)
+    with np.load(files["confusion.npz"]) as found:
+        np.testing.assert_array_equal(
+            found["confusion"], metrics.confusion_matrix(labels, predicted)
+        )
+        assert found["class_names"].tolist() == list("0123456789")
+    # The table says the same and nothing else.
+    assert [line.rsplit(maxsplit=1) for line in output.splitlines()] == [
+        ["examples", "355"],
+        ["accuracy", f"{result['accuracy']:.4f}"],
+        ["top5 accuracy", f"{result['top5_accuracy']:.4f}"],
+        ["loss", f"{result['loss']:.4f}"],
+        ["calibration error", f"{result['calibration_error']:.4f}"],
+    ]
+
+
+def test_per_class_accuracy_confusion_and_few_shots(
+    checkpoint, data_dir, tmp_path, monkeypatch, capsys
+):
+    paths = [str(tmp_path / name) for name in ("result.json", "confusion.csv")]
+    run_main(
+        monkeypatch, "--checkpoint", checkpoint.source, "--dataset", "digits", "--per_class",
+        "--data_dir", data_dir, "--fewshot", "1,10", "--json", paths[0], "--confusion", paths[1],
+    )  # fmt: skip
+    result = json.loads(open(paths[0]).read())
+    header, *rows = csv.reader(open(paths[1]))
+    assert header[1:] == [row[0] for row in rows] == list("0123456789")
+    matrix = np.array([row[1:] for row in rows], int)
+    for row, counts, digit in zip(result["per_class"], matrix, range(10), strict=True):
+        assert (row["name"], row["examples"]) == (str(digit), counts.sum())
+        assert row["accuracy"] == counts[digit] / counts.sum()
+    assert result["accuracy"] == matrix.trace() / 355
+    few = result["fewshot"]
+    assert few.keys() == {"1", "10"}
+    # Even random features tell digits apart, the better the more there are to learn from.
+    assert 0.2 < few["1"]["accuracy"] < few["10"]["accuracy"] < 1
+    assert few["10"]["accuracy"] == pytest.approx(np.mean(few["10"]["seeds"]))
+    assert len(few["10"]["seeds"]) == 3
+    assert "10-shot accuracy" in capsys.readouterr().out
+
+
+def test_a_head_for_other_classes_is_refused_but_few_shots_need_none(
+    data_dir, tmp_path, monkeypatch, capsys
+):
+    path = str(tmp_path / "other.npz")
+    save_random(path, None, num_classes=7)
+    arguments = ["--checkpoint", path, "--dataset", "digits", "--data_dir", data_dir]
+    with pytest.raises(UserError, match="has 7 classes and the data set 10"):
+        run_main(monkeypatch, *arguments)
+    run_main(monkeypatch, *arguments, "--fewshot", "1")
+    lines = capsys.readouterr().out.splitlines()
+    assert "has 7 classes and the data set 10" in lines[0]
+    assert lines[1].startswith("1-shot accuracy")
+
+
+def test_class_names_in_another_order_are_refused_unless_told_otherwise(
+    data_dir, tmp_path, monkeypatch, capsys
+):
+    path = str(tmp_path / "other.npz")
+    save_random(path, "1023456789")
+    arguments = ["--checkpoint", path, "--dataset", "digits", "--data_dir", data_dir]
+    with pytest.raises(UserError, match="class 0 is '1' in the checkpoint and '0' in the data set"):
+        run_main(monkeypatch, *arguments)
+    run_main(monkeypatch, *arguments, "--ignore_class_names")
+    assert "accuracy" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def imagenet_checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "imagenet.npz"
+    return save_random(path, None, num_classes=1000).source
+
+
+def test_imagenet_is_scored_on_its_own_labels_and_on_real(
+    imagenet_checkpoint, tmp_path, monkeypatch
+):
+    path = str(tmp_path / "result.json")
+    with tfds.testing.mock_data(num_examples=6):
+        sources = [datasets.open_evaluation("imagenet2012"), datasets.open_real()]
+        any_label = [bool(r["label"].numpy().any()) for r in sources[1].records()]
+    monkeypatch.setattr(datasets, "open_evaluation", lambda *_, **__: sources[0])
+    monkeypatch.setattr(datasets, "open_real", lambda *_, **__: sources[1])
+    run_main(
+        monkeypatch,
+        "--checkpoint",
+        imagenet_checkpoint,
+        "--dataset",
+        "imagenet2012",
+        "--json",
+        path,
+    )
+    result = json.loads(open(path).read())
+    assert result["examples"] == 6
+    assert result["real_examples"] == sum(any_label)
+    assert 0 <= result["real_accuracy"] <= 1
+
+
+def test_imagenet_without_real_says_so(imagenet_checkpoint, tmp_path, monkeypatch, capsys):
+    with tfds.testing.mock_data(num_examples=6):
+        source = datasets.open_evaluation("imagenet2012")
+    monkeypatch.setattr(datasets, "open_evaluation", lambda *_, **__: source)
+    run_main(
+        monkeypatch, "--checkpoint", imagenet_checkpoint, "--dataset", "imagenet2012",
+        "--data_dir", str(tmp_path),
+    )  # fmt: skip
+    *_, line = capsys.readouterr().out.splitlines()
+    assert line.startswith(
+        "ImageNet-ReaL is left out: data set 'imagenet2012_real' is not prepared"
+    )
+
+
+def test_real_alone_has_no_single_label(imagenet_checkpoint, monkeypatch):
+    for flag in (["--fewshot=1"], ["--per_class"], ["--confusion=confusion.csv"]):
+        with pytest.raises(UserError, match="need --dataset imagenet2012"):
+            run_main(
+                monkeypatch, "--checkpoint", imagenet_checkpoint, "--dataset", "imagenet2012_real",
+                *flag,
+            )  # fmt: skip
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path):
+    code, output = run(
+        [sys.executable, "-m", "vit_jax.evaluate", "--checkpoint", str(tmp_path / "no.npz")]
+        + ["--dataset", f"folder:{tmp_path}"]
+    )
+    assert code == 2
+    assert output.startswith("error: ") and output.count("\n") == 1
+    assert "has no train/" in output

@@ -171,6 +171,7 @@ def test_config_json_describes_the_run(finished, tiny_config):
 
 def test_every_config_key_is_read(tiny_config, tmp_path, monkeypatch):
     config = tiny_config(duration="1 step", **{"schedule.warmup": "0 steps"})
+    config.fewshot.update({"dataset": "digits", "data_dir": config.dataset.data_dir})
     plain, read = to_dict(config), set()
     original = ConfigDict.__getitem__
 
@@ -188,7 +189,7 @@ def test_every_config_key_is_read(tiny_config, tmp_path, monkeypatch):
     source = pathlib.Path(vit.__file__).read_text()
     assert not [key for key in plain["model"] if f"self.{key}" not in source][1:]
     unread = [key for key in config if (id(config), key) not in read]
-    for section in ("dataset", "model", "optimizer", "schedule"):
+    for section in ("dataset", "model", "optimizer", "schedule", "fewshot"):
         part = config[section]
         unread += [f"{section}.{key}" for key in part if (id(part), key) not in read]
     assert not unread

@@ -3,19 +3,22 @@
 import argparse
 import csv
 import dataclasses
-import functools
 import os
 import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
+from vit_jax import command
+from vit_jax.checkpoints import flags
+from vit_jax.checkpoints.arrays import replacing
 from vit_jax.config import parse_shots
 from vit_jax.errors import UserError
 from vit_jax.sharding import Mesh, make_mesh, state_sharding, to_devices
@@ -232,7 +235,7 @@ def check_classes(
     if num_classes != len(data_names):
         raise UserError(
             f"the checkpoint has {num_classes} classes and the data set {len(data_names)}: "
-            "fine-tune it, or measure its features with --fewshot"
+            "fine-tune it first; only --fewshot needs no head"
         )
     if class_names is None or _are_wordnet_ids(class_names) != _are_wordnet_ids(data_names):
         return
@@ -249,43 +252,47 @@ def _are_wordnet_ids(names: Sequence[str]) -> bool:
     return all(re.fullmatch(r"n\d{8}", name) for name in names)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line.
 
     Raises:
         UserError: an argument is unknown, missing or impossible.
     """
-    parser = _Parser("python -m vit_jax.evaluate", description="Evaluates a checkpoint.")
-    parser.add_argument("--checkpoint", required=True, help="a run, a file or a name")
+    parser = command.Parser(
+        prog="python -m vit_jax.evaluate", description="Evaluates a model on a data set."
+    )
+    flags.add_flags(parser)
     parser.add_argument(
-        "--dataset", required=True, help="a TFDS name, folder:PATH, digits or imagenet2012_real"
+        "--dataset",
+        required=True,
+        metavar="D",
+        help="a TFDS name, folder:PATH, digits, or imagenet2012_real",
     )
     parser.add_argument("--split", default="", help="in TFDS syntax [validation or test]")
-    parser.add_argument("--data_dir", default="", help="where TFDS looks")
-    parser.add_argument("--batch_size", type=int, default=128, help="of all devices [128]")
-    parser.add_argument("--per_class", action="store_true", help="the accuracy of every class")
-    parser.add_argument("--confusion", help=".npz or .csv for the images by [true, predicted]")
-    parser.add_argument("--fewshot", help="images per class to learn from, such as 1,5,10,25")
-    parser.add_argument("--json", help="file for the results")
+    parser.add_argument("--data_dir", default="", help="where TFDS looks [its default]")
+    parser.add_argument(
+        "--batch_size", type=command.positive, default=128, metavar="N", help="at a time [128]"
+    )
+    parser.add_argument("--per_class", action="store_true", help="also the accuracy of each class")
+    parser.add_argument(
+        "--confusion", metavar="FILE", help="images by [true, predicted] class, as .npz or .csv"
+    )
+    parser.add_argument(
+        "--fewshot", metavar="SHOTS", help="images per class to learn from, such as 1,5,10,25"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the results here")
     parser.add_argument(
         "--ignore_class_names",
         action="store_true",
-        help="class i of the checkpoint is class i of the data set, whatever it is called",
+        help="class i of the model is class i of the data set, whatever the two are called",
     )
     args = parser.parse_args(argv)
-    args.fewshot = parse_shots(args.fewshot) if args.fewshot else ()
-    if args.batch_size < 1:
-        raise UserError(f"--batch_size {args.batch_size} is not positive")
+    args.fewshot = parse_shots(args.fewshot) if args.fewshot is not None else ()
     if args.confusion and not args.confusion.endswith((".npz", ".csv")):
         raise UserError(f"--confusion {args.confusion} is neither .npz nor .csv")
     for path in filter(None, (args.confusion, args.json)):
-        if not pathlib.Path(path).absolute().parent.is_dir():
-            raise UserError(f"{path} cannot be written: its directory does not exist")
+        if os.path.isdir(path) or not pathlib.Path(path).absolute().parent.is_dir():
+            raise UserError(f"{path} is not a file in a directory that exists")
     return args
 
 
@@ -293,10 +300,9 @@ class _Checkpoint:
     """A pretrained model on all devices."""
 
     def __init__(self, args: argparse.Namespace):
-        from vit_jax.checkpoints.pretrained import load_pretrained
         from vit_jax.models import create_model
 
-        self.pretrained = load_pretrained(args.checkpoint)
+        self.pretrained = flags.load(args)
         self.mesh = make_mesh()
         self.model = create_model(self.pretrained.model)
         self.apply_fn = make_apply_fn(self.model, self.mesh)
@@ -309,38 +315,43 @@ class _Checkpoint:
         names = None if args.ignore_class_names else self.pretrained.class_names
         check_classes(self.pretrained.model["num_classes"], names, source.class_names)
 
-    def run(self, function: Callable, source: Any) -> Any:
+    def run(self, function: Callable, source: Any, **options: Any) -> Any:
         """Calls `measure` or `real_accuracy` on a source."""
         from vit_jax.data.pipeline import eval_batches
 
         batches = eval_batches(
             source, batch_size=self.batch_size, preprocessing=self.pretrained.preprocessing
         )
-        return function(self.apply_fn, self.params, batches, self.mesh)
+        return function(self.apply_fn, self.params, batches, self.mesh, **options)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Evaluates a checkpoint as the command line says; prints a table and writes files."""
-    args = parse_arguments(argv)
+def main() -> int:
+    """Runs the command; returns its exit code."""
+    args = parse_arguments(sys.argv[1:])
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     from vit_jax import metrics
     from vit_jax.data import datasets
 
+    logging.set_verbosity(logging.FATAL)  # Libraries log what they raise as well.
     result: dict[str, Any] = {"checkpoint": args.checkpoint, "dataset": args.dataset}
     if args.dataset == datasets.REAL:
-        if args.fewshot:
-            raise UserError(f"{datasets.REAL} has nothing to learn from: use imagenet2012")
+        if args.fewshot or args.per_class or args.confusion:
+            raise UserError(
+                f"{datasets.REAL} has several labels an image: --fewshot, --per_class and "
+                "--confusion need --dataset imagenet2012"
+            )
         source = datasets.open_real(data_dir=args.data_dir, split=args.split or "validation")
-        result |= _evaluate_real(_Checkpoint(args), source, args)
+        result |= {"split": source.split} | _evaluate_real(_Checkpoint(args), source, args)
     else:
         source = datasets.open_evaluation(args.dataset, data_dir=args.data_dir, split=args.split)
         checkpoint = _Checkpoint(args)
-        result |= _evaluate_classes(checkpoint, source, args)
+        result |= {"split": source.split} | _evaluate_classes(checkpoint, source, args)
         if args.fewshot:
             result["fewshot"] = _evaluate_fewshot(checkpoint, source, args)
     if args.json:
         metrics.write_json(pathlib.Path(args.json), result)
+    return 0
 
 
 def _evaluate_classes(
@@ -353,11 +364,10 @@ def _evaluate_classes(
     except UserError as error:
         if not args.fewshot:
             raise
-        print(f"few-shot only: {error}")
-        return {"split": source.split}
-    found = checkpoint.run(functools.partial(measure, loss=checkpoint.pretrained.loss), source)
+        print(f"the head is left out: {error}")
+        return {}
+    found = checkpoint.run(measure, source, loss=checkpoint.pretrained.loss)
     result = {
-        "split": source.split,
         "examples": len(found.labels),
         "accuracy": found.accuracy,
         "top5_accuracy": found.top5_accuracy,
@@ -432,30 +442,17 @@ def _print_per_class(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _write_confusion(path: str, matrix: np.ndarray, class_names: Sequence[str]) -> None:
-    part = f"{path}.part"
-    try:
+    with replacing(pathlib.Path(path)) as temporary:
         if path.endswith(".npz"):
-            with open(part, "wb") as file:
-                np.savez_compressed(file, confusion=matrix, class_names=np.asarray(class_names))
-        else:
-            with open(part, "w", newline="") as file:
-                writer = csv.writer(file)
-                writer.writerow(["true \\ predicted", *class_names])
-                rows = zip(class_names, matrix.tolist(), strict=True)
-                writer.writerows([name, *row] for name, row in rows)
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def run() -> None:
-    """The command: prints a user's mistake in one line and exits with code 2."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+            with temporary.open("wb") as file:
+                np.savez_compressed(file, confusion=matrix, class_names=np.array(class_names))
+            return
+        with temporary.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["true \\ predicted", *class_names])
+            rows = zip(class_names, matrix.tolist(), strict=True)
+            writer.writerows([name, *row] for name, row in rows)
 
 
 if __name__ == "__main__":
-    run()
+    command.run(main)
