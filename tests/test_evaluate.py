@@ -2,6 +2,7 @@ import csv
 import functools
 import json
 import math
+import pathlib
 import sys
 
 import flax.linen as nn
@@ -306,7 +307,8 @@ def test_the_command_counts_exactly_on_any_number_of_devices(
     assert result["split"] == "test"
     assert result["accuracy"] == np.mean(predicted == labels)
     assert result["top5_accuracy"] == metrics.top_k_accuracy_score(labels, logits, k=5)
-    p = np.asarray(jax.nn.softmax(logits), np.float64)
+    p = np.exp(np.float64(logits))
+    p /= p.sum(1, keepdims=True)
     assert result["loss"] == pytest.approx(metrics.log_loss(labels, p), rel=1e-4)
     with np.load(files["confusion.npz"]) as found:
         np.testing.assert_array_equal(
@@ -331,8 +333,8 @@ def test_per_class_accuracy_confusion_and_few_shots(
         monkeypatch, "--checkpoint", checkpoint.source, "--dataset", "digits", "--per_class",
         "--data_dir", data_dir, "--fewshot", "1,10", "--json", paths[0], "--confusion", paths[1],
     )  # fmt: skip
-    result = json.loads(open(paths[0]).read())
-    header, *rows = csv.reader(open(paths[1]))
+    result = json.loads(pathlib.Path(paths[0]).read_text())
+    header, *rows = csv.reader(pathlib.Path(paths[1]).read_text().splitlines())
     assert header[1:] == [row[0] for row in rows] == list("0123456789")
     matrix = np.array([row[1:] for row in rows], int)
     for row, counts, digit in zip(result["per_class"], matrix, range(10), strict=True):
@@ -380,42 +382,43 @@ def imagenet_checkpoint(tmp_path_factory):
     return save_random(path, None, num_classes=1000).source
 
 
-def test_imagenet_is_scored_on_its_own_labels_and_on_real(
-    imagenet_checkpoint, tmp_path, monkeypatch
-):
-    path = str(tmp_path / "result.json")
+@pytest.fixture
+def run_imagenet(imagenet_checkpoint, monkeypatch, tmp_path):
+    """Evaluates on six made-up images of imagenet2012, and returns the results."""
+
+    def run_mocked(*flags):
+        path = tmp_path / "result.json"
+        with tfds.testing.mock_data(num_examples=6):
+            run_main(
+                monkeypatch, "--checkpoint", imagenet_checkpoint, "--dataset", "imagenet2012",
+                "--json", str(path), *flags,
+            )  # fmt: skip
+        return json.loads(path.read_text())
+
+    return run_mocked
+
+
+def test_imagenet_is_scored_on_its_own_labels_and_on_real(run_imagenet):
+    result = run_imagenet()
+    assert (result["split"], result["examples"]) == ("validation", 6)
     with tfds.testing.mock_data(num_examples=6):
-        sources = [datasets.open_evaluation("imagenet2012"), datasets.open_real()]
-        any_label = [bool(r["label"].numpy().any()) for r in sources[1].records()]
-    monkeypatch.setattr(datasets, "open_evaluation", lambda *_, **__: sources[0])
-    monkeypatch.setattr(datasets, "open_real", lambda *_, **__: sources[1])
-    run_main(
-        monkeypatch,
-        "--checkpoint",
-        imagenet_checkpoint,
-        "--dataset",
-        "imagenet2012",
-        "--json",
-        path,
-    )
-    result = json.loads(open(path).read())
-    assert result["examples"] == 6
-    assert result["real_examples"] == sum(any_label)
+        labelled = [bool(r["label"].numpy().any()) for r in datasets.open_real().records()]
+    assert result["real_examples"] == sum(labelled)
     assert 0 <= result["real_accuracy"] <= 1
 
 
-def test_imagenet_without_real_says_so(imagenet_checkpoint, tmp_path, monkeypatch, capsys):
-    with tfds.testing.mock_data(num_examples=6):
-        source = datasets.open_evaluation("imagenet2012")
-    monkeypatch.setattr(datasets, "open_evaluation", lambda *_, **__: source)
-    run_main(
-        monkeypatch, "--checkpoint", imagenet_checkpoint, "--dataset", "imagenet2012",
-        "--data_dir", str(tmp_path),
-    )  # fmt: skip
+def test_real_is_of_the_validation_split_only(run_imagenet):
+    assert "real_accuracy" not in run_imagenet("--split", "train")
+
+
+def test_imagenet_without_real_says_so(run_imagenet, monkeypatch, capsys):
+    def open_real(**_):
+        raise UserError("data set 'imagenet2012_real' is not prepared")
+
+    monkeypatch.setattr(datasets, "open_real", open_real)
+    assert "real_accuracy" not in run_imagenet("--data_dir", "somewhere")
     *_, line = capsys.readouterr().out.splitlines()
-    assert line.startswith(
-        "ImageNet-ReaL is left out: data set 'imagenet2012_real' is not prepared"
-    )
+    assert line == "ImageNet-ReaL is left out: data set 'imagenet2012_real' is not prepared"
 
 
 def test_real_alone_has_no_single_label(imagenet_checkpoint, monkeypatch):

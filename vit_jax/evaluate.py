@@ -3,6 +3,7 @@
 import argparse
 import csv
 import dataclasses
+import logging
 import os
 import pathlib
 import re
@@ -10,10 +11,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import absl.logging
 import flax.linen as nn
 import jax
 import numpy as np
-from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_jax import command
@@ -328,12 +329,10 @@ class _Checkpoint:
 def main() -> int:
     """Runs the command; returns its exit code."""
     args = parse_arguments(sys.argv[1:])
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    _silence()
     from vit_jax import metrics
     from vit_jax.data import datasets
 
-    logging.set_verbosity(logging.FATAL)  # Libraries log what they raise as well.
     result: dict[str, Any] = {"checkpoint": args.checkpoint, "dataset": args.dataset}
     if args.dataset == datasets.REAL:
         if args.fewshot or args.per_class or args.confusion:
@@ -352,6 +351,14 @@ def main() -> int:
     if args.json:
         metrics.write_json(pathlib.Path(args.json), result)
     return 0
+
+
+def _silence() -> None:
+    """Before TensorFlow is imported: it greets, and libraries log what they raise as well."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    absl.logging.set_verbosity(absl.logging.FATAL)
 
 
 def _evaluate_classes(
