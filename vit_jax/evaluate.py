@@ -21,6 +21,7 @@ from vit_jax import command
 from vit_jax.checkpoints import flags
 from vit_jax.checkpoints.arrays import replacing
 from vit_jax.config import parse_shots
+from vit_jax.data import imagenet
 from vit_jax.errors import UserError
 from vit_jax.sharding import Mesh, make_mesh, state_sharding, to_devices
 
@@ -222,8 +223,7 @@ def check_classes(
 ) -> None:
     """Checks that the classes of a model are those of a data set, in the same order.
 
-    Names are compared without case and punctuation. WordNet ids, as TFDS calls ImageNet's classes,
-    cannot be compared with words: of these only the number is.
+    Names are compared without case and punctuation, ImageNet's WordNet ids by what they stand for.
 
     Args:
         num_classes: of the model.
@@ -238,19 +238,16 @@ def check_classes(
             f"the checkpoint has {num_classes} classes and the data set {len(data_names)}: "
             "fine-tune it first; only --fewshot needs no head"
         )
-    if class_names is None or _are_wordnet_ids(class_names) != _are_wordnet_ids(data_names):
-        return
-    for index, names in enumerate(zip(class_names, data_names, strict=True)):
-        own, other = (re.sub(r"[\W_]+", " ", name).strip().casefold() for name in names)
-        if own != other:
+    for index, (own, other) in enumerate(zip(class_names or data_names, data_names, strict=True)):
+        if _letters(own) != _letters(other):
             raise UserError(
-                f"class {index} is {names[0]!r} in the checkpoint and {names[1]!r} in the data "
-                "set: if all mean the same, add --ignore_class_names"
+                f"class {index} is {own!r} in the checkpoint and {other!r} in the data set: "
+                "if all mean the same, add --ignore_class_names"
             )
 
 
-def _are_wordnet_ids(names: Sequence[str]) -> bool:
-    return all(re.fullmatch(r"n\d{8}", name) for name in names)
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]+", " ", imagenet.readable(name)).strip().casefold()
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -442,10 +439,11 @@ def _print_rows(result: dict[str, Any]) -> None:
 
 
 def _print_per_class(rows: Sequence[dict[str, Any]]) -> None:
-    width = max(len(row["name"]) for row in rows)
-    for row in rows:
+    names = [imagenet.readable(row["name"])[:40] for row in rows]
+    width = max(map(len, names))
+    for name, row in zip(names, rows, strict=True):
         accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.4f}"
-        print(f"{row['name']:{width}}  {accuracy:>6}  of {row['examples']}")
+        print(f"{name:{width}}  {accuracy:>6}  of {row['examples']}")
 
 
 def _write_confusion(path: str, matrix: np.ndarray, class_names: Sequence[str]) -> None:
