@@ -1,11 +1,12 @@
 import json
 import pathlib
+import re
 import runpy
 
 import pytest
 from ml_collections import ConfigDict
 
-from vit_jax.config import check_config, count_steps, get_config, to_dict
+from vit_jax.config import check_config, count_steps, get_config, parse_shots, to_dict
 from vit_jax.errors import UserError
 from vit_jax.recipes import get_config as recipe
 
@@ -29,6 +30,7 @@ def test_every_recipe_passes_its_own_check(spec):
         ("", "bacth_size", "did you mean config.batch_size"),
         ("dataset", "random_flips", "did you mean config.dataset.random_flip"),
         ("model", "dropout", "did you mean config.model.dropout_rate"),
+        ("fewshot", "shot", "did you mean config.fewshot.shots"),
         ("optimizer", "momentum", "valid are b1, b2, clip_norm"),
         ("schedule", "warmup_steps", "did you mean config.schedule.warmup"),
     ],
@@ -57,6 +59,9 @@ def test_a_missing_key_raises():
         ("", "batch_size", True, "config.batch_size is True: it must be of type int"),
         ("dataset", "random_flip", 1, "config.dataset.random_flip is 1: it must be of type bool"),
         ("", "schedule", 3, "config.schedule is 3: it is a section of keys"),
+        ("", "fewshot", "flowers", "config.fewshot is 'flowers': it is a section of keys"),
+        ("fewshot", "shots", (1, 5), "config.fewshot.shots is (1, 5): it must be of type str"),
+        ("fewshot", "shots", "few", "shots 'few' are not positive numbers, each once"),
         ("optimizer", "name", "lamb", "optimizer.name 'lamb' is unknown: use adam or sgd"),
         ("model", "architecture", "cnn", "model.architecture 'cnn' is unknown: use vit"),
         ("optimizer", "weight_decay", "0.1", "config.optimizer.weight_decay is '0.1': it must be"),
@@ -77,7 +82,7 @@ def test_a_missing_key_raises():
 def test_a_wrong_value_raises(section, key, value, message):
     config = ConfigDict(to_dict(recipe("ViT-B/16")), type_safe=False)
     (config[section] if section else config)[key] = value
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=re.escape(message)):
         check_config(config)
 
 
@@ -159,3 +164,16 @@ def test_a_broken_config_json_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json cannot be read"):
         get_config(str(tmp_path / "config.json"))
+
+
+@pytest.mark.parametrize(
+    ("text", "shots"), [("10", (10,)), ("1,5,10,25", (1, 5, 10, 25)), (" 5, 1", (1, 5))]
+)
+def test_shots(text, shots):
+    assert parse_shots(text) == shots
+
+
+@pytest.mark.parametrize("text", ["", "0", "1,,5", "-1", "5,5", "1.5", "all", "1 5"])
+def test_shots_of_another_form_are_refused(text):
+    with pytest.raises(UserError, match="are not positive numbers, each once: for example 1,5"):
+        parse_shots(text)

@@ -1,10 +1,32 @@
+import csv
 import functools
+import json
+import math
+import pathlib
+import sys
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
+from sklearn import metrics
+from sklearn.datasets import load_digits
 
-from vit_jax.evaluate import evaluate
+from vit_jax import evaluate as evaluate_module
+from vit_jax.checkpoints.pretrained import Pretrained, abstract_params
+from vit_jax.checkpoints.save import save_pretrained
+from vit_jax.data import datasets
+from vit_jax.data.protocols import Preprocessing
+from vit_jax.errors import UserError
+from vit_jax.evaluate import (
+    check_classes,
+    evaluate,
+    make_apply_fn,
+    measure,
+    parse_arguments,
+    real_accuracy,
+)
 from vit_jax.models import create_model
 from vit_jax.sharding import make_mesh
 from vit_jax.steps import eval_step
@@ -39,3 +61,387 @@ def test_every_image_counts_once_whatever_the_batch_size(batch_size):
     assert result["examples"] == 11
     assert result["accuracy"] == np.mean(logits.argmax(-1) == labels)
     assert result["loss"] == pytest.approx(-np.log(p[np.arange(11), labels]).mean(), rel=1e-5)
+
+
+class Logits(nn.Module):
+    """The images are the logits."""
+
+    @nn.compact
+    def __call__(self, images):
+        return images
+
+
+def scored(logits, labels, batch_size, function=measure, **options):
+    """A function of `evaluate` on given logits, in batches padded with what must not count."""
+
+    def batches():
+        for start in range(0, len(labels), batch_size):
+            image, label = logits[start : start + batch_size], labels[start : start + batch_size]
+            pad = batch_size - len(label)
+            yield {
+                "image": np.pad(image, ((0, pad), (0, 0)), constant_values=np.nan),
+                "label": np.pad(label, ((0, pad),) + ((0, 0),) * (label.ndim - 1)),
+                "mask": np.pad(np.ones(len(label), np.float32), (0, pad)),
+            }
+
+    mesh = make_mesh()
+    return function(make_apply_fn(Logits(), mesh), {}, batches(), mesh, **options)
+
+
+def random_logits(images=203, classes=9, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes - 1, images).astype(np.int32)  # The last class is never true.
+    logits = rng.normal(0, 2, (images, classes)).astype(np.float32)
+    logits[np.arange(images), labels] += 2
+    return logits, labels
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 29, 203, 256])
+def test_measures_agree_with_scikit_learn_at_any_batch_size(batch_size):
+    logits, labels = random_logits()
+    found = scored(logits, labels, batch_size)
+    classes = np.arange(9)
+    p = np.exp(logits.astype(np.float64))
+    p /= p.sum(1, keepdims=True)
+    predicted = p.argmax(1)
+    assert found.accuracy == metrics.accuracy_score(labels, predicted)
+    assert found.top5_accuracy == metrics.top_k_accuracy_score(labels, logits, k=5, labels=classes)
+    assert found.loss == pytest.approx(metrics.log_loss(labels, p, labels=classes), rel=1e-12)
+    expected = metrics.confusion_matrix(labels, predicted, labels=classes)
+    np.testing.assert_array_equal(found.confusion(), expected)
+    shares, images = found.per_class()
+    assert images.tolist() == np.bincount(labels, minlength=9).tolist()
+    recall = metrics.recall_score(labels, predicted, labels=classes[:-1], average=None)
+    np.testing.assert_allclose(shares[:-1], recall, rtol=1e-12)
+    assert math.isnan(shares[-1])
+
+
+def expected_calibration_error(confidence, correct):
+    """Guo et al. (2017), Eqs. 1 to 3, word by word."""
+    total = 0.0
+    for m in range(1, 16):
+        members = ((m - 1) / 15 < confidence) & (confidence <= m / 15)
+        if members.any():
+            gap = correct[members].mean() - confidence[members].mean()
+            total += members.sum() / len(confidence) * abs(gap)
+    return total
+
+
+@pytest.mark.parametrize("batch_size", [7, 256])
+def test_calibration_error_is_that_of_its_definition(batch_size):
+    logits, labels = random_logits()
+    p = np.exp(logits.astype(np.float64))
+    confidence = p.max(1) / p.sum(1)
+    expected = expected_calibration_error(confidence, logits.argmax(1) == labels)
+    found = scored(logits, labels, batch_size)
+    assert found.calibration_error == pytest.approx(expected, rel=1e-9)
+    assert expected > 0.02
+
+
+def test_calibration_error_by_hand():
+    # Two classes at 0.8, of four images one is right: |1/4 - 4/5|.
+    logits = np.tile(np.log([[0.8, 0.2]]), (4, 1)).astype(np.float32)
+    found = scored(logits, np.array([0, 1, 1, 1], np.int32), 4)
+    assert found.calibration_error == pytest.approx(0.55, rel=1e-6)
+    # Quite sure and right: nothing is wrong, and the last bin has room for 1.
+    sure = scored(np.array([[90.0, -90.0]], np.float32), np.array([0], np.int32), 4)
+    assert sure.calibration_error == pytest.approx(0, abs=1e-12)
+
+
+def test_loss_and_confidence_of_a_sigmoid_model():
+    logits, labels = random_logits()
+    found = scored(logits, labels, 50, loss="sigmoid")
+    p = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    target = np.eye(9)[labels]
+    losses = -(target * np.log(p) + (1 - target) * np.log(1 - p)).sum(1)
+    assert found.loss == pytest.approx(losses.mean(), rel=1e-9)
+    expected = expected_calibration_error(p.max(1), logits.argmax(1) == labels)
+    assert found.calibration_error == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_sigmoid_model_that_believes_in_no_class():
+    found = scored(np.full((3, 4), -1000, np.float32), np.zeros(3, np.int32), 2, loss="sigmoid")
+    assert (found.accuracy, found.calibration_error) == (1, 1)
+
+
+@pytest.mark.parametrize(("place", "top5"), [(3, True), (4, True), (5, False), (8, False)])
+def test_of_equal_logits_the_first_classes_are_the_top_five(place, top5):
+    found = scored(np.zeros((1, 9), np.float32), np.array([place], np.int32), 1)
+    assert found.predicted.tolist() == [0]
+    assert found.top5_accuracy == top5
+
+
+def test_top_five_of_few_classes_is_everything():
+    logits, labels = random_logits(classes=4)
+    assert scored(logits, labels, 50).top5_accuracy == 1
+
+
+def test_confusion_is_true_by_predicted():
+    found = scored(np.eye(3, dtype=np.float32)[[2, 2, 0]], np.array([0, 0, 1], np.int32), 2)
+    assert found.confusion().tolist() == [[0, 0, 2], [1, 0, 0], [0, 0, 0]]
+
+
+def test_logits_that_are_not_finite_are_refused():
+    with pytest.raises(UserError, match="logits are not finite"):
+        scored(np.array([[np.nan, 0]], np.float32), np.array([0], np.int32), 1)
+
+
+def test_images_without_a_label_are_refused():
+    with pytest.raises(UserError, match="without a label"):
+        scored(np.zeros((2, 3), np.float32), np.array([0, -1], np.int32), 2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+def test_real_counts_images_with_a_label_only(batch_size):
+    predicted = [0, 1, 2, 3, 0]
+    sets = [{0, 3}, {0, 2}, set(), {3}, set()]  # Right, wrong, -, right, -.
+    labels = np.array([[c in labels for c in range(4)] for labels in sets], np.int32)
+    logits = np.eye(4, dtype=np.float32)[predicted]
+    assert scored(logits, labels, batch_size, real_accuracy) == (2 / 3, 3)
+
+
+def test_real_without_any_label_is_refused():
+    with pytest.raises(UserError, match="no image of the split has a label of ReaL"):
+        scored(np.eye(3, dtype=np.float32), np.zeros((3, 3), np.int32), 2, real_accuracy)
+
+
+@pytest.mark.parametrize(
+    ("own", "data"),
+    [
+        (None, ("a", "b")),
+        (("a", "b"), ("a", "b")),
+        (("Lily Valley", "Colt's foot"), ("lily-valley", "colt_s foot")),
+        (("tench, Tinca tinca", "Goldfish, Carassius_auratus"), ("n01440764", "n01443537")),
+    ],
+)
+def test_classes_that_are_the_same(own, data):
+    check_classes(2, own, data)
+
+
+def test_another_number_of_classes_is_refused():
+    with pytest.raises(UserError, match="has 3 classes and the data set 2"):
+        check_classes(3, None, ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("own", "data"),
+    [
+        (("b", "a"), ("a", "b")),
+        (("n01443537", "n01440764"), ("n01440764", "n01443537")),
+        (("goldfish, Carassius auratus", "tench, Tinca tinca"), ("n01440764", "n01443537")),
+    ],
+)
+def test_classes_in_another_order_are_refused(own, data):
+    with pytest.raises(UserError, match=f"class 0 is '{own[0]}' in the checkpoint and '{data[0]}'"):
+        check_classes(2, own, data)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: --checkpoint, --dataset"),
+        (["--dataset", "digits"], "required: --checkpoint"),
+        (["--nonsense"], "required"),
+        (["--checkpoint=c", "--dataset=d", "--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--checkpoint=c", "--dataset=d", "--batch_size=0"], "--batch_size: '0' is not a whole"),
+        (["--checkpoint=c", "--dataset=d", "--fewshot=5,0"], "shots '5,0' are not positive"),
+        (["--checkpoint=c", "--dataset=d", "--confusion=x.png"], "neither .npz nor .csv"),
+        (
+            ["--checkpoint=c", "--dataset=d", "--json=no/where.json"],
+            "not a file in a directory that exists",
+        ),
+    ],
+)
+def test_a_wrong_argument_is_one_line(arguments, message):
+    with pytest.raises(UserError, match=message) as error:
+        parse_arguments(arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random model for the digits, and its path."""
+    return save_random(tmp_path_factory.mktemp("weights") / "digits.npz", "0123456789")
+
+
+def save_random(path, class_names, num_classes=10):
+    model = {
+        "architecture": "vit", "patch_size": 4, "hidden_size": 16, "num_layers": 1, "mlp_dim": 8,
+        "num_heads": 2, "num_classes": num_classes, "classifier": "token", "representation_size": 0,
+        "gelu": "tanh", "layer_norm_epsilon": 1e-6,
+    }  # fmt: skip
+    shapes = abstract_params(model, 8)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32), shapes)
+    names = None if class_names is None else tuple(class_names)
+    pretrained = Pretrained(params, model, Preprocessing(8), names, "softmax", str(path))
+    save_pretrained(pretrained, str(path), "official")
+    return pretrained
+
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
+    return evaluate_module.main()
+
+
+def digits_test_set():
+    """The images as the model is fed them and their labels, straight from scikit-learn."""
+    digits = load_digits()
+    test = np.zeros(len(digits.target), bool)
+    for digit in range(10):
+        test[np.flatnonzero(digits.target == digit)[4::5]] = True
+    images = np.round(digits.images[test] * 255 / 16) / 127.5 - 1
+    return np.repeat(images[..., None], 3, -1).astype(np.float32), digits.target[test]
+
+
+@pytest.mark.parametrize(("devices", "batch_size"), [(1, 50), (8, 50)])
+def test_the_command_counts_exactly_on_any_number_of_devices(
+    checkpoint, data_dir, tmp_path, run, devices, batch_size
+):
+    files = {name: tmp_path / name for name in ("result.json", "confusion.npz")}
+    code, output = run(
+        [sys.executable, "-m", "vit_jax.evaluate", "--checkpoint", checkpoint.source]
+        + ["--dataset", "digits", "--data_dir", data_dir, "--batch_size", str(batch_size)]
+        + ["--json", str(files["result.json"]), "--confusion", str(files["confusion.npz"])],
+        devices,
+    )
+    assert code == 0, output
+    images, labels = digits_test_set()
+    logits = create_model(checkpoint.model).apply({"params": checkpoint.params}, images)
+    predicted = np.asarray(logits).argmax(1)
+    result = json.loads(files["result.json"].read_text())
+    assert result["examples"] == 355
+    assert result["split"] == "test"
+    assert result["accuracy"] == np.mean(predicted == labels)
+    assert result["top5_accuracy"] == metrics.top_k_accuracy_score(labels, logits, k=5)
+    p = np.exp(np.float64(logits))
+    p /= p.sum(1, keepdims=True)
+    assert result["loss"] == pytest.approx(metrics.log_loss(labels, p), rel=1e-4)
+    with np.load(files["confusion.npz"]) as found:
+        np.testing.assert_array_equal(
+            found["confusion"], metrics.confusion_matrix(labels, predicted)
+        )
+        assert found["class_names"].tolist() == list("0123456789")
+    # The table says the same and nothing else.
+    assert [line.rsplit(maxsplit=1) for line in output.splitlines()] == [
+        ["examples", "355"],
+        ["accuracy", f"{result['accuracy']:.4f}"],
+        ["top5 accuracy", f"{result['top5_accuracy']:.4f}"],
+        ["loss", f"{result['loss']:.4f}"],
+        ["calibration error", f"{result['calibration_error']:.4f}"],
+    ]
+
+
+def test_per_class_accuracy_confusion_and_few_shots(
+    checkpoint, data_dir, tmp_path, monkeypatch, capsys
+):
+    paths = [str(tmp_path / name) for name in ("result.json", "confusion.csv")]
+    run_main(
+        monkeypatch, "--checkpoint", checkpoint.source, "--dataset", "digits", "--per_class",
+        "--data_dir", data_dir, "--fewshot", "1,10", "--json", paths[0], "--confusion", paths[1],
+    )  # fmt: skip
+    result = json.loads(pathlib.Path(paths[0]).read_text())
+    header, *rows = csv.reader(pathlib.Path(paths[1]).read_text().splitlines())
+    assert header[1:] == [row[0] for row in rows] == list("0123456789")
+    matrix = np.array([row[1:] for row in rows], int)
+    for row, counts, digit in zip(result["per_class"], matrix, range(10), strict=True):
+        assert (row["name"], row["examples"]) == (str(digit), counts.sum())
+        assert row["accuracy"] == counts[digit] / counts.sum()
+    assert result["accuracy"] == matrix.trace() / 355
+    few = result["fewshot"]
+    assert few.keys() == {"1", "10"}
+    # Even random features tell digits apart, the better the more there are to learn from.
+    assert 0.2 < few["1"]["accuracy"] < few["10"]["accuracy"] < 1
+    assert few["10"]["accuracy"] == pytest.approx(np.mean(few["10"]["seeds"]))
+    assert len(few["10"]["seeds"]) == 3
+    assert "10-shot accuracy" in capsys.readouterr().out
+
+
+def test_a_head_for_other_classes_is_refused_but_few_shots_need_none(
+    data_dir, tmp_path, monkeypatch, capsys
+):
+    path = str(tmp_path / "other.npz")
+    save_random(path, None, num_classes=7)
+    arguments = ["--checkpoint", path, "--dataset", "digits", "--data_dir", data_dir]
+    with pytest.raises(UserError, match="has 7 classes and the data set 10"):
+        run_main(monkeypatch, *arguments)
+    run_main(monkeypatch, *arguments, "--fewshot", "1")
+    lines = capsys.readouterr().out.splitlines()
+    assert "has 7 classes and the data set 10" in lines[0]
+    assert lines[1].startswith("1-shot accuracy")
+
+
+def test_class_names_in_another_order_are_refused_unless_told_otherwise(
+    data_dir, tmp_path, monkeypatch, capsys
+):
+    path = str(tmp_path / "other.npz")
+    save_random(path, "1023456789")
+    arguments = ["--checkpoint", path, "--dataset", "digits", "--data_dir", data_dir]
+    with pytest.raises(UserError, match="class 0 is '1' in the checkpoint and '0' in the data set"):
+        run_main(monkeypatch, *arguments)
+    run_main(monkeypatch, *arguments, "--ignore_class_names")
+    assert "accuracy" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def imagenet_checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "imagenet.npz"
+    return save_random(path, None, num_classes=1000).source
+
+
+@pytest.fixture
+def run_imagenet(imagenet_checkpoint, monkeypatch, tmp_path):
+    """Evaluates on six made-up images of imagenet2012, and returns the results."""
+
+    def run_mocked(*flags):
+        path = tmp_path / "result.json"
+        with tfds.testing.mock_data(num_examples=6):
+            run_main(
+                monkeypatch, "--checkpoint", imagenet_checkpoint, "--dataset", "imagenet2012",
+                "--json", str(path), *flags,
+            )  # fmt: skip
+        return json.loads(path.read_text())
+
+    return run_mocked
+
+
+def test_imagenet_is_scored_on_its_own_labels_and_on_real(run_imagenet):
+    result = run_imagenet()
+    assert (result["split"], result["examples"]) == ("validation", 6)
+    with tfds.testing.mock_data(num_examples=6):
+        labelled = [bool(r["label"].numpy().any()) for r in datasets.open_real().records()]
+    assert result["real_examples"] == sum(labelled)
+    assert 0 <= result["real_accuracy"] <= 1
+
+
+def test_real_is_of_the_validation_split_only(run_imagenet):
+    assert "real_accuracy" not in run_imagenet("--split", "train")
+
+
+def test_imagenet_without_real_says_so(run_imagenet, monkeypatch, capsys):
+    def open_real(**_):
+        raise UserError("data set 'imagenet2012_real' is not prepared")
+
+    monkeypatch.setattr(datasets, "open_real", open_real)
+    assert "real_accuracy" not in run_imagenet("--data_dir", "somewhere")
+    *_, line = capsys.readouterr().out.splitlines()
+    assert line == "ImageNet-ReaL is left out: data set 'imagenet2012_real' is not prepared"
+
+
+def test_real_alone_has_no_single_label(imagenet_checkpoint, monkeypatch):
+    for flag in (["--fewshot=1"], ["--per_class"], ["--confusion=confusion.csv"]):
+        with pytest.raises(UserError, match="need --dataset imagenet2012"):
+            run_main(
+                monkeypatch, "--checkpoint", imagenet_checkpoint, "--dataset", "imagenet2012_real",
+                *flag,
+            )  # fmt: skip
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path):
+    code, output = run(
+        [sys.executable, "-m", "vit_jax.evaluate", "--checkpoint", str(tmp_path / "no.npz")]
+        + ["--dataset", f"folder:{tmp_path}"]
+    )
+    assert code == 2
+    assert output.startswith("error: ") and output.count("\n") == 1
+    assert "has no train/" in output

@@ -99,6 +99,35 @@ def test_a_finished_run_says_so(finished, tiny_config, capsys):
     assert (finished / "metrics.jsonl").read_text() == before
 
 
+def test_fewshot_accuracy_is_measured_while_the_run_goes(finished, tiny_config, tmp_path, capsys):
+    config = tiny_config(
+        **{
+            "fewshot.dataset": "digits",
+            "fewshot.data_dir": tiny_config().dataset.data_dir,
+            "fewshot.shots": "1,10",
+            "fewshot.every": "3 steps",
+        }
+    )
+    train.train(config, tmp_path / "run")
+    names = {"fewshot/digits/1shot", "fewshot/digits/10shot"}
+    found = [r for r in read_metrics(tmp_path / "run") if names <= r.keys()]
+    assert [r["step"] for r in found] == [3, 6]
+    for record in found:
+        assert record.keys() == names | {"step"}
+        assert 0.15 < record["fewshot/digits/1shot"] < record["fewshot/digits/10shot"] <= 1
+    assert "step 3/6  few-shot accuracy on digits: 1-shot 0." in capsys.readouterr().out
+    # It changes nothing else.
+    others = [r for r in read_metrics(tmp_path / "run") if r not in found]
+    assert others == read_metrics(finished)
+
+
+def test_a_wrong_fewshot_data_set_is_refused_before_the_first_step(tiny_config, tmp_path):
+    config = tiny_config(**{"fewshot.dataset": "flowers", "fewshot.data_dir": str(tmp_path)})
+    with pytest.raises(UserError, match="data set 'flowers' is not known to TFDS"):
+        train.train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 def test_another_config_is_refused_with_what_differs(finished, tiny_config):
     config = tiny_config(**{"schedule.base_lr": 0.5, "model.num_layers": 3, "log_every": "3 steps"})
     with pytest.raises(UserError) as error:
@@ -142,6 +171,7 @@ def test_config_json_describes_the_run(finished, tiny_config):
 
 def test_every_config_key_is_read(tiny_config, tmp_path, monkeypatch):
     config = tiny_config(duration="1 step", **{"schedule.warmup": "0 steps"})
+    config.fewshot.update({"dataset": "digits", "data_dir": config.dataset.data_dir})
     plain, read = to_dict(config), set()
     original = ConfigDict.__getitem__
 
@@ -159,7 +189,7 @@ def test_every_config_key_is_read(tiny_config, tmp_path, monkeypatch):
     source = pathlib.Path(vit.__file__).read_text()
     assert not [key for key in plain["model"] if f"self.{key}" not in source][1:]
     unread = [key for key in config if (id(config), key) not in read]
-    for section in ("dataset", "model", "optimizer", "schedule"):
+    for section in ("dataset", "model", "optimizer", "schedule", "fewshot"):
         part = config[section]
         unread += [f"{section}.{key}" for key in part if (id(part), key) not in read]
     assert not unread

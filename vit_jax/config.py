@@ -1,4 +1,4 @@
-"""Checks, durations and JSON of a run's config.
+"""Checks, durations, shots and JSON of a run's config.
 
 A config is an `ml_collections.ConfigDict` that describes a whole run; `vit_jax.recipes` makes them.
 """
@@ -109,6 +109,7 @@ def _check_ranges(config: ConfigDict) -> None:
             raise UserError(f"config.model.resnet_layers has {units!r}: it must be units per stage")
     if values["schedule.base_lr"] == 0:
         raise UserError("config.schedule.base_lr is 0.0: it must be above 0")
+    parse_shots(values["fewshot.shots"])
     for key in ("model.dtype", "optimizer.mu_dtype"):
         if values[key] not in DTYPES:
             raise UserError(f"config.{key} is {values[key]!r}: use {' or '.join(DTYPES)}")
@@ -135,6 +136,20 @@ def count_steps(duration: str, num_examples: int, batch_size: int) -> int:
     if (match[2] or "").startswith("epoch"):
         return max(round(number * num_examples / batch_size), 1) if number else 0
     return int(number)
+
+
+def parse_shots(text: str) -> tuple[int, ...]:
+    """The numbers of images per class in "1,5,10,25", ascending.
+
+    Raises:
+        UserError: it is not a list of positive numbers, each given once.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(re.fullmatch(r"[1-9]\d{0,5}", word) for word in words) or len({*words}) < len(words):
+        raise UserError(
+            f"shots {text!r} are not positive numbers, each once: for example 1,5,10,25"
+        )
+    return tuple(sorted(map(int, words)))
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:

@@ -273,5 +273,12 @@ def base(model: str, dataset: str) -> ConfigDict:
             },
             "optimizer": {},
             "schedule": {"base_lr": 0.0, "decay": "cosine", "warmup": "0 steps", "end_lr": 0.0},
+            # Few-shot accuracy on another data set while the run goes; "" measures none.
+            "fewshot": {
+                "dataset": "",
+                "data_dir": "",
+                "shots": "1,5,10,25",
+                "every": "10000 steps",  # and at the end
+            },
         }
     )

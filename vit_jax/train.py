@@ -15,16 +15,17 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from vit_jax import metrics
+from vit_jax import fewshot, metrics
 from vit_jax.analysis import flops
 from vit_jax.checkpoints.pretrained import load_pretrained, with_usual_inputs
 from vit_jax.checkpoints.training import CheckpointStore, config_differences
 from vit_jax.checkpoints.transfer import print_report, transfer
-from vit_jax.config import check_config, count_steps, to_dict
+from vit_jax.config import check_config, count_steps, parse_shots, to_dict
 from vit_jax.data import datasets, pipeline
 from vit_jax.data.protocols import evaluation
 from vit_jax.errors import UserError
@@ -48,6 +49,7 @@ RESUMABLE_CHANGES = {
     "keep_checkpoints",
     "sharding",
     "dataset.data_dir",
+    "fewshot",
 }
 
 
@@ -66,6 +68,8 @@ class Run(NamedTuple):
     log_every: int
     eval_every: int
     checkpoint_every: int
+    fewshot_every: int
+    fewshot: Callable[[Any], dict[int, list[float]]] | None
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
@@ -166,19 +170,37 @@ def _prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
     schedule = create_schedule(
         warmup_steps=count(schedule_keys.pop("warmup")), total_steps=total_steps, **schedule_keys
     )
+    model = create_model(config.model, num_classes=config.model.num_classes or num_classes)
     return Run(
         config=config,
         workdir=workdir,
         mesh=mesh,
         train_source=train_source,
         eval_source=eval_source,
-        model=create_model(config.model, num_classes=config.model.num_classes or num_classes),
+        model=model,
         schedule=schedule,
         optimizer=create_optimizer(config.optimizer, schedule),
         total_steps=total_steps,
         log_every=count(config.log_every),
         eval_every=count(config.eval_every),
         checkpoint_every=count(config.checkpoint_every),
+        fewshot_every=count(config.fewshot.every),
+        fewshot=_prepare_fewshot(config, model, mesh) if config.fewshot.dataset else None,
+    )
+
+
+def _prepare_fewshot(config: ConfigDict, model: nn.Module, mesh: Mesh) -> Callable:
+    data = config.fewshot
+    support, test = datasets.open_dataset(data.dataset, data_dir=data.data_dir)
+    return fewshot.create_fewshot(
+        model,
+        support,
+        test,
+        shots=parse_shots(data.shots),
+        preprocessing=evaluation(config.dataset.protocol, config.dataset.image_size),
+        batch_size=config.batch_size // config.accumulate_steps,
+        mesh=mesh,
+        report=_say,
     )
 
 
@@ -262,13 +284,17 @@ def _loop(
                     _log(run, writer, step, step - laps, scalars, stopwatch.lap())
                     laps = step
                 stop = terminated(step)
-                if not (last or stop or _due(step, run.eval_every, run.checkpoint_every)):
+                due_fewshot = run.fewshot and (last or _due(step, run.fewshot_every))
+                due = _due(step, run.eval_every, run.checkpoint_every)
+                if not (last or stop or due or due_fewshot):
                     continue
                 progress["window"] = window.drain()
             with stopwatch:
                 if last or _due(step, run.eval_every):
                     progress["evaluation"] = {"step": step, **evaluator(state.eval_params)}
                     _report_evaluation(run, writer, progress, state, store)
+                if due_fewshot:
+                    _report_fewshot(run, writer, step, run.fewshot(state.eval_params))
                 if last or stop or _due(step, run.checkpoint_every):
                     writer.flush()
                     store.save(step, state, _metadata(run, progress))
@@ -420,6 +446,14 @@ def _report_evaluation(
     if result["accuracy"] > progress["best"].get("accuracy", -1.0):
         progress["best"] = result
         store.save_best(result["step"], state, _metadata(run, progress))
+
+
+def _report_fewshot(run: Run, writer: Any, step: int, accuracies: dict[int, list[float]]) -> None:
+    name = fewshot.short_name(run.config.fewshot.dataset)
+    means = {shots: float(np.mean(values)) for shots, values in accuracies.items()}
+    writer.write_scalars(step, {f"fewshot/{name}/{k}shot": mean for k, mean in means.items()})
+    listed = "  ".join(f"{k}-shot {mean:.4f}" for k, mean in means.items())
+    _say(f"step {step}/{run.total_steps}  few-shot accuracy on {name}: {listed}")
 
 
 def _metadata(run: Run, progress: dict[str, Any]) -> dict[str, Any]:

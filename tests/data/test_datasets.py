@@ -1,9 +1,13 @@
 """Splits of the paper's data sets, and the errors for what cannot be opened."""
 
+import numpy as np
 import pytest
+import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from vit_jax.data.datasets import open_dataset
+from vit_jax.data.datasets import open_dataset, open_evaluation, open_real
+from vit_jax.data.pipeline import eval_batches
+from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 
 
@@ -102,3 +106,134 @@ def test_development_and_a_given_split_contradict(sharded_dir):
 def test_unwritable_data_dir_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     refuse("digits", data_dir=str(tmp_path / "file" / "below"))
+
+
+def test_evaluation_alone_opens_what_evaluation_in_training_does(sharded_dir):
+    for split in ("", "train[:7]"):
+        alone = open_evaluation("many_shards", data_dir=sharded_dir, split=split)
+        _, usual = open_dataset("many_shards", data_dir=sharded_dir, eval_split=split)
+        assert (alone.split, alone.num_examples) == (usual.split, usual.num_examples)
+
+
+class OnlyTest(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Two images to evaluate on, like ImageNetV2 and ImageNet-R."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(8, 8, 3)),
+            "label": tfds.features.ClassLabel(names=["rose", "aster"]),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        return {"test": self._generate_examples()}
+
+    def _generate_examples(self):
+        for index in range(2):
+            yield index, {"image": np.zeros((8, 8, 3), np.uint8), "label": index}
+
+
+def test_evaluation_alone_needs_no_other_split(tmp_path):
+    OnlyTest(data_dir=tmp_path).download_and_prepare()
+    source = open_evaluation("only_test", data_dir=str(tmp_path))
+    assert (source.split, source.num_examples) == ("test", 2)
+    assert source.class_names == ("rose", "aster")
+    assert "train" in refuse("only_test", data_dir=str(tmp_path))
+
+
+REAL_LABELS = [[3, 999], [], [0], [5, 6, 7]]
+
+
+class Imagenet2012Real(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Four images with the features of the data set of this name in TFDS."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        label = tfds.features.ClassLabel(num_classes=1000)
+        features = {
+            "image": tfds.features.Image(encoding_format="jpeg"),
+            "original_label": label,
+            "real_label": tfds.features.Sequence(label),
+            "file_name": tfds.features.Text(),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        return {"validation": self._generate_examples()}
+
+    def _generate_examples(self):
+        for index, labels in enumerate(REAL_LABELS):
+            yield (
+                index,
+                {
+                    "image": np.full((9, 8, 3), 60 * index, np.uint8),
+                    "original_label": index,
+                    "real_label": labels,
+                    "file_name": f"{index}.JPEG",
+                },
+            )
+
+
+@pytest.fixture(scope="module")
+def real_dir(tmp_path_factory):
+    data_dir = tmp_path_factory.mktemp("real")
+    Imagenet2012Real(data_dir=data_dir).download_and_prepare()
+    return str(data_dir)
+
+
+def test_real_labels_are_multi_hot(real_dir):
+    source = open_real(data_dir=real_dir)
+    assert (source.split, source.num_examples, len(source.class_names)) == ("validation", 4, 1000)
+    for record in source.records():
+        index = round(float(tf.io.decode_jpeg(record["image"]).numpy().mean()) / 60)
+        assert np.flatnonzero(record["label"]).tolist() == REAL_LABELS[index]
+        assert record["label"].shape == (1000,)
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_real_comes_in_batches_that_are_padded_with_images_without_labels(real_dir, processes):
+    source = open_real(data_dir=real_dir)
+    batches = [
+        batch
+        for index in range(processes)
+        for batch in eval_batches(
+            source,
+            batch_size=3,
+            preprocessing=Preprocessing(8),
+            process_index=index,
+            process_count=processes,
+        )
+    ]
+    assert all(batch["label"].shape == (3 // processes, 1000) for batch in batches)
+    mask = np.concatenate([batch["mask"] for batch in batches])
+    labels = np.concatenate([batch["label"] for batch in batches])
+    assert mask.sum() == 4
+    assert sorted(labels.sum(1)) == sorted([*map(len, REAL_LABELS), 0, 0])
+
+
+def test_real_is_read_with_the_features_that_tfds_declares():
+    with tfds.testing.mock_data(num_examples=3):
+        source = open_real()
+        records = list(source.records())
+    assert source.class_names[0] == "n01440764"
+    assert len(records) == 3
+    for record in records:
+        assert record["label"].shape == (1000,)
+        assert set(np.unique(record["label"])) <= {0, 1}
+
+
+def test_real_is_not_to_be_trained_on():
+    with tfds.testing.mock_data(num_examples=3):
+        message = refuse("imagenet2012_real")
+    assert "it needs the features image and label" in message
+
+
+def test_real_that_is_not_prepared_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="'imagenet2012_real' is not prepared in") as error:
+        open_real(data_dir=str(tmp_path))
+    assert "\n" not in str(error.value)

@@ -29,9 +29,9 @@ class Source:
         num_examples: in the split.
         num_bytes: of all encoded images, about; 0 if unknown.
         records: `records(seed=None)` reads the split once as {"image": scalar string, encoded;
-            "label": int64; "id": scalar string, names the record}. The order is fixed; with an
-            int64 scalar `seed`, which may be a tensor, it is another one (TFDS: of whole files)
-            and a pure function of the seed.
+            "label": int64, of `open_real` int64 [classes]; "id": scalar string, names the record}.
+            The order is fixed; with an int64 scalar `seed`, which may be a tensor, it is another
+            one (TFDS: of whole files) and a pure function of the seed.
     """
 
     name: str
@@ -59,6 +59,8 @@ _USUAL = {
     "oxford_flowers102": _Usual("train+validation", "test", 10),
 }
 _OTHER = _Usual("train", "", 10)
+REAL = "imagenet2012_real"
+_DATA_DIR = "config.dataset.data_dir (of evaluate: --data_dir)"
 _NO_DATA = "`--config configs/digits.py` needs no data at all"
 
 
@@ -90,8 +92,8 @@ def open_dataset(
             f"development=True chooses both splits: drop it or train_split={train_split!r}, "
             f"eval_split={eval_split!r}"
         )
-    usual = _USUAL.get(name.split(":")[0].split("/")[0], _OTHER)
-    data_set = _FolderDataset(name) if name.startswith("folder:") else _TfdsDataset(name, data_dir)
+    usual = _usual(name)
+    data_set = _open(name, data_dir)
     if development:
         kept = 100 - usual.development
         train_split = _slice_each(usual.train, f"[:{kept}%]")
@@ -99,6 +101,42 @@ def open_dataset(
     train = _open_split(data_set, name, train_split or usual.train)
     eval_split = eval_split or usual.evaluation or _infer_eval_split(data_set, name)
     return train, _open_split(data_set, name, eval_split)
+
+
+def open_evaluation(name: str, *, data_dir: str = "", split: str = "") -> Source:
+    """Returns the source to evaluate on alone: the data set need not have any other split.
+
+    Args:
+        name: as in `open_dataset`.
+        data_dir: likewise.
+        split: `eval_split` of `open_dataset`.
+
+    Raises:
+        UserError: as `open_dataset` does.
+    """
+    data_set = _open(name, data_dir)
+    split = split or _usual(name).evaluation or _infer_eval_split(data_set, name)
+    return _open_split(data_set, name, split)
+
+
+def open_real(*, data_dir: str = "", split: str = "validation") -> Source:
+    """Returns ImageNet's validation images with the labels of ReaL (Beyer et al., 2020).
+
+    A label is int64 [1000]: 1 for every class that the image shows, nothing but 0 for an image
+    that was found to show none.
+
+    Raises:
+        UserError: `imagenet2012_real` is not prepared, or the split does not exist.
+    """
+    return _open_split(_RealDataset(REAL, data_dir), REAL, split)
+
+
+def _usual(name):
+    return _USUAL.get(name.split(":")[0].split("/")[0], _OTHER)
+
+
+def _open(name, data_dir):
+    return _FolderDataset(name) if name.startswith("folder:") else _TfdsDataset(name, data_dir)
 
 
 def _slice_each(split, bounds):
@@ -153,18 +191,31 @@ class _FolderDataset:
 
 
 class _TfdsDataset:
+    _LABEL = "label"
+
     def __init__(self, name, data_dir):
         self._name = name
         self._builder = _builder(name, os.path.expanduser(data_dir))
         features = dict(self._builder.info.features or {})
         if not (
             isinstance(features.get("image"), tfds.features.Image)
-            and isinstance(features.get("label"), tfds.features.ClassLabel)
+            and self._is_label(features.get(self._LABEL))
         ):
             raise UserError(
                 f"data set {name!r} is not one of images with one class label each: it needs the "
-                f"features image and label, and has {', '.join(features) or 'none'}"
+                f"features image and {self._LABEL}, and has {', '.join(features) or 'none'}"
             )
+
+    @staticmethod
+    def _is_label(feature):
+        return isinstance(feature, tfds.features.ClassLabel)
+
+    @property
+    def _class_names(self):
+        return tuple(self._builder.info.features[self._LABEL].names)
+
+    def _records(self, split, seed=None):
+        return _tfds_records(self._builder, split, self._LABEL, seed)
 
     @property
     def split_names(self):
@@ -172,7 +223,7 @@ class _TfdsDataset:
 
     def source(self, split):
         try:
-            num_examples = int(_tfds_records(self._builder, split).cardinality())
+            num_examples = int(self._records(split).cardinality())
         except AssertionError as error:
             raise _not_prepared(self._name, self._builder) from error
         info = self._builder.info
@@ -180,11 +231,30 @@ class _TfdsDataset:
         return Source(
             self._name,
             split,
-            tuple(info.features["label"].names),
+            self._class_names,
             num_examples,
             num_bytes=info.dataset_size * num_examples // total if total else 0,
-            records=functools.partial(_tfds_records, self._builder, split),
+            records=functools.partial(self._records, split),
         )
+
+
+class _RealDataset(_TfdsDataset):
+    _LABEL = "real_label"
+
+    @staticmethod
+    def _is_label(feature):
+        return isinstance(feature, tfds.features.Sequence) and hasattr(feature.feature, "names")
+
+    @property
+    def _class_names(self):
+        return tuple(self._builder.info.features[self._LABEL].feature.names)
+
+    def _records(self, split, seed=None):
+        def multi_hot(record):
+            labels = tf.one_hot(record["label"], len(self._class_names), True, False)
+            return record | {"label": tf.cast(tf.reduce_any(labels, 0), tf.int64)}
+
+        return super()._records(split, seed).map(multi_hot)
 
 
 def _builder(name, data_dir):
@@ -197,7 +267,7 @@ def _builder(name, data_dir):
         raise UserError(
             f"data set {name!r} is not known to TFDS and not prepared in "
             f"{data_dir or tfds.core.constants.DATA_DIR}: did you mean {' or '.join(near)}? "
-            f"If it is prepared elsewhere, set config.dataset.data_dir; {_NO_DATA}"
+            f"If it is prepared elsewhere, set {_DATA_DIR}; {_NO_DATA}"
         ) from error
     except (ValueError, AssertionError, OSError, ImportError) as error:
         raise UserError(f"data set {name!r} cannot be opened: {_first_line(error)}") from error
@@ -208,12 +278,12 @@ def _not_prepared(name, builder):
     return UserError(
         f'data set {name!r} is not prepared in data_dir {str(root)!r}: run `python -c "import '
         f"tensorflow_datasets as tfds; tfds.builder({name!r}, data_dir={str(root)!r})"
-        '.download_and_prepare()"`, or set config.dataset.data_dir to where it is prepared; '
+        f'.download_and_prepare()"`, or set {_DATA_DIR} to where it is prepared; '
         f"{_NO_DATA}"
     )
 
 
-def _tfds_records(builder, split, seed=None):
+def _tfds_records(builder, split, label, seed=None):
     config = tfds.ReadConfig(
         add_tfds_id=True,
         try_autocache=False,
@@ -226,9 +296,9 @@ def _tfds_records(builder, split, seed=None):
         shuffle_files=seed is not None,
         read_config=config,
         decoders=tfds.decode.PartialDecoding(
-            {"image": True, "label": True}, decoders={"image": tfds.decode.SkipDecoding()}
+            {"image": True, label: True}, decoders={"image": tfds.decode.SkipDecoding()}
         ),
     )
     return dataset.map(
-        lambda record: {"image": record["image"], "label": record["label"], "id": record["tfds_id"]}
+        lambda record: {"image": record["image"], "label": record[label], "id": record["tfds_id"]}
     )

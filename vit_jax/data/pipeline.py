@@ -117,9 +117,10 @@ class EvalBatches:
         """Yields batches padded to full size, with a "mask" that is 0 on the padding."""
         batches = _decoded_batches(self._records, self._example, self._rows)
         size = self._image_size
+        label_shape = self._records.element_spec[1]["label"].shape
         nothing = {
             "image": np.zeros((0, size, size, 3), np.float32),
-            "label": np.zeros(0, np.int32),
+            "label": np.zeros((0, *label_shape), np.int32),
         }
         for _ in range(self.num_batches):
             batch = next(batches, nothing)

@@ -1,0 +1,243 @@
+"""Few-shot linear evaluation: closed-form least squares on frozen features.
+
+Section 4.1 of the paper ("few-shot accuracies are obtained by solving a regularized least-squares
+regression problem that maps the (frozen) representation of a subset of training images to
+{-1, 1}^K target vectors"). It gives no regularisation and no seeds; those, and the procedure in
+detail, are of the later reference: features standardised with the mean and standard deviation of
+the support set, a constant feature 100 as the bias, lambda = 2^10, three seeds.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorflow as tf
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vit_jax.data.datasets import Source
+from vit_jax.data.pipeline import EvalBatches, eval_batches
+from vit_jax.data.protocols import Preprocessing
+from vit_jax.evaluate import ApplyFn, Batches, make_apply_fn, outputs
+from vit_jax.sharding import Mesh, to_devices
+
+L2 = 2.0**10
+BIAS = 100.0
+SEEDS = (0, 1, 2)
+CENTER_CROP = 224 / 256  # resized to 256, central 224
+
+_SHUFFLE_LIMIT = 256 * 2**20  # bytes of encoded images to shuffle among
+_ROWS = 4096  # of the support set that are in float64 at a time
+
+
+class LinearHead(NamedTuple):
+    """scores = (features - mean) / std @ kernel + bias, of shapes [D], [D], [D, K] and [K]."""
+
+    mean: np.ndarray
+    std: np.ndarray
+    kernel: np.ndarray
+    bias: np.ndarray
+
+
+def fit(features: np.ndarray, labels: np.ndarray, num_classes: int, l2: float = L2) -> LinearHead:
+    """Solves the regularised least squares in float64.
+
+    The bias is the weight of a constant feature and so is regularised too, as in the reference.
+
+    Args:
+        features: [examples, D], of the support set.
+        labels: int [examples].
+        num_classes: K.
+        l2: lambda.
+    """
+    examples, width = features.shape
+    mean = _mean(features, lambda x: x)
+    std = np.sqrt(_mean(features, lambda x: (x - mean) ** 2)) + 1e-5
+
+    def rows(start: int) -> tuple[np.ndarray, np.ndarray]:
+        part = slice(start, start + _ROWS)
+        x = np.empty((len(features[part]), width + 1))
+        x[:, :-1] = (features[part] - mean) / std
+        x[:, -1] = BIAS
+        y = np.full((len(x), num_classes), -1.0)
+        y[np.arange(len(x)), labels[part]] = 1.0
+        return x, y
+
+    if examples > width:  # at least as many as features, the constant one among them
+        gram = np.zeros((width + 1, width + 1))
+        target = np.zeros((width + 1, num_classes))
+        for start in range(0, examples, _ROWS):
+            x, y = rows(start)
+            gram += x.T @ x
+            target += x.T @ y
+        solution = _solve(gram, target, l2)
+    else:
+        parts = [rows(start) for start in range(0, examples, _ROWS)]
+        x, y = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        # X^T (X X^T + lambda)^-1 Y is the same solution, from the smaller of the two matrices.
+        solution = x.T @ _solve(x @ x.T, y, l2)
+    return LinearHead(mean, std, kernel=solution[:-1], bias=BIAS * solution[-1])
+
+
+def _mean(features: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    parts = range(0, len(features), _ROWS)
+    sums = (function(features[i : i + _ROWS].astype(np.float64)).sum(0) for i in parts)
+    return sum(sums) / len(features)
+
+
+def _solve(gram: np.ndarray, target: np.ndarray, l2: float) -> np.ndarray:
+    """V diag(1 / (eigenvalues + lambda)) V^T target."""
+    eigenvalues, vectors = np.linalg.eigh(gram)
+    return vectors @ ((vectors.T @ target) / (eigenvalues + l2)[:, None])
+
+
+def short_name(dataset: str) -> str:
+    """What a data set is called in metrics: "flowers" of "folder:/data/flowers"."""
+    if dataset.startswith("folder:"):
+        return pathlib.Path(dataset.removeprefix("folder:")).name
+    return dataset.partition(":")[0]
+
+
+def support(source: Source, shots: int, seed: int) -> Source:
+    """The first `shots` images of each class of `source`, in an order that the seed decides.
+
+    The order is that of `source.records(seed)`, shuffled once more among up to 256 MiB of encoded
+    images; reading ends as soon as every class is full. So the images are a pure function of the
+    seed, fewer shots are a subset of more, and of a large data set a small part is read. A class
+    with fewer images gives all that it has.
+    """
+    num_classes = len(source.class_names)
+    limit = min(num_classes * shots, source.num_examples)
+    share = min(1.0, _SHUFFLE_LIMIT / max(source.num_bytes, 1))
+    buffer = max(int(source.num_examples * share), 1)
+
+    def count(seen: tf.Tensor, record: dict[str, tf.Tensor]) -> tuple[tf.Tensor, Any]:
+        label = record["label"]
+        full = tf.reduce_all(seen >= shots)
+        seen_then = tf.tensor_scatter_nd_add(seen, [[label]], [1])
+        return seen_then, {"record": record, "wanted": seen[label] < shots, "full": full}
+
+    def records() -> tf.data.Dataset:
+        order = tf.constant(seed, tf.int64)
+        return (
+            source.records(order)
+            .shuffle(buffer, order, reshuffle_each_iteration=False)
+            .filter(lambda record: record["label"] >= 0)
+            .scan(tf.zeros(num_classes, tf.int32), count)
+            # Not take(limit): tf.data may prefetch before it, and read on for one more to the end.
+            .take_while(lambda counted: not counted["full"])
+            .filter(lambda counted: counted["wanted"])
+            .map(lambda counted: counted["record"])
+        )
+
+    # An upper bound of the images: what is missing is padding.
+    return dataclasses.replace(source, num_examples=limit, records=records)
+
+
+def create_fewshot(
+    model: nn.Module,
+    train: Source,
+    test: Source,
+    *,
+    shots: Sequence[int],
+    preprocessing: Preprocessing,
+    batch_size: int,
+    mesh: Mesh,
+    report: Callable[[str], None] = print,
+) -> Callable[[Any], dict[int, list[float]]]:
+    """Returns few-shot accuracy as a function of the model's parameters.
+
+    The representation is what the head is applied to: the class token after the last LayerNorm
+    and, where the pre-training head has a hidden layer, the output of that (`pre_logits`). Only
+    the features of one support set are held in memory, never those of the test images.
+
+    Args:
+        model: whose head, if it has one, is left out.
+        train: where the support sets are taken from, see `support`.
+        test: the images to recognise.
+        shots: numbers of images per class.
+        preprocessing: of the model; the central 224/256 of the shorter side is looked at, whatever
+            its own crop.
+        batch_size: of all devices together.
+        mesh: the devices.
+        report: receives a line if a class has fewer images than shots.
+
+    Returns:
+        A function from params to the accuracies in [0, 1] of `SEEDS`, by number of shots.
+    """
+    apply_fn = make_apply_fn(model.clone(num_classes=0), mesh)
+    num_classes = len(train.class_names)
+
+    def batches(source: Source) -> EvalBatches:
+        return eval_batches(
+            source,
+            batch_size=batch_size,
+            preprocessing=dataclasses.replace(preprocessing, center_crop=CENTER_CROP),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def evaluate(params: Any) -> dict[int, list[float]]:
+        heads = []
+        for seed in SEEDS:
+            chosen = outputs(apply_fn, params, batches(support(train, max(shots), seed)), mesh)
+            features, labels = map(np.concatenate, zip(*chosen, strict=True))
+            if seed == SEEDS[0]:
+                _report_small_classes(np.bincount(labels, minlength=num_classes), shots, report)
+            order = _place_in_class(labels)
+            heads += [fit(features[order < k], labels[order < k], num_classes) for k in shots]
+        accuracies = _accuracies(apply_fn, params, batches(test), mesh, heads)
+        return {k: accuracies[i :: len(shots)] for i, k in enumerate(shots)}
+
+    return evaluate
+
+
+def _report_small_classes(
+    images: np.ndarray, shots: Sequence[int], report: Callable[[str], None]
+) -> None:
+    if images.min() < max(shots):
+        small = int((images < max(shots)).sum())
+        report(
+            f"few-shot: {small} of {len(images)} classes have fewer than {max(shots)} images to "
+            f"learn from (the least has {images.min()}): they give all that they have"
+        )
+
+
+def _place_in_class(labels: np.ndarray) -> np.ndarray:
+    """How many examples of its class come before each example."""
+    order = np.argsort(labels, kind="stable")
+    ordered = labels[order]
+    places = np.empty(len(labels), int)
+    places[order] = np.arange(len(labels)) - np.searchsorted(ordered, ordered)
+    return places
+
+
+@jax.jit
+def _count_correct(
+    features: jax.Array, labels: jax.Array, mask: jax.Array, heads: LinearHead
+) -> tuple[jax.Array, jax.Array]:
+    def correct(head: LinearHead) -> jax.Array:
+        x = (features - head.mean) / head.std
+        scores = jnp.matmul(x, head.kernel, precision=jax.lax.Precision.HIGHEST) + head.bias
+        return jnp.sum((jnp.argmax(scores, -1) == labels) & (mask > 0), dtype=jnp.int32)
+
+    return jax.lax.map(correct, heads), jnp.sum(mask > 0, dtype=jnp.int32)
+
+
+def _accuracies(
+    apply_fn: ApplyFn, params: Any, batches: Batches, mesh: Mesh, heads: Sequence[LinearHead]
+) -> list[float]:
+    stacked = LinearHead(
+        *(np.stack(arrays).astype(np.float32) for arrays in zip(*heads, strict=True))
+    )
+    stacked = jax.device_put(stacked, NamedSharding(mesh, PartitionSpec()))
+    correct, count = np.zeros(len(heads), np.int64), 0
+    for batch in to_devices(batches, mesh):
+        sums = jax.device_get(_count_correct(*apply_fn(params, batch), stacked))
+        correct += sums[0]
+        count += int(sums[1])
+    return (correct / count).tolist()
