@@ -125,23 +125,15 @@ def build(
     parser = trt.OnnxParser(network, logger)
     _parse(trt, parser, network, onnx)
     _add_profiles(builder, config, network, profiles, batch)
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    config.builder_optimization_level = optimization_level
-    if workspace_mib is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mib << 20)
-    if not tf32:
-        config.clear_flag(trt.BuilderFlag.TF32)
-    if version_compatible:
-        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    config.hardware_compatibility_level = _member(
-        trt.HardwareCompatibilityLevel, hardware_compatibility, "hardware_compatibility", trt
-    )
-    if tactic_sources is not None:
-        sources = [
-            _member(trt.TacticSource, name.strip(), "tactic_sources", trt)
-            for name in tactic_sources.split(",")
-        ]
-        config.set_tactic_sources(sum(1 << int(source) for source in set(sources)))
+    options = {
+        "version_compatible": version_compatible,
+        "hardware_compatibility": hardware_compatibility,
+        "tf32": tf32,
+        "optimization_level": optimization_level,
+        "workspace_mib": workspace_mib,
+        "tactic_sources": tactic_sources,
+    }
+    _configure(trt, config, **options)
     timing_cache = _load_timing_cache(config, output / TIMING_CACHE)
     progress = _watch(trt, config)
 
@@ -161,14 +153,9 @@ def build(
     description = {
         "tensorrt": trt.__version__,
         "device": device,
-        "version_compatible": version_compatible,
-        "hardware_compatibility": hardware_compatibility,
         "precision": onnx.precision,
         "strongly_typed": strongly_typed(trt),
-        "tf32": tf32,
-        "optimization_level": optimization_level,
-        "workspace_mib": workspace_mib,
-        "tactic_sources": tactic_sources,
+        **options,
         "profiles": [dataclasses.asdict(profile) for profile in profiles],
         "onnx": {"file": onnx.path.name, "sha256": onnx.sha256},
         "engine": {"file": ENGINE, "bytes": plan.nbytes},
@@ -341,6 +328,36 @@ def _parse(trt: Any, parser: Any, network: Any, onnx: OnnxFile) -> None:
     # Between QuantizeLinear and DequantizeLinear float32 only stands for what is fused to int8.
     if not strongly_typed(trt) and onnx.precision == "fp16":
         _constrain(trt, network)
+
+
+def _configure(
+    trt: Any,
+    config: Any,
+    *,
+    version_compatible: bool,
+    hardware_compatibility: str,
+    tf32: bool,
+    optimization_level: int,
+    workspace_mib: int | None,
+    tactic_sources: str | None,
+) -> None:
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.builder_optimization_level = optimization_level
+    if workspace_mib is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mib << 20)
+    if not tf32:
+        config.clear_flag(trt.BuilderFlag.TF32)
+    if version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    config.hardware_compatibility_level = _member(
+        trt.HardwareCompatibilityLevel, hardware_compatibility, "hardware_compatibility", trt
+    )
+    if tactic_sources is not None:
+        sources = [
+            _member(trt.TacticSource, name.strip(), "tactic_sources", trt)
+            for name in tactic_sources.split(",")
+        ]
+        config.set_tactic_sources(sum(1 << int(source) for source in set(sources)))
 
 
 def _add_profiles(
