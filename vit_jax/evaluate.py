@@ -3,6 +3,7 @@
 import argparse
 import csv
 import dataclasses
+import json
 import logging
 import os
 import pathlib
@@ -327,7 +328,6 @@ def main() -> int:
     """Runs the command; returns its exit code."""
     args = parse_arguments(sys.argv[1:])
     _silence()
-    from vit_jax import metrics
     from vit_jax.data import datasets
 
     result: dict[str, Any] = {"checkpoint": args.checkpoint, "dataset": args.dataset}
@@ -346,7 +346,8 @@ def main() -> int:
         if args.fewshot:
             result["fewshot"] = _evaluate_fewshot(checkpoint, source, args)
     if args.json:
-        metrics.write_json(pathlib.Path(args.json), result)
+        with replacing(pathlib.Path(args.json)) as temporary:
+            temporary.write_text(json.dumps(result, indent=2) + "\n")
     return 0
 
 
