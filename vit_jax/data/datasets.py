@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 
 from vit_jax.data import folder
 from vit_jax.data.digits import prepare_digits
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, first_line
 
 # TensorFlow only reads images here; it would otherwise take the accelerator's memory from JAX.
 tf.config.set_visible_devices([], "GPU")
@@ -160,13 +160,9 @@ def _open_split(data_set, name, split):
         raise
     except (ValueError, NotImplementedError) as error:
         raise UserError(
-            f"split {split!r} of data set {name!r} cannot be read: {_first_line(error)} "
+            f"split {split!r} of data set {name!r} cannot be read: {first_line(error)} "
             f"(its splits: {', '.join(data_set.split_names)})"
         ) from error
-
-
-def _first_line(error):
-    return str(error).splitlines()[0]
 
 
 class _FolderDataset:
@@ -270,7 +266,7 @@ def _builder(name, data_dir):
             f"If it is prepared elsewhere, set {_DATA_DIR}; {_NO_DATA}"
         ) from error
     except (ValueError, AssertionError, OSError, ImportError) as error:
-        raise UserError(f"data set {name!r} cannot be opened: {_first_line(error)}") from error
+        raise UserError(f"data set {name!r} cannot be opened: {first_line(error)}") from error
 
 
 def _not_prepared(name, builder):
