@@ -14,8 +14,6 @@ from vit_jax import models
 from vit_jax.checkpoints.pretrained import Pretrained
 from vit_jax.errors import UserError
 
-OUTPUTS = ("logits", "probabilities", "features")
-
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
@@ -61,8 +59,8 @@ def make_forward(
 
     Args:
         pretrained: the model.
-        outputs: one of `OUTPUTS`. Probabilities are the softmax of the logits, or their sigmoid if
-            the model was trained so; features are what the head would be applied to.
+        outputs: "logits", "probabilities" (their softmax, or sigmoid if the model was trained so)
+            or "features" (what the head would be applied to).
         include_preprocessing: take uint8 pixels, with mean and std folded into the graph; resizing
             and cropping are the caller's in any case.
 

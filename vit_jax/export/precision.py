@@ -6,6 +6,10 @@ after the last norm, and the normalization of pixels. Inputs and outputs keep th
 whoever runs the model need not know.
 """
 
+import os
+import tempfile
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
@@ -96,6 +100,19 @@ def _cast(graph: ir.Graph, node: ir.Node, value: ir.Value, dtype: ir.DataType) -
     cast.outputs[0].dtype, cast.outputs[0].shape = dtype, value.shape
     graph.insert_before(node, cast)
     return cast.outputs[0]
+
+
+def emulated(path: str | os.PathLike[str]) -> Callable[[np.ndarray], np.ndarray]:
+    """Loads a file for `emulate` and onnxruntime on the CPU: images to outputs."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    with tempfile.TemporaryDirectory() as directory:
+        copy = os.path.join(directory, "model.onnx")
+        ir.save(emulate(ir.load(path)), copy, external_data="model.data")
+        session = onnxruntime.InferenceSession(copy, options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"images": images})[0]
 
 
 def emulate(model: ir.Model) -> ir.Model:

@@ -47,7 +47,7 @@ def to_model(forward: Forward, converter: str = "jax2tf") -> ir.Model:
     graph.name = forward.metadata["architecture"]
     model.producer_name, model.producer_version = "vit_jax", vit_jax.__version__
     model.metadata_props.clear()
-    model.metadata_props.update(forward.metadata)
+    model.metadata_props.update(forward.metadata, precision="fp32")
     return model
 
 

@@ -15,17 +15,22 @@ from vit_jax.errors import UserError
 from vit_jax.export.forward import Forward
 
 
-def check_graph_serialization() -> None:
-    """Raises a UserError where this JAX cannot emit a TensorFlow graph."""
+def can_serialize_graphs() -> bool:
+    """Whether this JAX can emit a TensorFlow graph; from 0.7.2 on it emits one opaque operation."""
     try:
         from jax.experimental import jax2tf
-    except ImportError as error:
-        raise UserError(f"the SavedModel needs jax2tf ({error}): {_WAYS_OUT}") from error
-    if "native_serialization" not in inspect.signature(jax2tf.convert).parameters:
-        raise UserError(f"jax2tf of JAX {jax.__version__} emits no TensorFlow graph: {_WAYS_OUT}")
+    except ImportError:
+        return False
+    return "native_serialization" in inspect.signature(jax2tf.convert).parameters
 
 
-_WAYS_OUT = "pip install -e '.[export]' (jax==0.7.1), or use --converter jax2onnx --stages onnx"
+def check_graph_serialization() -> None:
+    """Raises a UserError where this JAX cannot emit a TensorFlow graph."""
+    if not can_serialize_graphs():
+        raise UserError(
+            f"JAX {jax.__version__} emits no TensorFlow graph: pip install -e '.[export]' "
+            "(jax==0.7.1), or use --converter jax2onnx --stages onnx"
+        )
 
 
 def tf_function(forward: Forward, *, free_batch: bool) -> Callable[..., Any]:
