@@ -41,7 +41,7 @@ def half_model(forward, converter, kind):
 def test_16_bits_stay_close_to_float32(converter, make_forward, kind, tolerance):
     forward = make_forward(gelu="erf")
     model = half_model(forward, converter, kind)
-    expected = forward(images())
+    expected = forward.jitted()(images())
     rounded = run(precision.emulate(model), images(), optimize=False)
     assert rounded.dtype == np.float32
     difference = np.abs(rounded - expected).max() / np.abs(expected).max()
@@ -50,7 +50,7 @@ def test_16_bits_stay_close_to_float32(converter, make_forward, kind, tolerance)
 
 def test_onnxruntime_runs_the_fp16_file_as_it_is(converter, make_forward):
     forward = make_forward(gelu="erf")
-    expected = forward(images())
+    expected = forward.jitted()(images())
     outputs = run(half_model(forward, converter, "fp16"), images())
     np.testing.assert_allclose(outputs, expected, atol=2e-3 * np.abs(expected).max())
 
@@ -90,7 +90,7 @@ def test_large_inputs_of_norms_overflow_a_naive_conversion_and_not_ours(
         "cls",
     ):  # The residual stream grows to thousands, its squares above 65504.
         forward.params[name] = jax.tree.map(lambda x: x * 2000, forward.params[name])
-    expected = forward(images())
+    expected = forward.jitted()(images())
     ours = run(precision.emulate(half_model(forward, converter, "fp16")), images(), optimize=False)
     assert np.abs(ours - expected).max() / np.abs(expected).max() < 5e-3
     assert (ours.argmax(1) == expected.argmax(1)).all()

@@ -105,7 +105,7 @@ def test_graph_is_whole_and_equals_flax_at_any_batch_size(
     path = to_onnx.save(model, tmp_path)
     for batch in (1, 3, 64):
         x = images(batch, 16)
-        assert relative_difference(run(path, x), forward(x)) < 1e-5
+        assert relative_difference(run(path, x), forward.jitted()(x)) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["ViT-Ti/16", "ViT-B/16", "ViT-L/16", "ViT-H/14"])
@@ -130,7 +130,7 @@ def test_probabilities_sum_to_one_and_features_are_the_heads_input(
     converter, make_forward, tmp_path
 ):
     x = images(3, 16)
-    logits = make_forward()(x)
+    logits = make_forward().jitted()(x)
     forward = make_forward(outputs="probabilities")
     probabilities = run(to_onnx.save(to_onnx.to_model(forward, converter), tmp_path / "p"), x)
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -147,7 +147,7 @@ def test_preprocessing_in_the_graph_takes_pixels(converter, make_forward, tmp_pa
     pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     forward = make_forward(include_preprocessing=True)
     path = to_onnx.save(to_onnx.to_model(forward, converter), tmp_path)
-    expected = make_forward()((pixels / 127.5 - 1).astype(np.float32))
+    expected = make_forward().jitted()((pixels / 127.5 - 1).astype(np.float32))
     assert relative_difference(run(path, pixels), expected) < 1e-5
     assert onnx.load(path).graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
 
@@ -191,7 +191,7 @@ def test_large_models_have_their_weights_beside_them(
     assert len(list(tmp_path.iterdir())) == 2
     assert path.stat().st_size < 50_000
     x = images(2, 16)
-    assert relative_difference(run(path, x), forward(x)) < 1e-5
+    assert relative_difference(run(path, x), forward.jitted()(x)) < 1e-5
 
 
 def test_a_write_that_fails_leaves_the_file_that_was_there(

@@ -98,7 +98,7 @@ def _convert(args: argparse.Namespace, report: _Report) -> None:
         images = parity.synthetic_images(min(args.num_images, 16), preprocessing)
     if args.include_preprocessing:
         images = parity.as_pixels(images, preprocessing)
-    outputs = parity.in_batches(forward, images)
+    outputs = parity.in_batches(forward.jitted(), images)
     data = args.data or parity.SYNTHETIC
     report.reference = parity.Reference(images, outputs, labels, data)
     report.directory.mkdir(parents=True, exist_ok=True)

@@ -47,9 +47,10 @@ class Forward:
         """The function of images and of the weights in the order of `flat_params`."""
         return self.apply(jax.tree.unflatten(jax.tree.structure(self.params), weights), images)
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Runs the Flax model as it is, in float32: what every hop is compared with."""
-        return np.asarray(jax.jit(self.apply)(self.params, images))
+    def jitted(self) -> Callable[[np.ndarray], np.ndarray]:
+        """The Flax model as it is, in float32: what every hop is compared with."""
+        apply, params = jax.jit(self.apply), jax.device_put(self.params)
+        return lambda images: np.asarray(apply(params, images))
 
 
 def make_forward(
