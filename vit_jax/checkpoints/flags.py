@@ -11,18 +11,21 @@ if TYPE_CHECKING:
 _OVERRIDES = ("num_heads", "gelu", "layer_norm_epsilon", "image_size")
 
 
-def add_flags(parser: argparse.ArgumentParser, name: str = "--checkpoint") -> None:
+def add_flags(
+    parser: argparse.ArgumentParser, name: str = "--checkpoint", required: bool = True
+) -> None:
     """Adds the flag of the checkpoint and those that override what is read from it.
 
     Args:
         parser: what to add to.
         name: of the checkpoint's flag.
+        required: whether the command needs it in any case.
     """
     group = parser.add_argument_group("the model")
     group.add_argument(
         name,
         dest="checkpoint",
-        required=True,
+        required=required,
         metavar="C",
         help="a run's directory, a file or folder of weights in Google's, timm's or Hugging Face's "
         "format, or a published name (ViT-B_16, hf:OWNER/NAME)",

@@ -1,0 +1,72 @@
+import importlib.util
+import inspect
+
+import jax
+import numpy as np
+import pytest
+
+from vit_jax import models
+from vit_jax.checkpoints.pretrained import Pretrained
+from vit_jax.data.protocols import Preprocessing
+
+TINY = {
+    "architecture": "vit",
+    "patch_size": 8,
+    "hidden_size": 32,
+    "num_layers": 2,
+    "mlp_dim": 64,
+    "num_heads": 2,
+    "num_classes": 5,
+}
+
+
+EXPORT_OPTIONS = {"outputs", "include_preprocessing"}
+
+
+@pytest.fixture
+def need_jax2tf():
+    pytest.importorskip("tf2onnx", reason="needs the export extra: pip install -e '.[export]'")
+    from jax.experimental import jax2tf
+
+    if "native_serialization" not in inspect.signature(jax2tf.convert).parameters:
+        pytest.skip("jax2tf emits TensorFlow graphs up to JAX 0.7.1")
+
+
+@pytest.fixture(params=["jax2tf", "jax2onnx"])
+def converter(request):
+    """Each of the two that is installed here."""
+    pytest.importorskip("onnxscript", reason="needs the export extra: pip install -e '.[export]'")
+    if request.param == "jax2tf":
+        request.getfixturevalue("need_jax2tf")
+    elif not importlib.util.find_spec("jax2onnx"):
+        pytest.skip("needs jax2onnx: pip install 'jax2onnx>=0.17'")
+    return request.param
+
+
+@pytest.fixture
+def make_forward():
+    """Any model with random weights, or with weights that take no memory."""
+    from vit_jax.export.forward import make_forward
+
+    def make(
+        name=None, image_size=16, weights="random", class_names=None, loss="softmax", **config
+    ):
+        export = {key: config.pop(key) for key in EXPORT_OPTIONS & set(config)}
+        config = {**(models.architecture(name) if name else TINY), "num_classes": 5, **config}
+        images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.float32)
+        init = models.create_model(config).init
+        params = jax.eval_shape(init, jax.random.key(0), images)["params"]
+        generator = np.random.default_rng(0)
+
+        def weight(leaf):
+            if weights == "random":
+                x = generator.standard_normal(leaf.shape, dtype=np.float32)
+                return x * np.float32(0.5 / max(leaf.shape[0], 4) ** 0.5)
+            return np.broadcast_to(np.float32(0.5), leaf.shape)  # All elements at one address.
+
+        params = jax.tree.map(weight, params)
+        preprocessing = Preprocessing(image_size=image_size)
+        pretrained = Pretrained(params, config, preprocessing, class_names, loss, "random")
+        return make_forward(pretrained, **export)
+
+    return make

@@ -1,0 +1,105 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from vit_jax import models
+
+for module in ("onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(module, reason="needs the export extra: pip install -e '.[export]'")
+
+TINY = {
+    "architecture": "vit",
+    "patch_size": 8,
+    "hidden_size": 64,
+    "num_layers": 1,
+    "mlp_dim": 32,
+    "num_heads": 1,
+    "num_classes": 3,
+}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """An official .npz of a model of seconds."""
+    import jax
+
+    images = np.zeros((1, 16, 16, 3), np.float32)
+    params = models.create_model(TINY).init(jax.random.key(0), images)["params"]
+    params["head"]["kernel"] = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
+    path = tmp_path / "tiny.npz"
+    np.savez(path, **flatten_dict(params, sep="/"))
+    return path
+
+
+@pytest.fixture
+def export(run, checkpoint, tmp_path):
+    """Runs the command on it."""
+
+    def export_checkpoint(*arguments: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "vit_jax.export", "--output", str(tmp_path / "out")]
+        flags = ["--checkpoint", str(checkpoint), "--num_heads", "1", "--latency_seconds", "0.01"]
+        return run([*command, *flags, "--batch", "1:2:3", *arguments])
+
+    return export_checkpoint
+
+
+@pytest.mark.usefixtures("need_jax2tf")
+def test_every_stage_is_written_compared_and_timed(export, tmp_path):
+    code, output = export("--precision", "fp16")
+    assert code == 0, output
+    out = tmp_path / "out"
+    assert (out / "saved_model" / "saved_model.pb").is_file()
+    assert (out / "model.onnx").is_file()
+    assert (out / "deploy").is_dir()
+    report = json.loads((out / "parity.json").read_text())
+    assert [hop["name"] for hop in report["hops"]] == ["SavedModel", "ONNX fp16"]
+    assert report["hops"][0]["relative_difference"] < 1e-5
+    assert 1e-6 < report["hops"][1]["relative_difference"] < 1e-2
+    assert [row["batch"] for row in report["hops"][1]["latency"]] == [1, 2, 3]
+    assert "| ONNX fp16 |" in output
+
+
+def test_onnx_alone_goes_by_either_converter(export, converter, tmp_path):
+    arguments = ["--stages", "onnx", "--converter", converter, "--precision", "bf16"]
+    code, output = export(*arguments, "--include_preprocessing", "--outputs", "probabilities")
+    assert code == 0, output
+    (hop,) = json.loads((tmp_path / "out" / "parity.json").read_text())["hops"]
+    assert hop["name"] == "ONNX bf16, emulated"
+    assert not (tmp_path / "out" / "saved_model").exists()
+
+
+def test_without_tensorrt_or_a_gpu_the_onnx_file_stays(export, converter, tmp_path):
+    code, output = export("--stages", "onnx,tensorrt", "--converter", converter)
+    if code == 0:
+        pytest.skip("there are TensorRT and a GPU")
+    assert code == 2
+    (line,) = [line for line in output.splitlines() if line.startswith("error:")]
+    assert "TensorRT" in line or "GPU" in line
+    assert (tmp_path / "out" / "model.onnx").is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--stages", "tf,trt"], "'trt' is none of tf, onnx, tensorrt"),
+        (["--precision", "fp8"], "invalid choice: 'fp8'"),
+        (["--batch", "8:1:2"], "batch '8:1:2' is not MIN <= OPT <= MAX"),
+        (["--data", "/nowhere"], "--data /nowhere is not a directory"),
+        (["--checkpoint", "/nowhere.npz"], "/nowhere.npz does not exist"),
+        (["--image_size", "17"], "17 is not a multiple of"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(export, arguments, message):
+    code, output = export(*arguments)
+    assert code == 2
+    (line,) = [line for line in output.splitlines() if not line.startswith(("WARNING", "I0000"))]
+    assert line.startswith("error: ") and message in line
+
+
+def test_the_checkpoint_is_asked_for(run, tmp_path):
+    code, output = run([sys.executable, "-m", "vit_jax.export", "--output", str(tmp_path)])
+    assert code == 2
+    assert output == "error: --checkpoint is missing: only --stages tensorrt goes without\n"

@@ -1,0 +1,145 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_jax.data.protocols import Preprocessing
+from vit_jax.errors import UserError
+from vit_jax.export import parity
+
+PREPROCESSING = Preprocessing(image_size=8, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+
+
+def reference(outputs, labels=None, data=parity.SYNTHETIC):
+    images = np.zeros((len(outputs), 8, 8, 3), np.float32)
+    return parity.Reference(images, np.asarray(outputs, np.float32), labels, data)
+
+
+def test_measures_are_those_of_their_definitions():
+    expected = reference([[0.0, 3.0, 4.0], [2.0, 0.0, 0.0]], labels=np.array([2, 1]))
+    outputs = np.array([[0.0, 4.0, 3.0], [2.0, 0.0, 0.0]], np.float32)
+    row = parity.compare(expected, outputs)
+    assert row["max_difference"] == 1
+    assert row["mean_difference"] == pytest.approx(2 / 6)
+    assert row["relative_difference"] == 0.25
+    assert row["cosine"] == pytest.approx(24 / 25)
+    assert row["top1_agreement"] == 0.5
+    assert (row["accuracy"], row["reference_accuracy"]) == (0.0, 0.5)
+
+
+def test_thresholds_of_a_precision_fail_what_is_beyond_them():
+    expected = reference([[1.0, 0.5]])
+    near = parity.compare(expected, expected.outputs + np.float32(5e-6))
+    far = parity.compare(expected, expected.outputs + np.float32(5e-5))
+    assert parity.failures(near, "fp32", expected) == []
+    (failure,) = parity.failures(far, "fp32", expected)
+    assert "5e-05 is above 1e-05" in failure
+    assert parity.failures(far, "fp16", expected) == []
+
+
+def test_outputs_that_are_not_finite_fail():
+    expected = reference([[1.0, 0.5]])
+    row = parity.compare(expected, np.array([[np.nan, 0.5]], np.float32))
+    assert len(parity.failures(row, "int8", expected)) == 2
+
+
+def test_first_classes_count_where_there_are_enough_photographs():
+    outputs = np.tile(np.float32([[1.0, 0.9999]]), (400, 1))
+    swapped = outputs.copy()
+    swapped[:4] = [0.9999, 1.0]
+    for data, failing in [("flowers", True), (parity.SYNTHETIC, False)]:
+        expected = reference(outputs, data=data)
+        found = parity.failures(parity.compare(expected, swapped), "fp16", expected)
+        assert any("top1_agreement 0.99 is below 0.995" in each for each in found) == failing
+    few = reference(outputs[:100], data="flowers")
+    assert parity.failures(parity.compare(few, swapped[:100]), "fp16", few) == []
+
+
+def test_directories_with_the_names_of_classes_are_labels(tmp_path):
+    for name, value in [("rose", 0), ("iris", 255)]:
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / name / f"{i}.png")
+    names = ("rose", "lily", "iris")
+    images, labels = parity.read_images(str(tmp_path), PREPROCESSING, names, 100)
+    assert labels.tolist() == [2, 2, 2, 0, 0, 0]
+    np.testing.assert_allclose(images[0, 0, 0], [2.5, 2.0, 1.75], rtol=1e-6)
+    images, labels = parity.read_images(str(tmp_path), PREPROCESSING, names, 2)
+    assert labels.tolist() == [2, 0]  # Spread over all.
+    assert parity.read_images(str(tmp_path), PREPROCESSING, ("rose", "lily"), 6)[1] is None
+
+
+def test_a_directory_without_images_is_refused(tmp_path):
+    with pytest.raises(UserError, match=str(tmp_path)):
+        parity.read_images(str(tmp_path), PREPROCESSING, None, 6)
+
+
+def test_synthetic_images_have_the_range_of_pixels_and_are_smooth():
+    images = parity.synthetic_images(4, PREPROCESSING)
+    pixels = images * PREPROCESSING.std + PREPROCESSING.mean
+    assert images.shape == (4, 8, 8, 3)
+    assert pixels.min() >= 0 and pixels.max() <= 1 and np.ptp(pixels) > 0.5
+    wide = parity.synthetic_images(2, Preprocessing(image_size=64))
+    assert np.abs(np.diff(wide, axis=1)).max() < 0.3 < np.ptp(wide)
+
+
+def test_pixels_are_the_inverse_of_normalization():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    images = ((pixels / 255 - PREPROCESSING.mean) / PREPROCESSING.std).astype(np.float32)
+    assert (parity.as_pixels(images, PREPROCESSING) == pixels).all()
+
+
+def test_batches_have_one_size_and_every_image_once():
+    sizes = []
+
+    def predict(images):
+        sizes.append(len(images))
+        return images[:, 0, 0]
+
+    images = np.arange(5 * 12, dtype=np.float32).reshape(5, 2, 2, 3)
+    np.testing.assert_array_equal(parity.in_batches(predict, images, 2), images[:, 0, 0])
+    assert sizes == [2, 2, 2]
+
+
+def test_latency_times_every_batch_size_after_warming_up():
+    calls = []
+    rows = parity.latency(lambda images: calls.append(len(images)), np.zeros((2, 2, 3)), [1, 4], 0)
+    assert calls == [1] * 7 + [4] * 7
+    assert [row["batch"] for row in rows] == [1, 4]
+    for row in rows:
+        assert row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
+        assert row["images_per_second"] > 0
+
+
+def test_a_reference_is_read_as_it_was_saved(tmp_path):
+    saved = reference(np.eye(3), labels=np.array([0, 1, 2]), data="flowers")
+    parity.save_reference(saved, tmp_path, number=2)
+    loaded = parity.load_reference(tmp_path)
+    np.testing.assert_array_equal(loaded.outputs, np.eye(3)[:2])
+    assert loaded.labels.tolist() == [0, 1]
+    assert loaded.data == "flowers"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04", b"\x93NUMPY"])
+def test_a_reference_that_is_missing_or_damaged_is_one_line(tmp_path, content):
+    if content is not None:
+        (tmp_path / "parity_reference.npz").write_bytes(content)
+    with pytest.raises(UserError, match="--stages onnx"):
+        parity.load_reference(tmp_path)
+
+
+def test_the_report_holds_all_hops_and_the_table_their_times(tmp_path):
+    expected = reference([[1.0, 0.5]])
+    row = {"name": "ONNX fp32", **parity.compare(expected, expected.outputs)}
+    row["latency"] = parity.latency(lambda images: None, np.zeros((2, 2, 3)), [8], 0)
+    parity.save_report(expected, [row], tmp_path)
+    report = json.loads((tmp_path / "parity.json").read_text())
+    assert report["hops"][0]["latency"][0]["batch"] == 8
+    assert report["thresholds"]["fp32"]["relative_difference"] == 1e-5
+    assert parity.load_report(tmp_path) == report["hops"]
+    lines = parity.table([row]).splitlines()
+    assert lines[2].startswith("| ONNX fp32 | 0.0e+00 |")
+    assert lines[-1].startswith("| ONNX fp32 | 8 |")
+    (tmp_path / "parity.json").write_text("{")
+    assert parity.load_report(tmp_path) == []

@@ -1,0 +1,113 @@
+import jax
+import numpy as np
+import pytest
+
+from vit_jax.errors import UserError
+
+REASON = "needs the export extra: pip install -e '.[export]'"
+onnx = pytest.importorskip("onnx", reason=REASON)
+ir = pytest.importorskip("onnx_ir", reason=REASON)
+onnxruntime = pytest.importorskip("onnxruntime", reason=REASON)
+precision = pytest.importorskip("vit_jax.export.precision", reason=REASON, exc_type=ImportError)
+rewrite = pytest.importorskip("vit_jax.export.rewrite", reason=REASON, exc_type=ImportError)
+to_onnx = pytest.importorskip("vit_jax.export.to_onnx", reason=REASON, exc_type=ImportError)
+
+HALF = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+
+
+def run(model: ir.Model, images: np.ndarray, optimize: bool = True) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return session.run(None, {"images": images})[0]
+
+
+def images(batch: int = 8) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((batch, 16, 16, 3), dtype=np.float32)
+
+
+def half_model(forward, converter, kind):
+    model = to_onnx.to_model(forward, converter)
+    precision.to_half(model, kind)
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    return model
+
+
+@pytest.mark.parametrize("kind, tolerance", [("fp16", 2e-3), ("bf16", 2e-2)])
+def test_16_bits_stay_close_to_float32(converter, make_forward, kind, tolerance):
+    forward = make_forward(gelu="erf")
+    model = half_model(forward, converter, kind)
+    expected = forward.jitted()(images())
+    rounded = run(precision.emulate(model), images(), optimize=False)
+    assert rounded.dtype == np.float32
+    difference = np.abs(rounded - expected).max() / np.abs(expected).max()
+    assert 1e-5 < difference < tolerance  # Something was rounded, and not much was lost.
+
+
+def test_onnxruntime_runs_the_fp16_file_as_it_is(converter, make_forward):
+    forward = make_forward(gelu="erf")
+    expected = forward.jitted()(images())
+    outputs = run(half_model(forward, converter, "fp16"), images())
+    np.testing.assert_allclose(outputs, expected, atol=2e-3 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+@pytest.mark.parametrize("options", [{}, {"include_preprocessing": True}], ids=["float", "uint8"])
+def test_norms_and_head_are_float32_and_attention_is_not(converter, make_forward, kind, options):
+    model = half_model(make_forward(gelu="erf", **options), converter, kind)
+    for node in model.graph:
+        if node.op_type in ("LayerNormalization", "Gemm"):
+            assert {value.dtype for value in node.inputs} == {ir.DataType.FLOAT}, node.name
+        if node.op_type in ("MatMul", "Softmax", "Erf"):
+            assert {value.dtype for value in node.inputs} == {HALF[kind]}, node.name
+        if node.op_type == "Softmax":  # Nothing between it and the two products.
+            assert node.inputs[0].producer().op_type == "MatMul"
+            assert node.outputs[0].consumers()[0].op_type == "MatMul"
+    assert sum(node.op_type == "Softmax" for node in model.graph) == 2
+    assert model.graph.outputs[0].dtype == ir.DataType.FLOAT
+
+
+def test_weights_take_half_the_space(converter, make_forward):
+    forward = make_forward(hidden_size=64, mlp_dim=256)
+
+    def size(model):
+        return sum(value.const_value.nbytes for value in model.graph.initializers.values())
+
+    full = size(to_onnx.to_model(forward, converter))
+    assert 0.5 < size(half_model(forward, converter, "fp16")) / full < 0.52
+
+
+def test_large_inputs_of_norms_overflow_a_naive_conversion_and_not_ours(
+    converter, make_forward, monkeypatch
+):
+    forward = make_forward(gelu="erf")
+    for name in (
+        "embedding",
+        "cls",
+    ):  # The residual stream grows to thousands, its squares above 65504.
+        forward.params[name] = jax.tree.map(lambda x: x * 2000, forward.params[name])
+    expected = forward.jitted()(images())
+    ours = run(precision.emulate(half_model(forward, converter, "fp16")), images(), optimize=False)
+    assert np.abs(ours - expected).max() / np.abs(expected).max() < 5e-3
+    assert (ours.argmax(1) == expected.argmax(1)).all()
+
+    rules = rewrite.RewriteRuleSet([rewrite._Softmax.rule(), rewrite._GeluErf.rule()])
+    monkeypatch.setattr(rewrite, "_FUSIONS", rules)
+    monkeypatch.setattr(precision, "_float32_nodes", lambda graph: set())
+    model = to_onnx.to_model(forward, converter)
+    precision.to_half(model, "fp16")
+    naive = run(precision.emulate(model), images(), optimize=False).astype(np.float32)
+    # Divided by an infinite deviation, every token becomes 0, and every image the same.
+    assert not np.isfinite(naive).all() or np.ptp(naive, axis=0).max() < 1e-3
+
+
+def test_a_weight_that_fp16_cannot_hold_is_refused(converter, make_forward):
+    forward = make_forward()
+    forward.params["embedding"]["bias"][0] = 70000
+    with pytest.raises(UserError, match="embedding/bias has 7e\\+04.*--precision bf16"):
+        half_model(forward, converter, "fp16")
+    half_model(forward, converter, "bf16")

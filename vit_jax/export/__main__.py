@@ -1,0 +1,232 @@
+"""From a checkpoint to what is deployed: `python -m vit_jax.export --checkpoint C --output DIR`.
+
+Writes DIR/saved_model (stage tf), DIR/model.onnx (onnx) and DIR/model.engine (tensorrt), compares
+each with the Flax model in float32, and fails where a precision's threshold is passed.
+"""
+
+import argparse
+import collections
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # With it TensorFlow greets on every start.
+
+from vit_jax import command
+from vit_jax.checkpoints import flags
+from vit_jax.errors import UserError
+from vit_jax.export import parity, runtime
+from vit_jax.export.deploy import write_deploy
+from vit_jax.export.onnx_file import read_onnx
+from vit_jax.export.to_tensorrt import build, parse_batch, summary
+
+STAGES = ("tf", "onnx", "tensorrt")
+OUTPUTS = ("logits", "probabilities", "features")
+_EPILOG = """exit codes:
+  0  every stage ran, and is as close to Flax as its precision allows
+  1  every stage ran, but one is not close enough
+  2  a flag, the checkpoint or this machine does not allow a stage; those before it are written"""
+
+
+def main() -> int:
+    """Runs the command; returns its exit code."""
+    args = _parse(sys.argv[1:])
+    report = _Report(Path(args.output), args.latency_seconds, args.batch)
+    if args.stages != ["tensorrt"]:
+        _convert(args, report)
+    if "tensorrt" in args.stages:
+        _build(args, report)
+    for failure in report.failures:
+        print(f"error: {failure}; see {report.directory / 'parity.json'}", file=sys.stderr)
+    return 1 if report.failures else 0
+
+
+class _Report:
+    """Compares and times what the stages made; prints it and writes it to parity.json."""
+
+    def __init__(self, directory: Path, seconds: float, batch: str):
+        self.directory = directory
+        self.seconds = seconds
+        sizes = {size for p in parse_batch(batch) for size in (p.min, p.opt, p.max)}
+        self.batch_sizes = sorted(sizes)
+        self.reference: Any = None
+        self.failures: list[str] = []
+        self.hops: list[dict[str, Any]] = []
+
+    def add(self, name: str, predict: Any, precision: str, timed: bool = True) -> None:
+        """Measures a model; `precision` is the entry of `parity.THRESHOLDS` to hold it to."""
+        reference = self.reference
+        row = parity.compare(reference, parity.in_batches(predict, reference.images))
+        found = parity.failures(row, precision, reference)
+        self.failures += [f"{name}: {failure}" for failure in found]
+        hop = {"name": name, "precision": precision, "images": len(reference.images), **row}
+        if timed and self.seconds:
+            image = reference.images[0]
+            hop["latency"] = parity.latency(predict, image, self.batch_sizes, self.seconds)
+        self.hops = [old for old in self.hops if old["name"] != name] + [hop]
+        parity.save_report(reference, self.hops, self.directory)
+        print(parity.table([hop]), flush=True)
+
+
+def _convert(args: argparse.Namespace, report: _Report) -> None:
+    """The stages in which JAX takes part."""
+    from absl import logging
+
+    from vit_jax.export.forward import make_forward
+    from vit_jax.export.to_tf import can_serialize_graphs, check_graph_serialization, to_tf
+
+    # TensorFlow warns that gradients of the SavedModel are missing, which nobody asks for.
+    logging.set_verbosity(logging.ERROR)
+    pretrained = flags.load(args)
+    forward = make_forward(
+        pretrained, outputs=args.outputs, include_preprocessing=args.include_preprocessing
+    )
+    converter = args.converter or ("jax2tf" if can_serialize_graphs() else "jax2onnx")
+    if "tf" in args.stages or converter == "jax2tf":
+        check_graph_serialization()
+    if "onnx" in args.stages:
+        _import_to_onnx()
+    preprocessing, labels = pretrained.preprocessing, None
+    if args.data:
+        names = pretrained.class_names
+        images, labels = parity.read_images(args.data, preprocessing, names, args.num_images)
+    else:
+        images = parity.synthetic_images(min(args.num_images, 16), preprocessing)
+    if args.include_preprocessing:
+        images = parity.as_pixels(images, preprocessing)
+    outputs = parity.in_batches(forward.jitted(), images)
+    data = args.data or parity.SYNTHETIC
+    report.reference = parity.Reference(images, outputs, labels, data)
+    report.directory.mkdir(parents=True, exist_ok=True)
+    parity.save_reference(report.reference, report.directory)
+    if "tf" in args.stages:
+        start = time.perf_counter()
+        path = to_tf(forward, report.directory)
+        _print_stage(start, f"{path}: SavedModel")
+        with runtime.load(path) as model:
+            report.add("SavedModel", model.predict, "fp32")
+    if "onnx" in args.stages:
+        _to_onnx(args, report, forward, converter)
+
+
+def _to_onnx(args: argparse.Namespace, report: _Report, forward: Any, converter: str) -> None:
+    from vit_jax.export import precision
+
+    to_onnx, start = _import_to_onnx(), time.perf_counter()
+    model = to_onnx.to_model(forward, converter)
+    if args.precision in precision.HALF:
+        precision.to_half(model, args.precision)
+    path = to_onnx.save(model, report.directory)
+    count = collections.Counter(node.op_type for node in model.graph)
+    operators = ", ".join(f"{number} {name}" for name, number in count.most_common())
+    _print_stage(start, f"{path}: {sum(count.values())} nodes ({operators})")
+    name = f"ONNX {args.precision}"
+    if args.precision == "bf16":
+        # Of bf16 onnxruntime has no products on a CPU.
+        report.add(f"{name}, emulated", precision.emulated(path), args.precision, timed=False)
+    else:
+        with runtime.load(path) as model:
+            report.add(name, model.predict, args.precision)
+    write_deploy(report.directory, batch=args.batch)
+
+
+def _build(args: argparse.Namespace, report: _Report) -> None:
+    """The stage that needs TensorRT and a GPU, and neither JAX nor TensorFlow."""
+    if report.reference is None:
+        report.reference = parity.load_reference(report.directory)
+        report.hops = parity.load_report(report.directory)
+    path = report.directory / "model.onnx"
+    description = build(path, report.directory, batch=args.batch)
+    print(summary(description), flush=True)
+    kind = read_onnx(path).precision
+    with runtime.load(report.directory / "model.engine") as model:
+        limits = "fp32 engine" if kind == "fp32" else kind
+        report.add(f"TensorRT {kind}", model.predict, limits)
+    write_deploy(report.directory, batch=args.batch)
+
+
+def _print_stage(start: float, text: str) -> None:
+    print(f"{text} ({time.perf_counter() - start:.0f} s)", flush=True)
+
+
+def _import_to_onnx() -> Any:
+    try:
+        from vit_jax.export import to_onnx
+    except ImportError as error:
+        raise UserError(f"stage onnx needs {error.name}: pip install -e '.[export]'") from error
+    return to_onnx
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = command.Parser(prog="python -m vit_jax.export", description=__doc__, epilog=_EPILOG)
+    flags.add_flags(parser, required=False)
+    parser.add_argument("--output", required=True, metavar="DIR", help="what it writes goes there")
+    parser.add_argument(
+        "--stages",
+        type=_stages,
+        metavar="S,...",
+        help=f"of {', '.join(STAGES)} [tf,onnx; with jax2onnx: onnx]",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "fp16", "bf16", "int8"),
+        default="fp32",
+        help="of the ONNX file and of what is built from it [fp32]",
+    )
+    parser.add_argument(
+        "--batch",
+        default="1:8:64",
+        metavar="MIN:OPT:MAX",
+        help="batch sizes to time, and to build the engine for [1:8:64]",
+    )
+    parser.add_argument("--outputs", choices=OUTPUTS, default="logits", help="[logits]")
+    parser.add_argument(
+        "--converter",
+        choices=("jax2tf", "jax2onnx"),
+        help="jax2tf for JAX 0.7.1, jax2onnx for newer ones [what this JAX can]",
+    )
+    parser.add_argument(
+        "--include_preprocessing",
+        action="store_true",
+        help="take uint8 pixels; resizing and cropping are the caller's in any case",
+    )
+    group = parser.add_argument_group("parity")
+    group.add_argument(
+        "--data",
+        metavar="DIR",
+        help="photographs to compare with, searched recursively; accuracy is told if their "
+        "directories have the names of the model's classes [synthetic images]",
+    )
+    group.add_argument(
+        "--num_images", type=command.positive, default=256, metavar="N", help="at most [256]"
+    )
+    group.add_argument(
+        "--latency_seconds",
+        type=float,
+        default=2.0,
+        metavar="S",
+        help="how long to time each batch size; 0 for not at all [2]",
+    )
+    args = parser.parse_args(argv)
+    if args.stages is None:
+        args.stages = ["onnx"] if args.converter == "jax2onnx" else ["tf", "onnx"]
+    if args.checkpoint is None and args.stages != ["tensorrt"]:
+        raise UserError("--checkpoint is missing: only --stages tensorrt goes without")
+    if args.data and not os.path.isdir(args.data):
+        raise UserError(f"--data {args.data} is not a directory")
+    return args
+
+
+def _stages(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in STAGES]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(STAGES)}")
+    return [name for name in STAGES if name in names]
+
+
+if __name__ == "__main__":
+    command.run(main)

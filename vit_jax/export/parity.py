@@ -1,0 +1,278 @@
+"""How far an exported model is from Flax in float32, and how fast it is. Imports no JAX."""
+
+import dataclasses
+import io
+import json
+import os
+import time
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vit_jax.data.protocols import Preprocessing
+from vit_jax.errors import UserError
+
+Predict = Callable[[np.ndarray], np.ndarray]
+
+# What makes the command fail: largest difference relative to the largest output; smallest cosine of
+# two rows; share of images with the same first class, told by at least _ENOUGH photographs.
+THRESHOLDS = {
+    "fp32": {"relative_difference": 1e-5, "cosine": 0.99999, "top1_agreement": 0.999},
+    "fp32 engine": {"relative_difference": 1e-4, "cosine": 0.9999, "top1_agreement": 0.999},
+    "fp16": {"relative_difference": 1e-2, "cosine": 0.999, "top1_agreement": 0.995},
+    "bf16": {"relative_difference": 1e-1, "cosine": 0.99, "top1_agreement": 0.97},
+    "int8": {"relative_difference": 1.0, "cosine": 0.9, "top1_agreement": 0.8},
+}
+_ENOUGH = 200
+SYNTHETIC = "synthetic"
+_PERCENTILES = (50, 90, 99)
+_REFERENCE, _REPORT = "parity_reference.npz", "parity.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What Flax makes of some images in float32.
+
+    Attributes:
+        images: [n, height, width, 3], of the type of the model's input.
+        outputs: float32 [n, outputs].
+        labels: [n], the true classes, or None.
+        data: where the images are from.
+    """
+
+    images: np.ndarray
+    outputs: np.ndarray
+    labels: np.ndarray | None
+    data: str
+
+
+def read_images(
+    directory: str, preprocessing: Preprocessing, class_names: Sequence[str] | None, number: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Reads images from the files below a directory, evenly spread over them.
+
+    Args:
+        directory: searched recursively.
+        preprocessing: of the model.
+        class_names: of the model. Where every image's directory has the name of one of them, it is
+            the image's label.
+        number: how many images to read, at most.
+
+    Returns:
+        float32 [n, image_size, image_size, 3], and labels [n] or None.
+
+    Raises:
+        UserError: there are no images, or one is damaged.
+    """
+    from vit_jax.data.images import preprocess, read_image
+    from vit_jax.predict import find_images
+
+    files = find_images([directory])
+    files = (
+        [files[i * len(files) // number] for i in range(number)] if len(files) > number else files
+    )
+    images = np.stack([preprocess(read_image(file), preprocessing) for file in files])
+    indices = {name: i for i, name in enumerate(class_names or ())}
+    labels = [indices.get(os.path.basename(os.path.dirname(file))) for file in files]
+    return images, None if None in labels else np.array(labels)
+
+
+def synthetic_images(number: int, preprocessing: Preprocessing) -> np.ndarray:
+    """Coloured blotches, as smooth as photographs are, the same each time.
+
+    Returns:
+        float32 [number, image_size, image_size, 3] with the channel statistics of the model.
+    """
+    size = preprocessing.image_size
+    generator = np.random.default_rng(0)
+    coarse = generator.uniform(size=(number, 8, 8, 3))
+    position = np.linspace(0, 7, size)
+    weights = np.maximum(0, 1 - np.abs(position[:, None] - np.arange(8)))  # [size, 8], linear
+    pixels = np.einsum("yi,xj,nijc->nyxc", weights, weights, coarse)
+    return ((pixels - preprocessing.mean) / preprocessing.std).astype(np.float32)
+
+
+def as_pixels(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """The nearest uint8 pixels of normalized images, for models that take these."""
+    pixels = (images * np.float32(preprocessing.std) + np.float32(preprocessing.mean)) * 255
+    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+
+
+def in_batches(predict: Predict, images: np.ndarray, batch_size: int = 16) -> np.ndarray:
+    """Runs a model on many images, a few at a time; every call has the same batch size."""
+    parts = []
+    for start in range(0, len(images), batch_size):
+        part = images[start : start + batch_size]
+        filling = np.repeat(part[-1:], batch_size - len(part), axis=0)
+        parts.append(predict(np.concatenate([part, filling]))[: len(part)])
+    return np.concatenate(parts)
+
+
+def compare(reference: Reference, outputs: np.ndarray) -> dict[str, float]:
+    """Measures of the difference between two models on the same images.
+
+    Returns:
+        `max_difference` and `mean_difference` of the outputs; `relative_difference`, the former by
+        the reference's largest output; the smallest `cosine` of an image's outputs;
+        `top1_agreement`; and where labels are known `accuracy` and `reference_accuracy`.
+    """
+    expected = reference.outputs.astype(np.float64)
+    outputs = outputs.astype(np.float64)
+    difference = np.abs(outputs - expected)
+    norms = np.linalg.norm(outputs, axis=1) * np.linalg.norm(expected, axis=1)
+    first, expected_first = outputs.argmax(1), expected.argmax(1)
+    row = {
+        "max_difference": difference.max(),
+        "mean_difference": difference.mean(),
+        "relative_difference": difference.max() / np.abs(expected).max(),
+        "cosine": ((outputs * expected).sum(1) / norms).min(),
+        "top1_agreement": (first == expected_first).mean(),
+    }
+    if reference.labels is not None:
+        row["accuracy"] = (first == reference.labels).mean()
+        row["reference_accuracy"] = (expected_first == reference.labels).mean()
+    return {name: float(value) for name, value in row.items()}
+
+
+def failures(row: Mapping[str, float], precision: str, reference: Reference) -> list[str]:
+    """What is beyond the thresholds of a precision, one phrase each; none if all is well.
+
+    Args:
+        row: from `compare`.
+        precision: of the model, a key of `THRESHOLDS`.
+        reference: what was compared with; of few or synthetic images the first class says little.
+    """
+    limits = THRESHOLDS[precision]
+    found = []
+    # Negated, so that NaN fails.
+    if not row["relative_difference"] <= limits["relative_difference"]:
+        found.append(
+            f"relative difference {row['relative_difference']:.2g} is above "
+            f"{limits['relative_difference']:.0e}"
+        )
+    names = ["cosine"]
+    if reference.data != SYNTHETIC and len(reference.images) >= _ENOUGH:
+        names.append("top1_agreement")
+    for name in names:
+        if not row[name] >= limits[name]:
+            found.append(f"{name} {row[name]:.5g} is below {limits[name]:g}")
+    return found
+
+
+def latency(
+    predict: Predict, image: np.ndarray, batch_sizes: Sequence[int], seconds: float
+) -> list[dict[str, float]]:
+    """Times a model, each call from NumPy array to NumPy array.
+
+    Args:
+        predict: the model.
+        image: one of its images.
+        batch_sizes: each is timed on its own, after two calls that are not.
+        seconds: how long to time each; at least 5 calls are.
+
+    Returns:
+        For each `batch`, the number of `calls`, `p50_ms`, `p90_ms`, `p99_ms` and
+        `images_per_second`.
+    """
+    rows = []
+    for batch in batch_sizes:
+        images = np.repeat(image[None], batch, axis=0)
+        for _ in range(2):
+            predict(images)
+        times: list[float] = []
+        while len(times) < 5 or sum(times) < seconds:
+            start = time.perf_counter()
+            predict(images)
+            times.append(time.perf_counter() - start)
+        row = {f"p{p}_ms": 1e3 * float(np.percentile(times, p)) for p in _PERCENTILES}
+        speed = batch * len(times) / sum(times)
+        rows.append({"batch": batch, "calls": len(times), **row, "images_per_second": speed})
+    return rows
+
+
+def table(hops: Sequence[Mapping[str, Any]]) -> str:
+    """The hops as two Markdown tables: the differences, and the times if any were taken."""
+    accuracy = any("accuracy" in hop for hop in hops)
+    lines = ["| | max | mean | relative | cosine | top-1 agreement |" + " accuracy |" * accuracy]
+    lines.append("|-|-|-|-|-|-|" + "-|" * accuracy)
+    for hop in hops:
+        cells = [
+            f"{hop['name']}",
+            *(f"{hop[f'{kind}_difference']:.1e}" for kind in ("max", "mean", "relative")),
+            f"{hop['cosine']:.6f}",
+            f"{hop['top1_agreement']:.2%}",
+        ]
+        if accuracy:
+            cells.append(f"{hop['accuracy']:.2%} (Flax {hop['reference_accuracy']:.2%})")
+        lines.append(f"| {' | '.join(cells)} |")
+    if timed := [(hop, row) for hop in hops for row in hop.get("latency", ())]:
+        lines += ["", "| | batch | p50 ms | p90 ms | p99 ms | images/s |", "|-|-|-|-|-|-|"]
+        for hop, row in timed:
+            times = " | ".join(f"{row[f'p{p}_ms']:.2f}" for p in _PERCENTILES)
+            speed = f"{row['images_per_second']:.1f}"
+            lines.append(f"| {hop['name']} | {row['batch']} | {times} | {speed} |")
+    return "\n".join(lines)
+
+
+def save_reference(reference: Reference, directory: Path, number: int = 64) -> None:
+    """Writes `parity_reference.npz`, with which an engine is checked on another machine."""
+    arrays = {
+        "images": reference.images[:number],
+        "outputs": reference.outputs[:number],
+        "data": np.array(reference.data),
+    }
+    if reference.labels is not None:
+        arrays["labels"] = reference.labels[:number]
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    _write(directory / _REFERENCE, content.getvalue())
+
+
+def load_reference(directory: Path) -> Reference:
+    """Reads what `save_reference` wrote.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    path = directory / _REFERENCE
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            labels = file.get("labels")
+            return Reference(file["images"], file["outputs"], labels, str(file["data"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): export with --stages onnx into {directory} first"
+        ) from error
+
+
+def load_report(directory: Path) -> list[dict[str, Any]]:
+    """The hops in `parity.json`; none where there is no such file, or it is damaged."""
+    try:
+        return json.loads((directory / _REPORT).read_text())["hops"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def save_report(reference: Reference, hops: Sequence[Mapping[str, Any]], directory: Path) -> None:
+    """Writes `parity.json`."""
+    report = {
+        "compared_with": "the Flax model in float32",
+        "data": reference.data,
+        "thresholds": THRESHOLDS,
+        "hops": hops,
+    }
+    text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    _write(directory / _REPORT, text.encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({error.strerror})") from error

@@ -1,0 +1,147 @@
+"""16-bit versions of an exported graph. The file says what is computed in which type.
+
+In fp16 and bf16 all products and the attention, its softmax included, are in 16 bits. In float32
+are the norms, whose squares leave the range of fp16, the residual sums that they read, what comes
+after the last norm, and the normalization of pixels. Inputs and outputs keep their types, so
+whoever runs the model need not know.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+from vit_jax.errors import UserError
+
+HALF = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+_FLOAT = ir.DataType.FLOAT
+_NORMS = ("LayerNormalization", "InstanceNormalization")
+
+
+def to_half(model: ir.Model, precision: str) -> None:
+    """Gives a float32 graph the types of a 16-bit one, in place.
+
+    Args:
+        model: from `to_onnx.to_model`.
+        precision: "fp16" or "bf16".
+
+    Raises:
+        UserError: a weight is too large for fp16.
+    """
+    half = HALF[precision]
+    graph = model.graph
+    types = dict.fromkeys(graph, half) | dict.fromkeys(_float32_nodes(graph), _FLOAT)
+    casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+    for node in list(graph):
+        for i, value in enumerate(node.inputs):
+            if value is None or value.dtype not in (_FLOAT, half):
+                continue
+            # Inputs and weights are float32 so far.
+            if types.get(value.producer(), _FLOAT) != types[node]:
+                key = (value, types[node])
+                if key not in casts:
+                    casts[key] = _cast(graph, node, *key)
+                node.replace_input_with(i, casts[key])
+        for value in node.outputs:
+            if value.dtype == _FLOAT:
+                value.dtype = types[node]
+    passes.RemoveUnusedNodesPass()(model)
+    passes.TopologicalSortPass()(model)
+    model.metadata_props["precision"] = precision
+
+
+def _float32_nodes(graph: ir.Graph) -> set[ir.Node]:
+    """Norms, the sums they read, what comes after the last one, and what is done to pixels."""
+    found: set[ir.Node] = set()
+    after_norm: set[ir.Node] = set()
+    for node in graph:
+        if node.op_type in _NORMS:
+            after_norm = {node}
+            found.add(node)
+            source = node.inputs[0].producer()
+            if source.op_type == "Add":
+                found.add(source)
+            continue
+        producers = {value.producer() for value in node.inputs if value is not None}
+        if producers & after_norm:
+            after_norm.add(node)
+    found |= after_norm
+    pixels = {value for value in graph.inputs if value.dtype == ir.DataType.UINT8}
+    for node in graph:
+        if pixels.intersection(node.inputs) and node.op_type in ("Cast", "Mul", "Sub"):
+            found.add(node)
+            pixels.update(node.outputs)
+    return found
+
+
+def _cast(graph: ir.Graph, node: ir.Node, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """The value in another type: of a weight by rounding it, of anything else by a Cast before."""
+    name = f"{value.name}/{dtype.short_name()}"
+    if value.const_value is not None:
+        array = value.const_value.numpy()
+        with np.errstate(over="ignore"):
+            rounded = array.astype(dtype.numpy())
+        if np.isfinite(array).all() and not np.isfinite(rounded.astype(np.float32)).all():
+            raise UserError(
+                f"{value.name} has {np.abs(array).max():.3g}, above 65504, the largest number of "
+                "fp16: use --precision bf16"
+            )
+        tensor = ir.Tensor(rounded, name=name)
+        result = ir.Value(
+            name=name, type=ir.TensorType(dtype), shape=tensor.shape, const_value=tensor
+        )
+        graph.register_initializer(result)
+        return result
+    cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", dtype)], name=name)
+    cast.outputs[0].name = f"{name}:0"
+    cast.outputs[0].dtype, cast.outputs[0].shape = dtype, value.shape
+    graph.insert_before(node, cast)
+    return cast.outputs[0]
+
+
+def emulated(path: str | os.PathLike[str]) -> Callable[[np.ndarray], np.ndarray]:
+    """Loads a file for `emulate` and onnxruntime on the CPU: images to outputs."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    with tempfile.TemporaryDirectory() as directory:
+        copy = os.path.join(directory, "model.onnx")
+        ir.save(emulate(ir.load(path)), copy, external_data="model.data")
+        session = onnxruntime.InferenceSession(copy, options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"images": images})[0]
+
+
+def emulate(model: ir.Model) -> ir.Model:
+    """A float32 graph that rounds to 16 bits wherever the given graph does.
+
+    For checking a graph on a machine without 16-bit arithmetic: products are summed in float32 and
+    rounded once, as GPUs do, and what leaves the range becomes infinite. To be run without graph
+    optimizations, which would take the rounding out.
+    """
+    model = model.clone()
+    graph = model.graph
+    half = set(HALF.values())
+    for value in graph.initializers.values():
+        if value.dtype in half:
+            array = value.const_value.numpy().astype(np.float32)
+            value.const_value = ir.Tensor(array, name=value.name)
+            value.dtype = _FLOAT
+    for node in list(graph):
+        for value in node.outputs:
+            if value.dtype not in half:
+                continue
+            dtype, value.dtype = value.dtype, _FLOAT
+            if node.op_type == "Cast":
+                node.attributes["to"] = ir.AttrInt64("to", _FLOAT)
+            uses = list(value.uses())
+            down = ir.Node("", "Cast", [value], [ir.AttrInt64("to", dtype)])
+            up = ir.Node("", "Cast", down.outputs, [ir.AttrInt64("to", _FLOAT)])
+            down.outputs[0].name, up.outputs[0].name = f"{value.name}/16", f"{value.name}/32"
+            graph.insert_after(node, [down, up])
+            for use in uses:
+                use.node.replace_input_with(use.idx, up.outputs[0])
+    return model

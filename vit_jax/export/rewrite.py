@@ -1,0 +1,499 @@
+"""Turns the graph that a converter emits into the one that a deployment engine recognises.
+
+The converters trace the model at a fixed batch size, so every shape is known here; the batch
+becomes symbolic at the end. In between, LayerNormalization, Softmax and GELU, which the converters
+emit as sums and products, are made whole again by pattern and replacement (`onnxscript.rewriter`).
+"""
+
+import hashlib
+import math
+import sys
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+from onnxscript import optimizer
+from onnxscript.rewriter import RewritePass
+from onnxscript.rewriter.pattern import OrValue, RewriteRuleClassBase, RewriteRuleSet
+from onnxscript.rewriter.rules.common import (
+    expand_before_binary_op_rules,
+    reshape_reshape_rule,
+    transpose_transpose_rule,
+)
+
+# The batch size of the traced graph: a prime that divides no dimension of any model here.
+TRACED_BATCH = 97
+
+
+def rewrite(model: ir.Model, weights: Mapping[str, np.ndarray]) -> None:
+    """Rewrites a traced graph in place.
+
+    Args:
+        model: opset 17, every shape fixed with `TRACED_BATCH` images in a batch. Its first input is
+            the images, the others are the weights.
+        weights: their values by the names of those inputs; they become initializers.
+
+    Raises:
+        ValueError: a node is left that ties the graph to one batch size.
+    """
+    _bind(model.graph, weights)
+    for rules in (_SIMPLIFICATIONS, _FUSIONS):
+        while _apply(model, rules):
+            pass
+    _free_batch(model)
+    _share_weights(model.graph)
+    passes.RemoveUnusedNodesPass()(model)
+    passes.RemoveUnusedOpsetsPass()(model)
+    _name_nodes(model, weights)
+    passes.ShapeInferencePass()(model)
+
+
+def _bind(graph: ir.Graph, weights: Mapping[str, np.ndarray]) -> None:
+    for value in list(graph.inputs):
+        if value.name in weights:
+            graph.inputs.remove(value)
+            if value.uses():
+                value.const_value = ir.Tensor(np.asarray(weights[value.name]), name=value.name)
+                graph.register_initializer(value)
+
+
+def _apply(model: ir.Model, rules: RewriteRuleSet) -> bool:
+    """One round of folding and rewriting; returns whether a rule matched."""
+    optimizer.fold_constants(
+        model,
+        input_size_limit=sys.maxsize,
+        output_size_limit=sys.maxsize,
+        # A weight that is broadcast to the batch would be stored once for every image of it.
+        should_fold=lambda node: False if node.op_type == "Expand" else None,
+    )
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    _order_operands(model.graph)
+    passes.ShapeInferencePass()(model)
+    matched = RewritePass(rules)(model).modified
+    passes.IdentityEliminationPass()(model)
+    passes.DeduplicateInitializersPass()(model)
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.RemoveUnusedNodesPass()(model)
+    return matched
+
+
+def _order_operands(graph: ir.Graph) -> None:
+    """Puts the shallower operand first and a constant last, as the patterns do."""
+    depth = dict.fromkeys(graph.inputs, 0)
+    for node in graph:
+        inputs = [depth.get(value, math.inf) for value in node.inputs]
+        if node.op_type in ("Add", "Mul", "Max") and inputs[0] > inputs[1]:
+            first, second = node.inputs
+            node.replace_input_with(0, second)
+            node.replace_input_with(1, first)
+        finite = [value for value in inputs if value < math.inf]
+        depth.update(dict.fromkeys(node.outputs, max(finite) + 1 if finite else math.inf))
+
+
+def _array(value: ir.Value | None) -> np.ndarray | None:
+    if value is None or value.const_value is None:
+        return None
+    return value.const_value.numpy()
+
+
+def _scalar(value: ir.Value | None) -> float | None:
+    array = _array(value)
+    return float(array.reshape(())) if array is not None and array.size == 1 else None
+
+
+def _shape(value: ir.Value) -> tuple[int, ...] | None:
+    if value.shape is None or not value.shape.is_static():
+        return None
+    return value.shape.numpy()
+
+
+def _attribute(node: ir.Node, name: str, default: int) -> int:
+    return node.attributes[name].as_int() if name in node.attributes else default
+
+
+def _reduced_axes(x: ir.Value, y: ir.Value) -> list[int] | None:
+    """Axes counted from the end over which the node that makes y reduces x."""
+    node = y.producer()
+    if "axes" in node.attributes:
+        axes = node.attributes["axes"].as_ints()
+    elif len(node.inputs) > 1 and _array(node.inputs[1]) is not None:
+        axes = _array(node.inputs[1]).tolist()
+    else:
+        return None
+    rank = len(_shape(x))
+    return sorted(axis % rank - rank for axis in axes)
+
+
+def _reduces_last(x: ir.Value, *reduced: ir.Value) -> bool:
+    return all(
+        _reduced_axes(x, y) == [-1] and _attribute(y.producer(), "keepdims", 1) for y in reduced
+    )
+
+
+class _RootRule(RewriteRuleClassBase):
+    """A rule that holds for a pattern with either of several operators at its end."""
+
+    def __init__(self, op_type: str):
+        super().__init__()
+        self.op_type = op_type
+
+
+class _Dropout(RewriteRuleClassBase):
+    def pattern(self, op, x):
+        return op.Dropout(x, _allow_other_inputs=True, _outputs=["y", "mask"])
+
+    def check(self, _context, mask, **_):
+        return not mask.uses()
+
+    def rewrite(self, op, x, **_):
+        return op.Identity(x)
+
+
+class _SameShape(_RootRule):
+    """A Reshape or an Expand to the shape that its input has."""
+
+    def pattern(self, op, x, shape):
+        return getattr(op, self.op_type)(x, shape, _outputs=["y"])
+
+    def check(self, _context, x, y, **_):
+        return _shape(x) is not None and _shape(x) == _shape(y)
+
+    def rewrite(self, op, x, **_):
+        return op.Identity(x)
+
+
+class _MaxOfNothing(RewriteRuleClassBase):
+    """max(-inf, x), which guards a maximum over no elements."""
+
+    def pattern(self, op, x, infinity):
+        return op.Max(x, infinity)
+
+    def check(self, _context, infinity, **_):
+        return _scalar(infinity) == -math.inf
+
+    def rewrite(self, op, x, **_):
+        return op.Identity(x)
+
+
+class _OneOver(RewriteRuleClassBase):
+    def pattern(self, op, x):
+        return op.Div(1.0, x)
+
+    def rewrite(self, op, x):
+        return op.Reciprocal(x)
+
+
+class _MeanBySum(_RootRule):
+    """A sum of x or of its squares, times 1 / n or divided by n."""
+
+    def pattern(self, op, x, factor):
+        total = OrValue(
+            [
+                op.ReduceSum(x, _allow_other_inputs=True),
+                op.ReduceSumSquare(x, _allow_other_inputs=True),
+            ],
+            name="total",
+        )
+        return getattr(op, self.op_type)(total, factor)
+
+    def check(self, _context, x, factor, total, **_):
+        if _scalar(factor) is None or _shape(x) is None or _shape(total) is None:
+            return False
+        factor = _scalar(factor) if self.op_type == "Mul" else 1.0 / _scalar(factor)
+        count = math.prod(_shape(x)) / math.prod(_shape(total))
+        return _reduced_axes(x, total) is not None and math.isclose(factor * count, 1, rel_tol=1e-6)
+
+    def rewrite(self, op, x, total, **_):
+        node = total.producer()
+        square = op.Mul(x, x) if node.op_type == "ReduceSumSquare" else x
+        keepdims = _attribute(node, "keepdims", 1)
+        return op.ReduceMean(square, axes=_reduced_axes(x, total), keepdims=keepdims)
+
+
+class _KeepReducedAxes(RewriteRuleClassBase):
+    """A reduction whose axes come back in a Reshape."""
+
+    def pattern(self, op, x, shape):
+        reduced = OrValue(
+            [
+                op.ReduceMean(x, _allow_other_inputs=True),
+                op.ReduceSum(x, _allow_other_inputs=True),
+                op.ReduceMax(x, _allow_other_inputs=True),
+            ],
+            name="reduced",
+        )
+        return op.Reshape(reduced, shape, _outputs=["y"])
+
+    def check(self, _context, x, reduced, y, **_):
+        if _shape(x) is None or _reduced_axes(x, reduced) is None:
+            return False
+        kept = list(_shape(x))
+        for axis in _reduced_axes(x, reduced):
+            kept[axis] = 1
+        return not _attribute(reduced.producer(), "keepdims", 1) and _shape(y) == tuple(kept)
+
+    def rewrite(self, op, x, reduced, **_):
+        node, axes = reduced.producer(), _reduced_axes(x, reduced)
+        if node.op_type == "ReduceSum":  # Since opset 13 its axes are an input.
+            return op.ReduceSum(x, op.Constant(value_ints=axes), keepdims=1)
+        return getattr(op, node.op_type)(x, axes=axes, keepdims=1)
+
+
+class _EinsumMatMul(RewriteRuleClassBase):
+    """x [..., k] times a matrix [k, n]."""
+
+    def pattern(self, op, x, y):
+        return op.Einsum(x, y, _outputs=["product"])
+
+    def check(self, _context, product, **_):
+        terms, result = product.producer().attributes["equation"].as_string().split("->")
+        left, right = terms.split(",")
+        return len(right) == 2 and left[-1] == right[0] and result == left[:-1] + right[1]
+
+    def rewrite(self, op, x, y, **_):
+        return op.MatMul(x, y)
+
+
+class _GemmOfRows(RewriteRuleClassBase):
+    """Reshape to rows, Gemm, Reshape back."""
+
+    def pattern(self, op, x, rows, kernel, bias, shape):
+        flat = op.Reshape(x, rows)
+        return op.Reshape(op.Gemm(flat, kernel, bias, _outputs=["product"]), shape, _outputs=["y"])
+
+    def check(self, _context, x, kernel, product, y, **_):
+        node = product.producer()
+        plain = not any(_attribute(node, name, 0) for name in ("transA", "transB"))
+        plain &= all(
+            name not in node.attributes or node.attributes[name].as_float() == 1.0
+            for name in ("alpha", "beta")
+        )
+        return plain and _shape(y) == (*_shape(x)[:-1], _shape(kernel)[1])
+
+    def rewrite(self, op, x, kernel, bias, **_):
+        return op.Add(op.MatMul(x, kernel), bias)
+
+
+class _TwoConstants(RewriteRuleClassBase):
+    """(x + a) + b: the class token and the position embeddings."""
+
+    def pattern(self, op, x, a, b):
+        return op.Add(op.Add(x, a), b)
+
+    def check(self, _context, x, a, b, **_):
+        return _array(x) is None and _array(a) is not None and _array(b) is not None
+
+    def rewrite(self, op, x, a, b):
+        return op.Add(x, op.Add(a, b))
+
+
+class _OneIndex(_RootRule):
+    """One index of axis 1 by Slice: the class token."""
+
+    def pattern(self, op, x, starts, ends, axes, shape):
+        part = op.Slice(x, starts, ends, axes, _allow_other_inputs=True, _outputs=["part"])
+        return getattr(op, self.op_type)(part, shape, _outputs=["y"])
+
+    def check(self, _context, x, part, y, **_):
+        x, part, y = _shape(x), _shape(part), _shape(y)
+        if x is None or part is None:
+            return False
+        return part == (x[0], 1, *x[2:]) and y == (x[0], *x[2:])
+
+    def rewrite(self, op, x, starts, axes, **_):
+        index = _array(starts)[_array(axes).tolist().index(1)]
+        return op.Gather(x, op.Constant(value_int=int(index)), axis=1)
+
+
+class _LayerNorm(RewriteRuleClassBase):
+    """scale * (x - mean) / sqrt(variance + epsilon) + bias over the last axis."""
+
+    def pattern(self, op, x, scale, bias, epsilon):
+        centred = op.Sub(x, op.ReduceMean(x, _outputs=["mean"]))
+        variance = op.ReduceMean(op.Mul(centred, centred), _outputs=["variance"])
+        inverse = op.Reciprocal(op.Sqrt(op.Add(variance, epsilon)))
+        scaled = OrValue(
+            [
+                op.Mul(centred, op.Mul(inverse, scale)),
+                op.Mul(op.Mul(centred, inverse), scale),
+            ]
+        )
+        return op.Add(scaled, bias)
+
+    def check(self, _context, x, scale, bias, epsilon, mean, variance, **_):
+        width = _shape(x)[-1]
+        return (
+            _scalar(epsilon) is not None
+            and _reduces_last(x, mean, variance)
+            and all(math.prod(_shape(weight)) == width for weight in (scale, bias))
+        )
+
+    def rewrite(self, op, x, scale, bias, epsilon, **_):
+        flat = op.Constant(value_ints=[-1])
+        return op.LayerNormalization(
+            x, op.Reshape(scale, flat), op.Reshape(bias, flat), axis=-1, epsilon=_scalar(epsilon)
+        )
+
+
+class _Softmax(RewriteRuleClassBase):
+    """exp(x - max) / sum over the last axis."""
+
+    def pattern(self, op, x):
+        maximum = op.ReduceMax(x, _allow_other_inputs=True, _outputs=["maximum"])
+        exponential = op.Exp(op.Sub(x, maximum))
+        total = op.ReduceSum(exponential, _allow_other_inputs=True, _outputs=["total"])
+        return op.Div(exponential, total)
+
+    def check(self, _context, x, maximum, total, **_):
+        return _reduces_last(x, maximum, total)
+
+    def rewrite(self, op, x, **_):
+        return op.Softmax(x, axis=-1)
+
+
+class _GeluErf(RewriteRuleClassBase):
+    """GELU in the form that TensorRT and onnxruntime fuse: 0.5 * (x * (1 + erf(x / sqrt(2))))."""
+
+    def pattern(self, op, x):
+        return op.Mul(op.Mul(x, 0.5), op.Add(op.Erf(op.Mul(x, math.sqrt(0.5))), 1.0))
+
+    def rewrite(self, op, x):
+        inner = op.Erf(op.Div(x, op.Constant(value_float=math.sqrt(2))))
+        inner = op.Mul(x, op.Add(inner, op.Constant(value_float=1.0)))
+        return op.Mul(inner, op.Constant(value_float=0.5))
+
+
+class _GeluTanh(RewriteRuleClassBase):
+    """GELU by tanh: 0.5 * (x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))))."""
+
+    def pattern(self, op, x):
+        cubic = OrValue(
+            [
+                op.Mul(x, op.Mul(x, op.Mul(x, 0.044715))),
+                op.Mul(op.Mul(x, op.Mul(x, x)), 0.044715),
+                op.Mul(op.Pow(x, 3.0), 0.044715),
+            ]
+        )
+        inner = op.Mul(op.Add(x, cubic), math.sqrt(2 / math.pi))
+        return op.Mul(x, op.Mul(op.Add(op.Tanh(inner), 1.0), 0.5))
+
+    def rewrite(self, op, x):
+        inner = op.Mul(op.Pow(x, op.Constant(value_float=3.0)), op.Constant(value_float=0.044715))
+        inner = op.Mul(op.Add(x, inner), op.Constant(value_float=math.sqrt(2 / math.pi)))
+        inner = op.Mul(x, op.Add(op.Tanh(inner), op.Constant(value_float=1.0)))
+        return op.Mul(inner, op.Constant(value_float=0.5))
+
+
+_SIMPLIFICATIONS = RewriteRuleSet(
+    [
+        _Dropout.rule(),
+        _SameShape.rule("Reshape"),
+        _SameShape.rule("Expand"),
+        _MaxOfNothing.rule(),
+        _OneOver.rule(),
+        _MeanBySum.rule("Mul"),
+        _MeanBySum.rule("Div"),
+        _KeepReducedAxes.rule(),
+        _EinsumMatMul.rule(),
+        _GemmOfRows.rule(),
+        _TwoConstants.rule(),
+        _OneIndex.rule("Reshape"),
+        _OneIndex.rule("Squeeze"),
+        *expand_before_binary_op_rules,
+        reshape_reshape_rule,
+        transpose_transpose_rule,
+    ]
+)
+_FUSIONS = RewriteRuleSet([_LayerNorm.rule(), _Softmax.rule(), _GeluErf.rule(), _GeluTanh.rule()])
+
+
+def _free_batch(model: ir.Model) -> None:
+    """Replaces the traced batch size by the symbolic dimension `batch`."""
+    graph = model.graph
+    for node in graph:
+        if node.op_type == "Reshape":
+            _free_reshape(graph, node)
+    for value in (*graph.inputs, *graph.outputs):
+        value.shape = ir.Shape(("batch", *value.shape[1:]))
+    for value in (output for node in graph for output in node.outputs):
+        if value not in graph.outputs:
+            value.shape = None
+    passes.ShapeInferencePass()(model)
+    for node in graph:
+        for value in node.outputs:
+            if value.shape is None or TRACED_BATCH in value.shape.dims:
+                raise ValueError(
+                    f"{node.op_type} {value.name} of shape {value.shape} has the traced batch size"
+                )
+
+
+def _free_reshape(graph: ir.Graph, node: ir.Node) -> None:
+    target = _array(node.inputs[1]).tolist()
+    if target[0] == TRACED_BATCH and _shape(node.inputs[0])[0] == TRACED_BATCH:
+        target[0] = 0  # Copies the dimension of the input.
+    elif target[0] % TRACED_BATCH == 0 and -1 not in target:
+        target[0] = -1
+    name = f"{node.outputs[0].name}/shape"
+    shape = ir.Value(name=name, const_value=ir.tensor(target, dtype=ir.DataType.INT64, name=name))
+    graph.register_initializer(shape)
+    node.replace_input_with(1, shape)
+
+
+def _share_weights(graph: ir.Graph) -> None:
+    """Keeps one of the weights that are equal, and stores it row by row."""
+    first: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+    for value in list(graph.initializers.values()):
+        array = np.ascontiguousarray(_array(value)).reshape(_array(value).shape)
+        key = (str(array.dtype), array.shape, hashlib.sha256(array).digest())
+        if key in first:
+            value.replace_all_uses_with(first[key])
+            del graph.initializers[value.name]
+        else:
+            first[key] = value
+            value.const_value = ir.Tensor(array, name=value.name)
+
+
+def _name_nodes(model: ir.Model, weights: Collection[str]) -> None:
+    """Names weights by the parameters in them, nodes and their outputs by their module."""
+    graph = model.graph
+    taken = {value.name for value in (*graph.inputs, *graph.outputs)}
+    scopes: dict[ir.Value, str] = {}
+    for value in list(graph.initializers.values()):
+        sources = value.meta.get(optimizer.FOLDED_FROM_KEY, {value.name}).intersection(weights)
+        name = _common_name(sorted(sources)) if sources else _constant_name(value)
+        if sources:
+            scopes[value] = name.rpartition("/")[0]
+        value.name = _unique(name, taken)
+        value.metadata_props.clear()
+    for node in graph:
+        # The weight's module, or else the one whose output comes in.
+        scope = next((scopes[x] for x in reversed(node.inputs) if x in scopes), "")
+        node.name = _unique(f"{scope}/{node.op_type}".lstrip("/"), taken)
+        node.metadata_props.clear()
+        for i, value in enumerate(node.outputs):
+            scopes[value] = scope
+            if value not in graph.outputs:
+                value.name = f"{node.name}:{i}"
+            value.metadata_props.clear()
+
+
+def _common_name(sources: Sequence[str]) -> str:
+    """`a/query/kernel` and `a/key/kernel` give `a/query+key/kernel`."""
+    paths = [source.split("/") for source in sources]
+    if len({len(path) for path in paths}) > 1:
+        return "+".join(sources)
+    return "/".join("+".join(dict.fromkeys(part)) for part in zip(*paths, strict=True))
+
+
+def _constant_name(value: ir.Value) -> str:
+    array = _array(value)
+    values = "_".join(str(x) for x in array.ravel()[:8])
+    return f"constant_{array.dtype}_{values}"
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    candidates = (name, *(f"{name}_{i}" for i in range(1, len(taken) + 2)))
+    name = next(candidate for candidate in candidates if candidate not in taken)
+    taken.add(name)
+    return name

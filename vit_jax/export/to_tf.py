@@ -1,0 +1,100 @@
+"""Flax to TensorFlow: jax2tf graph serialization, and a SavedModel with a serving signature."""
+
+import inspect
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from vit_jax.errors import UserError
+from vit_jax.export.forward import Forward
+
+
+def can_serialize_graphs() -> bool:
+    """Whether this JAX can emit a TensorFlow graph; from 0.7.2 on it emits one opaque operation."""
+    try:
+        from jax.experimental import jax2tf
+    except ImportError:
+        return False
+    return "native_serialization" in inspect.signature(jax2tf.convert).parameters
+
+
+def check_graph_serialization() -> None:
+    """Raises a UserError where this JAX cannot emit a TensorFlow graph."""
+    if not can_serialize_graphs():
+        raise UserError(
+            f"JAX {jax.__version__} emits no TensorFlow graph: pip install -e '.[export]' "
+            "(jax==0.7.1), or use --converter jax2onnx --stages onnx"
+        )
+
+
+def tf_function(forward: Forward, *, free_batch: bool) -> Callable[..., Any]:
+    """The TensorFlow function of images and weights, traced as ordinary TensorFlow operations.
+
+    Args:
+        forward: what is exported.
+        free_batch: whether any batch size can be traced; a fixed one gives a smaller graph.
+
+    Raises:
+        UserError: this JAX has no graph serialization.
+    """
+    check_graph_serialization()
+    from jax.experimental import jax2tf
+
+    shapes = ["(batch, _, _, _)", *[None] * len(forward.flat_params())]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        # enable_xla=True would leave XlaConvV2 in the graph, and with_gradient=False
+        # PreventGradient; TensorRT and ONNX know neither.
+        return jax2tf.convert(
+            forward.apply_flat,
+            polymorphic_shapes=shapes if free_batch else None,
+            native_serialization=False,
+            enable_xla=False,
+            with_gradient=True,
+        )
+
+
+def to_tf(forward: Forward, directory: str | os.PathLike[str]) -> Path:
+    """Writes `directory/saved_model`, replacing one that is there.
+
+    Its signature `serving_default` maps `images` [batch, height, width, 3] to a dict of the output
+    by its name; the batch dimension is free. The weights are its variables.
+
+    Raises:
+        UserError: this JAX has no graph serialization, or the directory cannot be written.
+    """
+    function = tf_function(forward, free_batch=True)
+    import tensorflow as tf
+
+    module = tf.Module()
+    module.weights = [
+        tf.Variable(weight, trainable=False, name=name)
+        for name, weight in forward.flat_params().items()
+    ]
+    images = tf.TensorSpec((None, *forward.image_shape), forward.image_dtype, name="images")
+
+    @tf.function(input_signature=[images], autograph=False)
+    def serve(images: Any) -> dict[str, Any]:
+        return {forward.output_name: function(images, *module.weights)}
+
+    module.serve = serve
+    path = Path(directory) / "saved_model"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".saved_model-", dir=path.parent))
+    except OSError as error:
+        raise UserError(f"{path.parent} cannot be written ({error.strerror})") from error
+    try:
+        tf.saved_model.save(module, str(temporary / "new"), signatures={"serving_default": serve})
+        if path.exists():
+            path.rename(temporary / "old")
+        (temporary / "new").rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return path
