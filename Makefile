@@ -10,6 +10,7 @@ demo: $(VENV)/installed
 	$(RUN) -m vit_jax.main --config configs/digits.py
 	$(RUN) experiments/training_curves.py runs/digits
 	$(RUN) -m vit_jax.predict --checkpoint runs/digits docs/seven.png
+	$(RUN) -m vit_jax.export --checkpoint runs/digits --output runs/digits/export --latency_seconds 0.5
 
 test: $(VENV)/installed
 	JAX_COMPILATION_CACHE_DIR=$(VENV)/xla JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \

@@ -49,10 +49,20 @@ setup(
             "jax==0.7.1",  # The last whose jax2tf emits a TensorFlow graph that tf2onnx can read.
             "onnx>=1.23",
             "onnxruntime>=1.31",
+            "onnxscript>=0.7.2",
             "tf2onnx>=1.17",
+        ],
+        # The same for newer JAX, without a SavedModel.
+        "export-newest": [
+            "jax2onnx>=0.17",
+            "onnx>=1.23",
+            "onnxruntime>=1.31",
+            "onnxscript>=0.7.2",
         ],
         # The other implementations, to compare with. On Linux, PyPI's PyTorch brings CUDA along.
         "peers": ["timm>=1.0.31", "torch==2.13.0", "torchvision==0.28.0", "transformers>=5.23"],
+        # NVIDIA's own index has the libraries that these load; TensorRT 8.6 is for Python 3.10.
+        "tensorrt": ["cuda-python>=12.2", "tensorrt>=10"],
         "test": ["hypothesis>=6.170", "pytest>=9.2", "ruff>=0.17.5", "scipy>=1.17"],
     },
 )
