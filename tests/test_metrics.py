@@ -73,6 +73,17 @@ def test_evaluation_does_not_count_as_training_time(monkeypatch):
     assert stopwatch.lap() == 15.0
 
 
+def test_a_stopwatch_goes_on_from_what_the_run_has_taken(monkeypatch):
+    # Started at 0, lapped at 10, left out from 12 to 15, asked at 20.
+    clock = iter([0.0, 10.0, 12.0, 15.0, 20.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    stopwatch = metrics.Stopwatch(100.0)
+    assert stopwatch.lap() == 10.0
+    with stopwatch:
+        pass
+    assert stopwatch.total() == 117.0
+
+
 def test_the_progress_line_has_all_that_is_asked_for():
     scalars = {"loss": 0.51234, "accuracy": 0.845, "images_per_second": 12345.6}
     line = metrics.progress_line(200, 1000, scalars, 192.0)

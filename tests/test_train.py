@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
-from vit_jax import train
+from vit_jax import metrics, train
 from vit_jax.config import to_dict
 from vit_jax.errors import UserError
 from vit_jax.models import create_model, vit
@@ -27,7 +27,14 @@ def read_metrics(workdir):
     """metrics.jsonl without what the clock decides."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records]
+    timed = ("images_per_second", "device_days")
+    return [{k: v for k, v in r.items() if k not in timed} for r in records]
+
+
+def read_costs(workdir):
+    """The lines of metrics.jsonl that account for time."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if "device_days" in record]
 
 
 def read_losses(workdir):
@@ -84,6 +91,41 @@ def test_a_run_leaves_what_it_says(finished):
     assert steps == {"4", "6"}
     assert len(list((finished / "best").iterdir())) == 1
     assert list(finished.glob("events.out.tfevents.*"))
+
+
+def test_a_run_keeps_account_of_what_it_has_cost(finished):
+    records = read_costs(finished)
+    # 4 patches of 4 x 4 and the class token, width 16, one layer; the head's 16 and 10 outputs.
+    layer = 5 * 16 * (4 * 16 + 2 * 32) + 2 * 5**2 * 16
+    multiply_adds = 4 * (3 * 4**2) * 16 + layer + 16 * 16 + 16 * 10
+    for record in records:
+        images = 32 * record["step"]
+        assert record["exaflops"] == pytest.approx(6 * multiply_adds * images / 1e18, rel=1e-9)
+    # One device: the days are those that the steps took.
+    seconds = np.cumsum([32 / r["images_per_second"] for r in records])
+    days = [r["device_days"] for r in records]
+    np.testing.assert_allclose(days, seconds / 86_400, atol=0.2 / 86_400)
+
+
+def test_the_time_of_a_resumed_run_counts_from_its_beginning(
+    finished, tiny_config, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "checkpoints/6")
+    (run / "metrics.json").unlink()
+    before = {r["step"]: r["device_days"] * 86_400 for r in read_costs(run)}
+    starts = []
+    original = metrics.Stopwatch
+    monkeypatch.setattr(
+        metrics, "Stopwatch", lambda earlier: starts.append(earlier) or original(earlier + 1000)
+    )
+    train.train(tiny_config(), run)
+    after = {r["step"]: r["device_days"] * 86_400 for r in read_costs(run)}
+    # Between the line of step 4 and its checkpoint nothing was trained.
+    assert starts == [pytest.approx(before[4], abs=0.05)]
+    assert after[4] == before[4]
+    assert before[4] + 1000 < after[5] < after[6] < before[4] + 1060
 
 
 def test_the_first_loss_is_that_of_guessing(finished):

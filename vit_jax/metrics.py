@@ -122,16 +122,25 @@ class Stopwatch:
     """Seconds spent in training; evaluation and saving are left out.
 
     Used as a context manager around what is left out.
+
+    Args:
+        earlier: seconds of the parts of the run before this one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, earlier: float = 0.0) -> None:
         self._start = time.perf_counter()
+        self._earlier = earlier  # up to the last lap
 
     def lap(self) -> float:
         """Seconds since the last lap, and starts the next."""
         now = time.perf_counter()
         seconds, self._start = now - self._start, now
+        self._earlier += seconds
         return seconds
+
+    def total(self) -> float:
+        """Seconds since the run began."""
+        return self._earlier + time.perf_counter() - self._start
 
     def __enter__(self) -> None:
         self._paused = time.perf_counter()

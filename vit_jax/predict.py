@@ -17,6 +17,7 @@ from vit_jax.checkpoints import flags
 from vit_jax.checkpoints.arrays import replacing
 from vit_jax.data import imagenet
 from vit_jax.data.images import SUFFIXES, preprocess, read_image
+from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -118,14 +119,37 @@ def classify(
     model = create_model(pretrained.model, scan_layers=True)
     apply = jax.jit(lambda params, images: model.apply({"params": params}, images))
     params = jax.device_put(pretrained.params)
-    size = pretrained.preprocessing.image_size
+    for found, batch in read_batches(files, pretrained.preprocessing, batch_size):
+        logits = np.asarray(apply(params, batch))[: len(found)]
+        if not np.isfinite(logits).all():
+            raise UserError(f"{pretrained.source} gives logits that are not finite: mend it")
+        yield from zip(found, logits, strict=True)
+
+
+def read_batches(
+    files: Sequence[str], preprocessing: Preprocessing, batch_size: int
+) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Yields images as evaluation sees them, in batches of one shape.
+
+    An image that cannot be read is a line on stderr.
+
+    Args:
+        files: image files.
+        preprocessing: of the model.
+        batch_size: how many files are read at a time, at most.
+
+    Yields:
+        The files that could be read, at least one, and [batch_size, image_size, image_size, 3] in
+        float32, whose rows beyond these files are 0.
+    """
+    size = preprocessing.image_size
     batch_size = min(batch_size, len(files))
 
     def read(file: str) -> np.ndarray | UserError:
         try:
             if os.path.isdir(file):
                 raise UserError(f"{file} holds no image")
-            return preprocess(read_image(file), pretrained.preprocessing)
+            return preprocess(read_image(file), preprocessing)
         except UserError as error:
             return error
 
@@ -138,15 +162,10 @@ def classify(
                     command.report(image)
                 else:
                     found.append((file, image))
-            if not found:
-                continue
-            batch = np.zeros((batch_size, size, size, 3), np.float32)
-            batch[: len(found)] = [image for _, image in found]
-            logits = np.asarray(apply(params, batch))[: len(found)]
-            if not np.isfinite(logits).all():
-                raise UserError(f"{pretrained.source} gives logits that are not finite: mend it")
-            for (file, _), row in zip(found, logits, strict=True):
-                yield file, row
+            if found:
+                batch = np.zeros((batch_size, size, size, 3), np.float32)
+                batch[: len(found)] = [image for _, image in found]
+                yield [file for file, _ in found], batch
 
 
 def top(

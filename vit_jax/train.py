@@ -234,7 +234,7 @@ def _start(run: Run, store: CheckpointStore) -> tuple[TrainState, dict[str, Any]
     state = jax.jit(init, out_shardings=sharding)()
     if config.init_from:
         state = _initialise_from(config, state)
-    return state, {"window": {}, "evaluation": {}, "best": {}}
+    return state, {"window": {}, "evaluation": {}, "best": {}, "seconds": 0.0}
 
 
 def _initialise_from(config: ConfigDict, state: TrainState) -> TrainState:
@@ -262,7 +262,7 @@ def _loop(
     step = int(state.step)
     step_fn, evaluator = _compile(run, state)
     window = metrics.Window(progress["window"])
-    stopwatch = metrics.Stopwatch()
+    stopwatch = metrics.Stopwatch(progress.get("seconds", 0.0))
     laps = step
     batches = to_devices(_train_batches(run, step), run.mesh)
     with contextlib.closing(metrics.create_writer(run.workdir, step)) as writer:
@@ -272,6 +272,7 @@ def _loop(
             except UserError:  # An image that cannot be decoded must not cost what was learned.
                 if jax.process_count() == 1:
                     progress["window"] = window.drain()
+                    progress["seconds"] = stopwatch.total()
                     store.save(step, state, _metadata(run, progress))
                 raise
             state, step_metrics = step_fn(state, batch)
@@ -281,7 +282,7 @@ def _loop(
                 window.add(step, step_metrics)
                 if last or _due(step, run.log_every):
                     scalars = window.mean()
-                    _log(run, writer, step, step - laps, scalars, stopwatch.lap())
+                    _log(run, writer, step, step - laps, scalars, stopwatch)
                     laps = step
                 stop = terminated(step)
                 due_fewshot = run.fewshot and (last or _due(step, run.fewshot_every))
@@ -289,6 +290,7 @@ def _loop(
                 if not (last or stop or due or due_fewshot):
                     continue
                 progress["window"] = window.drain()
+            progress["seconds"] = stopwatch.total()
             with stopwatch:
                 if last or _due(step, run.eval_every):
                     progress["evaluation"] = {"step": step, **evaluator(state.eval_params)}
@@ -415,18 +417,21 @@ def _log(
     step: int,
     steps: int,
     scalars: dict[str, float],
-    seconds: float,
+    stopwatch: metrics.Stopwatch,
 ) -> None:
-    """Writes the means over the last `steps` steps, which took `seconds`."""
+    """Writes the means over the last `steps` steps, and what the run has cost so far."""
     config = run.config
+    seconds = stopwatch.lap()
+    scalars["device_days"] = stopwatch.total() * run.mesh.size / (24 * 60 * 60)
     images_per_second = steps * config.batch_size / seconds
     scalars["learning_rate"] = float(run.schedule(step - 1))
     scalars["images_per_second"] = images_per_second
+    macs = flops.multiply_adds(config.model, config.dataset.image_size, run.model.num_classes)
+    needed = flops.train_flops(macs)  # of one image
+    scalars["exaflops"] = needed * config.batch_size * step / 1e18
     peak = flops.peak_flops(jax.devices()[0].device_kind)
     if peak:
-        macs = flops.multiply_adds(config.model, config.dataset.image_size, run.model.num_classes)
-        needed = flops.train_flops(macs) * images_per_second
-        scalars["mfu"] = needed / (peak * run.mesh.size)
+        scalars["mfu"] = needed * images_per_second / (peak * run.mesh.size)
     writer.write_scalars(step, scalars)
     left = (run.total_steps - step) * seconds / steps
     _say(metrics.progress_line(step, run.total_steps, scalars, left))

@@ -1,0 +1,176 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax.analysis import intermediates
+from vit_jax.errors import UserError
+from vit_jax.models import create_model
+
+TINY = {
+    "architecture": "vit",
+    "patch_size": 4,
+    "hidden_size": 24,
+    "num_layers": 3,
+    "mlp_dim": 40,
+    "num_heads": 3,
+    "num_classes": 5,
+}
+HYBRID = {**TINY, "architecture": "hybrid", "resnet_layers": (1, 1), "patch_size": 1}
+IMAGES = np.random.default_rng(1).uniform(-1, 1, (2, 8, 12, 3)).astype(np.float32)
+WIDE_IMAGES = np.random.default_rng(1).uniform(-1, 1, (2, 16, 24, 3)).astype(np.float32)
+MODELS = {
+    "class token": (TINY, IMAGES, 7),
+    "gap": ({**TINY, "classifier": "gap"}, IMAGES, 6),
+    "scan": ({**TINY, "scan_layers": True}, IMAGES, 7),
+    "remat": ({**TINY, "remat": True}, IMAGES, 7),
+    "hybrid": (HYBRID, WIDE_IMAGES, 7),
+}
+attention_weights = jax.jit(intermediates.attention_weights, static_argnums=0)
+layer_tokens = jax.jit(intermediates.layer_tokens, static_argnums=0)
+
+
+def random_params(model, images):
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    rng = np.random.default_rng(2)
+    return jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
+
+
+def layer_norm(x, params):
+    x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6)
+    return x * params["scale"] + params["bias"]
+
+
+def numpy_layer(z, params):
+    """Eqs. 2 and 3 in float64, one image and one head at a time: A, and z after the layer."""
+    msa, mlp = params["MultiHeadDotProductAttention_1"], params["MlpBlock_3"]
+    batch, tokens, hidden_size = z.shape
+    num_heads = msa["query"]["kernel"].shape[1]
+    weights = np.zeros((batch, num_heads, tokens, tokens))
+    out = np.tile(msa["out"]["bias"].astype(np.float64), (batch, tokens, 1))
+    x = layer_norm(z, params["LayerNorm_0"])
+    for image in range(batch):
+        for head in range(num_heads):
+            q, k, v = (
+                x[image] @ msa[name]["kernel"][:, head] + msa[name]["bias"][head]
+                for name in ("query", "key", "value")
+            )
+            scores = np.exp(q @ k.T / np.sqrt(hidden_size / num_heads))
+            weights[image, head] = scores / scores.sum(axis=1, keepdims=True)
+            out[image] += weights[image, head] @ v @ msa["out"]["kernel"][head]
+    z = z + out
+    x = layer_norm(z, params["LayerNorm_2"]) @ mlp["Dense_0"]["kernel"] + mlp["Dense_0"]["bias"]
+    x = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))  # GELU, tanh form
+    return weights, z + x @ mlp["Dense_1"]["kernel"] + mlp["Dense_1"]["bias"]
+
+
+def numpy_layers(params, images):
+    batch, height, width, _ = images.shape
+    patches = [
+        images[:, y : y + 4, x : x + 4].reshape(batch, -1)
+        for y in range(0, height, 4)
+        for x in range(0, width, 4)
+    ]
+    embedding = params["embedding"]
+    z = np.stack(patches, 1) @ embedding["kernel"].reshape(-1, 24) + embedding["bias"]
+    if "cls" in params:
+        z = np.concatenate([np.tile(params["cls"], (batch, 1, 1)), z], axis=1)
+    encoder = params["Transformer"]
+    z = z.astype(np.float64) + encoder["posembed_input"]["pos_embedding"]
+    weights, tokens = [], []
+    for layer in range(3):
+        a, z = numpy_layer(z, encoder[f"encoderblock_{layer}"])
+        weights.append(a)
+        tokens.append(z)
+    return np.stack(weights, 1), np.stack(tokens, 1)
+
+
+@pytest.mark.parametrize("config", [TINY, {**TINY, "classifier": "gap"}])
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_attention_and_tokens_of_every_layer_are_those_of_the_equations(config, scan_layers):
+    model = create_model(config, scan_layers=scan_layers)
+    params = random_params(model, IMAGES)
+    weights, tokens = numpy_layers(params, IMAGES)
+    np.testing.assert_allclose(attention_weights(model, params, IMAGES), weights, atol=2e-5)
+    np.testing.assert_allclose(layer_tokens(model, params, IMAGES), tokens, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_row_sums_to_one_and_no_two_layers_are_the_same(name):
+    config, images, num_tokens = MODELS[name]
+    model = create_model(config)
+    params = random_params(model, images)
+    weights = attention_weights(model, params, images)
+    assert weights.shape == (2, 3, 3, num_tokens, num_tokens)
+    np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-5)
+    tokens = layer_tokens(model, params, images)
+    assert tokens.shape == (2, 3, num_tokens, 24)
+    for values in (weights, tokens):
+        assert np.abs(values[:, 0] - values[:, 1]).max() > 1e-3
+        assert np.abs(values[:, 1] - values[:, 2]).max() > 1e-3
+
+
+@pytest.mark.parametrize("config", [TINY, HYBRID])
+def test_the_last_layers_tokens_give_the_logits(config):
+    model = create_model(config)
+    params = random_params(model, WIDE_IMAGES)
+    last = np.asarray(layer_tokens(model, params, WIDE_IMAGES))[:, -1, 0]
+    y = layer_norm(last, params["Transformer"]["encoder_norm"])
+    logits = y @ params["head"]["kernel"] + params["head"]["bias"]
+    expected = model.apply({"params": params}, WIDE_IMAGES)
+    np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_sixteen_bits_come_out_as_float32():
+    model = create_model(TINY, dtype="bfloat16")
+    params = random_params(model, IMAGES)
+    exact = attention_weights(create_model(TINY), params, IMAGES)
+    weights = attention_weights(model, params, IMAGES)
+    assert weights.dtype == layer_tokens(model, params, IMAGES).dtype == jnp.float32
+    assert 0 < np.abs(weights - exact).max() < 0.1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_asking_does_not_change_the_logits(name):
+    config, images, _ = MODELS[name]
+    model = create_model(config)
+    params = random_params(model, images)
+    plain = jax.jit(lambda p, x: model.apply({"params": p}, x))(params, images)
+    asked, state = jax.jit(lambda p, x: model.apply({"params": p}, x, mutable="intermediates"))(
+        params, images
+    )
+    assert jax.tree.leaves(state)
+    np.testing.assert_allclose(asked, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_not_asking_leaves_no_trace_in_the_program(name, monkeypatch):
+    config, images, _ = MODELS[name]
+
+    def program(**asking):
+        model = create_model(config)
+        params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+        # The loss as well: a trace of it in the gradient is what would slow down training.
+        loss = lambda p, x: jax.tree.reduce(  # noqa: E731
+            jnp.add, jax.tree.map(jnp.sum, model.apply({"params": p}, x, **asking))
+        )
+        return jax.jit(jax.value_and_grad(loss)).lower(params, images).as_text()
+
+    silent = program()
+    assert program(mutable="intermediates") != silent
+    monkeypatch.setattr(nn.Module, "sow", lambda *args, **options: False)
+    assert program() == silent
+
+
+def test_a_model_without_attention_is_told_so():
+    class Linear(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2)(x.mean(axis=(1, 2)))
+
+    params = Linear().init(jax.random.key(0), IMAGES)["params"]
+    for function in (attention_weights, layer_tokens):
+        with pytest.raises(UserError, match="has no self-attention: give a Vision Transformer"):
+            function(Linear(), params, IMAGES)

@@ -1,0 +1,100 @@
+"""From attention weights to what can be looked at: maps, rollout (D.8) and distances (D.7).
+
+Attention weights are those of `intermediates.attention_weights`, [..., tokens, tokens]. A class
+token comes before the patches, which come row by row; whether there is one is told from their
+number.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+
+def on_patches(weights: Array, grid: tuple[int, int]) -> Array:
+    """What the image's representation looks at, [..., rows, columns].
+
+    That is the class token's attention to the patches; of a model without one, which averages over
+    the patches (D.3), the mean of theirs.
+
+    Args:
+        weights: [..., tokens, tokens].
+        grid: rows and columns of patches.
+    """
+    rows, columns = grid
+    patches = rows * columns
+    has_class_token = weights.shape[-1] > patches
+    looked_at = weights[..., 0, :] if has_class_token else weights.mean(axis=-2)
+    return looked_at[..., -patches:].reshape(*weights.shape[:-2], rows, columns)
+
+
+def rollout(weights: Array) -> Array:
+    """Attention rollout (Appendix D.8; Abnar & Zuidema, 2020), [batch, tokens, tokens].
+
+    Averages over the heads, adds the identity for the residual connection, makes every row sum to 1
+    again and multiplies the layers, the first one rightmost. A row is the share that each token of
+    the input has in one token of the output.
+
+    Args:
+        weights: [batch, layers, heads, tokens, tokens].
+    """
+    mixed = weights.mean(axis=2) + jnp.eye(weights.shape[-1])  # [batch, layers, tokens, tokens]
+    mixed = mixed / mixed.sum(axis=-1, keepdims=True)
+    result = mixed[:, 0]
+    for layer in range(1, mixed.shape[1]):
+        result = jnp.matmul(mixed[:, layer], result, precision="highest")
+    return result
+
+
+def to_mask(maps: Array, image_size: tuple[int, int]) -> Array:
+    """Enlarges maps of the patches to masks of the image, in [0, 1], [..., height, width].
+
+    Bilinear; each map is divided by its maximum.
+
+    Args:
+        maps: [..., rows, columns], not negative.
+        image_size: height and width in pixels.
+    """
+    maps = maps / maps.max(axis=(-2, -1), keepdims=True)
+    return jax.image.resize(maps, (*maps.shape[:-2], *image_size), "bilinear")
+
+
+def patch_distances(grid: tuple[int, int], patch_size: int) -> np.ndarray:
+    """Euclidean distance between the centres of any two patches in pixels, [patches, patches].
+
+    Args:
+        grid: rows and columns of patches.
+        patch_size: side in pixels of what becomes one token: `model.downsampling`.
+    """
+    centres = np.stack(np.indices(grid), -1).reshape(-1, 2) * patch_size
+    return np.linalg.norm(centres[:, None] - centres, axis=-1)
+
+
+def attention_distance(weights: Array, grid: tuple[int, int], patch_size: int) -> Array:
+    """Mean attention distance in pixels (Appendix D.7), [...]; average it over images.
+
+    The class token is dropped, as a query and as a key, and what is left of a row is not rescaled:
+    attention to the class token counts as a distance of 0. Distances are weighted by attention,
+    summed over the keys and averaged over the queries.
+
+    Args:
+        weights: [..., tokens, tokens].
+        grid: rows and columns of patches.
+        patch_size: side in pixels of what becomes one token: `model.downsampling`.
+    """
+    distances = patch_distances(grid, patch_size).astype(np.float32)
+    patches = len(distances)
+    between_patches = weights[..., -patches:, -patches:]
+    return (between_patches * distances).sum(axis=-1).mean(axis=-1)
+
+
+def uniform_distance(grid: tuple[int, int], patch_size: int, num_tokens: int) -> float:
+    """The attention distance of a head that looks at all of `num_tokens` tokens alike, in pixels.
+
+    Args:
+        grid: rows and columns of patches.
+        patch_size: side in pixels of what becomes one token.
+        num_tokens: patches, and the class token if there is one.
+    """
+    return float(patch_distances(grid, patch_size).sum(axis=-1).mean() / num_tokens)

@@ -1,0 +1,86 @@
+"""What the embeddings have learned: filters and positions (Figure 7, left and middle)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vit_jax.errors import UserError
+from vit_jax.models.resnet import standardize
+
+
+def rgb_filters(params: Mapping[str, Any]) -> np.ndarray:
+    """The filters that see the image, [height, width, 3, filters].
+
+    Those of the patch embedding; of a hybrid, which embeds the patches of a feature map, those of
+    the first convolution, standardised as it uses them.
+
+    Args:
+        params: of a model.
+
+    Raises:
+        UserError: neither is there.
+    """
+    embedding = params.get("embedding", {}).get("kernel")
+    if embedding is not None and embedding.shape[2] == 3:
+        return np.asarray(embedding)
+    root = params.get("conv_root", {}).get("kernel")
+    if root is None:
+        raise UserError("this model has no patch embedding: give a Vision Transformer or a hybrid")
+    return np.asarray(standardize(root))
+
+
+def principal_filters(kernel: np.ndarray, count: int = 28) -> tuple[np.ndarray, np.ndarray]:
+    """The principal components of filters (Figure 7 left shows the first 28 of L/32).
+
+    A filter is an example and its values are the features; the mean filter is taken off.
+
+    Args:
+        kernel: [height, width, channels, filters].
+        count: how many; fewer if there are not so many.
+
+    Returns:
+        The components, [count, height, width, channels], each of length 1 and of the sign that
+        makes its largest value positive; and each one's share of the variance, [count].
+    """
+    examples = kernel.reshape(-1, kernel.shape[-1]).T.astype(np.float64)
+    examples = examples - examples.mean(axis=0)
+    _, scales, components = np.linalg.svd(examples, full_matrices=False)
+    components = components[:count]
+    largest = np.abs(components).argmax(axis=1)
+    components *= np.sign(components[np.arange(len(components)), largest])[:, None]
+    shares = scales**2 / (scales**2).sum()
+    return components.reshape(-1, *kernel.shape[:3]), shares[:count]
+
+
+def to_rgb(filters: np.ndarray) -> np.ndarray:
+    """Filters as pixels in [0, 1]: 0 is mid-grey, and each one's largest value black or white.
+
+    Args:
+        filters: [..., height, width, 3].
+    """
+    largest = np.abs(filters).max(axis=(-3, -2, -1), keepdims=True)
+    return 0.5 + 0.5 * filters / np.where(largest, largest, 1)
+
+
+def position_similarity(params: Mapping[str, Any], grid: tuple[int, int]) -> np.ndarray:
+    """Cosine similarities of the patches' position embeddings (Figure 7 middle).
+
+    Args:
+        params: of a model.
+        grid: rows and columns of patches; what comes before them, the class token, is left out.
+
+    Returns:
+        [rows, columns, rows, columns]: of the patch at the first two with that at the last two.
+
+    Raises:
+        UserError: the model has no position embedding for every patch.
+    """
+    rows, columns = grid
+    embedding = params.get("Transformer", {}).get("posembed_input", {}).get("pos_embedding")
+    if embedding is None or embedding.shape[1] < rows * columns:
+        raise UserError("this model has no position embedding for every patch at its input")
+    patches = np.asarray(embedding)[0, -rows * columns :].astype(np.float64)
+    lengths = np.linalg.norm(patches, axis=-1, keepdims=True)
+    patches = patches / np.where(lengths, lengths, 1)
+    return (patches @ patches.T).reshape(rows, columns, rows, columns)

@@ -1,0 +1,66 @@
+"""What a model computes on its way to the logits, layer by layer.
+
+Both functions run the model as it is: what they return is sown by it, or captured by Flax, and is
+no part of the program that anybody else compiles.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vit_jax.errors import UserError
+from vit_jax.models.vit import EncoderBlock
+
+Array = jax.Array
+
+
+def attention_weights(model: nn.Module, params: Mapping[str, Any], images: Array) -> Array:
+    """Returns the attention weights A of Eq. 6, [batch, layers, heads, tokens, tokens] in float32.
+
+    A row is what one token looks at and sums to 1. Where there is a class token, it is token 0.
+
+    Args:
+        model: a Vision Transformer or a hybrid, with or without `scan_layers`.
+        params: its parameters.
+        images: [batch, height, width, 3], as the model takes them.
+
+    Raises:
+        UserError: the model has no self-attention.
+    """
+    _, state = model.apply({"params": params}, images, mutable="intermediates")
+    weights = _of_layers(
+        state, lambda block: block["MultiHeadDotProductAttention_1"]["attention_weights"]
+    )
+    return weights.astype(jnp.float32)
+
+
+def layer_tokens(model: nn.Module, params: Mapping[str, Any], images: Array) -> Array:
+    """Returns z_l of Eq. 3 after every layer, [batch, layers, tokens, hidden_size] in float32.
+
+    For arguments and what it raises, see `attention_weights`.
+    """
+    _, state = model.apply(
+        {"params": params},
+        images,
+        capture_intermediates=lambda module, _: isinstance(module, EncoderBlock),
+        mutable="intermediates",
+    )
+    return _of_layers(state, lambda block: block["__call__"]).astype(jnp.float32)
+
+
+def _of_layers(state: Mapping[str, Any], choose: Callable[[Mapping[str, Any]], tuple]) -> Array:
+    """Stacks what one value of every encoder block, [batch, ...], to [batch, layers, ...]."""
+    encoder = state.get("intermediates", {}).get("Transformer", {})
+    if "encoderblock" in encoder:  # scan_layers has stacked them already.
+        (stacked,) = choose(encoder["encoderblock"])
+        return stacked.swapaxes(0, 1)
+    layers = []
+    while block := encoder.get(f"encoderblock_{len(layers)}"):
+        (value,) = choose(block)
+        layers.append(value)
+    if not layers:
+        raise UserError("this model has no self-attention: give a Vision Transformer or a hybrid")
+    return jnp.stack(layers, axis=1)

@@ -1,0 +1,242 @@
+"""The figures of `python -m vit_jax.analysis`, from arrays; the only module with matplotlib."""
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+_DOT, _FAINT = "#0b6bcb", "#9aa5b1"
+_PANEL = 1.45  # inches
+_MAPS = "viridis"
+
+
+def masked_images(images: np.ndarray, masks: np.ndarray) -> Figure:
+    """Every image, and beside it what is left of it under its mask (Figures 6 and 14).
+
+    Args:
+        images: [images, height, width, 3] in [0, 1].
+        masks: [images, height, width] in [0, 1].
+    """
+    pairs = min(3, len(images))
+    rows = -(-len(images) // pairs)
+    figure = Figure(figsize=(pairs * (2 * _PANEL + 0.15), rows * _PANEL + 0.3))
+    # A narrow column between the pairs.
+    grid = figure.add_gridspec(
+        rows,
+        3 * pairs - 1,
+        width_ratios=([1, 1, 0.06] * pairs)[:-1],
+        left=0.003,
+        right=0.997,
+        bottom=0.005,
+        top=1 - 0.27 / (rows * _PANEL + 0.3),
+        wspace=0.03,
+        hspace=0.03,
+    )
+    for index, (image, mask) in enumerate(zip(images, masks, strict=True)):
+        row, pair = divmod(index, pairs)
+        for column, pixels in enumerate((image, image * mask[..., None])):
+            axes = figure.add_subplot(grid[row, 3 * pair + column])
+            _show(axes, pixels)
+            if row == 0:
+                axes.set_title(("input", "attention")[column], fontsize=10, pad=4)
+    return figure
+
+
+def head_maps(image: np.ndarray, maps: np.ndarray, title: str) -> Figure:
+    """An image, and what the class token looks at in every layer (columns) and head (rows).
+
+    Args:
+        image: [height, width, 3] in [0, 1].
+        maps: [layers, heads, rows, columns]; one colour scale for all.
+        title: above the maps.
+    """
+    num_layers, num_heads = maps.shape[:2]
+    # A few patches that take all of a head's attention would leave the others in the dark.
+    highest = np.quantile(maps, 0.97)
+    figure, panels = _beside(image, num_heads, num_layers, title)
+    for layer in range(num_layers):
+        for head in range(num_heads):
+            axes = panels[head, layer]
+            drawn = axes.imshow(maps[layer, head], cmap=_MAPS, vmin=0, vmax=highest)
+            _bare(axes)
+            if head == 0:
+                axes.set_title(_layer(layer), fontsize=8, pad=3)
+            if layer == 0:
+                axes.set_ylabel(f"head {head + 1}", fontsize=8)
+    box, tall = panels[0, -1].get_position(), 2.2 / figure.get_figheight()
+    tall = min(tall, box.y1 - panels[-1, -1].get_position().y0)
+    place = (box.x1 + 0.1 / figure.get_figwidth(), box.y1 - tall, 0.1 / figure.get_figwidth(), tall)
+    bar = figure.colorbar(drawn, cax=figure.add_axes(place), extend="max")
+    bar.set_label("share of the attention", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    return figure
+
+
+def layer_colours(image: np.ndarray, tokens: np.ndarray, title: str) -> Figure:
+    """An image, and every layer's patches coloured by their first three principal components.
+
+    Args:
+        image: [height, width, 3] in [0, 1].
+        tokens: of the patches, [layers, rows, columns, hidden_size].
+        title: above the maps.
+    """
+    columns = min(6, len(tokens))
+    rows = -(-len(tokens) // columns)
+    figure, panels = _beside(image, rows, columns, title, gap=0.17)
+    for index, axes in enumerate(panels.flat):
+        if index >= len(tokens):
+            axes.remove()
+            continue
+        axes.imshow(_three_components(tokens[index]))
+        _bare(axes)
+        axes.set_title(_layer(index), fontsize=8, pad=3)
+    return figure
+
+
+def attention_distances(distances: np.ndarray, uniform: float, num_images: int) -> Figure:
+    """One dot per head and layer (Figure 7 right).
+
+    Args:
+        distances: [layers, heads] in pixels.
+        uniform: the distance of a head that looks at all tokens alike.
+        num_images: over which the distances were averaged.
+    """
+    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    num_layers, num_heads = distances.shape
+    layers = np.repeat(np.arange(1, num_layers + 1), num_heads)
+    axes.axhline(uniform, color=_FAINT, linestyle="--", linewidth=1, zorder=1)
+    axes.annotate(
+        "looks at all tokens alike",
+        (1, uniform),
+        xycoords=("axes fraction", "data"),
+        xytext=(-2, 3),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+        color="#6b7785",
+    )
+    axes.scatter(
+        layers, distances.ravel(), s=30, color=_DOT, alpha=0.75, edgecolor="white", linewidth=0.5
+    )
+    axes.set(
+        xlabel="layer",
+        ylabel="mean attention distance (pixels)",
+        xlim=(0.3, num_layers + 0.7),
+        ylim=(0, 1.12 * max(uniform, distances.max())),
+    )
+    axes.set_xticks(np.arange(1, num_layers + 1, 1 if num_layers <= 16 else 2))
+    images = "image" if num_images == 1 else f"mean over {num_images} images"
+    heads = "1 head" if num_heads == 1 else f"{num_heads} heads"
+    axes.set_title(f"Attention distance: {heads} a layer, {images}", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def filter_grid(filters: np.ndarray, share: float) -> Figure:
+    """Principal components of the RGB filters, seven a row (Figure 7 left).
+
+    Args:
+        filters: [filters, height, width, 3] in [0, 1].
+        share: of the variance that they hold together.
+    """
+    columns = min(7, len(filters))
+    rows = -(-len(filters) // columns)
+    side = 0.62
+    figure = Figure(figsize=(columns * side + 0.2, rows * side + 0.5), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for index, axes in enumerate(panels.flat):
+        if index < len(filters):
+            _show(axes, filters[index])
+        else:
+            axes.remove()
+    figure.suptitle(
+        f"First {len(filters)} principal components of the\nRGB filters, {share:.0%} of their "
+        "variance",
+        fontsize=10,
+    )
+    return figure
+
+
+def similarity_grid(similarity: np.ndarray) -> Figure:
+    """A map for each patch: how similar every patch's position embedding is (Figure 7 middle).
+
+    Args:
+        similarity: [rows, columns, rows, columns], cosines.
+    """
+    rows, columns = similarity.shape[:2]
+    # One picture, cut by lines: hundreds of axes would take a minute.
+    whole = similarity.transpose(0, 2, 1, 3).reshape(rows * rows, columns * columns)
+    figure = Figure(figsize=(5.2, 4.6), layout="constrained")
+    axes = figure.subplots()
+    extent = (0.5, columns + 0.5, rows + 0.5, 0.5)
+    drawn = axes.imshow(whole, cmap=_MAPS, vmin=-1, vmax=1, extent=extent, interpolation="nearest")
+    axes.set(xlabel="column of the patch", ylabel="row of the patch")
+    axes.set_title("Position embeddings: similarity of each patch with all", fontsize=10)
+    axes.set_xticks(np.arange(1, columns + 1, -(-columns // 14)))
+    axes.set_yticks(np.arange(1, rows + 1, -(-rows // 14)))
+    for column in range(1, columns):
+        axes.axvline(column + 0.5, color="white", linewidth=1)
+    for row in range(1, rows):
+        axes.axhline(row + 0.5, color="white", linewidth=1)
+    axes.tick_params(length=0, labelsize=8)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(
+        drawn, ax=axes, label="cosine similarity", fraction=0.046, ticks=np.linspace(-1, 1, 5)
+    )
+    return figure
+
+
+def _beside(
+    image: np.ndarray, rows: int, columns: int, title: str, gap: float = 0.04
+) -> tuple[Figure, np.ndarray]:
+    """An image, and right of it panels [rows, columns] with gaps of so many inches in a column."""
+    side, left = 0.68, 2.3
+    wide, tall = columns * (side + 0.04) - 0.04, rows * (side + gap) - gap
+    width, height = left + wide + 0.9, max(tall, 1.8) + 0.75
+    figure = Figure(figsize=(width, height))
+    top = 1 - 0.6 / height
+    axes = figure.add_axes((0.1 / width, top - 1.8 / height, 1.8 / width, 1.8 / height))
+    _show(axes, image)
+    axes.set_title("input", fontsize=10, pad=4)
+    panels = figure.subplots(
+        rows,
+        columns,
+        squeeze=False,
+        gridspec_kw={
+            "left": left / width,
+            "right": (left + wide) / width,
+            "bottom": top - tall / height,
+            "top": top,
+            "wspace": 0.04 / side,
+            "hspace": gap / side,
+        },
+    )
+    figure.text(left / width, 1 - 0.14 / height, title, fontsize=10, va="top")
+    return figure, panels
+
+
+def _layer(index: int) -> str:
+    return f"layer {index + 1}"
+
+
+def _show(axes: Axes, pixels: np.ndarray) -> None:
+    axes.imshow(np.clip(pixels, 0, 1))
+    axes.set_axis_off()
+
+
+def _bare(axes: Axes) -> None:
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+
+
+def _three_components(tokens: np.ndarray) -> np.ndarray:
+    """Projects [rows, columns, hidden_size] to [rows, columns, 3] in [0, 1]."""
+    flat = tokens.reshape(-1, tokens.shape[-1]).astype(np.float64)
+    flat = flat - flat.mean(axis=0)
+    left, scales, _ = np.linalg.svd(flat, full_matrices=False)
+    colours = np.zeros((len(flat), 3))
+    count = min(3, len(scales))
+    colours[:, :count] = (left * scales)[:, :count]
+    low, high = np.quantile(colours, 0.02), np.quantile(colours, 0.98)
+    return np.clip((colours - low) / max(high - low, 1e-12), 0, 1).reshape(*tokens.shape[:2], 3)
