@@ -1,12 +1,14 @@
 """The figures of `python -m vit_jax.analysis`, from arrays; the only module with matplotlib."""
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 _DOT, _FAINT = "#0b6bcb", "#9aa5b1"
 _PANEL = 1.45  # inches
-_MAPS = "viridis"
 
 
 def masked_images(images: np.ndarray, masks: np.ndarray) -> Figure:
@@ -50,21 +52,16 @@ def head_maps(image: np.ndarray, maps: np.ndarray, title: str) -> Figure:
         title: above the maps.
     """
     num_layers, num_heads = maps.shape[:2]
+    figure, axes = _beside(image, num_heads, num_layers, title)
     # A few patches that take all of a head's attention would leave the others in the dark.
     highest = np.quantile(maps, 0.97)
-    figure, panels = _beside(image, num_heads, num_layers, title)
-    for layer in range(num_layers):
-        for head in range(num_heads):
-            axes = panels[head, layer]
-            drawn = axes.imshow(maps[layer, head], cmap=_MAPS, vmin=0, vmax=highest)
-            _bare(axes)
-            if head == 0:
-                axes.set_title(_layer(layer), fontsize=8, pad=3)
-            if layer == 0:
-                axes.set_ylabel(f"head {head + 1}", fontsize=8)
-    box, tall = panels[0, -1].get_position(), 2.2 / figure.get_figheight()
-    tall = min(tall, box.y1 - panels[-1, -1].get_position().y0)
-    place = (box.x1 + 0.1 / figure.get_figwidth(), box.y1 - tall, 0.1 / figure.get_figwidth(), tall)
+    drawn = _tiles(axes, maps.swapaxes(0, 1), 0, highest)
+    axes.xaxis.tick_top()
+    axes.xaxis.set_label_position("top")
+    axes.set(xlabel="layer", ylabel="head")
+    box, width, height = axes.get_position(), figure.get_figwidth(), figure.get_figheight()
+    tall = min(2.2 / height, box.height)
+    place = (box.x1 + 0.1 / width, box.y1 - tall, 0.1 / width, tall)
     bar = figure.colorbar(drawn, cax=figure.add_axes(place), extend="max")
     bar.set_label("share of the attention", fontsize=8)
     bar.ax.tick_params(labelsize=7)
@@ -81,14 +78,19 @@ def layer_colours(image: np.ndarray, tokens: np.ndarray, title: str) -> Figure:
     """
     columns = min(6, len(tokens))
     rows = -(-len(tokens) // columns)
-    figure, panels = _beside(image, rows, columns, title, gap=0.17)
+    figure, whole = _beside(image, rows, columns, title, gap=0.17)
+    panels = (
+        whole.get_subplotspec()
+        .subgridspec(rows, columns, wspace=0.06, hspace=0.25)
+        .subplots(squeeze=False)
+    )
+    whole.remove()
     for index, axes in enumerate(panels.flat):
         if index >= len(tokens):
             axes.remove()
             continue
-        axes.imshow(_three_components(tokens[index]))
-        _bare(axes)
-        axes.set_title(_layer(index), fontsize=8, pad=3)
+        _show(axes, _three_components(tokens[index]), interpolation="nearest")
+        axes.set_title(f"layer {index + 1}", fontsize=8, pad=3)
     return figure
 
 
@@ -104,19 +106,23 @@ def attention_distances(distances: np.ndarray, uniform: float, num_images: int) 
     axes = figure.subplots()
     num_layers, num_heads = distances.shape
     layers = np.repeat(np.arange(1, num_layers + 1), num_heads)
-    axes.axhline(uniform, color=_FAINT, linestyle="--", linewidth=1, zorder=1)
-    axes.annotate(
-        "looks at all tokens alike",
-        (1, uniform),
-        xycoords=("axes fraction", "data"),
-        xytext=(-2, 3),
-        textcoords="offset points",
-        ha="right",
-        fontsize=8,
-        color="#6b7785",
-    )
     axes.scatter(
-        layers, distances.ravel(), s=30, color=_DOT, alpha=0.75, edgecolor="white", linewidth=0.5
+        layers,
+        distances.ravel(),
+        s=30,
+        color=_DOT,
+        alpha=0.75,
+        edgecolor="white",
+        linewidth=0.5,
+        label="a head",
+    )
+    axes.axhline(
+        uniform,
+        color=_FAINT,
+        linestyle="--",
+        linewidth=1.2,
+        zorder=1,
+        label="attention to all tokens alike",
     )
     axes.set(
         xlabel="layer",
@@ -128,6 +134,7 @@ def attention_distances(distances: np.ndarray, uniform: float, num_images: int) 
     images = "image" if num_images == 1 else f"mean over {num_images} images"
     heads = "1 head" if num_heads == 1 else f"{num_heads} heads"
     axes.set_title(f"Attention distance: {heads} a layer, {images}", fontsize=10)
+    axes.legend(loc="lower right", fontsize=8, framealpha=0.9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     return figure
@@ -147,7 +154,7 @@ def filter_grid(filters: np.ndarray, share: float) -> Figure:
     panels = figure.subplots(rows, columns, squeeze=False)
     for index, axes in enumerate(panels.flat):
         if index < len(filters):
-            _show(axes, filters[index])
+            _show(axes, filters[index], interpolation="nearest")
         else:
             axes.remove()
     figure.suptitle(
@@ -165,69 +172,67 @@ def similarity_grid(similarity: np.ndarray) -> Figure:
         similarity: [rows, columns, rows, columns], cosines.
     """
     rows, columns = similarity.shape[:2]
-    # One picture, cut by lines: hundreds of axes would take a minute.
-    whole = similarity.transpose(0, 2, 1, 3).reshape(rows * rows, columns * columns)
     figure = Figure(figsize=(5.2, 4.6), layout="constrained")
     axes = figure.subplots()
-    extent = (0.5, columns + 0.5, rows + 0.5, 0.5)
-    drawn = axes.imshow(whole, cmap=_MAPS, vmin=-1, vmax=1, extent=extent, interpolation="nearest")
+    drawn = _tiles(axes, similarity, -1, 1)
     axes.set(xlabel="column of the patch", ylabel="row of the patch")
     axes.set_title("Position embeddings: similarity of each patch with all", fontsize=10)
-    axes.set_xticks(np.arange(1, columns + 1, -(-columns // 14)))
-    axes.set_yticks(np.arange(1, rows + 1, -(-rows // 14)))
-    for column in range(1, columns):
-        axes.axvline(column + 0.5, color="white", linewidth=1)
-    for row in range(1, rows):
-        axes.axhline(row + 0.5, color="white", linewidth=1)
-    axes.tick_params(length=0, labelsize=8)
-    axes.spines[:].set_visible(False)
-    figure.colorbar(
-        drawn, ax=axes, label="cosine similarity", fraction=0.046, ticks=np.linspace(-1, 1, 5)
-    )
+    bar = figure.colorbar(drawn, ax=axes, fraction=0.046, ticks=np.linspace(-1, 1, 5))
+    bar.set_label("cosine similarity")
     return figure
 
 
 def _beside(
-    image: np.ndarray, rows: int, columns: int, title: str, gap: float = 0.04
-) -> tuple[Figure, np.ndarray]:
-    """An image, and right of it panels [rows, columns] with gaps of so many inches in a column."""
-    side, left = 0.68, 2.3
-    wide, tall = columns * (side + 0.04) - 0.04, rows * (side + gap) - gap
-    width, height = left + wide + 0.9, max(tall, 1.8) + 0.75
+    image: np.ndarray, rows: int, columns: int, title: str, gap: float = 0.0
+) -> tuple[Figure, Axes]:
+    """An image, and right of it axes for so many panels, with gaps of so many inches below each."""
+    side, left = 0.72, 2.35
+    wide, tall = columns * side, rows * (side + gap) - gap
+    width, height = left + wide + 0.9, max(tall, 1.8) + 0.85
     figure = Figure(figsize=(width, height))
-    top = 1 - 0.6 / height
+    top = 1 - 0.7 / height
     axes = figure.add_axes((0.1 / width, top - 1.8 / height, 1.8 / width, 1.8 / height))
     _show(axes, image)
     axes.set_title("input", fontsize=10, pad=4)
-    panels = figure.subplots(
-        rows,
-        columns,
-        squeeze=False,
-        gridspec_kw={
-            "left": left / width,
-            "right": (left + wide) / width,
-            "bottom": top - tall / height,
-            "top": top,
-            "wspace": 0.04 / side,
-            "hspace": gap / side,
-        },
+    figure.text(left / width, 1 - 0.12 / height, title, fontsize=10, va="top")
+    edges = {
+        "left": left / width,
+        "right": (left + wide) / width,
+        "bottom": top - tall / height,
+        "top": top,
+    }
+    return figure, figure.subplots(gridspec_kw=edges)
+
+
+def _tiles(axes: Axes, tiles: np.ndarray, lowest: float, highest: float) -> AxesImage:
+    """Draws maps [rows, columns, height, width] side by side, numbered from 1, in one scale.
+
+    One picture cut by lines: hundreds of axes would take many seconds.
+    """
+    rows, columns, height, width = tiles.shape
+    drawn = axes.imshow(
+        tiles.swapaxes(1, 2).reshape(rows * height, columns * width),
+        cmap="viridis",
+        vmin=lowest,
+        vmax=highest,
+        extent=(0.5, columns + 0.5, rows + 0.5, 0.5),
+        aspect=height / width,
+        interpolation="nearest",
     )
-    figure.text(left / width, 1 - 0.14 / height, title, fontsize=10, va="top")
-    return figure, panels
-
-
-def _layer(index: int) -> str:
-    return f"layer {index + 1}"
-
-
-def _show(axes: Axes, pixels: np.ndarray) -> None:
-    axes.imshow(np.clip(pixels, 0, 1))
-    axes.set_axis_off()
-
-
-def _bare(axes: Axes) -> None:
-    axes.set(xticks=[], yticks=[])
+    for column in range(1, columns):
+        axes.axvline(column + 0.5, color="white", linewidth=1.2)
+    for row in range(1, rows):
+        axes.axhline(row + 0.5, color="white", linewidth=1.2)
+    axes.set_xticks(np.arange(1, columns + 1, -(-columns // 32)))
+    axes.set_yticks(np.arange(1, rows + 1, -(-rows // 32)))
+    axes.tick_params(length=0, labelsize=8)
     axes.spines[:].set_visible(False)
+    return drawn
+
+
+def _show(axes: Axes, pixels: np.ndarray, **options: Any) -> None:
+    axes.imshow(np.clip(pixels, 0, 1), **options)
+    axes.set_axis_off()
 
 
 def _three_components(tokens: np.ndarray) -> np.ndarray:
