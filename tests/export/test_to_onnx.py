@@ -126,6 +126,47 @@ def models_heads(name: str) -> int:
     return {"Ti": 3, "B": 12, "L": 16, "H": 16}[name[4:-3]]
 
 
+HYBRID = {"architecture": "hybrid", "resnet_layers": (1, 1), "patch_size": 1}
+
+
+def test_graph_of_a_hybrid_has_plain_convolutions_and_whole_norms(
+    converter, make_forward, tmp_path
+):
+    forward = make_forward(image_size=32, gelu="erf", **HYBRID)
+    model = to_onnx.to_model(forward, converter)
+    count = operators(model)
+    # The root, and two units of three convolutions and a shortcut.
+    assert count["Conv"] == count["InstanceNormalization"] == 9
+    assert count["Relu"] == 7
+    # To channels first and back, and four in each layer of attention.
+    assert count["Transpose"] == 2 + 4 * 2
+    # A convolution has its norm (5 nodes) and Relu; a unit has its sum.
+    assert sum(count.values()) <= 30 * 2 + 20 + 7 * 9 + 2
+    assert set(count) <= TENSORRT_8_6
+    assert all(
+        node.inputs[1].const_value is not None for node in model.graph if node.op_type == "Conv"
+    )
+    path = to_onnx.save(model, tmp_path)
+    for batch in (1, 3):
+        x = images(batch, 32)
+        assert relative_difference(run(path, x), forward.jitted()(x)) < 1e-5
+
+
+@pytest.mark.usefixtures("need_jax2tf")
+def test_graph_contract_holds_for_the_hybrid_of_the_paper(make_forward):
+    forward = make_forward(
+        "R50+ViT-B/16", image_size=224, gelu="erf", num_classes=1000, weights="constant"
+    )
+    model = to_onnx.to_model(forward, "jax2tf")
+    convolutions = 1 + 3 * (3 + 4 + 9) + 3
+    units = 3 + 4 + 9
+    count = operators(model)
+    assert count["LayerNormalization"] == 2 * 12 + 1
+    assert count["Softmax"] == len(gelus(model, "erf")) == 12
+    assert count["Conv"] == count["InstanceNormalization"] == convolutions
+    assert sum(count.values()) <= 30 * 12 + 20 + 7 * convolutions + units
+
+
 def test_probabilities_sum_to_one_and_features_are_the_heads_input(
     converter, make_forward, tmp_path
 ):

@@ -125,6 +125,10 @@ def _reduced_axes(x: ir.Value, y: ir.Value) -> list[int] | None:
     return sorted(axis % rank - rank for axis in axes)
 
 
+def _permutation(value: ir.Value) -> list[int]:
+    return list(value.producer().attributes["perm"].as_ints())
+
+
 def _reduces_last(x: ir.Value, *reduced: ir.Value) -> bool:
     return all(
         _reduced_axes(x, y) == [-1] and _attribute(y.producer(), "keepdims", 1) for y in reduced
@@ -163,6 +167,22 @@ class _SameShape(_RootRule):
         return op.Identity(x)
 
 
+class _TransposeOfOnes(RewriteRuleClassBase):
+    """A Transpose that only moves axes of size 1."""
+
+    def pattern(self, op, x):
+        return op.Transpose(x, _outputs=["y"])
+
+    def check(self, _context, x, y, **_):
+        if _shape(x) is None:
+            return False
+        moved = [axis for axis in _permutation(y) if _shape(x)[axis] != 1]
+        return moved == sorted(moved)
+
+    def rewrite(self, op, x, y, **_):
+        return op.Reshape(x, op.Constant(value_ints=_shape(y)))
+
+
 class _MaxOfNothing(RewriteRuleClassBase):
     """max(-inf, x), which guards a maximum over no elements."""
 
@@ -174,6 +194,14 @@ class _MaxOfNothing(RewriteRuleClassBase):
 
     def rewrite(self, op, x, **_):
         return op.Identity(x)
+
+
+class _Relu(RewriteRuleClassBase):
+    def pattern(self, op, x):
+        return op.Max(x, 0.0)
+
+    def rewrite(self, op, x):
+        return op.Relu(x)
 
 
 class _OneOver(RewriteRuleClassBase):
@@ -220,6 +248,7 @@ class _KeepReducedAxes(RewriteRuleClassBase):
                 op.ReduceMean(x, _allow_other_inputs=True),
                 op.ReduceSum(x, _allow_other_inputs=True),
                 op.ReduceMax(x, _allow_other_inputs=True),
+                op.ReduceSumSquare(x, _allow_other_inputs=True),
             ],
             name="reduced",
         )
@@ -336,6 +365,87 @@ class _LayerNorm(RewriteRuleClassBase):
         )
 
 
+class _GroupNorm(RewriteRuleClassBase):
+    """GroupNorm of an image [batch, height, width, channels], as `models.resnet` writes it.
+
+    Opset 17 has no GroupNormalization; InstanceNormalization of [batch, groups, all else] it has.
+    """
+
+    def pattern(self, op, x, grouping, ungrouping, scale, bias, epsilon):
+        grouped = op.Reshape(x, grouping, _outputs=["grouped"])
+        centred = op.Sub(grouped, op.ReduceMean(grouped, _outputs=["mean"]))
+        variance = op.ReduceMean(op.Mul(centred, centred), _outputs=["variance"])
+        inverse = op.Reciprocal(op.Sqrt(op.Add(variance, epsilon)))
+        y = op.Reshape(op.Mul(centred, inverse), ungrouping, _outputs=["y"])
+        return op.Add(op.Mul(y, scale), bias)
+
+    def check(self, _context, x, grouped, y, scale, bias, epsilon, mean, variance, **_):
+        if _shape(x) is None or len(_shape(x)) != 4 or _shape(x) != _shape(y):
+            return False
+        batch, height, width, channels = _shape(x)
+        return (
+            _scalar(epsilon) is not None
+            and len(_shape(grouped)) == 4
+            and _shape(grouped)[:2] == (batch, height * width)
+            and all(_reduced_axes(grouped, each) == [-3, -1] for each in (mean, variance))
+            and all(_attribute(each.producer(), "keepdims", 1) for each in (mean, variance))
+            and all(math.prod(_shape(weight)) == channels for weight in (scale, bias))
+        )
+
+    def rewrite(self, op, x, grouped, scale, bias, epsilon, **_):
+        batch, height, width, channels = _shape(x)
+        groups = _shape(grouped)[2]
+        y = op.Transpose(x, perm=[0, 3, 1, 2])
+        y = op.Reshape(y, op.Constant(value_ints=[batch, groups, -1]))
+        y = op.InstanceNormalization(
+            y,
+            op.Constant(value_floats=[1.0] * groups),
+            op.Constant(value_floats=[0.0] * groups),
+            epsilon=_scalar(epsilon),
+        )
+        y = op.Reshape(y, op.Constant(value_ints=[batch, channels, height, width]))
+        column = op.Constant(value_ints=[channels, 1, 1])
+        y = op.Add(op.Mul(y, op.Reshape(scale, column)), op.Reshape(bias, column))
+        return op.Transpose(y, perm=[0, 2, 3, 1])
+
+
+class _ReluAfterTranspose(RewriteRuleClassBase):
+    def pattern(self, op, x):
+        return op.Relu(op.Transpose(x, _outputs=["transposed"]))
+
+    def rewrite(self, op, x, transposed):
+        return op.Transpose(op.Relu(x), perm=_permutation(transposed))
+
+
+class _SumOfTransposes(RewriteRuleClassBase):
+    def __init__(self):
+        super().__init__(remove_nodes=False)  # A shortcut's transpose has other uses.
+
+    def pattern(self, op, x, y):
+        return op.Add(op.Transpose(x, _outputs=["first"]), op.Transpose(y, _outputs=["second"]))
+
+    def check(self, _context, first, second, **_):
+        return _permutation(first) == _permutation(second)
+
+    def rewrite(self, op, x, y, first, **_):
+        return op.Transpose(op.Add(x, y), perm=_permutation(first))
+
+
+class _TransposeAndBack(RewriteRuleClassBase):
+    def __init__(self):
+        super().__init__(remove_nodes=False)
+
+    def pattern(self, op, x):
+        return op.Transpose(op.Transpose(x, _outputs=["there"]), _outputs=["back"])
+
+    def check(self, _context, there, back, **_):
+        there, back = _permutation(there), _permutation(back)
+        return [there[axis] for axis in back] == list(range(len(back)))
+
+    def rewrite(self, op, x, **_):
+        return op.Identity(x)
+
+
 class _Softmax(RewriteRuleClassBase):
     """exp(x - max) / sum over the last axis."""
 
@@ -390,7 +500,9 @@ _SIMPLIFICATIONS = RewriteRuleSet(
         _Dropout.rule(),
         _SameShape.rule("Reshape"),
         _SameShape.rule("Expand"),
+        _TransposeOfOnes.rule(),
         _MaxOfNothing.rule(),
+        _Relu.rule(),
         _OneOver.rule(),
         _MeanBySum.rule("Mul"),
         _MeanBySum.rule("Div"),
@@ -405,15 +517,26 @@ _SIMPLIFICATIONS = RewriteRuleSet(
         transpose_transpose_rule,
     ]
 )
-_FUSIONS = RewriteRuleSet([_LayerNorm.rule(), _Softmax.rule(), _GeluErf.rule(), _GeluTanh.rule()])
+_FUSIONS = RewriteRuleSet(
+    [
+        _LayerNorm.rule(),
+        _GroupNorm.rule(),
+        _Softmax.rule(),
+        _GeluErf.rule(),
+        _GeluTanh.rule(),
+        _ReluAfterTranspose.rule(),
+        _SumOfTransposes.rule(),
+        _TransposeAndBack.rule(),
+    ]
+)
 
 
 def _free_batch(model: ir.Model) -> None:
     """Replaces the traced batch size by the symbolic dimension `batch`."""
     graph = model.graph
-    for node in graph:
-        if node.op_type == "Reshape":
-            _free_reshape(graph, node)
+    reshapes = [node for node in graph if node.op_type == "Reshape"]
+    for i, node in enumerate(reshapes):
+        _free_reshape(graph, node, f"free_shape_{i}")
     for value in (*graph.inputs, *graph.outputs):
         value.shape = ir.Shape(("batch", *value.shape[1:]))
     for value in (output for node in graph for output in node.outputs):
@@ -428,13 +551,12 @@ def _free_batch(model: ir.Model) -> None:
                 )
 
 
-def _free_reshape(graph: ir.Graph, node: ir.Node) -> None:
+def _free_reshape(graph: ir.Graph, node: ir.Node, name: str) -> None:
     target = _array(node.inputs[1]).tolist()
     if target[0] == TRACED_BATCH and _shape(node.inputs[0])[0] == TRACED_BATCH:
         target[0] = 0  # Copies the dimension of the input.
     elif target[0] % TRACED_BATCH == 0 and -1 not in target:
         target[0] = -1
-    name = f"{node.outputs[0].name}/shape"
     shape = ir.Value(name=name, const_value=ir.tensor(target, dtype=ir.DataType.INT64, name=name))
     graph.register_initializer(shape)
     node.replace_input_with(1, shape)

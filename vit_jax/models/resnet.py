@@ -163,7 +163,7 @@ def resnet_features(
     """
     x = StdConv(ROOT_WIDTH, 7, 2, dtype, name="conv_root")(images.astype(dtype))
     x = nn.relu(GroupNorm(group_norm_epsilon, dtype=dtype, name="gn_root")(x))
-    x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
+    x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding="SAME")
     for s, num_units in enumerate(layers):
         stage = ResNetStage(
             num_units,
