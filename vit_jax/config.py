@@ -29,6 +29,7 @@ AT_LEAST_ONE = {
     "model.num_layers",
     "model.mlp_dim",
     "model.num_heads",
+    "model.width_factor",
 }
 FRACTIONS = {
     "label_smoothing",
@@ -58,7 +59,8 @@ def check_config(config: ConfigDict) -> None:
     """
     template = recipes.pretrain("ViT-B/16", "imagenet2012")
     template.optimizer.update(recipes.finetune("ViT-B/16", "cifar10").optimizer)
-    template.model.update(recipes.pretrain("R50+ViT-B/16", "imagenet2012").model)
+    for model in ("R50+ViT-B/16", "R50x1"):
+        template.model.update(recipes.pretrain(model, "imagenet2012").model)
     _check_keys(config, template, "")
     for section, values in template.items():
         if not isinstance(values, ConfigDict):

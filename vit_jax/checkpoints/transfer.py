@@ -58,8 +58,8 @@ def transfer(
         removed |= {"head"} | ({"pre_logits"} - init_params.keys())
     init = flatten_dict(init_params, sep="/")
     old = {name: np.asarray(x) for name, x in flatten_dict(pretrained_params, sep="/").items()}
-    new = {name for name in init if name.split("/")[0] in removed}
-    dropped = {name for name in old if name.split("/")[0] in removed}
+    new = {name for name in init if _part(name) in removed}
+    dropped = {name for name in old if _part(name) in removed}
 
     found = {name: old[name] for name in old.keys() - dropped}
     actions = dict.fromkeys(init, "loaded") | dict.fromkeys(new, "new")
@@ -76,6 +76,11 @@ def transfer(
     report = [Row(name, np.shape(params[name]), action) for name, action in actions.items()]
     report += [Row(name, np.shape(old[name]), "dropped") for name in sorted(dropped)]
     return unflatten_dict(params, sep="/"), report
+
+
+def _part(name: str) -> str:
+    """The part of the model that a parameter is of; a ResNet has all of them under `resnet`."""
+    return name.removeprefix("resnet/").split("/")[0]
 
 
 def check_fit(wanted: dict[str, Any], found: dict[str, Any]) -> None:

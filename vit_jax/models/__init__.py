@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from vit_jax.errors import UserError
 from vit_jax.models.hybrid import HybridVisionTransformer
+from vit_jax.models.resnet import ResNet
 from vit_jax.models.vit import VisionTransformer
 
 # Table 1; Ti and S are from later work (DeiT, AugReg).
@@ -28,7 +29,14 @@ STEMS = {
     ("R26", "32"): {"resnet_layers": (2, 2, 2, 2), "patch_size": 1},
     ("R", "16"): {"resnet_layers": (), "patch_size": 8},
 }
-ARCHITECTURES = {"vit": VisionTransformer, "hybrid": HybridVisionTransformer}
+# Units of the stages of a ResNet (BiT), by its depth: of "R50x1".
+RESNETS = {
+    "R50": (3, 4, 6, 3),
+    "R101": (3, 4, 23, 3),
+    "R152": (3, 8, 36, 3),
+    "R200": (3, 24, 36, 3),
+}
+ARCHITECTURES = {"vit": VisionTransformer, "hybrid": HybridVisionTransformer, "resnet": ResNet}
 DTYPES = ("float32", "bfloat16")
 
 
@@ -37,11 +45,15 @@ def architecture(name: str) -> dict[str, Any]:
 
     Args:
         name: "ViT-B/16" and so on: any size of Table 1 (or Ti, S) with any patch size. Or a hybrid:
-            "R50+ViT-B/16", "R26+ViT-S/32", "R+ViT-Ti/16" and so on, any size on one of STEMS.
+            "R50+ViT-B/16", "R26+ViT-S/32", "R+ViT-Ti/16" and so on, any size on one of STEMS. Or a
+            ResNet (BiT): "R152x4" and so on, any depth of RESNETS, any number of times as wide.
 
     Raises:
         UserError: the name is not of that form.
     """
+    if match := re.fullmatch(rf"({'|'.join(RESNETS)})x([1-9]\d*)", name):
+        layers = {"resnet_layers": RESNETS[match[1]], "width_factor": int(match[2])}
+        return {"architecture": "resnet", **layers, "group_norm_epsilon": 1e-5}
     match = re.fullmatch(rf"(?:(R\d*)\+)?ViT-({'|'.join(SIZES)})/([1-9]\d*)", name)
     stem, size, suffix = match.groups() if match else (None, None, None)
     if stem and (stem, suffix) in STEMS:
@@ -51,7 +63,8 @@ def architecture(name: str) -> dict[str, Any]:
         hybrids = ", ".join(f"{stem}+ViT-SIZE/{suffix}" for stem, suffix in STEMS)
         raise UserError(
             f"model {name!r} is unknown: use ViT-SIZE/PATCH with SIZE one of {', '.join(SIZES)}, "
-            f"for example ViT-B/16, or {hybrids}"
+            f"for example ViT-B/16, or {hybrids}, or DEPTHxWIDTH with DEPTH one of "
+            f"{', '.join(RESNETS)}, for example R50x1"
         )
     return {"architecture": "vit", "patch_size": int(suffix), **SIZES[size]}
 
