@@ -95,7 +95,11 @@ def test_multiply_adds_are_those_that_xla_counts(name, image_size, smaller):
 
 @pytest.mark.parametrize(
     ("name", "layers", "giga"),
-    [("R50x1", (3, 4, 6, 3), 4.09), ("R101x1", (3, 4, 23, 3), 7.80), ("R152x1", (3, 8, 36, 3), 11.5)],
+    [
+        ("R50x1", (3, 4, 6, 3), 4.09),
+        ("R101x1", (3, 4, 23, 3), 7.80),
+        ("R152x1", (3, 8, 36, 3), 11.5),
+    ],
 )
 def test_multiply_adds_are_the_usual_ones_less_the_zeros_around_the_image(name, layers, giga):
     # Published with the products with zeros. These are (19/21)^2 of a 3 x 3 convolution on 7 x 7,
