@@ -40,9 +40,8 @@ def save(path, arrays):
 def test_an_npz_of_bit_tells_its_architecture(tmp_path, width_factor):
     arrays = make_arrays(width_factor=width_factor)
     # What training left beside the weights is passed over.
-    pretrained = load_pretrained(
-        save(tmp_path / "BiT.npz", arrays | {"opt/m": np.zeros(2, np.float32)})
-    )
+    others = {"opt/m": np.zeros(2, np.float32)}
+    pretrained = load_pretrained(save(tmp_path / "BiT.npz", arrays | others))
     assert pretrained.model == {
         "architecture": "resnet",
         "resnet_layers": LAYERS,

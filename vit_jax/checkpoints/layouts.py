@@ -163,7 +163,7 @@ def to_official(arrays: Arrays, layout: str, num_heads: int) -> Arrays:
 
     Args:
         arrays: by parameter name.
-        layout: "official" in any of its variants, among them that of BiT's ResNets, "timm" or "huggingface".
+        layout: "official" in any of its variants, BiT's too, "timm" or "huggingface".
         num_heads: of the model; the official layout tells itself.
 
     Raises:

@@ -116,8 +116,8 @@ def with_usual_inputs(pretrained: Pretrained) -> dict[str, Any]:
     if pretrained.model["architecture"] != "vit":
         raise UserError(
             f"{pretrained.source} was trained on images of mean {preprocessing.mean} and standard "
-            f"deviation {preprocessing.std}: only a ViT without a ResNet goes on from these, others "
-            "from images in [-1, 1]"
+            f"deviation {preprocessing.std}: only a ViT without a ResNet goes on from these, "
+            "others from images in [-1, 1]"
         )
     kernel, bias = (np.float64(pretrained.params["embedding"][x]) for x in ("kernel", "bias"))
     # x = (y + 1) / 2, so (x - mean) / std = y / (2 std) + (1/2 - mean) / std.
