@@ -89,6 +89,8 @@ def test_pretraining_on_imagenet_is_table_3():
         # Not in the table: H takes the row of L, S that of B.
         ("ViT-H/14", "imagenet21k", "90 epochs", 1e-3, 0.03, 0.1),
         ("ViT-S/16", "jft", "7 epochs", 8e-4, 0.1, 0.0),
+        ("ViT-b/32", "jft", "7 epochs", 8e-4, 0.1, 0.0),
+        ("ViT-8-1024-2048/32", "jft", "7 epochs", 8e-4, 0.1, 0.0),
         ("R50+ViT-B/32", "jft", "7 epochs", 8e-4, 0.1, 0.0),
         ("R50+ViT-L/32", "jft", "7 epochs", 2e-4, 0.1, 0.0),
         ("R50+ViT-L/16", "jft", "14 epochs", 4e-4, 0.1, 0.0),

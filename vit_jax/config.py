@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from vit_jax import recipes
 from vit_jax.errors import UserError
 from vit_jax.models import DTYPES, model_keys
+from vit_jax.models.positions import check_positions
 from vit_jax.state import optimizer_keys
 
 AT_LEAST_ONE = {
@@ -36,6 +37,7 @@ FRACTIONS = {
     "ema_decay",
     "model.dropout_rate",
     "model.attention_dropout_rate",
+    "model.stochastic_depth",
     "optimizer.b1",
     "optimizer.b2",
     "optimizer.momentum",
@@ -112,6 +114,8 @@ def _check_ranges(config: ConfigDict) -> None:
     if values["schedule.base_lr"] == 0:
         raise UserError("config.schedule.base_lr is 0.0: it must be above 0")
     parse_shots(values["fewshot.shots"])
+    if "model.position_embedding" in values:
+        check_positions(values["model.position_embedding"], values["model.position_placement"])
     for key in ("model.dtype", "optimizer.mu_dtype"):
         if values[key] not in DTYPES:
             raise UserError(f"config.{key} is {values[key]!r}: use {' or '.join(DTYPES)}")

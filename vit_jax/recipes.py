@@ -132,8 +132,8 @@ def _table_name(dataset: str) -> str:
 def pretrain(model: str, dataset: str) -> ConfigDict:
     """Table 3: pre-training from scratch.
 
-    The longest of a row's durations is taken. Silent: Ti and S take the row of B and H on
-    ImageNet-21k that of L; R26 and R take the row of R50 and, on ImageNet-21k, every hybrid that
+    The longest of a row's durations is taken. Silent: Ti, S, b and the shapes of Appendix D.2 take
+    the row of B and H on ImageNet-21k that of L; R26 and R take the row of R50 and, on ImageNet-21k, every hybrid that
     of its ViT; a data set that the paper did not pre-train on takes ImageNet's row, with the
     warm-up in epochs. Of the ResNets, which Table 3 has on JFT only, R152x4 and R200x3 take there
     the row of R152x2 (R200x3 for the 14 epochs of Table 6), and elsewhere all take the row of
@@ -186,7 +186,7 @@ def pretraining_row(model: str, dataset: str) -> Pretraining:
     if models.architecture(model)["architecture"] == "resnet" and dataset == "imagenet21k":
         model = "ViT-B/16"
     stem, _, vit = model.rpartition("+")
-    stand_in = vit.replace("ViT-Ti/", "ViT-B/").replace("ViT-S/", "ViT-B/")
+    stand_in = re.sub(r"ViT-(Ti|S|b|\d+-\d+-\d+)/", "ViT-B/", vit)
     if dataset == "imagenet21k":
         stand_in = stand_in.replace("ViT-H/", "ViT-L/")
     elif stem:
@@ -247,6 +247,9 @@ def base(model: str, dataset: str) -> ConfigDict:
         "representation_size": 0,
         "dropout_rate": 0.0,
         "attention_dropout_rate": 0.0,
+        "stochastic_depth": 0.0,
+        "position_embedding": "learned",
+        "position_placement": "stem",
         "gelu": "tanh",
         "layer_norm_epsilon": 1e-6,
         "scan_layers": False,

@@ -77,6 +77,7 @@ def test_multiply_adds_give_the_exaflops_of_table_6(name, epochs, exaflops):
         ("R26+ViT-S/32", 224, {"resnet_layers": (2, 1), "num_layers": 1}),
         ("R+ViT-Ti/16", 224, {"num_layers": 2}),
         ("ViT-Ti/16", 224, {"num_layers": 2, "classifier": "gap"}),
+        ("ViT-Ti/16", 224, {"num_layers": 2, "position_embedding": "relative"}),
         ("R50x1", 224, {"resnet_layers": (1, 2, 1, 1)}),
         ("R50x2", 97, {"resnet_layers": (1, 2)}),
     ],

@@ -48,6 +48,8 @@ def multiply_adds(model: Mapping[str, Any], image_size: int, num_classes: int) -
     tokens = patches + (model["classifier"] == "token")
     embedding = patches * channels * patch_size**2 * width
     layer = tokens * width * (4 * width + 2 * mlp_dim) + 2 * tokens**2 * width
+    if model.get("position_embedding") == "relative":
+        layer += patches * (2 * patches - 1) * width
     representation = model["representation_size"]
     head = width * representation + (representation or width) * num_classes
     return stem + embedding + model["num_layers"] * layer + head

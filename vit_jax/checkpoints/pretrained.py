@@ -183,7 +183,8 @@ def _read_weights(path: Path, overrides: dict[str, Any]) -> tuple[Arrays, Known]
     official = layouts.to_official(arrays, layout, num_heads=1)
     sizes = infer.infer_model(official)
     downsampling = models.create_model(sizes).downsampling
-    image_size = infer.infer_image_size(official, downsampling)
+    # Those of a peer tell it; of ours it may be told by the sidecar alone.
+    image_size = 0 if layout == "official" else infer.infer_image_size(official, downsampling)
     known = read_sidecar(path, peers.describe(path, layout, sizes, image_size))
     if layout == "official":
         return official, known
