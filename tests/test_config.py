@@ -70,6 +70,9 @@ def test_a_missing_key_raises():
         ("model", "patch_size", 0, "config.model.patch_size is 0: it must be at least 1"),
         ("model", "num_classes", -1, "config.model.num_classes is -1: it must not be negative"),
         ("model", "dropout_rate", 1.5, "config.model.dropout_rate is 1.5: it must be from 0 to be"),
+        ("model", "stochastic_depth", 1.0, "config.model.stochastic_depth is 1.0: it must be from"),
+        ("model", "position_embedding", "1d", "position_embedding '1d' is unknown: use learned"),
+        ("model", "position_placement", "all", "position_placement 'all' is unknown: use stem"),
         ("schedule", "base_lr", 0.0, "config.schedule.base_lr is 0.0: it must be above 0"),
         (
             "optimizer",
@@ -93,6 +96,7 @@ def test_a_wrong_value_raises(section, key, value, message):
         ("resnet_layers", [3, 0], "config.model.resnet_layers has 0: it must be units per stage"),
         ("resnet_layers", [3, "4"], "config.model.resnet_layers has '4': it must be units per"),
         ("group_norm_epsilon", "1e-5", "config.model.group_norm_epsilon is '1e-5': it must be of"),
+        ("width_factor", 0, "config.model.width_factor is not a key that anything reads"),
         ("resnet_layer", (3,), "did you mean config.model.resnet_layers"),
     ],
 )
@@ -100,6 +104,21 @@ def test_a_wrong_value_of_a_hybrid_raises(key, value, message):
     config = ConfigDict(to_dict(recipe("R50+ViT-B/16")), type_safe=False)
     config.model[key] = value
     with pytest.raises(UserError, match=message):
+        check_config(config)
+
+
+def test_the_keys_of_a_resnet_are_its_own():
+    config = recipe("R50x1")
+    check_config(config)
+    config.model.width_factor = 0
+    with pytest.raises(UserError, match="config.model.width_factor is 0: it must be at least 1"):
+        check_config(config)
+    del config.model.width_factor
+    with pytest.raises(UserError, match="config.model.width_factor is missing"):
+        check_config(config)
+    config = recipe("R50x1")
+    config.model.gelu = "erf"
+    with pytest.raises(UserError, match="config.model.gelu is not a key that anything reads"):
         check_config(config)
 
 

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from vit_jax import recipes
 from vit_jax.errors import UserError
 from vit_jax.models import DTYPES, model_keys
+from vit_jax.models.positions import check_positions
 from vit_jax.state import optimizer_keys
 
 AT_LEAST_ONE = {
@@ -29,12 +30,14 @@ AT_LEAST_ONE = {
     "model.num_layers",
     "model.mlp_dim",
     "model.num_heads",
+    "model.width_factor",
 }
 FRACTIONS = {
     "label_smoothing",
     "ema_decay",
     "model.dropout_rate",
     "model.attention_dropout_rate",
+    "model.stochastic_depth",
     "optimizer.b1",
     "optimizer.b2",
     "optimizer.momentum",
@@ -58,7 +61,8 @@ def check_config(config: ConfigDict) -> None:
     """
     template = recipes.pretrain("ViT-B/16", "imagenet2012")
     template.optimizer.update(recipes.finetune("ViT-B/16", "cifar10").optimizer)
-    template.model.update(recipes.pretrain("R50+ViT-B/16", "imagenet2012").model)
+    for model in ("R50+ViT-B/16", "R50x1"):
+        template.model.update(recipes.pretrain(model, "imagenet2012").model)
     _check_keys(config, template, "")
     for section, values in template.items():
         if not isinstance(values, ConfigDict):
@@ -110,6 +114,8 @@ def _check_ranges(config: ConfigDict) -> None:
     if values["schedule.base_lr"] == 0:
         raise UserError("config.schedule.base_lr is 0.0: it must be above 0")
     parse_shots(values["fewshot.shots"])
+    if "model.position_embedding" in values:
+        check_positions(values["model.position_embedding"], values["model.position_placement"])
     for key in ("model.dtype", "optimizer.mu_dtype"):
         if values[key] not in DTYPES:
             raise UserError(f"config.{key} is {values[key]!r}: use {' or '.join(DTYPES)}")

@@ -58,7 +58,7 @@ def _differences(source: Pretrained, layout: str) -> list[str]:
             notes += ["timm's GELU is the exact one: create the model with act_layer='gelu_tanh'"]
         if model["layer_norm_epsilon"] != 1e-6:
             notes += [f"timm's LayerNorm epsilon is 1e-6, here {model['layer_norm_epsilon']:g}"]
-    if layout == "official" and model["gelu"] == "erf":
+    if layout == "official" and model.get("gelu") == "erf":
         notes += ["Google's code has the tanh form of GELU, these weights the exact one"]
     if layout != "official" and not source.preprocessing.antialias:
         notes += ["timm and Hugging Face resize with antialiasing, these weights were used without"]

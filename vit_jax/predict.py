@@ -111,12 +111,13 @@ def classify(
     # Here because JAX takes half a second to import, for which --help should not wait.
     import jax
 
-    from vit_jax.models import create_model
+    from vit_jax.models import create_model, model_keys
 
     if not pretrained.model["num_classes"]:
         raise UserError(f"{pretrained.source} has no head, so it knows no classes: fine-tune it")
     # Compiling one layer instead of all takes half the time, which one image waits for.
-    model = create_model(pretrained.model, scan_layers=True)
+    scan = {"scan_layers"} & model_keys(pretrained.model["architecture"])
+    model = create_model(pretrained.model, **dict.fromkeys(scan, True))
     apply = jax.jit(lambda params, images: model.apply({"params": params}, images))
     params = jax.device_put(pretrained.params)
     for found, batch in read_batches(files, pretrained.preprocessing, batch_size):

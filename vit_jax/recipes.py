@@ -54,6 +54,8 @@ TABLE_3 = {
     ("ViT-L/32", "imagenet21k"): Pretraining((30, 90), 1e-3, "linear", 0.03, 0.1),
     ("ViT-*", "imagenet2012"): Pretraining((300,), 3e-3, "cosine", 0.3, 0.1),
 }
+# Silent: how these were pre-trained on JFT, but for the epochs of R200x3 in Table 6.
+WIDEST_RESNETS = {"R152x4": (7,), "R200x3": (14,)}
 ADAM_BETAS = (0.9, 0.999)
 PRETRAIN_BATCH_SIZE = 4096
 PRETRAIN_WARMUP_STEPS = 10_000
@@ -130,10 +132,13 @@ def _table_name(dataset: str) -> str:
 def pretrain(model: str, dataset: str) -> ConfigDict:
     """Table 3: pre-training from scratch.
 
-    The longest of a row's durations is taken. Silent: Ti and S take the row of B and H on
-    ImageNet-21k that of L; R26 and R take the row of R50 and, on ImageNet-21k, every hybrid that
+    The longest of a row's durations is taken. Silent: Ti, S, b and the shapes of Appendix D.2 take
+    the row of B and H on ImageNet-21k that of L; R26 and R take the row of R50 and, on ImageNet-21k, every hybrid that
     of its ViT; a data set that the paper did not pre-train on takes ImageNet's row, with the
-    warm-up in epochs.
+    warm-up in epochs. Of the ResNets, which Table 3 has on JFT only, R152x4 and R200x3 take there
+    the row of R152x2 (R200x3 for the 14 epochs of Table 6), and elsewhere all take the row of
+    ViT-B, so that what is compared with a ViT was trained like it, but for the dropout and the
+    hidden layer before the head, which BiT's ResNet has not.
     """
     config = base(model, dataset)
     dataset = _table_name(dataset)
@@ -143,8 +148,9 @@ def pretrain(model: str, dataset: str) -> ConfigDict:
     config.dataset.image_size = PRETRAIN_IMAGE_SIZE
     config.dataset.protocol = "pretrain"
     # Section 3.1: the pre-training head has one hidden layer; its width D is the published code's.
-    config.model.representation_size = config.model.hidden_size
-    config.model.dropout_rate = row.dropout
+    if config.model.architecture != "resnet":
+        config.model.representation_size = config.model.hidden_size
+        config.model.dropout_rate = row.dropout
     config.optimizer = ConfigDict(
         {
             "name": "adam",
@@ -174,8 +180,13 @@ def pretraining_row(model: str, dataset: str) -> Pretraining:
     """The row of Table 3 for a model and a data set; see `pretrain` for what it lacks."""
     if dataset not in SIGMOID_DATASETS:
         return TABLE_3["ViT-*", "imagenet2012"]
+    if model in WIDEST_RESNETS and dataset == "jft":
+        row = TABLE_3["R152x2", "jft"]
+        return row._replace(epochs=WIDEST_RESNETS[model])
+    if models.architecture(model)["architecture"] == "resnet" and dataset == "imagenet21k":
+        model = "ViT-B/16"
     stem, _, vit = model.rpartition("+")
-    stand_in = vit.replace("ViT-Ti/", "ViT-B/").replace("ViT-S/", "ViT-B/")
+    stand_in = re.sub(r"ViT-(Ti|S|b|\d+-\d+-\d+)/", "ViT-B/", vit)
     if dataset == "imagenet21k":
         stand_in = stand_in.replace("ViT-H/", "ViT-L/")
     elif stem:
@@ -229,6 +240,21 @@ REQUIRED = "REQUIRED"
 
 def base(model: str, dataset: str) -> ConfigDict:
     """Every key of a config, with the values that both recipes share or leave open."""
+    sizes = models.architecture(model)
+    # Fields that only some architectures have.
+    options = {
+        "classifier": "token",
+        "representation_size": 0,
+        "dropout_rate": 0.0,
+        "attention_dropout_rate": 0.0,
+        "stochastic_depth": 0.0,
+        "position_embedding": "learned",
+        "position_placement": "stem",
+        "gelu": "tanh",
+        "layer_norm_epsilon": 1e-6,
+        "scan_layers": False,
+    }
+    keys = models.model_keys(sizes["architecture"])
     return ConfigDict(
         {
             "seed": 0,
@@ -258,17 +284,11 @@ def base(model: str, dataset: str) -> ConfigDict:
                 "shuffle_buffer": 50_000,
             },
             "model": {
-                **models.architecture(model),
+                **sizes,
+                **{key: value for key, value in options.items() if key in keys},
                 "num_classes": 0,
-                "classifier": "token",
-                "representation_size": 0,
-                "dropout_rate": 0.0,
-                "attention_dropout_rate": 0.0,
-                "gelu": "tanh",
-                "layer_norm_epsilon": 1e-6,
                 "head_bias_init": 0.0,
                 "remat": False,
-                "scan_layers": False,
                 "dtype": "bfloat16",
             },
             "optimizer": {},

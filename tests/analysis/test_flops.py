@@ -39,8 +39,8 @@ def test_global_average_pooling_has_one_token_less():
     assert saved == 12 * (768 * (4 * 768 + 2 * 3072) + 2 * 768 * (197**2 - 196**2))
 
 
-# Table 6: exaFLOPs of pre-training on the 303M images of JFT. The two of R50+L/16 contradict each
-# other by 3%: 859 is not half of 1668.
+# Table 6: exaFLOPs of pre-training on the 303M images of JFT, rounded to whole ones. The two of
+# R50+L/16 contradict each other by 3%: 859 is not half of 1668. All others are met within 2.5%.
 TABLE_6 = [
     ("ViT-B/32", 7, 55),
     ("ViT-B/16", 7, 224),
@@ -48,6 +48,13 @@ TABLE_6 = [
     ("ViT-L/16", 7, 783),
     ("ViT-L/16", 14, 1567),
     ("ViT-H/14", 14, 4262),
+    ("R50x1", 7, 50),
+    ("R50x2", 7, 199),
+    ("R101x1", 7, 96),
+    ("R152x1", 7, 141),
+    ("R152x2", 7, 563),
+    ("R152x2", 14, 1126),
+    ("R200x3", 14, 3306),
     ("R50+ViT-B/32", 7, 106),
     ("R50+ViT-B/16", 7, 274),
     ("R50+ViT-L/32", 7, 246),
@@ -60,7 +67,8 @@ TABLE_6 = [
 def test_multiply_adds_give_the_exaflops_of_table_6(name, epochs, exaflops):
     model = get_config(name, "pretrain,jft").model
     needed = flops.train_flops(flops.multiply_adds(model, 224, 18_291)) * 303e6 * epochs
-    assert needed / 1e18 == pytest.approx(exaflops, rel=0.03)
+    tolerance = 0.03 if (name, epochs) == ("R50+ViT-L/16", 7) else 0.025
+    assert needed / 1e18 == pytest.approx(exaflops, abs=tolerance * exaflops + 0.5)
 
 
 @pytest.mark.parametrize(
@@ -69,16 +77,45 @@ def test_multiply_adds_give_the_exaflops_of_table_6(name, epochs, exaflops):
         ("R26+ViT-S/32", 224, {"resnet_layers": (2, 1), "num_layers": 1}),
         ("R+ViT-Ti/16", 224, {"num_layers": 2}),
         ("ViT-Ti/16", 224, {"num_layers": 2, "classifier": "gap"}),
+        ("ViT-Ti/16", 224, {"num_layers": 2, "position_embedding": "relative"}),
+        ("R50x1", 224, {"resnet_layers": (1, 2, 1, 1)}),
+        ("R50x2", 97, {"resnet_layers": (1, 2)}),
     ],
 )
 def test_multiply_adds_are_those_that_xla_counts(name, image_size, smaller):
-    config = {**architecture(name), "classifier": "token", "representation_size": 0, **smaller}
+    config = {**architecture(name), **smaller}
+    if config["architecture"] != "resnet":
+        config = {"classifier": "token", "representation_size": 0, **config}
     model = create_model(config, num_classes=10)
     images = jax.ShapeDtypeStruct((2, image_size, image_size, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     cost = jax.jit(model.apply).lower(variables, images).compile().cost_analysis()
     counted = 2 * 2 * flops.multiply_adds(config, image_size, 10)
     assert counted == pytest.approx(cost["flops"], rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "giga"),
+    [
+        ("R50x1", (3, 4, 6, 3), 4.09),
+        ("R101x1", (3, 4, 23, 3), 7.80),
+        ("R152x1", (3, 8, 36, 3), 11.5),
+    ],
+)
+def test_multiply_adds_are_the_usual_ones_less_the_zeros_around_the_image(name, layers, giga):
+    # Published with the products with zeros. These are (19/21)^2 of a 3 x 3 convolution on 7 x 7,
+    # which has 2 rows and columns outside on each of two of its three kernel positions, and so on.
+    saved = 0
+    for s, units in enumerate(layers):
+        side, features = 56 // 2**s, 64 * 2**s
+        inside = 3 * side - 2
+        saved += units * ((3 * side) ** 2 - inside**2) * features**2
+        if s:  # The unit with the stride has no zeros after the image, only before it.
+            saved -= ((3 * side - 1) ** 2 - inside**2) * features**2
+    root = (7 * 112) ** 2 - (7 * 112 - (3 + 1) - (2 + 0)) ** 2
+    config = architecture(name)
+    counted = flops.multiply_adds(config, 224, 1000)
+    assert counted + saved + root * 3 * 64 == pytest.approx(giga * 1e9, rel=0.005)
 
 
 def test_peak_is_known_by_device_kind():

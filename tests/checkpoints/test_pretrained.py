@@ -65,6 +65,7 @@ def test_an_official_npz_tells_its_architecture(tmp_path, params):
     assert pretrained.preprocessing == evaluation("inception", 16)
     expected = {"architecture": "vit", "num_classes": 3, "classifier": "token", **SIZES}
     expected |= {"representation_size": 0, "gelu": "tanh", "layer_norm_epsilon": 1e-6}
+    expected |= {"position_embedding": "learned", "position_placement": "stem"}
     assert pretrained.model == expected
 
 

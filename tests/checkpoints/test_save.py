@@ -22,6 +22,8 @@ MODEL = {
     "representation_size": 0,
     "gelu": "erf",
     "layer_norm_epsilon": 1e-5,
+    "position_embedding": "learned",
+    "position_placement": "stem",
 }
 
 
@@ -48,6 +50,21 @@ FORMATS = [
     ("timm", "folder"),
     ("huggingface", "folder"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "placement"), [("2d", "stem"), ("none", "stem"), ("relative", "stem"),
+                            ("sincos2d", "layers"), ("learned", "shared")]
+)  # fmt: skip
+def test_other_positions_come_back_and_are_written_in_no_format_of_others(
+    tmp_path, kind, placement
+):
+    pretrained = make(position_embedding=kind, position_placement=placement)
+    save_pretrained(pretrained, tmp_path / "a.npz", "official")
+    assert_same(load_pretrained(tmp_path / "a.npz"), pretrained)
+    for layout in ("timm", "huggingface"):
+        with pytest.raises(UserError, match=f"the {layout} format has learned position embeddings"):
+            save_pretrained(pretrained, tmp_path / "b", layout)
 
 
 @pytest.mark.parametrize(("layout", "name"), FORMATS)

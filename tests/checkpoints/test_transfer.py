@@ -253,6 +253,65 @@ def test_a_hybrid_is_fine_tuned_at_a_higher_resolution():
         np.testing.assert_array_equal(new[name], old[name])
 
 
+def positioned(size, seed, kind, placement="stem"):
+    model = VisionTransformer(
+        num_classes=3,
+        patch_size=2,
+        hidden_size=8,
+        num_layers=2,
+        mlp_dim=8,
+        num_heads=2,
+        position_embedding=kind,
+        position_placement=placement,
+    )
+    images = jnp.zeros((1, *size, 3))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+
+
+def test_2d_positions_are_resized_each_along_its_axis():
+    old, fresh = positioned((4, 6), 1, "2d"), positioned((10, 6), 2, "2d")
+    params, report = transfer(fresh, old)
+    x, y = (params["Transformer"]["posembed_input"][f"pos_embedding_{a}"] for a in "xy")
+    before = old["Transformer"]["posembed_input"]
+    np.testing.assert_array_equal(x, before["pos_embedding_x"])
+    for feature in range(4):
+        expected = np.interp(np.linspace(0, 1, 5), [0, 1], before["pos_embedding_y"][0, :, feature])
+        np.testing.assert_allclose(y[0, :, feature], expected, atol=1e-6)
+    resized = [row.name for row in report if row.action == "resized"]
+    assert resized == ["Transformer/posembed_input/pos_embedding_y"]
+
+
+def test_positions_in_every_layer_are_each_resized():
+    old, fresh = (positioned((n, n), n, "learned", "layers") for n in (6, 10))
+    params, _ = transfer(fresh, old)
+    for i in range(2):
+        before, now = (
+            tree["Transformer"][f"encoderblock_{i}"]["posembed"]["pos_embedding"]
+            for tree in (old, params)
+        )
+        expected = zoomed(before[0, 1:].reshape(3, 3, 8), (5, 5)).reshape(25, 8)
+        np.testing.assert_allclose(now[0, 1:], expected, atol=1e-6)
+        np.testing.assert_array_equal(now[0, 0], before[0, 0])
+
+
+def test_relative_positions_are_of_one_number_of_patches():
+    old = positioned((4, 6), 1, "relative")
+    params, _ = transfer(positioned((4, 6), 2, "relative"), old)
+    name = "Transformer/encoderblock_1/MultiHeadDotProductAttention_1/relative/rel_embedding"
+    np.testing.assert_array_equal(*(flatten_dict(tree, sep="/")[name] for tree in (params, old)))
+    message = "relative position embeddings of 6 patches cannot be those of 12: .* use the image"
+    with pytest.raises(UserError, match=message):
+        transfer(positioned((4, 12), 2, "relative"), old)
+
+
+@pytest.mark.parametrize("kind", ["none", "sincos2d"])
+def test_positions_that_are_not_learned_need_no_resizing(kind):
+    _, report = transfer(positioned((8, 8), 2, kind), positioned((4, 4), 1, kind))
+    assert not [row for row in report if row.action == "resized"]
+
+
 def test_the_printed_report_joins_equal_units(capsys):
     print_report([Row(f"block1/unit{u}/gn1/scale", (64,), "loaded") for u in (1, 2, 10)])
     assert capsys.readouterr().out.split() == ["loaded", "(64,)", "block*/unit*/gn1/scale", "x3"]

@@ -131,15 +131,26 @@ def reference(params, images, *, gelu, classifier):
             z = z + mlp(norm(z, p["LayerNorm_2"]), p["MlpBlock_3"])
         z = norm(z, encoder["encoder_norm"])
         y = z[0] if classifier == "token" else z.mean(0)
-        y = np.tanh(y @ params["pre_logits"]["kernel"] + params["pre_logits"]["bias"])
+        if "pre_logits" in params:
+            y = np.tanh(y @ params["pre_logits"]["kernel"] + params["pre_logits"]["bias"])
         logits.append(y @ params["head"]["kernel"] + params["head"]["bias"])
     return np.stack(logits)
 
 
-@pytest.mark.parametrize("gelu", ["tanh", "erf"])
-@pytest.mark.parametrize("classifier", ["token", "gap"])
-def test_forward_pass_is_the_papers_equations(gelu, classifier):
-    model = create_model(TINY, gelu=gelu, classifier=classifier, representation_size=16)
+# Heads of Appendix D.3: class token or global average pooling, MLP or linear.
+@pytest.mark.parametrize(
+    ("gelu", "classifier", "representation_size"),
+    [
+        ("tanh", "token", 16),
+        ("erf", "token", 0),
+        ("tanh", "gap", 0),
+        ("erf", "gap", 16),
+    ],
+)
+def test_forward_pass_is_the_papers_equations(gelu, classifier, representation_size):
+    model = create_model(
+        TINY, gelu=gelu, classifier=classifier, representation_size=representation_size
+    )
     params = random_params(model)
     logits = model.apply({"params": params}, IMAGES)
     expected = reference(params, IMAGES, gelu=gelu, classifier=classifier)
@@ -283,7 +294,29 @@ def test_impossible_models_are_refused_in_one_line(options, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["ViT-X/16", "ViT-B", "ViT-B/0", "B/16", ""])
+def test_vit_b_of_figure_4_is_half_as_wide_as_base():
+    base, half = architecture("ViT-B/32"), architecture("ViT-b/32")
+    halved = {"hidden_size", "mlp_dim", "num_heads"}
+    assert half == {key: x // 2 if key in halved else x for key, x in base.items()}
+
+
+def test_any_shape_of_appendix_d2_has_a_name():
+    assert architecture("ViT-8-1024-2048/32") == {
+        "architecture": "vit",
+        "patch_size": 32,
+        "hidden_size": 1024,
+        "num_layers": 8,
+        "mlp_dim": 2048,
+        "num_heads": 16,
+    }
+    assert architecture("ViT-24-1024-4096/16") == architecture("ViT-L/16")
+    with pytest.raises(UserError, match="has a width that is not a multiple of 64"):
+        architecture("ViT-8-1000-2048/32")
+
+
+@pytest.mark.parametrize(
+    "name", ["ViT-X/16", "ViT-B", "ViT-B/0", "B/16", "", "ViT-8-1024/32", "ViT-0-64-64/32"]
+)
 def test_unknown_model_names_are_refused(name):
     with pytest.raises(UserError, match="is unknown: use ViT-SIZE/PATCH"):
         architecture(name)

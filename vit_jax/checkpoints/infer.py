@@ -1,14 +1,16 @@
-"""What the names and shapes of a ViT's parameters tell of its architecture."""
+"""What the names and shapes of a model's parameters tell of its architecture."""
 
 import math
 import re
 from collections import Counter
 from typing import Any
 
-from vit_jax.checkpoints.layouts import POSITIONS, Arrays
+from vit_jax.checkpoints.layouts import BIT_ROOT, POSITIONS, Arrays
 from vit_jax.errors import UserError
-from vit_jax.models import SIZES
+from vit_jax.models import SIZES, resnet
 
+# A ResNet's weights do not tell; BiT and the paper pre-trained at this size.
+BIT_IMAGE_SIZE = 224
 _LAYER = "Transformer/encoderblock_0"
 _TELLING = {
     "embedding/kernel": 4,
@@ -18,7 +20,7 @@ _TELLING = {
 
 
 def infer_model(arrays: Arrays) -> dict[str, Any]:
-    """The sizes of a plain or hybrid ViT, for `models.create_model`.
+    """The sizes of a plain or hybrid ViT or a ResNet, for `models.create_model`.
 
     Args:
         arrays: official names, joined by "/".
@@ -26,6 +28,16 @@ def infer_model(arrays: Arrays) -> dict[str, Any]:
     Raises:
         UserError: a parameter without which nothing can be told is missing or misshapen.
     """
+    if BIT_ROOT in arrays:
+        shape = arrays[BIT_ROOT].shape
+        if len(shape) != 4 or shape[3] < 1 or shape[3] % resnet.ROOT_WIDTH:
+            raise UserError(f"{BIT_ROOT} has shape {shape}, which no ResNet has")
+        return {
+            "architecture": "resnet",
+            "resnet_layers": _units(arrays, r"resnet/block(\d+)/.*/c/group_norm/gamma"),
+            "width_factor": shape[3] // resnet.ROOT_WIDTH,
+            "num_classes": _width(arrays, "resnet/head/conv2d/bias"),
+        }
     for name, rank in _TELLING.items():
         if name not in arrays:
             raise UserError(f"{name} is missing: this is no whole ViT, fetch it again")
@@ -45,15 +57,28 @@ def infer_model(arrays: Arrays) -> dict[str, Any]:
         "representation_size": _width(arrays, "pre_logits/bias"),
     }
     if "conv_root/kernel" in arrays:
-        units = Counter(
-            int(match[1]) for name in arrays if (match := re.match(r"block(\d+)/.*/conv1/", name))
-        )
-        model |= {"architecture": "hybrid", "resnet_layers": [units[i] for i in sorted(units)]}
+        layers = _units(arrays, r"block(\d+)/.*/conv1/")
+        model |= {"architecture": "hybrid", "resnet_layers": layers}
     return model
+
+
+def _units(arrays: Arrays, pattern: str) -> list[int]:
+    """How many names of each stage, the pattern's group, there are."""
+    units = Counter(int(match[1]) for name in arrays if (match := re.match(pattern, name)))
+    return [units[stage] for stage in sorted(units)]
 
 
 def _width(arrays: Arrays, bias: str) -> int:
     return arrays[bias].size if bias in arrays else 0
+
+
+def infer_image_size(arrays: Arrays, downsampling: int) -> int:
+    """The side in pixels of the images that the weights are for; 224 if they are of a ResNet.
+
+    Raises:
+        UserError: the position embeddings are not those of a square.
+    """
+    return BIT_IMAGE_SIZE if BIT_ROOT in arrays else infer_grid(arrays) * downsampling
 
 
 def infer_grid(arrays: Arrays) -> int:

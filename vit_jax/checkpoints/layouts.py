@@ -1,4 +1,4 @@
-"""The parameter names and array layouts of Google's, timm's and Hugging Face's ViTs.
+"""The parameter names and array layouts of Google's, timm's and Hugging Face's models.
 
 Everything is brought to one tree: that of Google's checkpoints, which is also the model's own. A
 way there and the way back only rename, transpose and reshape, so that a round trip is exact.
@@ -15,6 +15,9 @@ from vit_jax.errors import UserError, shortlist
 Arrays = dict[str, np.ndarray]
 
 POSITIONS = "Transformer/posembed_input/pos_embedding"
+# Of the checkpoints of Big Transfer (github.com/google-research/big_transfer), all of it under
+# `resnet/`, as bit_pytorch/models.py there reads it.
+BIT_ROOT = "resnet/root_block/standardized_conv2d/kernel"
 _LAYER = "Transformer/encoderblock_"
 
 
@@ -160,13 +163,15 @@ def to_official(arrays: Arrays, layout: str, num_heads: int) -> Arrays:
 
     Args:
         arrays: by parameter name.
-        layout: "official" in any of its variants, "timm" or "huggingface".
+        layout: "official" in any of its variants, BiT's too, "timm" or "huggingface".
         num_heads: of the model; the official layout tells itself.
 
     Raises:
         UserError: an array is not one of a plain or hybrid ViT, or does not have its shape.
     """
     if layout == "official":
+        if BIT_ROOT in arrays:
+            return {name: x for name, x in arrays.items() if name.startswith("resnet/")}
         return _from_official(arrays)
     if layout == "timm":
         return _from_torch(_split_qkv(arrays), "timm", num_heads)
@@ -183,6 +188,8 @@ def from_official(arrays: Arrays, layout: str) -> Arrays:
     """
     if layout == "official":
         return arrays
+    if BIT_ROOT in arrays:
+        raise UserError(f"the {layout} format is not written for ResNets: use --format official")
     if layout == "timm":
         if "pre_logits/kernel" in arrays:
             raise UserError(
@@ -342,7 +349,7 @@ def _with_class_position(positions: np.ndarray, has_class: bool) -> np.ndarray:
 def recognise(present: Iterable[str]) -> str | None:
     """Tells "official", "timm" or "huggingface" by parameter names, None if it is none of them."""
     present = set(present)
-    if present & {f"{prefix}embedding/kernel" for prefix in ("", *_PREFIXES)}:
+    if present & {BIT_ROOT, *(f"{prefix}embedding/kernel" for prefix in ("", *_PREFIXES))}:
         return "official"
     if "patch_embed.proj.weight" in present:
         return "timm"

@@ -107,7 +107,7 @@ def with_usual_inputs(pretrained: Pretrained) -> dict[str, Any]:
     patch embedding, which is linear: E (x - mean) / std + b = E' (2x - 1) + b'.
 
     Raises:
-        UserError: the model is a hybrid with such statistics, whose stem is not linear.
+        UserError: the model is a hybrid or a ResNet with such statistics: its root is normalised.
     """
     preprocessing = pretrained.preprocessing
     mean, std = np.float64(preprocessing.mean), np.float64(preprocessing.std)
@@ -116,7 +116,8 @@ def with_usual_inputs(pretrained: Pretrained) -> dict[str, Any]:
     if pretrained.model["architecture"] != "vit":
         raise UserError(
             f"{pretrained.source} was trained on images of mean {preprocessing.mean} and standard "
-            f"deviation {preprocessing.std}: a hybrid goes on only from images in [-1, 1]"
+            f"deviation {preprocessing.std}: only a ViT without a ResNet goes on from these, "
+            "others from images in [-1, 1]"
         )
     kernel, bias = (np.float64(pretrained.params["embedding"][x]) for x in ("kernel", "bias"))
     # x = (y + 1) / 2, so (x - mean) / std = y / (2 std) + (1/2 - mean) / std.
@@ -138,6 +139,8 @@ def abstract_params(model: dict[str, Any], image_size: int) -> dict[str, Any]:
 def _assemble(arrays: Arrays, known: Known, overrides: dict[str, Any], source: str) -> Pretrained:
     """Checks that the arrays are one whole model."""
     sizes = infer.infer_model(arrays)
+    if other := sorted(overrides.keys() - models.model_keys(sizes["architecture"])):
+        raise UserError(f"a model of the architecture {sizes['architecture']} has no {other[0]}")
     told = {**known.model, **overrides}
     if not told.get("num_classes"):  # In a run's config 0 stands for those of the data set.
         told["num_classes"] = sizes["num_classes"]
@@ -153,9 +156,9 @@ def _assemble(arrays: Arrays, known: Known, overrides: dict[str, Any], source: s
     preprocessing = known.preprocessing
     if preprocessing is None:
         # A hidden layer before the head is pre-training's, which evaluates on a central crop.
-        protocol = "pretrain" if model["representation_size"] else "inception"
-        grid = infer.infer_grid(arrays)
-        preprocessing = evaluation(protocol, grid * models.create_model(model).downsampling)
+        protocol = "pretrain" if model.get("representation_size") else "inception"
+        downsampling = models.create_model(model).downsampling
+        preprocessing = evaluation(protocol, infer.infer_image_size(arrays, downsampling))
     params = unflatten_dict(arrays, sep="/")
     check_fit(abstract_params(model, preprocessing.image_size), params)
     names = known.class_names
@@ -179,7 +182,9 @@ def _read_weights(path: Path, overrides: dict[str, Any]) -> tuple[Arrays, Known]
     # PyTorch's layouts do not tell the heads: one is as good as any to learn the other sizes.
     official = layouts.to_official(arrays, layout, num_heads=1)
     sizes = infer.infer_model(official)
-    image_size = infer.infer_grid(official) * models.create_model(sizes).downsampling
+    downsampling = models.create_model(sizes).downsampling
+    # Those of a peer tell it; of ours it may be told by the sidecar alone.
+    image_size = 0 if layout == "official" else infer.infer_image_size(official, downsampling)
     known = read_sidecar(path, peers.describe(path, layout, sizes, image_size))
     if layout == "official":
         return official, known

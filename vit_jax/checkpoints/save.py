@@ -43,6 +43,13 @@ def save_pretrained(pretrained: Pretrained, path: str | os.PathLike[str], layout
         raise UserError(f"{path}: a path in the {layout} format ends in {usual}")
     if path.exists():
         raise UserError(f"{path} exists already: remove it, or choose another path")
+    model = pretrained.model
+    places = model.get("position_embedding", "learned"), model.get("position_placement", "stem")
+    if layout != "official" and places != ("learned", "stem"):
+        raise UserError(
+            f"the {layout} format has learned position embeddings at the stem, this model "
+            f"{places[0]} ones, {places[1]}: use --format official"
+        )
     arrays = layouts.from_official(flatten_dict(pretrained.params, sep="/"), layout)
     known = Known(
         pretrained.model, pretrained.preprocessing, pretrained.class_names, pretrained.loss

@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax.checkpoints.layouts import POSITIONS
 from vit_jax.errors import UserError, shortlist
 
 Grid = tuple[int, int]
@@ -34,7 +33,8 @@ def transfer(
 
     For fine-tuning the whole head of pre-training is removed: `head` stays as initialised (zero),
     `pre_logits` is dropped where the model has none. Position embeddings are interpolated to the
-    model's grid. Everything else must be the same in name and shape.
+    model's grid, those of "2d" each along its axis; those of "relative" are refused where it has
+    another number of patches. Everything else must be the same in name and shape.
 
     A "gap" model has neither `cls` nor a class position. A "gap" model drops those of a "token"
     model; a "token" model keeps its initial ones where the weights have none.
@@ -58,17 +58,23 @@ def transfer(
         removed |= {"head"} | ({"pre_logits"} - init_params.keys())
     init = flatten_dict(init_params, sep="/")
     old = {name: np.asarray(x) for name, x in flatten_dict(pretrained_params, sep="/").items()}
-    new = {name for name in init if name.split("/")[0] in removed}
-    dropped = {name for name in old if name.split("/")[0] in removed}
+    new = {name for name in init if _part(name) in removed}
+    dropped = {name for name in old if _part(name) in removed}
 
     found = {name: old[name] for name in old.keys() - dropped}
     actions = dict.fromkeys(init, "loaded") | dict.fromkeys(new, "new")
-    if POSITIONS in init and POSITIONS in found:
-        has_class = "cls" in old, "cls" in init
-        grids = pretrained_grid, grid
-        found[POSITIONS] = _fit_positions(old[POSITIONS], init[POSITIONS], has_class, grids)
-        if found[POSITIONS] is not old[POSITIONS]:
-            actions[POSITIONS] = "resized"
+    has_class = "cls" in old, "cls" in init
+    for name in init.keys() & found.keys():
+        kind = name.split("/")[-1]
+        if kind == "pos_embedding":
+            grids = pretrained_grid, grid
+            found[name] = _fit_positions(old[name], init[name], has_class, grids)
+        elif kind in ("pos_embedding_x", "pos_embedding_y"):
+            found[name] = _fit_axis(old[name], init[name])
+        elif kind == "rel_embedding":
+            _check_offsets(old[name], init[name])
+        if found[name] is not old[name]:
+            actions[name] = "resized"
     check_fit({name: init[name] for name in init.keys() - new}, found)
 
     found |= {name: init[name] for name in new}
@@ -76,6 +82,11 @@ def transfer(
     report = [Row(name, np.shape(params[name]), action) for name, action in actions.items()]
     report += [Row(name, np.shape(old[name]), "dropped") for name in sorted(dropped)]
     return unflatten_dict(params, sep="/"), report
+
+
+def _part(name: str) -> str:
+    """The part of the model that a parameter is of; a ResNet has all of them under `resnet`."""
+    return name.removeprefix("resnet/").split("/")[0]
 
 
 def check_fit(wanted: dict[str, Any], found: dict[str, Any]) -> None:
@@ -144,6 +155,23 @@ def _fit_positions(
     patches = resize_grid(patches, new_grid).reshape(1, math.prod(new_grid), -1)
     class_position = (old if old_class else init)[:, : int(new_class)]
     return np.concatenate([class_position, patches], axis=1)
+
+
+def _fit_axis(old: np.ndarray, init: np.ndarray) -> np.ndarray:
+    """Resizes embeddings [1, rows or columns, features]; returns `old` where nothing changes."""
+    if old.ndim != 3 or old.shape == init.shape or old.shape[::2] != init.shape[::2]:
+        return old
+    return resize_grid(old, (1, init.shape[1]))
+
+
+def _check_offsets(old: np.ndarray, init: np.ndarray) -> None:
+    """An offset in the sequence is a row and a column apart, and others in another grid."""
+    if old.ndim == 3 and len(old) != len(init):
+        before, now = ((len(x) + 1) // 2 for x in (old, init))
+        raise UserError(
+            f"relative position embeddings of {before} patches cannot be those of {now}: their "
+            "offsets are in one dimension; use the image size of the pretrained model"
+        )
 
 
 def _grid(patches: int, grid: Grid | None) -> Grid:

@@ -10,16 +10,20 @@ import jax.numpy as jnp
 
 from vit_jax.errors import UserError
 from vit_jax.models.hybrid import HybridVisionTransformer
+from vit_jax.models.resnet import ResNet
 from vit_jax.models.vit import VisionTransformer
 
-# Table 1; Ti and S are from later work (DeiT, AugReg).
+# Table 1; Ti and S are from later work (DeiT, AugReg). b, of Figure 4, is B with every hidden size
+# halved, which is S: with half the heads, as all these have heads of 64 (H of 80).
 SIZES = {
     "Ti": {"hidden_size": 192, "num_layers": 12, "mlp_dim": 768, "num_heads": 3},
     "S": {"hidden_size": 384, "num_layers": 12, "mlp_dim": 1536, "num_heads": 6},
+    "b": {"hidden_size": 384, "num_layers": 12, "mlp_dim": 1536, "num_heads": 6},
     "B": {"hidden_size": 768, "num_layers": 12, "mlp_dim": 3072, "num_heads": 12},
     "L": {"hidden_size": 1024, "num_layers": 24, "mlp_dim": 4096, "num_heads": 16},
     "H": {"hidden_size": 1280, "num_layers": 32, "mlp_dim": 5120, "num_heads": 16},
 }
+HEAD_SIZE = 64
 # The stem of a hybrid and the suffix of its name. The suffix is the total downsampling, but for
 # R+ViT-Ti/16 of AugReg: its published weights have patches of 8 x 8 on the root's stride of 4.
 STEMS = {
@@ -28,7 +32,14 @@ STEMS = {
     ("R26", "32"): {"resnet_layers": (2, 2, 2, 2), "patch_size": 1},
     ("R", "16"): {"resnet_layers": (), "patch_size": 8},
 }
-ARCHITECTURES = {"vit": VisionTransformer, "hybrid": HybridVisionTransformer}
+# Units of the stages of a ResNet (BiT), by its depth: of "R50x1".
+RESNETS = {
+    "R50": (3, 4, 6, 3),
+    "R101": (3, 4, 23, 3),
+    "R152": (3, 8, 36, 3),
+    "R200": (3, 24, 36, 3),
+}
+ARCHITECTURES = {"vit": VisionTransformer, "hybrid": HybridVisionTransformer, "resnet": ResNet}
 DTYPES = ("float32", "bfloat16")
 
 
@@ -36,12 +47,30 @@ def architecture(name: str) -> dict[str, Any]:
     """The hyperparameters of a model of the paper, to be passed to `create_model`.
 
     Args:
-        name: "ViT-B/16" and so on: any size of Table 1 (or Ti, S) with any patch size. Or a hybrid:
-            "R50+ViT-B/16", "R26+ViT-S/32", "R+ViT-Ti/16" and so on, any size on one of STEMS.
+        name: "ViT-B/16" and so on: any size of Table 1 (or Ti, S, b) with any patch size. Or any
+            shape, as layers, width and MLP width: "ViT-8-1024-2048/32" is where Appendix D.2
+            starts; heads are of 64, the width a multiple of that. Or a hybrid: "R50+ViT-B/16",
+            "R26+ViT-S/32", "R+ViT-Ti/16" and so on, any size on one of STEMS. Or a ResNet (BiT):
+            "R152x4" and so on, any depth of RESNETS, any number of times as wide.
 
     Raises:
         UserError: the name is not of that form.
     """
+    if match := re.fullmatch(rf"({'|'.join(RESNETS)})x([1-9]\d*)", name):
+        layers = {"resnet_layers": RESNETS[match[1]], "width_factor": int(match[2])}
+        return {"architecture": "resnet", **layers, "group_norm_epsilon": 1e-5}
+    if match := re.fullmatch(r"ViT-([1-9]\d*)-([1-9]\d*)-([1-9]\d*)/([1-9]\d*)", name):
+        num_layers, hidden_size, mlp_dim, patch_size = map(int, match.groups())
+        if hidden_size % HEAD_SIZE:
+            raise UserError(f"model {name!r} has a width that is not a multiple of {HEAD_SIZE}")
+        return {
+            "architecture": "vit",
+            "patch_size": patch_size,
+            "hidden_size": hidden_size,
+            "num_layers": num_layers,
+            "mlp_dim": mlp_dim,
+            "num_heads": hidden_size // HEAD_SIZE,
+        }
     match = re.fullmatch(rf"(?:(R\d*)\+)?ViT-({'|'.join(SIZES)})/([1-9]\d*)", name)
     stem, size, suffix = match.groups() if match else (None, None, None)
     if stem and (stem, suffix) in STEMS:
@@ -51,7 +80,8 @@ def architecture(name: str) -> dict[str, Any]:
         hybrids = ", ".join(f"{stem}+ViT-SIZE/{suffix}" for stem, suffix in STEMS)
         raise UserError(
             f"model {name!r} is unknown: use ViT-SIZE/PATCH with SIZE one of {', '.join(SIZES)}, "
-            f"for example ViT-B/16, or {hybrids}"
+            f"for example ViT-B/16, or ViT-LAYERS-WIDTH-MLP/PATCH, or {hybrids}, or DEPTHxWIDTH with DEPTH one of "
+            f"{', '.join(RESNETS)}, for example R50x1"
         )
     return {"architecture": "vit", "patch_size": int(suffix), **SIZES[size]}
 
@@ -74,6 +104,7 @@ TRAINING_FIELDS = (
     "head_bias_init",
     "remat",
     "scan_layers",
+    "stochastic_depth",
 )
 
 

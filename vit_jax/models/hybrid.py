@@ -2,7 +2,6 @@
 
 import jax
 
-from vit_jax.errors import UserError
 from vit_jax.models import resnet
 from vit_jax.models.vit import VisionTransformer
 
@@ -38,8 +37,4 @@ class HybridVisionTransformer(VisionTransformer):
 
     def _check(self, shape: tuple[int, ...]) -> None:
         super()._check(shape)
-        if not all(isinstance(units, int) and units > 0 for units in self.resnet_layers):
-            raise UserError(
-                f"resnet_layers {self.resnet_layers} is no list of units per stage: "
-                "use for example (3, 4, 6, 3)"
-            )
+        resnet.check_layers(self.resnet_layers)

@@ -10,8 +10,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vit_jax.errors import UserError
+from vit_jax.models.positions import (
+    PositionEmbedding,
+    Positions,
+    RelativePositionBias,
+    check_positions,
+)
 
 Array = jax.Array
 
@@ -52,18 +59,6 @@ class PatchEmbedding(nn.Module):
         x = images.astype(self.dtype).reshape(batch, rows, size, columns, size, channels)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, size * size * channels)
         return x @ kernel.reshape(-1, self.hidden_size) + bias
-
-
-class PositionEmbedding(nn.Module):
-    """E_pos of Eq. 1: adds one learned vector to every token."""
-
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Adds the embeddings to x [batch, tokens, hidden_size]."""
-        init = nn.initializers.normal(stddev=0.02)
-        return x + self.param("pos_embedding", init, (1, *x.shape[1:])).astype(self.dtype)
 
 
 class HeadProjection(nn.Module):
@@ -108,6 +103,7 @@ class MultiHeadSelfAttention(nn.Module):
     num_heads: int
     attention_dropout_rate: float = 0.0
     dtype: Any = jnp.float32
+    positions: Positions = Positions()
 
     @nn.compact
     def __call__(self, x: Array, deterministic: bool) -> Array:
@@ -126,7 +122,11 @@ class MultiHeadSelfAttention(nn.Module):
         heads = (batch, tokens, self.num_heads, hidden_size // self.num_heads)
         q, k, v = (x.reshape(heads).swapaxes(1, 2) for x in jnp.split(qkv, 3, axis=-1))
         # Eq. 6. Scaling q, not the product, keeps 16-bit logits in range and lets TensorRT fuse.
-        logits = jnp.matmul(q * heads[-1] ** -0.5, k.swapaxes(-1, -2))
+        q = q * heads[-1] ** -0.5
+        logits = jnp.matmul(q, k.swapaxes(-1, -2))
+        if self.positions.kind == "relative":
+            bias = RelativePositionBias(self.positions, self.dtype, name="relative")
+            logits = logits + bias(q)
         weights = nn.softmax(logits.astype(jnp.float32)).astype(self.dtype)
         self.sow("intermediates", "attention_weights", weights)
         weights = nn.Dropout(self.attention_dropout_rate)(weights, deterministic)
@@ -168,23 +168,58 @@ class EncoderBlock(nn.Module):
     gelu: str = "tanh"
     layer_norm_epsilon: float = 1e-6
     dtype: Any = jnp.float32
+    positions: Positions = Positions()
 
     @nn.compact
-    def __call__(self, z: Array, deterministic: bool) -> Array:
-        """Maps z [batch, tokens, hidden_size] to the same shape."""
+    def __call__(
+        self,
+        z: Array,
+        deterministic: bool,
+        shared: Array | None = None,
+        drop_rate: Array | None = None,
+    ) -> Array:
+        """Maps z [batch, tokens, hidden_size] to the same shape.
+
+        Args:
+            z: the tokens.
+            deterministic: whether dropout and stochastic depth are off.
+            shared: position embeddings to be added before the layer, [1, tokens, hidden_size].
+            drop_rate: of stochastic depth, None where the model has none.
+        """
+        if self.positions.added and self.positions.placement == "layers":
+            shared = PositionEmbedding(self.positions, self.dtype, name="posembed")(z)
+        if shared is not None:
+            z = z + shared
         # Eq. 2
         x = layer_norm(self.layer_norm_epsilon, self.dtype, "LayerNorm_0")(z)
         x = MultiHeadSelfAttention(
             self.num_heads,
             self.attention_dropout_rate,
             self.dtype,
+            self.positions,
             name="MultiHeadDotProductAttention_1",
         )(x, deterministic)
-        z = z + nn.Dropout(self.dropout_rate)(x, deterministic)
+        x = nn.Dropout(self.dropout_rate)(x, deterministic)
+        z = z + StochasticDepth()(x, drop_rate, deterministic)
         # Eq. 3
         x = layer_norm(self.layer_norm_epsilon, self.dtype, "LayerNorm_2")(z)
         mlp = MlpBlock(self.mlp_dim, self.dropout_rate, self.gelu, self.dtype, name="MlpBlock_3")
-        return z + mlp(x, deterministic)
+        return z + StochasticDepth()(mlp(x, deterministic), drop_rate, deterministic)
+
+
+class StochasticDepth(nn.Module):
+    """Leaves a residual branch out for some of the images (Huang et al., 2016, arXiv 1603.09382).
+
+    Where it stays it is divided by the probability to stay, so that the expectation is the branch.
+    """
+
+    @nn.compact
+    def __call__(self, x: Array, rate: Array | None, deterministic: bool) -> Array:
+        """Maps x [batch, tokens, hidden_size] to the same shape; None for no rate."""
+        if rate is None or deterministic:
+            return x
+        stays = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - rate, (x.shape[0], 1, 1))
+        return x * (stays / (1.0 - rate)).astype(x.dtype)
 
 
 def layer_norm(epsilon: float, dtype: Any, name: str) -> nn.LayerNorm:
@@ -202,23 +237,36 @@ class Encoder(nn.Module):
     remat: bool = False
     scan_layers: bool = False
     dtype: Any = jnp.float32
+    positions: Positions = Positions()
+    stochastic_depth: float = 0.0
 
     @nn.compact
     def __call__(self, x: Array, deterministic: bool) -> Array:
         """Maps tokens [batch, tokens, hidden_size] to the same shape."""
-        x = PositionEmbedding(self.dtype, name="posembed_input")(x)
+        shared, drop_rates = None, None
+        if self.positions.added and self.positions.placement != "layers":
+            embed = PositionEmbedding(self.positions, self.dtype, name="posembed_input")
+            if self.positions.placement == "stem":
+                x = x + embed(x)
+            else:
+                shared = embed(x)
+        if self.stochastic_depth:
+            drop_rates = np.linspace(0, self.stochastic_depth, self.num_layers, dtype=np.float32)
         x = nn.Dropout(self.dropout_rate)(x, deterministic)
         block = nn.remat(EncoderBlock, static_argnums=(2,)) if self.remat else EncoderBlock
         if self.scan_layers:
             x, _ = nn.scan(
-                lambda layer, carry, _: (layer(carry, deterministic), None),
+                lambda layer, carry, *rest: (layer(carry, deterministic, *rest), None),
+                in_axes=(nn.broadcast, 0),
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
                 length=self.num_layers,
-            )(block(**self.block, name="encoderblock"), x, None)
+            )(block(**self.block, name="encoderblock"), x, shared, drop_rates)
         else:
             for i in range(self.num_layers):
-                x = block(**self.block, name=f"encoderblock_{i}")(x, deterministic)
+                rate = None if drop_rates is None else drop_rates[i]
+                layer = block(**self.block, name=f"encoderblock_{i}")
+                x = layer(x, deterministic, shared, rate)
         return layer_norm(self.layer_norm_epsilon, self.dtype, "encoder_norm")(x)  # Eq. 4
 
 
@@ -258,6 +306,11 @@ class VisionTransformer(nn.Module):
             position embeddings (Appendix B.1). As in the published code, the head has none and the
             MLP's first dropout comes after its GELU.
         attention_dropout_rate: dropout of the attention weights; the paper has none.
+        stochastic_depth: rate at which the last layer's two residual branches are each left out for
+            an image in training; from the first layer, 0, it grows linearly. The paper has none.
+        position_embedding: "learned" (1D), "none", "2d", "relative" or "sincos2d" (Appendix D.4),
+            see `positions.Positions`.
+        position_placement: "stem", "layers" or "shared" (Table 8).
         gelu: "tanh" (official checkpoints) or "erf" (timm, Hugging Face).
         layer_norm_epsilon: 1e-6 in the official and timm checkpoints, 1e-12 in Hugging Face's.
         head_bias_init: start value of the head's bias; -10 goes with the sigmoid loss.
@@ -276,6 +329,9 @@ class VisionTransformer(nn.Module):
     representation_size: int = 0
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
+    stochastic_depth: float = 0.0
+    position_embedding: str = "learned"
+    position_placement: str = "stem"
     gelu: str = "tanh"
     layer_norm_epsilon: float = 1e-6
     head_bias_init: float = 0.0
@@ -302,10 +358,11 @@ class VisionTransformer(nn.Module):
 
         Raises:
             UserError: the image's sides are not multiples of the downsampling, hidden_size is not a
-                multiple of num_heads, or classifier or gelu is unknown.
+                multiple of num_heads, or classifier, gelu or position_embedding is unknown.
         """
         self._check(images.shape)
         x = self._stem(images)
+        grid = x.shape[1] // self.patch_size, x.shape[2] // self.patch_size
         x = PatchEmbedding(self.patch_size, self.hidden_size, self.dtype, name="embedding")(x)
         if self.classifier == "token":
             cls = self.param("cls", nn.initializers.zeros, (1, 1, self.hidden_size))
@@ -314,7 +371,7 @@ class VisionTransformer(nn.Module):
             # token to the batch size, which costs Shape and Expand nodes in an exported graph.
             x = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))
             x = x + jnp.pad(cls, ((0, 0), (0, patches), (0, 0))).astype(self.dtype)
-        x = self._encoder()(x, not train)
+        x = self._encoder(grid)(x, not train)
         x = x[:, 0] if self.classifier == "token" else x.mean(axis=1)  # y of Eq. 4
         if self.representation_size:
             x = nn.tanh(nn.Dense(self.representation_size, dtype=self.dtype, name="pre_logits")(x))
@@ -333,8 +390,14 @@ class VisionTransformer(nn.Module):
         """What the patches are cut from."""
         return images
 
-    def _encoder(self) -> nn.Module:
+    def _encoder(self, grid: tuple[int, int]) -> nn.Module:
         shared = {
+            "positions": Positions(
+                self.position_embedding,
+                self.position_placement,
+                grid,
+                has_class=self.classifier == "token",
+            ),
             "dropout_rate": self.dropout_rate,
             "layer_norm_epsilon": self.layer_norm_epsilon,
             "dtype": self.dtype,
@@ -361,6 +424,7 @@ class VisionTransformer(nn.Module):
             block,
             remat=self.remat,
             scan_layers=self.scan_layers,
+            stochastic_depth=self.stochastic_depth,
             name="Transformer",
             **shared,
         )
@@ -381,5 +445,12 @@ class VisionTransformer(nn.Module):
             )
         if self.classifier not in ("token", "gap"):
             raise UserError(f"classifier {self.classifier!r} is unknown: use token or gap")
+        check_positions(self.position_embedding, self.position_placement)
+        parts = {"2d": 2, "sincos2d": 4}.get(self.position_embedding, 1)
+        if self.hidden_size % parts:
+            raise UserError(
+                f"hidden_size {self.hidden_size} is not a multiple of {parts}, the parts of "
+                f"position_embedding {self.position_embedding}"
+            )
         if self.gelu not in GELU:
             raise UserError(f"gelu {self.gelu!r} is unknown: use {' or '.join(GELU)}")

@@ -1,0 +1,85 @@
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from vit_jax.models import create_model
+from vit_jax.models.vit import StochasticDepth
+
+TINY = {
+    "architecture": "vit",
+    "patch_size": 4,
+    "hidden_size": 24,
+    "num_layers": 3,
+    "mlp_dim": 40,
+    "num_heads": 3,
+    "num_classes": 5,
+}
+IMAGES = jax.random.uniform(jax.random.key(1), (4, 8, 12, 3), minval=-1.0)
+
+
+def random_params(model):
+    shapes = jax.eval_shape(model.init, jax.random.key(0), IMAGES)["params"]
+    rng = np.random.default_rng(2)
+    return jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
+
+
+def apply(model, params, seed=0, images=IMAGES):
+    rngs = {"dropout": jax.random.key(seed)}
+    return jax.jit(lambda p: model.apply({"params": p}, images, train=True, rngs=rngs))(params)
+
+
+def test_a_branch_is_left_out_for_whole_examples_and_keeps_its_expectation():
+    x = np.random.default_rng(0).normal(2, 1, (20_000, 3, 2)).astype(np.float32)
+    y = StochasticDepth().apply({}, x, 0.3, False, rngs={"dropout": jax.random.key(0)})
+    factor = np.asarray(y / x)
+    out = factor[:, 0, 0] == 0
+    assert not np.any(factor[out])
+    np.testing.assert_allclose(factor[~out], 1 / 0.7, rtol=1e-5)
+    assert out.mean() == pytest.approx(0.3, abs=0.013)  # Four standard deviations.
+    np.testing.assert_allclose(y.mean(0), x.mean(0), rtol=0.03)
+
+
+def test_rates_grow_linearly_over_the_layers_and_are_those_of_both_branches():
+    model, found = create_model(TINY, stochastic_depth=0.4), []
+    params = random_params(model)
+
+    def record(call, args, kwargs, context):
+        if isinstance(context.module, StochasticDepth):
+            found.append((context.module.path[1], float(args[1])))
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+        rngs = {"dropout": jax.random.key(0)}
+        model.apply({"params": params}, IMAGES, train=True, rngs=rngs)
+    assert [name for name, _ in found] == [f"encoderblock_{i}" for i in (0, 0, 1, 1, 2, 2)]
+    np.testing.assert_allclose([rate for _, rate in found], [0, 0, 0.2, 0.2, 0.4, 0.4], rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"scan_layers": True}, {"remat": True}])
+def test_a_layer_that_is_always_left_out_is_not_there(options):
+    # The first of two layers always stays, the second never does.
+    sizes = TINY | {"num_layers": 2}
+    model = create_model(sizes, stochastic_depth=1 - 1e-6, **options)
+    params = random_params(model)
+    one = create_model(sizes | {"num_layers": 1})
+    encoder = {k: x for k, x in params["Transformer"].items() if k != "encoderblock_1"}
+    expected = one.apply({"params": params | {"Transformer": encoder}}, IMAGES)
+    np.testing.assert_allclose(apply(model, params), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_rng_decides_and_evaluation_is_without():
+    model, plain = create_model(TINY, stochastic_depth=0.5), create_model(TINY)
+    params = random_params(plain)
+    assert jax.tree.structure(params) == jax.tree.structure(random_params(model))
+    first = apply(model, params)
+    np.testing.assert_array_equal(apply(model, params), first)
+    assert not np.allclose(apply(model, params, seed=1), first)
+    same = {"params": params}
+    np.testing.assert_array_equal(model.apply(same, IMAGES), plain.apply(same, IMAGES))
+
+
+def test_each_image_has_its_own_draw():
+    model = create_model(TINY, stochastic_depth=0.5)
+    logits = apply(model, random_params(model), images=np.repeat(IMAGES[:1], 16, axis=0))
+    assert len(np.unique(np.asarray(logits)[:, 0].round(4))) > 3

@@ -1,0 +1,141 @@
+"""Where a token is: the position embeddings of Section 3.1 and Appendix D.4, in Flax Linen.
+
+Learned 1D embeddings, the paper's choice, have one for every token. All others are about patches,
+and the class token has none: at the stem it would only be added to a vector that is learned itself.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax.errors import UserError
+
+Array = jax.Array
+
+KINDS = ("learned", "none", "2d", "relative", "sincos2d")
+PLACEMENTS = ("stem", "layers", "shared")
+_INIT = nn.initializers.normal(stddev=0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class Positions:
+    """Which position embeddings a model has (Table 8).
+
+    Attributes:
+        kind: "learned" (1D: a vector per token), "none", "2d" (a learned vector of width D/2 per
+            column and one per row, concatenated), "relative" (1D offsets in every attention), or
+            "sincos2d" (fixed sines and cosines of column and row).
+        placement: added "stem" once before the first layer, or before every layer: one of its own
+            for each ("layers"), or the same ("shared").
+        grid: rows and columns of patches, which are ordered by rows.
+        has_class: whether a class token precedes them.
+    """
+
+    kind: str = "learned"
+    placement: str = "stem"
+    grid: tuple[int, int] = (0, 0)
+    has_class: bool = True
+
+    @property
+    def added(self) -> bool:
+        """Whether embeddings are added to the tokens."""
+        return self.kind in ("learned", "2d", "sincos2d")
+
+
+def check_positions(kind: str, placement: str) -> None:
+    """Checks the names of position embeddings and their place.
+
+    Raises:
+        UserError: one is unknown, or the two do not go together.
+    """
+    if kind not in KINDS:
+        raise UserError(f"position_embedding {kind!r} is unknown: use {', '.join(KINDS)}")
+    if placement not in PLACEMENTS:
+        raise UserError(f"position_placement {placement!r} is unknown: use {', '.join(PLACEMENTS)}")
+    if kind in ("none", "relative") and placement != "stem":
+        raise UserError(
+            f"position_placement {placement!r} is for embeddings that are added, which {kind!r} is "
+            "not: use stem"
+        )
+
+
+class PositionEmbedding(nn.Module):
+    """E_pos of Eq. 1: what is added to the tokens."""
+
+    positions: Positions
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """The embeddings for tokens x [batch, tokens, hidden_size], [1, tokens, hidden_size]."""
+        if self.positions.kind == "learned":
+            return self.param("pos_embedding", _INIT, (1, *x.shape[1:])).astype(self.dtype)
+        if self.positions.kind == "2d":
+            patches = self._learned_2d(x.shape[-1])
+        else:
+            patches = jnp.asarray(sincos2d(self.positions.grid, x.shape[-1]), self.dtype)
+        return jnp.pad(patches[None], ((0, 0), (int(self.positions.has_class), 0), (0, 0)))
+
+    def _learned_2d(self, hidden_size: int) -> Array:
+        rows, columns = self.positions.grid
+        x = self.param("pos_embedding_x", _INIT, (1, columns, hidden_size // 2))
+        y = self.param("pos_embedding_y", _INIT, (1, rows, hidden_size // 2))
+        x = jnp.broadcast_to(x, (rows, columns, hidden_size // 2))
+        y = jnp.broadcast_to(y.swapaxes(0, 1), (rows, columns, hidden_size // 2))
+        return jnp.concatenate([x, y], axis=-1).reshape(-1, hidden_size).astype(self.dtype)
+
+
+def sincos2d(grid: tuple[int, int], hidden_size: int) -> np.ndarray:
+    """The fixed embeddings of "Better plain ViT baselines" (Beyer et al., 2022, arXiv 2205.01580).
+
+    Sine and cosine of the column, then of the row, each at hidden_size / 4 wavelengths from 2 pi to
+    20,000 pi in geometric progression.
+
+    Args:
+        grid: rows and columns of patches.
+        hidden_size: width D, a multiple of 4.
+
+    Returns:
+        [rows * columns, hidden_size] float32.
+    """
+    y, x = (axis.ravel() for axis in np.mgrid[: grid[0], : grid[1]])
+    frequencies = 10_000.0 ** -np.linspace(0, 1, hidden_size // 4)
+    x, y = np.outer(x, frequencies), np.outer(y, frequencies)
+    return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1).astype(np.float32)
+
+
+class RelativePositionBias(nn.Module):
+    """Relative embeddings of Appendix D.4: a second attention gives the first one's bias.
+
+    Every offset p_q - p_k of two patches in the sequence has a learned embedding per head, which
+    the content of the query meets as its key. Silent: each layer has its own.
+    """
+
+    positions: Positions
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, q: Array) -> Array:
+        """Maps queries [batch, heads, tokens, head_dim] to [batch, heads, tokens, tokens].
+
+        The queries are those of the first attention, scaled as there. Pairs with the class token
+        get 0.
+        """
+        first = int(self.positions.has_class)
+        q = q[:, :, first:]
+        batch, heads, patches, head_dim = q.shape
+        shape = (2 * patches - 1, heads, head_dim)
+        # embedding[i] is that of the offset i - (patches - 1).
+        embedding = self.param("rel_embedding", _INIT, shape).astype(self.dtype)
+        keys = embedding[::-1].transpose(1, 2, 0)  # Column j of keys is the offset patches - 1 - j.
+        bias = jnp.matmul(q, keys)  # [batch, heads, patches, 2 * patches - 1]
+        # Query i wants its columns from patches - 1 - i on. Rows that are one longer and read as
+        # if they were not move by one each.
+        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (0, 1))).reshape(batch, heads, -1)
+        bias = bias[:, :, patches - 1 : patches - 1 + patches * (2 * patches - 1)]
+        bias = bias.reshape(batch, heads, patches, -1)[..., :patches]
+        return jnp.pad(bias, ((0, 0), (0, 0), (first, 0), (first, 0)))
