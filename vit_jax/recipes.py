@@ -133,12 +133,12 @@ def pretrain(model: str, dataset: str) -> ConfigDict:
     """Table 3: pre-training from scratch.
 
     The longest of a row's durations is taken. Silent: Ti, S, b and the shapes of Appendix D.2 take
-    the row of B and H on ImageNet-21k that of L; R26 and R take the row of R50 and, on ImageNet-21k, every hybrid that
-    of its ViT; a data set that the paper did not pre-train on takes ImageNet's row, with the
-    warm-up in epochs. Of the ResNets, which Table 3 has on JFT only, R152x4 and R200x3 take there
-    the row of R152x2 (R200x3 for the 14 epochs of Table 6), and elsewhere all take the row of
-    ViT-B, so that what is compared with a ViT was trained like it, but for the dropout and the
-    hidden layer before the head, which BiT's ResNet has not.
+    the row of B, and H on ImageNet-21k that of L; R26 and R take the row of R50 and, on
+    ImageNet-21k, every hybrid that of its ViT; a data set that the paper did not pre-train on takes
+    ImageNet's row, with the warm-up in epochs. Table 3 has the ResNets on JFT only: there R152x4
+    and R200x3 take the row of R152x2 (R200x3 for the 14 epochs of Table 6); elsewhere all take the
+    row of ViT-B, so that what is compared with a ViT was trained like it, but for the dropout and
+    the hidden layer before the head, which BiT's ResNet has not.
     """
     config = base(model, dataset)
     dataset = _table_name(dataset)

@@ -80,8 +80,8 @@ def architecture(name: str) -> dict[str, Any]:
         hybrids = ", ".join(f"{stem}+ViT-SIZE/{suffix}" for stem, suffix in STEMS)
         raise UserError(
             f"model {name!r} is unknown: use ViT-SIZE/PATCH with SIZE one of {', '.join(SIZES)}, "
-            f"for example ViT-B/16, or ViT-LAYERS-WIDTH-MLP/PATCH, or {hybrids}, or DEPTHxWIDTH with DEPTH one of "
-            f"{', '.join(RESNETS)}, for example R50x1"
+            f"for example ViT-B/16, or ViT-LAYERS-WIDTH-MLP/PATCH, or {hybrids}, or DEPTHxWIDTH "
+            f"with DEPTH one of {', '.join(RESNETS)}, for example R50x1"
         )
     return {"architecture": "vit", "patch_size": int(suffix), **SIZES[size]}
 
