@@ -46,6 +46,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]"],
         "export": [
+            "flax==0.12.0",  # Newer ones need a newer JAX; pip would try them all.
             "jax==0.7.1",  # The last whose jax2tf emits a TensorFlow graph that tf2onnx can read.
             "onnx>=1.23",
             "onnxruntime>=1.31",
