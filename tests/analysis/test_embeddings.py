@@ -44,19 +44,20 @@ def test_a_hybrid_shows_the_convolution_that_sees_the_image():
     for i in range(16):
         expected = (root[..., i] - root[..., i].mean()) / root[..., i].std()
         np.testing.assert_allclose(filters[..., i], expected, atol=1e-4)
+    of_resnet = {"resnet": {"root_block": {"standardized_conv2d": {"kernel": root}}}}
+    np.testing.assert_array_equal(embeddings.rgb_filters(of_resnet), filters)
     np.testing.assert_array_equal(embeddings.rgb_filters({"embedding": {"kernel": KERNEL}}), KERNEL)
 
 
 @pytest.mark.parametrize("has_class_token", [True, False])
 def test_position_similarity_is_that_of_loops(has_class_token):
     rows, columns = 2, 3
-    positions = RNG.normal(0, 1, (1, rows * columns + has_class_token, 5)).astype(np.float32)
-    params = {"Transformer": {"posembed_input": {"pos_embedding": positions}}}
-    similarity = embeddings.position_similarity(params, (rows, columns))
+    positions = RNG.normal(0, 1, (rows * columns + has_class_token, 5)).astype(np.float32)
+    similarity = embeddings.position_similarity(positions, (rows, columns))
     assert similarity.shape == (rows, columns, rows, columns)
     for row, column, y, x in np.ndindex(rows, columns, rows, columns):
-        a = positions[0, has_class_token + row * columns + column]
-        b = positions[0, has_class_token + y * columns + x]
+        a = positions[has_class_token + row * columns + column]
+        b = positions[has_class_token + y * columns + x]
         dot = sum(float(p) * float(q) for p, q in zip(a, b, strict=True))
         lengths = math.sqrt(sum(float(p) ** 2 for p in a) * sum(float(q) ** 2 for q in b))
         assert similarity[row, column, y, x] == pytest.approx(dot / lengths, abs=1e-6)
@@ -64,8 +65,6 @@ def test_position_similarity_is_that_of_loops(has_class_token):
         assert similarity[row, column, row, column] == pytest.approx(1)
 
 
-def test_what_is_not_there_is_one_line():
-    with pytest.raises(UserError, match="has no patch embedding"):
-        embeddings.rgb_filters({"head": {}})
-    with pytest.raises(UserError, match="has no position embedding for every patch"):
-        embeddings.position_similarity({"Transformer": {}}, (2, 2))
+def test_a_model_without_filters_is_told_so():
+    with pytest.raises(UserError, match="has no filters of three channels"):
+        embeddings.rgb_filters({"head": {"kernel": np.zeros((3, 3))}})

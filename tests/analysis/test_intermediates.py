@@ -26,6 +26,12 @@ MODELS = {
     "scan": ({**TINY, "scan_layers": True}, IMAGES, 7),
     "remat": ({**TINY, "remat": True}, IMAGES, 7),
     "hybrid": (HYBRID, WIDE_IMAGES, 7),
+    "relative": ({**TINY, "position_embedding": "relative"}, IMAGES, 7),
+    "2d, shared": (
+        {**TINY, "position_embedding": "2d", "position_placement": "shared"},
+        IMAGES,
+        7,
+    ),
 }
 attention_weights = jax.jit(intermediates.attention_weights, static_argnums=0)
 layer_tokens = jax.jit(intermediates.layer_tokens, static_argnums=0)
@@ -162,6 +168,32 @@ def test_not_asking_leaves_no_trace_in_the_program(name, monkeypatch):
     assert program(mutable="intermediates") != silent
     monkeypatch.setattr(nn.Module, "sow", lambda *args, **options: False)
     assert program() == silent
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("placement", ["stem", "shared"])
+def test_position_embeddings_of_any_kind_can_be_had(scan_layers, placement):
+    def embedding(kind):
+        config = {**TINY, "position_embedding": kind, "position_placement": placement}
+        model = create_model(config, scan_layers=scan_layers)
+        params = random_params(model, IMAGES)
+        found = intermediates.position_embedding(model, params, IMAGES)
+        assert found.shape == (7, 24)
+        return np.asarray(found), params["Transformer"].get("posembed_input")
+
+    found, params = embedding("learned")
+    np.testing.assert_array_equal(found, params["pos_embedding"][0])
+    found, params = embedding("2d")
+    for row, column in np.ndindex(2, 3):
+        x, y = params["pos_embedding_x"][0, column], params["pos_embedding_y"][0, row]
+        np.testing.assert_array_equal(found[1 + 3 * row + column], np.concatenate([x, y]))
+
+
+@pytest.mark.parametrize(("kind", "placement"), [("none", "stem"), ("learned", "layers")])
+def test_a_model_without_one_position_embedding_is_told_so(kind, placement):
+    model = create_model({**TINY, "position_embedding": kind, "position_placement": placement})
+    with pytest.raises(UserError, match="has no position embedding that all its layers share"):
+        intermediates.position_embedding(model, random_params(model, IMAGES), IMAGES)
 
 
 def test_a_model_without_attention_is_told_so():

@@ -92,9 +92,17 @@ def _filters(pretrained: "Pretrained", save: _Saver) -> None:
 
 
 def _positions(pretrained: "Pretrained", save: _Saver) -> None:
-    from vit_jax.analysis import embeddings, plots
+    import jax
 
-    similarity = embeddings.position_similarity(pretrained.params, _grid(pretrained)[0])
+    from vit_jax.analysis import embeddings, plots
+    from vit_jax.analysis.intermediates import position_embedding
+    from vit_jax.models import create_model
+
+    size = pretrained.preprocessing.image_size
+    images = np.zeros((1, size, size, 3), np.float32)
+    embed = jax.jit(position_embedding, static_argnums=0)
+    embedding = embed(create_model(pretrained.model), pretrained.params, images)
+    similarity = embeddings.position_similarity(embedding, _grid(pretrained)[0])
     save("positions", plots.similarity_grid(similarity), similarity=similarity)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from vit_jax.errors import UserError
 from vit_jax.models.resnet import standardize
@@ -12,22 +13,19 @@ from vit_jax.models.resnet import standardize
 def rgb_filters(params: Mapping[str, Any]) -> np.ndarray:
     """The filters that see the image, [height, width, 3, filters].
 
-    Those of the patch embedding; of a hybrid, which embeds the patches of a feature map, those of
-    the first convolution, standardised as it uses them.
+    Those of the patch embedding; of a hybrid, which embeds the patches of a feature map, or a
+    ResNet those of the first convolution, standardised as it uses them.
 
     Args:
         params: of a model.
 
     Raises:
-        UserError: neither is there.
+        UserError: there are none.
     """
-    embedding = params.get("embedding", {}).get("kernel")
-    if embedding is not None and embedding.shape[2] == 3:
-        return np.asarray(embedding)
-    root = params.get("conv_root", {}).get("kernel")
-    if root is None:
-        raise UserError("this model has no patch embedding: give a Vision Transformer or a hybrid")
-    return np.asarray(standardize(root))
+    for name, kernel in flatten_dict(params, sep="/").items():
+        if kernel.ndim == 4 and kernel.shape[2] == 3:
+            return np.asarray(kernel if name == "embedding/kernel" else standardize(kernel))
+    raise UserError("this model has no filters of three channels")
 
 
 def principal_filters(kernel: np.ndarray, count: int = 28) -> tuple[np.ndarray, np.ndarray]:
@@ -63,24 +61,18 @@ def to_rgb(filters: np.ndarray) -> np.ndarray:
     return 0.5 + 0.5 * filters / np.where(largest, largest, 1)
 
 
-def position_similarity(params: Mapping[str, Any], grid: tuple[int, int]) -> np.ndarray:
+def position_similarity(embedding: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """Cosine similarities of the patches' position embeddings (Figure 7 middle).
 
     Args:
-        params: of a model.
+        embedding: [tokens, hidden_size], see `intermediates.position_embedding`.
         grid: rows and columns of patches; what comes before them, the class token, is left out.
 
     Returns:
         [rows, columns, rows, columns]: of the patch at the first two with that at the last two.
-
-    Raises:
-        UserError: the model has no position embedding for every patch.
     """
     rows, columns = grid
-    embedding = params.get("Transformer", {}).get("posembed_input", {}).get("pos_embedding")
-    if embedding is None or embedding.shape[1] < rows * columns:
-        raise UserError("this model has no position embedding for every patch at its input")
-    patches = np.asarray(embedding)[0, -rows * columns :].astype(np.float64)
+    patches = np.asarray(embedding)[-rows * columns :].astype(np.float64)
     lengths = np.linalg.norm(patches, axis=-1, keepdims=True)
     patches = patches / np.where(lengths, lengths, 1)
     return (patches @ patches.T).reshape(rows, columns, rows, columns)

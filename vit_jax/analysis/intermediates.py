@@ -1,7 +1,7 @@
 """What a model computes on its way to the logits, layer by layer.
 
-Both functions run the model as it is: what they return is sown by it, or captured by Flax, and is
-no part of the program that anybody else compiles.
+The functions here run the model as it is: what they return is sown by it, or captured by Flax, and
+is no part of the program that anybody else compiles.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError
+from vit_jax.models.positions import PositionEmbedding
 from vit_jax.models.vit import EncoderBlock
 
 Array = jax.Array
@@ -49,6 +50,30 @@ def layer_tokens(model: nn.Module, params: Mapping[str, Any], images: Array) -> 
         mutable="intermediates",
     )
     return _of_layers(state, lambda block: block["__call__"]).astype(jnp.float32)
+
+
+def position_embedding(model: nn.Module, params: Mapping[str, Any], images: Array) -> Array:
+    """Returns E_pos of Eq. 1, [tokens, hidden_size] in float32, of any kind that is added.
+
+    Args:
+        model: a Vision Transformer or a hybrid.
+        params: its parameters.
+        images: [batch, height, width, 3]; only the size matters.
+
+    Raises:
+        UserError: the model has none, none that is added, or another one in every layer.
+    """
+    _, state = model.apply(
+        {"params": params},
+        images,
+        capture_intermediates=lambda module, _: isinstance(module, PositionEmbedding),
+        mutable="intermediates",
+    )
+    encoder = state.get("intermediates", {}).get("Transformer", {})
+    if "posembed_input" not in encoder:
+        raise UserError("this model has no position embedding that all its layers share")
+    (embedding,) = encoder["posembed_input"]["__call__"]
+    return embedding[0].astype(jnp.float32)
 
 
 def _of_layers(state: Mapping[str, Any], choose: Callable[[Mapping[str, Any]], tuple]) -> Array:
