@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax import models
-from vit_jax.checkpoints.pretrained import Pretrained
+from vit_jax.checkpoints.pretrained import Pretrained, abstract_params
 from vit_jax.errors import UserError
 
 
@@ -72,7 +73,10 @@ def make_forward(
     preprocessing = pretrained.preprocessing
     if outputs == "features":
         config["num_classes"] = 0
-        params = {name: tree for name, tree in params.items() if name != "head"}
+        kept = flatten_dict(abstract_params(config, preprocessing.image_size))
+        params = unflatten_dict(
+            {path: x for path, x in flatten_dict(params).items() if path in kept}
+        )
     elif not config["num_classes"]:
         raise UserError(f"{pretrained.source} has no head, so no {outputs}: use --outputs features")
     module = models.create_model(config, dtype="float32")

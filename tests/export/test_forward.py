@@ -1,0 +1,14 @@
+import pytest
+from flax.traverse_util import flatten_dict
+
+
+@pytest.mark.parametrize("name", ["ViT-Ti/16", "R50x1"])
+def test_features_are_exported_without_the_head(make_forward, name):
+    options = {"image_size": 32, "weights": "shared"}
+    whole, trunk = (
+        {"/".join(path) for path in flatten_dict(make_forward(name, **options, **kind).params)}
+        for kind in ({}, {"outputs": "features"})
+    )
+    assert trunk < whole
+    assert all("head/" in name for name in whole - trunk)
+    assert not any("head/" in name for name in trunk)
