@@ -118,6 +118,7 @@ def timm_torch(name: str, directory: Path) -> Path | None:
             (torch.zeros(2, 3, 224, 224),),
             path,
             dynamo=True,
+            opset_version=18,  # Later ones have a Gelu operator, which TensorRT 8.6 does not know.
             input_names=["images"],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
         )

@@ -4,6 +4,7 @@ import sys
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from PIL import Image
 
 from vit_jax import models
 
@@ -71,6 +72,21 @@ def test_onnx_alone_goes_by_either_converter(export, converter, tmp_path):
     assert not (tmp_path / "out" / "saved_model").exists()
 
 
+def test_int8_takes_its_scales_from_other_photographs_than_it_is_compared_on(
+    export, converter, tmp_path
+):
+    (tmp_path / "photos").mkdir()
+    for i in range(9):
+        pixels = np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.png")
+    arguments = ["--stages", "onnx", "--converter", converter, "--precision", "int8"]
+    code, output = export(*arguments, "--data", str(tmp_path / "photos"))
+    assert code == 0, output
+    (hop,) = json.loads((tmp_path / "out" / "parity.json").read_text())["hops"]
+    assert hop["images"] == 5
+    assert 1e-5 < hop["relative_difference"] < 0.3
+
+
 def test_without_tensorrt_or_a_gpu_the_onnx_file_stays(export, converter, tmp_path):
     code, output = export("--stages", "onnx,tensorrt", "--converter", converter)
     if code == 0:
@@ -87,6 +103,7 @@ def test_without_tensorrt_or_a_gpu_the_onnx_file_stays(export, converter, tmp_pa
         (["--stages", "tf,trt"], "'trt' is none of tf, onnx, tensorrt"),
         (["--precision", "fp8"], "invalid choice: 'fp8'"),
         (["--batch", "8:1:2"], "batch '8:1:2' is not MIN <= OPT <= MAX"),
+        (["--precision", "int8"], "add --data DIR"),
         (["--data", "/nowhere"], "--data /nowhere is not a directory"),
         (["--checkpoint", "/nowhere.npz"], "/nowhere.npz does not exist"),
         (["--image_size", "17"], "17 is not a multiple of"),

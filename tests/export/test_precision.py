@@ -111,3 +111,27 @@ def test_a_weight_that_fp16_cannot_hold_is_refused(converter, make_forward):
     with pytest.raises(UserError, match="embedding/bias has 7e\\+04.*--precision bf16"):
         half_model(forward, converter, "fp16")
     half_model(forward, converter, "bf16")
+
+
+def test_int8_quantizes_the_products_that_stand_it(converter, make_forward):
+    forward = make_forward(gelu="erf")
+    model = precision.to_int8(to_onnx.to_model(forward, converter), images(20))
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    assert model.metadata_props["precision"] == "int8"
+    quantized = []
+    for node in model.graph:
+        if node.op_type == "MatMul" and node.inputs[1].producer() is not None:
+            left, right = (value.producer() for value in node.inputs)
+            if right.op_type == "DequantizeLinear":  # A weight, in 8 bits for each channel.
+                assert right.inputs[0].const_value.dtype == ir.DataType.INT8
+                assert right.inputs[1].const_value.size == right.inputs[0].const_value.shape[1]
+                assert not right.inputs[2].const_value.numpy().any()
+                assert left.op_type == "DequantizeLinear"
+                assert left.inputs[0].producer().op_type == "QuantizeLinear"
+                quantized.append(node.name)
+    # Of each of the 2 layers: q, k and v; the heads' outputs; the first layer of the MLP.
+    assert len(quantized) == 3 * 2
+    assert not any("Dense_1" in name for name in quantized)
+    expected = forward.jitted()(images())
+    difference = np.abs(run(model, images()) - expected).max() / np.abs(expected).max()
+    assert 1e-4 < difference < 0.1

@@ -16,6 +16,8 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # With it TensorFlow greets on every start.
 
+import numpy as np
+
 from vit_jax import command
 from vit_jax.checkpoints import flags
 from vit_jax.errors import UserError
@@ -26,6 +28,7 @@ from vit_jax.export.to_tensorrt import build, parse_batch, summary
 
 STAGES = ("tf", "onnx", "tensorrt")
 OUTPUTS = ("logits", "probabilities", "features")
+_CALIBRATION = 64  # images
 _EPILOG = """exit codes:
   0  every stage ran, and is as close to Flax as its precision allows
   1  every stage ran, but one is not close enough
@@ -90,17 +93,7 @@ def _convert(args: argparse.Namespace, report: _Report) -> None:
         check_graph_serialization()
     if "onnx" in args.stages:
         _import_to_onnx()
-    preprocessing, labels = pretrained.preprocessing, None
-    if args.data:
-        names = pretrained.class_names
-        images, labels = parity.read_images(args.data, preprocessing, names, args.num_images)
-    else:
-        images = parity.synthetic_images(min(args.num_images, 16), preprocessing)
-    if args.include_preprocessing:
-        images = parity.as_pixels(images, preprocessing)
-    outputs = parity.in_batches(forward.jitted(), images)
-    data = args.data or parity.SYNTHETIC
-    report.reference = parity.Reference(images, outputs, labels, data)
+    report.reference, calibration = _reference(args, pretrained, forward)
     report.directory.mkdir(parents=True, exist_ok=True)
     parity.save_reference(report.reference, report.directory)
     if "tf" in args.stages:
@@ -110,16 +103,41 @@ def _convert(args: argparse.Namespace, report: _Report) -> None:
         with runtime.load(path) as model:
             report.add("SavedModel", model.predict, "fp32")
     if "onnx" in args.stages:
-        _to_onnx(args, report, forward, converter)
+        _to_onnx(args, report, forward, converter, calibration)
 
 
-def _to_onnx(args: argparse.Namespace, report: _Report, forward: Any, converter: str) -> None:
+def _reference(args: argparse.Namespace, pretrained: Any, forward: Any) -> tuple[Any, Any]:
+    """What to compare with, and for int8 other images of the same kind to take the scales from."""
+    preprocessing, labels = pretrained.preprocessing, None
+    number = args.num_images + (_CALIBRATION if args.precision == "int8" else 0)
+    if args.data:
+        names = pretrained.class_names
+        images, labels = parity.read_images(args.data, preprocessing, names, number)
+    else:
+        images = parity.synthetic_images(min(number, 16), preprocessing)
+    if args.include_preprocessing:
+        images = parity.as_pixels(images, preprocessing)
+    calibration = None
+    if args.precision == "int8":
+        # Every few images one, at most every other.
+        chosen = np.arange(len(images)) % max(2, len(images) // _CALIBRATION) == 1
+        calibration, images = images[chosen], images[~chosen]
+        labels = None if labels is None else labels[~chosen]
+    outputs = parity.in_batches(forward.jitted(), images)
+    return parity.Reference(images, outputs, labels, args.data or parity.SYNTHETIC), calibration
+
+
+def _to_onnx(
+    args: argparse.Namespace, report: _Report, forward: Any, converter: str, calibration: Any
+) -> None:
     from vit_jax.export import precision
 
     to_onnx, start = _import_to_onnx(), time.perf_counter()
     model = to_onnx.to_model(forward, converter)
     if args.precision in precision.HALF:
         precision.to_half(model, args.precision)
+    elif args.precision == "int8":
+        model = precision.to_int8(model, calibration)
     path = to_onnx.save(model, report.directory)
     count = collections.Counter(node.op_type for node in model.graph)
     operators = ", ".join(f"{number} {name}" for name, number in count.most_common())
@@ -216,6 +234,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         args.stages = ["onnx"] if args.converter == "jax2onnx" else ["tf", "onnx"]
     if args.checkpoint is None and args.stages != ["tensorrt"]:
         raise UserError("--checkpoint is missing: only --stages tensorrt goes without")
+    if args.precision == "int8" and args.data is None and "onnx" in args.stages:
+        raise UserError(
+            "--precision int8 needs photographs to take its scales from: add --data DIR"
+        )
     if args.data and not os.path.isdir(args.data):
         raise UserError(f"--data {args.data} is not a directory")
     return args

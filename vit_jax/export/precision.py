@@ -1,4 +1,4 @@
-"""16-bit versions of an exported graph. The file says what is computed in which type.
+"""16-bit and 8-bit versions of an exported graph: the file says what is computed in which type.
 
 In fp16 and bf16 all products and the attention, its softmax included, are in 16 bits. In float32
 are the norms, whose squares leave the range of fp16, the residual sums that they read, what comes
@@ -6,6 +6,7 @@ after the last norm, and the normalization of pixels. Inputs and outputs keep th
 whoever runs the model need not know.
 """
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -145,3 +146,69 @@ def emulate(model: ir.Model) -> ir.Model:
             for use in uses:
                 use.node.replace_input_with(use.idx, up.outputs[0])
     return model
+
+
+def to_int8(model: ir.Model, images: np.ndarray) -> ir.Model:
+    """Quantizes products of the encoder's layers to 8 bits, with scales from a calibration set.
+
+    QuantizeLinear and DequantizeLinear stand before the inputs of the products for q, k and v, of
+    the heads' outputs, and of the first layer of each MLP, where engines fuse them. Scales are
+    symmetric, one for each tensor and one for each output channel of a weight; weights are stored
+    in 8 bits. All else stays in float32, the second layer of the MLPs too: what comes out of GELU
+    has outliers which one scale does not fit (ViT-Ti/16 agrees with itself on 93% of the flowers
+    without it and on 68% with it).
+
+    Args:
+        model: a float32 graph from `to_onnx.to_model`.
+        images: the calibration set, as the model takes them; 64 photographs are enough.
+
+    Raises:
+        UserError: the model has no encoder layer.
+    """
+    from onnxruntime import quantization
+
+    class Batches(quantization.CalibrationDataReader):
+        def __init__(self):
+            self.batches = iter(np.array_split(images, -(-len(images) // 8)))
+
+        def get_next(self):
+            batch = next(self.batches, None)
+            return None if batch is None else {"images": batch}
+
+    products = [
+        node.name
+        for node in model.graph
+        if node.op_type == "MatMul"
+        and "/encoderblock_" in node.name
+        and "/Dense_1/" not in node.name
+        and node.inputs[1].const_value is not None
+    ]
+    if not products:
+        raise UserError("int8 is for Transformer layers, of which this model has none: use fp16")
+    with tempfile.TemporaryDirectory() as directory:
+        before, after = (os.path.join(directory, name) for name in ("float.onnx", "int8.onnx"))
+        ir.save(model, before, external_data="float.data")
+        logging.disable(logging.WARNING)  # It asks for a preparation that the graph had.
+        quantization.quantize_static(
+            before,
+            after,
+            Batches(),
+            quant_format=quantization.QuantFormat.QDQ,
+            nodes_to_quantize=products,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            activation_type=quantization.QuantType.QInt8,
+            weight_type=quantization.QuantType.QInt8,
+            use_external_data_format=True,
+            extra_options={
+                "ActivationSymmetric": True,
+                "WeightSymmetric": True,
+                "OpTypesToExcludeOutputQuantization": ["MatMul"],
+            },
+        )
+        logging.disable(logging.NOTSET)
+        quantized = ir.load(after)
+        ir.external_data.load_to_model(quantized)
+    quantized.metadata_props.clear()
+    quantized.metadata_props.update(model.metadata_props, precision="int8")
+    return quantized
