@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import pathlib
@@ -5,6 +6,7 @@ import subprocess
 import sys
 import types
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
@@ -18,6 +20,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.modules.setdefault(
     "torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations")
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def release_memory():
+    """Compiled programs and their constants would pile up to many gigabytes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
