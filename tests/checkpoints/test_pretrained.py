@@ -142,6 +142,21 @@ def test_every_variant_of_the_official_names_is_the_same_tree(tmp_path, params, 
     assert_equal_trees(load_pretrained(tmp_path / "a.npz").params, params)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_group_norms_of_one_row_are_those_of_hybrids(tmp_path, variant):
+    params = make_params(
+        image_size=32, architecture="hybrid", resnet_layers=(1,), patch_size=1, hidden_size=8
+    )
+    flat = VARIANTS[variant](flatten_dict(params, sep="/"))
+    norms = [name for name in flat if "/gn" in f"/{name}"]
+    assert len(norms) == 2 * 5 * (2 if "opt" in variant else 1)  # gn_root, gn1 to 3, gn_proj
+    flat |= {name: flat[name].reshape(1, 1, 1, -1) for name in norms}
+    np.savez(tmp_path / "a.npz", **flat)
+    pretrained = load_pretrained(tmp_path / "a.npz")
+    assert_equal_trees(pretrained.params, params)
+    assert pretrained.model["resnet_layers"] == [1] and pretrained.preprocessing.image_size == 32
+
+
 def test_big_visions_class_token_without_a_position_gets_one_of_zero(tmp_path, params):
     flat = big_vision(flatten_dict(params, sep="/"))
     flat["pos_embedding"] = flat["pos_embedding"][:, 1:]
