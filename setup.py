@@ -53,9 +53,11 @@ setup(
             "onnxscript>=0.7.2",
             "tf2onnx>=1.17",
         ],
-        # The same for newer JAX, without a SavedModel.
+        # For newer JAX, with `pip install --no-deps jax2onnx`: jax2onnx 0.17 forbids today's orbax.
         "export-newest": [
-            "jax2onnx>=0.17",
+            "dm-pix>=0.4.4",
+            "einops>=0.8.1",
+            "equinox>=0.13.1",
             "onnx>=1.23",
             "onnxruntime>=1.31",
             "onnxscript>=0.7.2",
