@@ -52,7 +52,10 @@ def make_forward():
         name=None, image_size=16, weights="random", class_names=None, loss="softmax", **config
     ):
         export = {key: config.pop(key) for key in EXPORT_OPTIONS & set(config)}
-        config = {**(models.architecture(name) if name else TINY), "num_classes": 5, **config}
+        if only := config.pop("only", None):
+            config = only
+        else:
+            config = {**(models.architecture(name) if name else TINY), "num_classes": 5, **config}
         images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.float32)
         init = models.create_model(config).init
         params = jax.eval_shape(init, jax.random.key(0), images)["params"]

@@ -103,12 +103,20 @@ def test_graph_is_whole_and_equals_flax_at_any_batch_size(
     model = to_onnx.to_model(forward, converter)
     check_contract(model, 2, gelu)
     path = to_onnx.save(model, tmp_path)
-    for batch in (1, 3, 64):
+    for batch in (1, 3, 128):  # The last is more than the graph was traced with.
         x = images(batch, 16)
         assert relative_difference(run(path, x), forward.jitted()(x)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["ViT-Ti/16", "ViT-B/16", "ViT-L/16", "ViT-H/14"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ViT-Ti/16",
+        "ViT-B/16",
+        pytest.param("ViT-L/16", marks=pytest.mark.slow),
+        pytest.param("ViT-H/14", marks=pytest.mark.slow),
+    ],
+)
 def test_graph_contract_holds_for_the_models_of_the_paper(converter, make_forward, name):
     if converter == "jax2onnx" and name != "ViT-Ti/16":
         pytest.skip("the graph depends on the layers' form, which Ti has; jax2onnx is slow")
@@ -152,6 +160,20 @@ def test_graph_of_a_hybrid_has_plain_convolutions_and_whole_norms(
         assert relative_difference(run(path, x), forward.jitted()(x)) < 1e-5
 
 
+def test_graph_of_a_resnet_equals_flax_at_any_batch_size(converter, make_forward, tmp_path):
+    config = {"architecture": "resnet", "resnet_layers": (1, 1), "num_classes": 5}
+    forward = make_forward(image_size=32, only=config)
+    model = to_onnx.to_model(forward, converter)
+    count = operators(model)
+    assert set(count) <= TENSORRT_8_6
+    assert count["InstanceNormalization"] == count["Relu"] == 7
+    path = to_onnx.save(model, tmp_path)
+    for batch in (1, 3, 128):  # The last is more than the graph was traced with.
+        x = images(batch, 32)
+        assert relative_difference(run(path, x), forward.jitted()(x)) < 1e-5
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("need_jax2tf")
 def test_graph_contract_holds_for_the_hybrid_of_the_paper(make_forward):
     forward = make_forward(

@@ -167,6 +167,17 @@ class _SameShape(_RootRule):
         return op.Identity(x)
 
 
+class _SliceOfAll(RewriteRuleClassBase):
+    def pattern(self, op, x):
+        return op.Slice(x, _allow_other_inputs=True, _outputs=["y"])
+
+    def check(self, _context, x, y, **_):
+        return _shape(x) is not None and _shape(x) == _shape(y)
+
+    def rewrite(self, op, x, **_):
+        return op.Identity(x)
+
+
 class _TransposeOfOnes(RewriteRuleClassBase):
     """A Transpose that only moves axes of size 1."""
 
@@ -409,6 +420,26 @@ class _GroupNorm(RewriteRuleClassBase):
         return op.Transpose(y, perm=[0, 2, 3, 1])
 
 
+class _ZerosAroundMaxPool(RewriteRuleClassBase):
+    """A maximum over zeros at the border, as BiT has it.
+
+    onnxruntime (1.31) fuses the Pad into MaxPool, which pads with minus infinity, if it pads with
+    exactly 0. The smallest number of fp16 is as good.
+    """
+
+    def pattern(self, op, x, pads, value):
+        padded = op.Pad(x, pads, value, _outputs=["padded"])
+        return op.MaxPool(padded, _outputs=["y"])
+
+    def check(self, _context, value, **_):
+        return _scalar(value) == 0
+
+    def rewrite(self, op, x, pads, padded, y, **_):
+        tiny = op.Constant(value_float=2.0**-24)
+        padded = op.Pad(x, pads, tiny, **padded.producer().attributes)
+        return op.MaxPool(padded, **y.producer().attributes)
+
+
 class _ReluAfterTranspose(RewriteRuleClassBase):
     def pattern(self, op, x):
         return op.Relu(op.Transpose(x, _outputs=["transposed"]))
@@ -500,6 +531,7 @@ _SIMPLIFICATIONS = RewriteRuleSet(
         _Dropout.rule(),
         _SameShape.rule("Reshape"),
         _SameShape.rule("Expand"),
+        _SliceOfAll.rule(),
         _TransposeOfOnes.rule(),
         _MaxOfNothing.rule(),
         _Relu.rule(),
@@ -524,6 +556,7 @@ _FUSIONS = RewriteRuleSet(
         _Softmax.rule(),
         _GeluErf.rule(),
         _GeluTanh.rule(),
+        _ZerosAroundMaxPool.rule(),
         _ReluAfterTranspose.rule(),
         _SumOfTransposes.rule(),
         _TransposeAndBack.rule(),
@@ -545,7 +578,7 @@ def _free_batch(model: ir.Model) -> None:
     passes.ShapeInferencePass()(model)
     for node in graph:
         for value in node.outputs:
-            if value.shape is None or TRACED_BATCH in value.shape.dims:
+            if value.shape is None or value.shape[0] != "batch" or TRACED_BATCH in value.shape:
                 raise ValueError(
                     f"{node.op_type} {value.name} of shape {value.shape} has the traced batch size"
                 )

@@ -355,7 +355,7 @@ class ResNetV2(nn.Module):
         x = ConvBlock(width, 7, 2, self.dtype, name="root_block")(images.astype(self.dtype))
         # With zeros as the published code pads: max_pool itself would pad with minus infinity.
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="VALID")
+        x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding="VALID")
         for s, num_units in enumerate(self.layers):
             x = PreActivationStage(
                 num_units,
