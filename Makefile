@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= export,test
+# Processes that tests run in; each may take 4 GB.
+JOBS ?= 2
 RUN := $(VENV)/bin/python
 
 .PHONY: demo test lint clean
@@ -14,7 +16,7 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	JAX_COMPILATION_CACHE_DIR=$(VENV)/xla JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
-		$(RUN) -m pytest
+		$(RUN) -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

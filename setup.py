@@ -66,6 +66,12 @@ setup(
         "peers": ["timm>=1.0.31", "torch==2.13.0", "torchvision==0.28.0", "transformers>=5.23"],
         # NVIDIA's own index has the libraries that these load; TensorRT 8.6 is for Python 3.10.
         "tensorrt": ["cuda-python>=12.2", "tensorrt>=10"],
-        "test": ["hypothesis>=6.170", "pytest>=9.2", "ruff>=0.17.5", "scipy>=1.17"],
+        "test": [
+            "hypothesis>=6.170",
+            "pytest>=9.2",
+            "pytest-xdist>=3.8",
+            "ruff>=0.17.5",
+            "scipy>=1.17",
+        ],
     },
 )

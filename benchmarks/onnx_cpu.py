@@ -12,14 +12,17 @@ else the machine does falls on all of them alike.
 import argparse
 import collections
 import contextlib
+import importlib.metadata
 import io
 import json
 import os
 import platform
 import resource
+import shlex
 import sys
 import tempfile
 import time
+import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +47,18 @@ from vit_jax.export.forward import Forward, make_forward
 from vit_jax.export.to_tf import can_serialize_graphs, tf_function
 
 Predict = Callable[[np.ndarray], np.ndarray]
+
+
+def random_forward(name: str, **overrides: Any) -> Forward:
+    """A model of the paper with random weights, ready to be exported."""
+    config = {**models.architecture(name), "num_classes": 1000, "gelu": "erf", **overrides}
+    generator = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: generator.standard_normal(leaf.shape, dtype=np.float32) * np.float32(0.02),
+        abstract_params(config, 224),
+    )
+    pretrained = Pretrained(params, config, Preprocessing(224), None, "softmax", "random weights")
+    return make_forward(pretrained)
 
 
 def ours(forward: Forward, directory: Path) -> Path:
@@ -100,8 +115,12 @@ def stock_jax2onnx(forward: Forward, directory: Path) -> Path | None:
     return path
 
 
-def timm_torch(name: str, directory: Path) -> Path | None:
+def timm_torch(name: str, directory: Path, **options: Any) -> Path | None:
     """The model of timm, its attention written out (the smaller graph), by torch.onnx.export."""
+    # PyPI's torchvision, built for CUDA, fails here beside a CPU build of torch; timm imports it.
+    sys.modules.setdefault(
+        "torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations")
+    )
     try:
         import timm
         import torch
@@ -110,7 +129,7 @@ def timm_torch(name: str, directory: Path) -> Path | None:
     timm.layers.set_fused_attn(False)
     size, patch = name.removeprefix("ViT-").split("/")
     names = {"Ti": "tiny", "S": "small", "B": "base", "L": "large"}
-    model = timm.create_model(f"vit_{names[size]}_patch{patch}_224").eval()
+    model = timm.create_model(f"vit_{names[size]}_patch{patch}_224", **options).eval()
     path = directory / "timm.onnx"
     with contextlib.redirect_stdout(io.StringIO()):
         torch.onnx.export(
@@ -138,6 +157,15 @@ def session(path: Path) -> Predict:
         return loaded.run(None, {images.name: x})[0]
 
     return predict
+
+
+def check_agreement(candidates: dict[str, Predict], images: np.ndarray) -> None:
+    """Raises AssertionError if a candidate with Flax's weights has other logits than Flax."""
+    expected = candidates["Flax, jax.jit"](images)
+    for name, predict in candidates.items():
+        if not name.startswith("timm"):
+            error = np.abs(predict(images) - expected).max() / np.abs(expected).max()
+            assert error < 1e-4, f"{name}: logits differ by {error:.1e} relative"
 
 
 def time_in_turns(
@@ -168,15 +196,15 @@ def main() -> None:
     args = parser.parse_args()
 
     warnings.simplefilter("ignore")
-    config = {**models.architecture(args.model), "num_classes": 1000, "gelu": "erf"}
-    generator = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda leaf: generator.standard_normal(leaf.shape, dtype=np.float32) * np.float32(0.02),
-        abstract_params(config, 224),
-    )
-    pretrained = Pretrained(params, config, Preprocessing(224), None, "softmax", "random weights")
-    forward = make_forward(pretrained)
-    report: dict[str, Any] = {"model": args.model, "machine": machine(), "candidates": {}}
+    forward = random_forward(args.model)
+    report: dict[str, Any] = {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "model": args.model,
+        "rounds": args.rounds,
+        "candidates": {},
+    }
     predict: dict[str, Predict] = {}
     with tempfile.TemporaryDirectory() as temporary:
         exports = {
@@ -203,8 +231,10 @@ def main() -> None:
             predict[name] = session(path)
         predict["Flax, jax.jit"] = forward.jitted()
         report["candidates"]["Flax, jax.jit"] = {}
+        generator = np.random.default_rng(1)
         for batch in args.batch:
             images = generator.standard_normal((batch, 224, 224, 3), dtype=np.float32)
+            check_agreement(predict, images)
             for name, times in time_in_turns(predict, images, args.rounds).items():
                 report["candidates"][name][f"batch {batch}"] = {
                     "median_ms": 1e3 * float(np.median(times)),
@@ -215,13 +245,17 @@ def main() -> None:
         Path(args.output).write_text(json.dumps(report, indent=1) + "\n")
 
 
-def machine() -> dict[str, str]:
+def machine() -> dict[str, Any]:
     """What the numbers were taken with."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     name = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
-    packages = {"jax": jax.__version__, "onnxruntime": onnxruntime.__version__}
-    return {"cpu": name or platform.machine(), "cores": str(os.cpu_count()), **packages}
+    packages = ("jax", "flax", "onnxruntime", "tf2onnx", "jax2onnx", "timm", "torch")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {"cpu": name or platform.machine(), "cores": os.cpu_count(), "versions": versions}
 
 
 def table(report: dict[str, Any], batches: list[int]) -> str:

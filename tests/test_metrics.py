@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import pytest
 
 from vit_jax import metrics
-from vit_jax.errors import UserError
 
 
 def lines(path):
@@ -96,13 +95,3 @@ def test_the_progress_line_has_all_that_is_asked_for():
 )
 def test_durations_are_read_at_a_glance(seconds, text):
     assert metrics.format_seconds(seconds) == text
-
-
-def test_json_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "metrics.json"
-    metrics.write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        metrics.write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
-    with pytest.raises(UserError, match="cannot be written: No such file"):
-        metrics.write_json(tmp_path / "no/such.json", {})

@@ -3,7 +3,6 @@
 import argparse
 import csv
 import dataclasses
-import json
 import logging
 import os
 import pathlib
@@ -20,10 +19,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_jax import command
 from vit_jax.checkpoints import flags
-from vit_jax.checkpoints.arrays import replacing
 from vit_jax.config import parse_shots
 from vit_jax.data import imagenet
 from vit_jax.errors import UserError
+from vit_jax.files import replacing, write_json
 from vit_jax.sharding import Mesh, make_mesh, state_sharding, to_devices
 
 TOP_K = 5
@@ -219,10 +218,10 @@ def real_accuracy(
     return correct / count, count
 
 
-def check_classes(
+def class_difference(
     num_classes: int, class_names: Sequence[str] | None, data_names: Sequence[str]
-) -> None:
-    """Checks that the classes of a model are those of a data set, in the same order.
+) -> str:
+    """What tells the classes of a model from those of a data set, in one phrase; "" if nothing.
 
     Names are compared without case and punctuation, ImageNet's WordNet ids by what they stand for.
 
@@ -230,25 +229,24 @@ def check_classes(
         num_classes: of the model.
         class_names: of the model, or None if they are not known.
         data_names: the class names of the data set.
-
-    Raises:
-        UserError: they differ.
     """
     if num_classes != len(data_names):
-        raise UserError(
-            f"the checkpoint has {num_classes} classes and the data set {len(data_names)}: "
-            "fine-tune it first; only --fewshot needs no head"
-        )
+        return f"the checkpoint has {num_classes} classes and the data set {len(data_names)}"
     for index, (own, other) in enumerate(zip(class_names or data_names, data_names, strict=True)):
-        if _letters(own) != _letters(other):
-            raise UserError(
-                f"class {index} is {own!r} in the checkpoint and {other!r} in the data set: "
-                "if all mean the same, add --ignore_class_names"
-            )
+        if imagenet.comparable(own) != imagenet.comparable(other):
+            return f"class {index} is {own!r} in the checkpoint and {other!r} in the data set"
+    return ""
 
 
-def _letters(name: str) -> str:
-    return re.sub(r"[\W_]+", " ", imagenet.readable(name)).strip().casefold()
+def check_classes(
+    num_classes: int, class_names: Sequence[str] | None, data_names: Sequence[str]
+) -> None:
+    """Raises a UserError if there is a `class_difference`, with the way out."""
+    difference = class_difference(num_classes, class_names, data_names)
+    if difference and num_classes != len(data_names):
+        raise UserError(f"{difference}: fine-tune it first; only --fewshot needs no head")
+    if difference:
+        raise UserError(f"{difference}: if all mean the same, add --ignore_class_names")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -346,8 +344,7 @@ def main() -> int:
         if args.fewshot:
             result["fewshot"] = _evaluate_fewshot(checkpoint, source, args)
     if args.json:
-        with replacing(pathlib.Path(args.json)) as temporary:
-            temporary.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(pathlib.Path(args.json), result)
     return 0
 
 

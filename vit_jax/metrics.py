@@ -12,8 +12,6 @@ from typing import Any
 import jax
 from clu import metric_writers
 
-from vit_jax.errors import UserError
-
 
 class JsonlWriter(metric_writers.MetricWriter):
     """Appends scalars to a file, one JSON object a line.
@@ -173,17 +171,3 @@ def format_seconds(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes:02d}m"
     return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a file whole or not at all.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(json.dumps(value, indent=2) + "\n")
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error

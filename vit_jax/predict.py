@@ -14,11 +14,11 @@ import numpy as np
 
 from vit_jax import command
 from vit_jax.checkpoints import flags
-from vit_jax.checkpoints.arrays import replacing
 from vit_jax.data import imagenet
 from vit_jax.data.images import SUFFIXES, preprocess, read_image
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
+from vit_jax.files import replacing
 
 if TYPE_CHECKING:
     from vit_jax.checkpoints.pretrained import Pretrained

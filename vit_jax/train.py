@@ -30,6 +30,7 @@ from vit_jax.data import datasets, pipeline
 from vit_jax.data.protocols import evaluation
 from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate
+from vit_jax.files import write_json
 from vit_jax.models import create_model
 from vit_jax.sharding import Mesh, batch_sharding, make_mesh, state_sharding, to_devices
 from vit_jax.state import (
@@ -98,11 +99,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
             return json.loads(finished.read_text())
         run = _prepare(config, workdir)
         if jax.process_index() == 0:
-            metrics.write_json(workdir / "config.json", to_dict(config))
+            write_json(workdir / "config.json", to_dict(config))
         state, progress = _start(run, store)
         final = _loop(run, state, progress, store, terminated)
         if jax.process_index() == 0:
-            metrics.write_json(finished, final)
+            write_json(finished, final)
     return final
 
 

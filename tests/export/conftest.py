@@ -1,5 +1,4 @@
 import importlib.util
-import inspect
 
 import jax
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 from vit_jax import models
 from vit_jax.checkpoints.pretrained import Pretrained
 from vit_jax.data.protocols import Preprocessing
+from vit_jax.export.to_tf import can_serialize_graphs
 
 TINY = {
     "architecture": "vit",
@@ -25,11 +25,9 @@ EXPORT_OPTIONS = {"outputs", "include_preprocessing"}
 
 @pytest.fixture
 def need_jax2tf():
-    pytest.importorskip("tf2onnx", reason="needs the export extra: pip install -e '.[export]'")
-    from jax.experimental import jax2tf
-
-    if "native_serialization" not in inspect.signature(jax2tf.convert).parameters:
+    if not can_serialize_graphs():
         pytest.skip("jax2tf emits TensorFlow graphs up to JAX 0.7.1")
+    pytest.importorskip("tf2onnx", reason="needs the export extra: pip install -e '.[export]'")
 
 
 @pytest.fixture(params=["jax2tf", "jax2onnx"])
@@ -39,7 +37,7 @@ def converter(request):
     if request.param == "jax2tf":
         request.getfixturevalue("need_jax2tf")
     elif not importlib.util.find_spec("jax2onnx"):
-        pytest.skip("needs jax2onnx: pip install 'jax2onnx>=0.17'")
+        pytest.skip("needs jax2onnx, see the README's section Deploy")
     return request.param
 
 

@@ -72,6 +72,25 @@ def test_onnx_alone_goes_by_either_converter(export, converter, tmp_path):
     assert not (tmp_path / "out" / "saved_model").exists()
 
 
+def test_accuracy_is_told_on_a_data_set_of_the_models_classes(export, converter, tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / "data" / "test" / name).mkdir(parents=True)
+        for i in range(2):
+            pixels = np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / "test" / name / f"{i}.png")
+    arguments = ["--stages", "onnx", "--converter", converter]
+    code, output = export(*arguments, "--dataset", f"folder:{tmp_path / 'data'}")
+    assert code == 0, output
+    (hop,) = json.loads((tmp_path / "out" / "parity.json").read_text())["hops"]
+    # The same two photographs in every class: one of three is right.
+    assert hop["accuracy"] == hop["reference_accuracy"] == pytest.approx(1 / 3)
+
+    (tmp_path / "data" / "test" / "c").rename(tmp_path / "data" / "c")
+    code, output = export(*arguments, "--dataset", f"folder:{tmp_path / 'data'}")
+    assert code == 2
+    assert "the checkpoint has 3 classes and the data set 2: use --data" in output
+
+
 def test_int8_takes_its_scales_from_other_photographs_than_it_is_compared_on(
     export, converter, tmp_path
 ):
@@ -105,6 +124,8 @@ def test_without_tensorrt_or_a_gpu_the_onnx_file_stays(export, converter, tmp_pa
         (["--batch", "8:1:2"], "batch '8:1:2' is not MIN <= OPT <= MAX"),
         (["--precision", "int8"], "add --data DIR"),
         (["--data", "/nowhere"], "--data /nowhere is not a directory"),
+        (["--data", "/a", "--dataset", "digits"], "--data /a and --dataset digits: give one"),
+        (["--dataset", "digits", "--outputs", "features"], "features have no accuracy"),
         (["--checkpoint", "/nowhere.npz"], "/nowhere.npz does not exist"),
         (["--image_size", "17"], "17 is not a multiple of"),
     ],

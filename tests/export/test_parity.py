@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vit_jax.data import imagenet
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 from vit_jax.export import parity
@@ -68,6 +69,32 @@ def test_directories_with_the_names_of_classes_are_labels(tmp_path):
     images, labels = parity.read_images(str(tmp_path), PREPROCESSING, names, 2)
     assert labels.tolist() == [2, 0]  # Spread over all.
     assert parity.read_images(str(tmp_path), PREPROCESSING, ("rose", "lily"), 6)[1] is None
+
+
+def test_directories_with_wordnet_ids_are_labels_of_imagenet(tmp_path):
+    for name in ("n01443537", "American_robin"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+    names = ("tench", imagenet.classes()["n01443537"], "american robin")
+    assert parity.read_images(str(tmp_path), PREPROCESSING, names, 6)[1].tolist() == [2, 1]
+
+
+def test_images_of_a_data_set_are_spread_over_it(tmp_path):
+    from vit_jax.data.datasets import open_evaluation
+
+    for label, name in enumerate(("iris", "lily", "rose")):
+        (tmp_path / "test" / name).mkdir(parents=True)
+        for i in range(3):
+            pixels = (30 * label + 10 * i,) * 3
+            Image.new("RGB", (8, 8), pixels).save(tmp_path / "test" / name / f"{i}.png")
+    source = open_evaluation(f"folder:{tmp_path}")
+    every = {0: 0, 10: 0, 20: 0, 30: 1, 40: 1, 50: 1, 60: 2, 70: 2, 80: 2}
+    for number in (1, 2, 4, 5, 8, 9, 100):
+        images, labels = parity.read_dataset(source, PREPROCESSING, number)
+        pixels = parity.as_pixels(images, PREPROCESSING)[:, 0, 0, 0].tolist()
+        assert len(pixels) == len(set(pixels)) == min(number, 9)
+        assert labels.tolist() == [every[pixel] for pixel in pixels]
+        assert max(np.diff([-10, *pixels, 90])) <= 10 * (9 // min(number, 9) + 1)
 
 
 def test_a_directory_without_images_is_refused(tmp_path):

@@ -9,6 +9,7 @@ onnx = pytest.importorskip("onnx", reason=REASON)
 ir = pytest.importorskip("onnx_ir", reason=REASON)
 onnxruntime = pytest.importorskip("onnxruntime", reason=REASON)
 precision = pytest.importorskip("vit_jax.export.precision", reason=REASON, exc_type=ImportError)
+patterns = pytest.importorskip("vit_jax.export.patterns", reason=REASON, exc_type=ImportError)
 rewrite = pytest.importorskip("vit_jax.export.rewrite", reason=REASON, exc_type=ImportError)
 to_onnx = pytest.importorskip("vit_jax.export.to_onnx", reason=REASON, exc_type=ImportError)
 
@@ -95,8 +96,8 @@ def test_large_inputs_of_norms_overflow_a_naive_conversion_and_not_ours(
     assert np.abs(ours - expected).max() / np.abs(expected).max() < 5e-3
     assert (ours.argmax(1) == expected.argmax(1)).all()
 
-    rules = rewrite.RewriteRuleSet([rewrite._Softmax.rule(), rewrite._GeluErf.rule()])
-    monkeypatch.setattr(rewrite, "_FUSIONS", rules)
+    rules = patterns.RewriteRuleSet([patterns._Softmax.rule(), patterns._GeluErf.rule()])
+    monkeypatch.setattr(rewrite, "FUSIONS", rules)
     monkeypatch.setattr(precision, "_float32_nodes", lambda graph: set())
     model = to_onnx.to_model(forward, converter)
     precision.to_half(model, "fp16")

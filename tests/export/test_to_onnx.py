@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from vit_jax.errors import UserError
+from vit_jax.export import runtime
+from vit_jax.export.to_tf import to_tf
 
 REASON = "needs the export extra: pip install -e '.[export]'"
 onnx = pytest.importorskip("onnx", reason=REASON)
@@ -187,6 +189,20 @@ def test_graph_contract_holds_for_the_hybrid_of_the_paper(make_forward):
     assert count["Softmax"] == len(gelus(model, "erf")) == 12
     assert count["Conv"] == count["InstanceNormalization"] == convolutions
     assert sum(count.values()) <= 30 * 12 + 20 + 7 * convolutions + units
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("need_jax2tf")
+def test_base_in_either_format_equals_flax_at_any_batch_size(make_forward, tmp_path):
+    forward = make_forward("ViT-B/16", image_size=224, num_classes=1000)
+    flax = forward.jitted()
+    paths = [to_tf(forward, tmp_path), to_onnx.save(to_onnx.to_model(forward), tmp_path)]
+    for batch in (1, 3, 64):
+        x = images(batch, 224)
+        expected = flax(x)
+        for path in paths:
+            with runtime.load(path) as model:
+                assert relative_difference(model.predict(x), expected) < 1e-5
 
 
 def test_probabilities_sum_to_one_and_features_are_the_heads_input(

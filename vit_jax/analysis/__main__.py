@@ -13,9 +13,9 @@ import numpy as np
 
 from vit_jax import command
 from vit_jax.checkpoints import flags
-from vit_jax.checkpoints.arrays import replacing
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
+from vit_jax.files import replacing
 from vit_jax.predict import find_images, read_batches
 
 if TYPE_CHECKING:

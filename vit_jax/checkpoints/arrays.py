@@ -17,7 +17,6 @@ import math
 import os
 import pickle
 import pickletools
-import secrets
 import stat
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -30,6 +29,7 @@ import safetensors
 import safetensors.numpy
 
 from vit_jax.errors import UserError, first_line, shortlist
+from vit_jax.files import replacing
 
 MAX_BYTES = 16 << 30
 MAX_ARRAYS = 10_000  # ViT-H/14 has 400
@@ -173,7 +173,10 @@ def write_safetensors(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -
     arrays = _writable(path, arrays)
     with replacing(Path(path)) as temporary:
         # transformers refuses a file that does not name the framework of its layouts.
-        safetensors.numpy.save_file(arrays, temporary, metadata={"format": "pt"})
+        try:
+            safetensors.numpy.save_file(arrays, temporary, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:
+            raise OSError(first_line(error)) from error
 
 
 @contextlib.contextmanager
@@ -447,30 +450,6 @@ def _is_file_name(value: Any) -> bool:
 def _writable(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
     _check_names(Path(path), arrays)
     return {name: _float32(np.asarray(x)) for name, x in arrays.items()}
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside, which takes the place of `path` if all goes well."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        if not path.parent.is_dir():
-            raise UserError(f"{path} cannot be written: folder {path.parent} does not exist")
-        temporary.touch(exist_ok=False)
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # safetensors takes the file's place with one that is private
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(
-            f"{path} cannot be written: {reason}; free the disk or name another folder"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _printable(text: str) -> str:

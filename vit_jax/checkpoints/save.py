@@ -15,6 +15,7 @@ from vit_jax.checkpoints.arrays import write_npz, write_safetensors
 from vit_jax.checkpoints.known import Known, sidecar, to_json
 from vit_jax.checkpoints.pretrained import Pretrained
 from vit_jax.errors import UserError
+from vit_jax.files import replacing
 
 FORMATS = ("official", "timm", "huggingface")
 _WRITERS = {".npz": write_npz, ".safetensors": write_safetensors}
@@ -55,8 +56,8 @@ def save_pretrained(pretrained: Pretrained, path: str | os.PathLike[str], layout
         pretrained.model, pretrained.preprocessing, pretrained.class_names, pretrained.loss
     )
     if suffix:
-        with _storage_errors(path):
-            sidecar(path).write_text(to_json(known))
+        with replacing(sidecar(path)) as temporary:
+            temporary.write_text(to_json(known))
         _WRITERS[suffix](path, arrays)
         return
     files = peers.timm_files if layout == "timm" else peers.huggingface_files

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.resources
+import re
 from collections.abc import Mapping
 
 
@@ -18,3 +19,8 @@ def classes() -> Mapping[str, str]:
 def readable(name: str) -> str:
     """The English name of a WordNet id of ImageNet's; any other name as it is."""
     return classes().get(name, name)
+
+
+def comparable(name: str) -> str:
+    """A class name without case and punctuation, a WordNet id as what it stands for."""
+    return re.sub(r"[\W_]+", " ", readable(name)).strip().casefold()

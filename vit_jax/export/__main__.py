@@ -110,8 +110,11 @@ def _reference(args: argparse.Namespace, pretrained: Any, forward: Any) -> tuple
     """What to compare with, and for int8 other images of the same kind to take the scales from."""
     preprocessing, labels = pretrained.preprocessing, None
     number = args.num_images + (_CALIBRATION if args.precision == "int8" else 0)
-    if args.data:
-        names = pretrained.class_names
+    if args.dataset:
+        source = _open_dataset(args, pretrained)
+        images, labels = parity.read_dataset(source, preprocessing, number)
+    elif args.data:
+        names = pretrained.class_names if args.outputs != "features" else None
         images, labels = parity.read_images(args.data, preprocessing, names, number)
     else:
         images = parity.synthetic_images(min(number, 16), preprocessing)
@@ -124,7 +127,19 @@ def _reference(args: argparse.Namespace, pretrained: Any, forward: Any) -> tuple
         calibration, images = images[chosen], images[~chosen]
         labels = None if labels is None else labels[~chosen]
     outputs = parity.in_batches(forward.jitted(), images)
-    return parity.Reference(images, outputs, labels, args.data or parity.SYNTHETIC), calibration
+    data = args.dataset or args.data or parity.SYNTHETIC
+    return parity.Reference(images, outputs, labels, data), calibration
+
+
+def _open_dataset(args: argparse.Namespace, pretrained: Any) -> Any:
+    from vit_jax.data.datasets import open_evaluation
+    from vit_jax.evaluate import class_difference
+
+    source = open_evaluation(args.dataset, data_dir=args.data_dir, split=args.split)
+    classes = pretrained.model["num_classes"], pretrained.class_names
+    if difference := class_difference(*classes, source.class_names):
+        raise UserError(f"{difference}: use --data, which takes any photographs")
+    return source
 
 
 def _to_onnx(
@@ -214,9 +229,17 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     group = parser.add_argument_group("parity")
     group.add_argument(
+        "--dataset",
+        metavar="D",
+        help="a data set of the model's classes to compare on and to tell the accuracy of: a TFDS "
+        "name, folder:PATH or digits",
+    )
+    group.add_argument("--split", default="", help="in TFDS syntax [validation or test]")
+    group.add_argument("--data_dir", default="", help="where TFDS looks [its default]")
+    group.add_argument(
         "--data",
         metavar="DIR",
-        help="photographs to compare with, searched recursively; accuracy is told if their "
+        help="or photographs, searched recursively; accuracy is told if their "
         "directories have the names of the model's classes [synthetic images]",
     )
     group.add_argument(
@@ -234,7 +257,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         args.stages = ["onnx"] if args.converter == "jax2onnx" else ["tf", "onnx"]
     if args.checkpoint is None and args.stages != ["tensorrt"]:
         raise UserError("--checkpoint is missing: only --stages tensorrt goes without")
-    if args.precision == "int8" and args.data is None and "onnx" in args.stages:
+    if args.data and args.dataset:
+        raise UserError(f"--data {args.data} and --dataset {args.dataset}: give one of them")
+    if args.dataset and args.outputs == "features":
+        raise UserError("--outputs features have no accuracy: use --data in place of --dataset")
+    if args.precision == "int8" and not (args.data or args.dataset) and "onnx" in args.stages:
         raise UserError(
             "--precision int8 needs photographs to take its scales from: add --data DIR"
         )

@@ -1,7 +1,6 @@
 """How far an exported model is from Flax in float32, and how fast it is. Imports no JAX."""
 
 import dataclasses
-import io
 import json
 import os
 import time
@@ -14,6 +13,7 @@ import numpy as np
 
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
+from vit_jax.files import replacing, write_json
 
 Predict = Callable[[np.ndarray], np.ndarray]
 
@@ -57,8 +57,8 @@ def read_images(
     Args:
         directory: searched recursively.
         preprocessing: of the model.
-        class_names: of the model. Where every image's directory has the name of one of them, it is
-            the image's label.
+        class_names: of the model. Where every image's directory has the name of one of them, or
+            its WordNet id, it is the image's label.
         number: how many images to read, at most.
 
     Returns:
@@ -67,6 +67,7 @@ def read_images(
     Raises:
         UserError: there are no images, or one is damaged.
     """
+    from vit_jax.data.imagenet import comparable
     from vit_jax.data.images import preprocess, read_image
     from vit_jax.predict import find_images
 
@@ -75,9 +76,36 @@ def read_images(
         [files[i * len(files) // number] for i in range(number)] if len(files) > number else files
     )
     images = np.stack([preprocess(read_image(file), preprocessing) for file in files])
-    indices = {name: i for i, name in enumerate(class_names or ())}
-    labels = [indices.get(os.path.basename(os.path.dirname(file))) for file in files]
+    indices = {comparable(name): i for i, name in enumerate(class_names or ())}
+    labels = [indices.get(comparable(os.path.basename(os.path.dirname(file)))) for file in files]
     return images, None if None in labels else np.array(labels)
+
+
+def read_dataset(
+    source: Any, preprocessing: Preprocessing, number: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reads images of a `vit_jax.data.datasets.Source`, evenly spread over it.
+
+    Returns:
+        float32 [n, image_size, image_size, 3] and labels [n], n at most `number`.
+
+    Raises:
+        UserError: an image is damaged.
+    """
+    from vit_jax.data.pipeline import eval_batches
+
+    total = source.num_examples
+    number = min(number, total)
+    spread = (
+        source.records()
+        .enumerate()
+        .filter(lambda i, _: (i + 1) * number // total > i * number // total)
+    )
+    chosen = dataclasses.replace(
+        source, num_examples=number, records=lambda: spread.map(lambda _, record: record)
+    )
+    (batch,) = eval_batches(chosen, batch_size=number, preprocessing=preprocessing)
+    return batch["image"], batch["label"]
 
 
 def synthetic_images(number: int, preprocessing: Preprocessing) -> np.ndarray:
@@ -226,9 +254,8 @@ def save_reference(reference: Reference, directory: Path, number: int = 64) -> N
     }
     if reference.labels is not None:
         arrays["labels"] = reference.labels[:number]
-    content = io.BytesIO()
-    np.savez(content, **arrays)
-    _write(directory / _REFERENCE, content.getvalue())
+    with replacing(directory / _REFERENCE) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def load_reference(directory: Path) -> Reference:
@@ -264,15 +291,4 @@ def save_report(reference: Reference, hops: Sequence[Mapping[str, Any]], directo
         "thresholds": THRESHOLDS,
         "hops": hops,
     }
-    text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-    _write(directory / _REPORT, text.encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({error.strerror})") from error
+    write_json(directory / _REPORT, report)

@@ -16,10 +16,10 @@ import onnx
 import onnx_ir as ir
 
 import vit_jax
-from vit_jax.checkpoints.arrays import replacing
 from vit_jax.errors import UserError
 from vit_jax.export.forward import Forward
 from vit_jax.export.rewrite import TRACED_BATCH, rewrite
+from vit_jax.files import replacing
 
 OPSET = 17  # The first with LayerNormalization, and one that TensorRT 8.6 to 11 read.
 _EXTERNAL_ABOVE = 2**31 - 2**20  # bytes; protobuf's limit is 2**31.
@@ -73,7 +73,8 @@ def _by_jax2onnx(forward: Forward) -> onnx.ModelProto:
         import jax2onnx
     except ImportError as error:
         raise UserError(
-            f"--converter jax2onnx needs jax2onnx ({error}): pip install 'jax2onnx>=0.17'"
+            f"--converter jax2onnx needs jax2onnx ({error}): pip install -e '.[export-newest]' && "
+            "pip install --no-deps jax2onnx"
         ) from error
     shapes = [((TRACED_BATCH, *forward.image_shape), np.dtype(forward.image_dtype))]
     shapes += [(weight.shape, weight.dtype) for weight in forward.flat_params().values()]

@@ -1,0 +1,50 @@
+"""Files that appear whole or not at all."""
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vit_jax.errors import UserError, first_line
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside, which takes the place of `path` if all goes well.
+
+    Raises:
+        UserError: the folder does not exist, or the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        if not path.parent.is_dir():
+            raise UserError(f"{path} cannot be written: folder {path.parent} does not exist")
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)  # safetensors takes the file's place with one that is private
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or first_line(error)}; "
+            "free the disk or name another folder"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    with replacing(path) as temporary:
+        temporary.write_text(text)
