@@ -1,6 +1,5 @@
 """Flax to TensorFlow: jax2tf graph serialization, and a SavedModel with a serving signature."""
 
-import inspect
 import os
 import shutil
 import tempfile
@@ -16,12 +15,12 @@ from vit_jax.export.forward import Forward
 
 
 def can_serialize_graphs() -> bool:
-    """Whether this JAX can emit a TensorFlow graph; from 0.7.2 on it emits one opaque operation."""
-    try:
-        from jax.experimental import jax2tf
-    except ImportError:
-        return False
-    return "native_serialization" in inspect.signature(jax2tf.convert).parameters
+    """Whether this JAX can emit a TensorFlow graph.
+
+    From 0.7.2 on it emits one opaque operation; jax2tf.convert still has the argument
+    `native_serialization`, but ignores it.
+    """
+    return jax.__version_info__ < (0, 7, 2)
 
 
 def check_graph_serialization() -> None:
