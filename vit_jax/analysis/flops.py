@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vit_jax.models import axial, resnet
+from vit_jax.models import resnet
 
 # Dense bfloat16 FLOP/s of one JAX device, from the vendors' data sheets; the first name that stands
 # in the device's kind counts. A TPU v2 or v3 device is one of a chip's two cores.
@@ -30,9 +30,8 @@ def multiply_adds(model: Mapping[str, Any], image_size: int, num_classes: int) -
     """Multiply-adds of one image's forward pass, matrix products and convolutions only.
 
     A convolution's products with the zeros around the image are not counted. XLA counts so, and the
-    exaFLOPs of Table 6 are only reached so: for a ResNet the zeros are 4% of all products. For an
-    AxialResNet the softmax and norms of its attention count too, at two operations the multiply-add:
-    its heads are 8 wide where a ViT's are 64, so that these are 5% of its arithmetic.
+    exaFLOPs of Table 6 are only reached so: for a ResNet the zeros are 4% of all products. An
+    AxialResNet does 5% more that is no product: softmaxes and norms of heads that are 8 wide.
 
     Args:
         model: the `model` section of a config.
@@ -101,10 +100,7 @@ def _resnet(
 def _position_sensitive(length: int, features: int) -> int:
     """Of one query of `models.axial.PositionSensitiveAttention`."""
     # q and k have half the features: q k, q r and k r are 3/2 of them; v and its r are 2.
-    products = 2 * features**2 + length * features * 3 // 2 + length * features * 2
-    # Two sums and the softmax for a logit, 7 operations for each of 3 * features that are normed.
-    others = 6 * length * axial.NUM_HEADS + 7 * 3 * features + features
-    return products + others // 2
+    return 2 * features**2 + length * features * 3 // 2 + length * features * 2
 
 
 def _convolve(side: int, size: int, stride: int, same: bool) -> tuple[int, int]:
