@@ -351,11 +351,8 @@ def _with_class_position(positions: np.ndarray, has_class: bool) -> np.ndarray:
 def recognise(present: Iterable[str]) -> str | None:
     """Tells "official", "timm" or "huggingface" by parameter names, None if it is none of them."""
     present = set(present)
-    if present & {
-        BIT_ROOT,
-        AXIAL_UNIT,
-        *(f"{prefix}embedding/kernel" for prefix in ("", *_PREFIXES)),
-    }:
+    roots = {f"{prefix}embedding/kernel" for prefix in ("", *_PREFIXES)}
+    if present & {BIT_ROOT, AXIAL_UNIT, *roots}:
         return "official"
     if "patch_embed.proj.weight" in present:
         return "timm"
