@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from vit_jax.analysis.intermediates import attention_weights, layer_tokens
 from vit_jax.checkpoints.pretrained import load_pretrained, resize
 from vit_jax.checkpoints.save import save_pretrained
 from vit_jax.checkpoints.transfer import transfer
@@ -503,3 +504,46 @@ def test_a_run_its_checkpoint_its_file_and_the_fine_tune_from_it(
         config.model.representation_size = 0
     train(config, tmp_path / "tuned")
     assert load_pretrained(tmp_path / "tuned").preprocessing.image_size == 2 * image_size
+
+
+def sown(model, params, images):
+    _, state = model.apply({"params": params}, images, mutable="intermediates")
+    return state["intermediates"]["Transformer"]
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_attention_between_all_patches_is_that_along_rows_and_columns_in_turn(scan_layers):
+    params = random_params(create_model(TINY), IMAGES)
+    model = create_model(TINY, scan_layers=scan_layers)
+    found = np.asarray(jax.jit(attention_weights, static_argnums=0)(model, params, IMAGES))
+    assert found.shape == (2, 4, HEADS, ROWS * COLUMNS, ROWS * COLUMNS)
+    layers = sown(create_model(TINY), params, IMAGES)
+    for i, along in np.ndindex(2, 2):
+        block = layers[f"encoderblock_{i}"][("row", "column")[along]]
+        (weights,) = block["MultiHeadDotProductAttention_1"]["attention_weights"]
+        expected = np.zeros((2, HEADS, ROWS, COLUMNS, ROWS, COLUMNS))
+        for b, h, r, c in np.ndindex(2, HEADS, ROWS, COLUMNS):
+            if along == 0:
+                expected[b, h, r, c, r] = weights[b, r, h, c]
+            else:
+                expected[b, h, r, c, :, c] = weights[b, c, h, r]
+        expected = expected.reshape(2, HEADS, ROWS * COLUMNS, ROWS * COLUMNS)
+        np.testing.assert_allclose(found[:, 2 * i + along], expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-5)
+
+
+def test_tokens_after_every_pair_are_those_of_a_shallower_model():
+    model = create_model(TINY)
+    params = random_params(model, IMAGES)
+    tokens = layer_tokens(model, params, IMAGES)
+    assert tokens.shape == (2, 2, ROWS * COLUMNS, WIDTH)
+    y = layer_norm(np.asarray(tokens[:, -1]), params["Transformer"]["encoder_norm"]).mean(1)
+    expected = y @ params["head"]["kernel"] + params["head"]["bias"]
+    np.testing.assert_allclose(apply(model, params, IMAGES), expected, atol=1e-4)
+
+
+def test_a_resnets_attention_is_not_shown():
+    model = create_model(TINY_RESNET)
+    params = random_params(model, RESNET_IMAGES)
+    with pytest.raises(UserError, match="give a Vision Transformer or a hybrid"):
+        attention_weights(model, params, RESNET_IMAGES)
