@@ -454,7 +454,7 @@ def test_relative_offsets_of_another_resolution_are_refused():
 
 RUNS = [
     pytest.param("Axial-ViT-Ti/4", 8, {}, id="vit"),
-    pytest.param("AxialResNet50", 16, {"model.resnet_layers": (1, 1)}, id="resnet"),
+    pytest.param("AxialResNet50", 8, {"model.resnet_layers": (1,)}, id="resnet"),
 ]
 
 
