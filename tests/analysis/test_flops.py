@@ -102,8 +102,9 @@ def products(jaxpr):
             total += math.prod(shapes[-1]) * math.prod(shapes[0][axis] for axis in contracted)
         elif equation.primitive.name == "conv_general_dilated":
             total += math.prod(shapes[-1]) * math.prod(shapes[1][:3])
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            total += products(inner)
+        for value in equation.params.values():
+            if hasattr(value, "jaxpr") or hasattr(value, "eqns"):
+                total += products(getattr(value, "jaxpr", value))
     return total
 
 
