@@ -8,6 +8,7 @@ import sys
 import flax.linen as nn
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
 from sklearn import metrics
@@ -26,6 +27,7 @@ from vit_jax.evaluate import (
     measure,
     parse_arguments,
     real_accuracy,
+    several_label_accuracy,
 )
 from vit_jax.models import create_model
 from vit_jax.sharding import make_mesh
@@ -435,6 +437,97 @@ def test_real_alone_has_no_single_label(imagenet_checkpoint, monkeypatch):
                 monkeypatch, "--checkpoint", imagenet_checkpoint, "--dataset", "imagenet2012_real",
                 *flag,
             )  # fmt: skip
+
+
+OBJECTNET = {"alarm_clock": (409, 530), "chair": (423, 559, 765), "wok": (909,)}
+
+
+@pytest.fixture
+def objectnet_folder(tmp_path):
+    """Nine images of three classes, with a red border, and two of a class that does not count."""
+    rng = np.random.default_rng(0)
+    pixels = {}
+    for name in (*OBJECTNET, "squeegee"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(3):
+            inner = rng.integers(0, 256, (8, 8, 3), np.uint8)
+            bordered = np.full((12, 12, 3), (255, 0, 0), np.uint8)
+            bordered[2:-2, 2:-2] = inner
+            PIL.Image.fromarray(bordered).save(tmp_path / "images" / name / f"{i}.png")
+            pixels[name, i] = inner / 127.5 - 1
+    return tmp_path / "images", pixels
+
+
+def save_for_objectnet(path, pixels):
+    """A model of 1,000 classes that believes in ten of them; its logits by image."""
+    pretrained = save_random(path, None, num_classes=1000)
+    path.unlink()
+    model = create_model(pretrained.model)
+    bias = np.zeros(1000, np.float32)
+    bias[[*range(4), *(i for several in OBJECTNET.values() for i in several)]] = 20
+    pretrained.params["head"]["bias"] = bias
+    names = [name for name in pixels if name[0] in OBJECTNET]
+    images = np.stack([pixels[name] for name in names]).astype(np.float32)
+    save_pretrained(pretrained, str(path), "official")
+    return names, np.asarray(model.apply({"params": pretrained.params}, images))
+
+
+def test_objectnet_counts_every_class_that_it_stands_for(
+    objectnet_folder, tmp_path, monkeypatch, capsys
+):
+    folder, pixels = objectnet_folder
+    names, logits = save_for_objectnet(tmp_path / "imagenet.npz", pixels)
+    top1 = top5 = 0
+    for (name, _), row in zip(names, logits, strict=True):
+        ranking = sorted(range(1000), key=lambda i: -row[i])
+        top1 += ranking[0] in OBJECTNET[name]
+        top5 += any(i in OBJECTNET[name] for i in ranking[:5])
+    assert 0 < top1 < top5 < 9
+    path = tmp_path / "result.json"
+    run_main(
+        monkeypatch, "--checkpoint", str(tmp_path / "imagenet.npz"), "--json", str(path),
+        "--dataset", f"objectnet:{folder}", "--batch_size", "4",
+    )  # fmt: skip
+    result = json.loads(path.read_text())
+    assert (result["examples"], result["classes"], result["passed_over"]) == (9, 3, 1)
+    assert result["accuracy"] == pytest.approx(top1 / 9)
+    assert result["top5_accuracy"] == pytest.approx(top5 / 9)
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "3 of the 113 classes of ObjectNet that ImageNet has, too",
+        "1 directories of other classes are passed over",
+    ]
+
+
+def test_objectnet_needs_imagenets_classes_in_their_order(
+    objectnet_folder, checkpoint, tmp_path, monkeypatch
+):
+    dataset = ["--dataset", f"objectnet:{objectnet_folder[0]}"]
+    with pytest.raises(UserError, match="has 10 classes and ObjectNet is scored by ImageNet's"):
+        run_main(monkeypatch, "--checkpoint", checkpoint.source, *dataset)
+    other = tmp_path / "other.npz"
+    save_random(other, [f"class {i}" for i in range(1000)], num_classes=1000)
+    with pytest.raises(UserError, match="class 0 is 'class 0' in the checkpoint and 'n01440764'"):
+        run_main(monkeypatch, "--checkpoint", str(other), *dataset)
+    for flag in ("--fewshot=1", "--per_class", "--confusion=c.csv", "--split=test"):
+        with pytest.raises(UserError, match="objectnet has several labels an image"):
+            run_main(monkeypatch, "--checkpoint", str(other), *dataset, flag)
+
+
+def test_several_label_accuracy_is_that_of_a_loop_at_any_batch_size():
+    rng = np.random.default_rng(5)
+    logits = rng.normal(size=(53, 12)).round(1).astype(np.float32)  # With equal ones.
+    labels = (rng.random((53, 12)) < 0.15).astype(np.int32)
+    top1 = top5 = 0
+    for row, right in zip(logits, labels, strict=True):
+        ranking = sorted(range(12), key=lambda i: (-row[i], i))
+        top1 += right[ranking[0]]
+        top5 += right[ranking[:5]].any()
+    for batch_size in (1, 7, 64):
+        found = scored(logits, labels, batch_size, several_label_accuracy)
+        assert found == {"examples": 53, "accuracy": top1 / 53, "top5_accuracy": top5 / 53}
+    logits[3, 2] = np.nan
+    with pytest.raises(UserError, match="not finite"):
+        scored(logits, labels, 8, several_label_accuracy)
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path):

@@ -269,6 +269,26 @@ def test_every_config_file_of_a_hybrid_is_its_model(file, resnet_layers, patch_s
 
 
 @pytest.mark.parametrize(
+    ("file", "twin"), [("axial_b16", "b16"), ("axial_b32", "b32"), ("axial_r50", "r50x1")]
+)
+@pytest.mark.parametrize("data", ["jft", "imagenet21k", "imagenet2012"])
+def test_an_axial_model_is_trained_as_what_it_was_made_from(file, twin, data):
+    root = pathlib.Path(__file__).parents[1] / "configs"
+    get, other = (runpy.run_path(str(root / f"{x}.py"))["get_config"] for x in (file, twin))
+    for spec in (f"pretrain,{data}", "finetune,cifar100"):
+        config, expected = get(spec), other(spec)
+        assert config.model.architecture == ("axial_resnet" if "r50" in file else "axial_vit")
+        if "vit" in config.model.architecture:
+            assert (config.model.classifier, expected.model.classifier) == ("gap", "token")
+            config.model.architecture, config.model.classifier = "vit", "token"
+            assert config.model == expected.model
+        else:
+            assert config.model.resnet_layers == expected.model.resnet_layers
+        config.model = expected.model
+        assert config == expected
+
+
+@pytest.mark.parametrize(
     ("file", "resnet_layers", "width_factor"),
     [
         ("r50x1", (3, 4, 6, 3), 1),

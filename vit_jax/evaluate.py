@@ -218,6 +218,38 @@ def real_accuracy(
     return correct / count, count
 
 
+def several_label_accuracy(
+    apply_fn: ApplyFn, params: Any, batches: Batches, mesh: Mesh
+) -> dict[str, Any]:
+    """Accuracy where several classes are right for an image; of equal logits the first counts.
+
+    Args:
+        apply_fn: from `make_apply_fn`; its outputs are logits.
+        params: of the model.
+        batches: of `vit_jax.data.objectnet.open_objectnet`, whose labels are [images, classes].
+        mesh: the devices.
+
+    Returns:
+        "examples", "accuracy", the share of images whose highest logit is of a right class, and
+        "top5_accuracy", one of whose five highest logits is.
+
+    Raises:
+        UserError: a logit is not finite.
+    """
+    hits = []
+    for logits, labels in outputs(apply_fn, params, batches, mesh):
+        if not np.isfinite(logits).all():
+            raise UserError("the model's logits are not finite: its weights are damaged")
+        highest = np.argsort(-logits, axis=1, kind="stable")[:, :TOP_K]
+        hits.append(np.take_along_axis(labels, highest, 1) > 0)
+    hits = np.concatenate(hits)
+    return {
+        "examples": len(hits),
+        "accuracy": float(hits[:, 0].mean()),
+        "top5_accuracy": float(hits.any(1).mean()),
+    }
+
+
 def class_difference(
     num_classes: int, class_names: Sequence[str] | None, data_names: Sequence[str]
 ) -> str:
@@ -263,7 +295,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--dataset",
         required=True,
         metavar="D",
-        help="a TFDS name, folder:PATH, digits, or imagenet2012_real",
+        help="a TFDS name, folder:PATH, digits, imagenet2012_real, or objectnet:PATH",
     )
     parser.add_argument("--split", default="", help="in TFDS syntax [validation or test]")
     parser.add_argument("--data_dir", default="", help="where TFDS looks [its default]")
@@ -313,7 +345,7 @@ class _Checkpoint:
         check_classes(self.pretrained.model["num_classes"], names, source.class_names)
 
     def run(self, function: Callable, source: Any, **options: Any) -> Any:
-        """Calls `measure` or `real_accuracy` on a source."""
+        """Calls `measure` or another function of its kind on a source."""
         from vit_jax.data.pipeline import eval_batches
 
         batches = eval_batches(
@@ -337,6 +369,8 @@ def main() -> int:
             )
         source = datasets.open_real(data_dir=args.data_dir, split=args.split or "validation")
         result |= {"split": source.split} | _evaluate_real(_Checkpoint(args), source, args)
+    elif args.dataset.startswith("objectnet:"):
+        result |= _evaluate_objectnet(args)
     else:
         source = datasets.open_evaluation(args.dataset, data_dir=args.data_dir, split=args.split)
         checkpoint = _Checkpoint(args)
@@ -404,6 +438,31 @@ def _evaluate_real(
     result = {"real_accuracy": accuracy, "real_examples": examples}
     _print_rows(result)
     return result
+
+
+def _evaluate_objectnet(args: argparse.Namespace) -> dict[str, Any]:
+    from vit_jax.data import objectnet
+
+    if args.fewshot or args.per_class or args.confusion or args.split:
+        raise UserError(
+            "objectnet has several labels an image and is a test set alone: leave --fewshot, "
+            "--per_class, --confusion and --split out"
+        )
+    source, found, passed_over = objectnet.open_objectnet(args.dataset)
+    checkpoint = _Checkpoint(args)
+    num_classes = checkpoint.pretrained.model["num_classes"]
+    if num_classes != len(source.class_names):
+        raise UserError(
+            f"the checkpoint has {num_classes} classes and ObjectNet is scored by ImageNet's "
+            f"{len(source.class_names)}: give a checkpoint that was fine-tuned on imagenet2012"
+        )
+    checkpoint.check_classes(source, args)
+    expected = len(objectnet.classes())
+    print(f"{found} of the {expected} classes of ObjectNet that ImageNet has, too")
+    print(f"{passed_over} directories of other classes are passed over", flush=True)
+    result = checkpoint.run(several_label_accuracy, source)
+    _print_rows(result)
+    return {"split": source.split, "classes": found, "passed_over": passed_over} | result
 
 
 def _evaluate_fewshot(

@@ -138,7 +138,8 @@ def pretrain(model: str, dataset: str) -> ConfigDict:
     ImageNet's row, with the warm-up in epochs. Table 3 has the ResNets on JFT only: there R152x4
     and R200x3 take the row of R152x2 (R200x3 for the 14 epochs of Table 6); elsewhere all take the
     row of ViT-B, so that what is compared with a ViT was trained like it, but for the dropout and
-    the hidden layer before the head, which BiT's ResNet has not.
+    the hidden layer before the head, which BiT's ResNet has not. The axial models of Appendix D.6
+    take the rows of what they were made from: ViT-B, and for AxialResNet50 R50x1.
     """
     config = base(model, dataset)
     dataset = _table_name(dataset)
@@ -148,7 +149,7 @@ def pretrain(model: str, dataset: str) -> ConfigDict:
     config.dataset.image_size = PRETRAIN_IMAGE_SIZE
     config.dataset.protocol = "pretrain"
     # Section 3.1: the pre-training head has one hidden layer; its width D is the published code's.
-    if config.model.architecture != "resnet":
+    if "representation_size" in config.model:
         config.model.representation_size = config.model.hidden_size
         config.model.dropout_rate = row.dropout
     config.optimizer = ConfigDict(
@@ -178,6 +179,7 @@ def pretrain(model: str, dataset: str) -> ConfigDict:
 
 def pretraining_row(model: str, dataset: str) -> Pretraining:
     """The row of Table 3 for a model and a data set; see `pretrain` for what it lacks."""
+    model = re.sub(r"AxialResNet(\d+)", r"R\1x1", model).removeprefix("Axial-")
     if dataset not in SIGMOID_DATASETS:
         return TABLE_3["ViT-*", "imagenet2012"]
     if model in WIDEST_RESNETS and dataset == "jft":
@@ -285,7 +287,7 @@ def base(model: str, dataset: str) -> ConfigDict:
             },
             "model": {
                 **sizes,
-                **{key: value for key, value in options.items() if key in keys},
+                **{key: value for key, value in options.items() if key in keys - sizes.keys()},
                 "num_classes": 0,
                 "head_bias_init": 0.0,
                 "remat": False,

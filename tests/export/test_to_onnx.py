@@ -174,6 +174,31 @@ def test_graph_of_a_resnet_equals_flax_at_any_batch_size(converter, make_forward
         assert relative_difference(run(path, x), forward.jitted()(x)) < 1e-5
 
 
+def test_graph_of_an_axial_model_is_that_of_twice_the_layers(converter, make_forward, tmp_path):
+    forward = make_forward(image_size=32, gelu="erf", architecture="axial_vit")
+    model = to_onnx.to_model(forward, converter)
+    count = operators(model)
+    assert count["LayerNormalization"] == 2 * 4 + 1
+    assert count["Softmax"] == len(gelus(model, "erf")) == 4
+    # A ViT's layer, and the Reshapes to rows and columns and back; columns are two Transposes more.
+    assert sum(count.values()) <= 34 * 4 + 20
+    assert set(count) <= TENSORRT_8_6
+    check_scale_on_q(model, 4)
+    path = to_onnx.save(model, tmp_path)
+    for batch in (1, 3, 128):  # The last is more than the graph was traced with.
+        x = images(batch, 32)
+        assert relative_difference(run(path, x), forward.jitted()(x)) < 1e-5
+
+
+def test_graph_of_an_axial_resnet_equals_flax_at_any_batch_size(converter, make_forward, tmp_path):
+    config = {"architecture": "axial_resnet", "resnet_layers": (1, 1), "num_classes": 5}
+    forward = make_forward(image_size=32, only=config)
+    path = to_onnx.save(to_onnx.to_model(forward, converter), tmp_path)
+    for batch in (1, 3, 128):
+        x = images(batch, 32)
+        assert relative_difference(run(path, x), forward.jitted()(x)) < 1e-4
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("need_jax2tf")
 def test_graph_contract_holds_for_the_hybrid_of_the_paper(make_forward):

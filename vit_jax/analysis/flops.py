@@ -30,7 +30,8 @@ def multiply_adds(model: Mapping[str, Any], image_size: int, num_classes: int) -
     """Multiply-adds of one image's forward pass, matrix products and convolutions only.
 
     A convolution's products with the zeros around the image are not counted. XLA counts so, and the
-    exaFLOPs of Table 6 are only reached so: for a ResNet the zeros are 4% of all products.
+    exaFLOPs of Table 6 are only reached so: for a ResNet the zeros are 4% of all products. An
+    AxialResNet does 5% more that is no product: softmaxes and norms of heads that are 8 wide.
 
     Args:
         model: the `model` section of a config.
@@ -40,6 +41,9 @@ def multiply_adds(model: Mapping[str, Any], image_size: int, num_classes: int) -
     if model["architecture"] == "resnet":
         features, _, channels = _resnet(model["resnet_layers"], image_size, model["width_factor"])
         return features + channels * num_classes
+    if model["architecture"] == "axial_resnet":
+        features, _, channels = _resnet(model["resnet_layers"], image_size, is_axial=True)
+        return features + channels * num_classes
     width, mlp_dim, patch_size = model["hidden_size"], model["mlp_dim"], model["patch_size"]
     stem, side, channels = 0, image_size, 3
     if model["architecture"] == "hybrid":
@@ -47,20 +51,27 @@ def multiply_adds(model: Mapping[str, Any], image_size: int, num_classes: int) -
     patches = (side // patch_size) ** 2
     tokens = patches + (model["classifier"] == "token")
     embedding = patches * channels * patch_size**2 * width
-    layer = tokens * width * (4 * width + 2 * mlp_dim) + 2 * tokens**2 * width
+    # An axial layer is two, in which a token looks at as many as the grid has columns, or rows.
+    length, count = tokens, 1
+    if model["architecture"] == "axial_vit":
+        length, count = side // patch_size, 2
+    layer = tokens * width * (4 * width + 2 * mlp_dim) + 2 * tokens * length * width
     if model.get("position_embedding") == "relative":
-        layer += patches * (2 * patches - 1) * width
+        has_class = model["classifier"] == "token"
+        layer += patches * (2 * (length - has_class) - 1) * width
+    layer *= count
     representation = model["representation_size"]
     head = width * representation + (representation or width) * num_classes
     return stem + embedding + model["num_layers"] * layer + head
 
 
 def _resnet(
-    layers: Sequence[int], image_size: int, width_factor: int | None = None
+    layers: Sequence[int], image_size: int, width_factor: int | None = None, is_axial: bool = False
 ) -> tuple[int, int, int]:
     """The multiply-adds of the stages, and the side and channels of their feature map.
 
     With a width_factor a ResNet (BiT), without the stem of a hybrid: they differ in their padding.
+    An axial one has that stem's 3 x 3 convolutions replaced.
     """
     same = width_factor is None
     channels = resnet.ROOT_WIDTH * (width_factor or 1)
@@ -73,11 +84,23 @@ def _resnet(
         width = resnet.EXPANSION * features
         for u in range(num_units):
             total += side**2 * channels * features  # The first convolution.
-            side, taps = _convolve(side, 3, 2 if s and u == 0 else 1, same)
-            total += taps * features**2 + side**2 * features * width  # The other two.
+            stride = 2 if s and u == 0 else 1
+            if is_axial:
+                total += 2 * side**2 * _position_sensitive(side, features)
+                side //= stride
+            else:
+                side, taps = _convolve(side, 3, stride, same)
+                total += taps * features**2  # The second.
+            total += side**2 * features * width  # The third.
             total += side**2 * channels * width * (u == 0)  # The shortcut's.
             channels = width
     return total, side, channels
+
+
+def _position_sensitive(length: int, features: int) -> int:
+    """Of one query of `models.axial.PositionSensitiveAttention`."""
+    # q and k have half the features: q k, q r and k r are 3/2 of them; v and its r are 2.
+    return 2 * features**2 + length * features * 3 // 2 + length * features * 2
 
 
 def _convolve(side: int, size: int, stride: int, same: bool) -> tuple[int, int]:

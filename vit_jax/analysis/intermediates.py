@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError
+from vit_jax.models.axial import AxialVisionTransformer
 from vit_jax.models.positions import PositionEmbedding
 from vit_jax.models.vit import EncoderBlock
 
@@ -24,7 +25,9 @@ def attention_weights(model: nn.Module, params: Mapping[str, Any], images: Array
     A row is what one token looks at and sums to 1. Where there is a class token, it is token 0.
 
     Args:
-        model: a Vision Transformer or a hybrid, with or without `scan_layers`.
+        model: a Vision Transformer or a hybrid, with or without `scan_layers`. Of an axial one the
+            layers are those along the rows and along the columns in turn, their weights 0 between
+            any others.
         params: its parameters.
         images: [batch, height, width, 3], as the model takes them.
 
@@ -32,10 +35,31 @@ def attention_weights(model: nn.Module, params: Mapping[str, Any], images: Array
         UserError: the model has no self-attention.
     """
     _, state = model.apply({"params": params}, images, mutable="intermediates")
-    weights = _of_layers(
-        state, lambda block: block["MultiHeadDotProductAttention_1"]["attention_weights"]
+
+    def sown(block: Mapping[str, Any]) -> tuple:
+        return block["MultiHeadDotProductAttention_1"]["attention_weights"]
+
+    if not isinstance(model, AxialVisionTransformer):
+        return _of_layers(state, sown).astype(jnp.float32)
+    along = (_of_layers(state, lambda block, a=a: sown(block[a])) for a in ("row", "column"))
+    return _between_all(*along).astype(jnp.float32)
+
+
+def _between_all(along_rows: Array, along_columns: Array) -> Array:
+    """Attention weights of an axial model between all patches.
+
+    Args:
+        along_rows: [batch, layers, rows, heads, columns, columns].
+        along_columns: [batch, layers, columns, heads, rows, rows].
+    """
+    batch, layers, rows, heads, columns, _ = along_rows.shape
+    patches = rows * columns
+    both = (
+        jnp.einsum("blrhij,rs->blhrisj", along_rows, jnp.eye(rows)),
+        jnp.einsum("blchij,cd->blhicjd", along_columns, jnp.eye(columns)),
     )
-    return weights.astype(jnp.float32)
+    both = [weights.reshape(batch, layers, heads, patches, patches) for weights in both]
+    return jnp.stack(both, axis=2).reshape(batch, 2 * layers, heads, patches, patches)
 
 
 def layer_tokens(model: nn.Module, params: Mapping[str, Any], images: Array) -> Array:

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from vit_jax.checkpoints.layouts import BIT_ROOT, POSITIONS, Arrays
+from vit_jax.checkpoints.layouts import AXIAL_UNIT, BIT_ROOT, POSITIONS, Arrays
 from vit_jax.errors import UserError
 from vit_jax.models import SIZES, resnet
 
@@ -17,10 +17,12 @@ _TELLING = {
     f"{_LAYER}/MultiHeadDotProductAttention_1/query/kernel": 3,
     f"{_LAYER}/MlpBlock_3/Dense_0/kernel": 2,
 }
+# The two parts of an axial layer are of one size.
+_AXIAL_TELLING = {name.replace(_LAYER, f"{_LAYER}/row"): rank for name, rank in _TELLING.items()}
 
 
 def infer_model(arrays: Arrays) -> dict[str, Any]:
-    """The sizes of a plain or hybrid ViT or a ResNet, for `models.create_model`.
+    """The sizes of a plain, hybrid or axial ViT, or of a ResNet, for `models.create_model`.
 
     Args:
         arrays: official names, joined by "/".
@@ -38,15 +40,23 @@ def infer_model(arrays: Arrays) -> dict[str, Any]:
             "width_factor": shape[3] // resnet.ROOT_WIDTH,
             "num_classes": _width(arrays, "resnet/head/conv2d/bias"),
         }
-    for name, rank in _TELLING.items():
+    if AXIAL_UNIT in arrays:
+        return {
+            "architecture": "axial_resnet",
+            "resnet_layers": _units(arrays, r"block(\d+)/.*/conv1/"),
+            "num_classes": _width(arrays, "head/bias"),
+        }
+    is_axial = any(name.startswith(f"{_LAYER}/row/") for name in arrays)
+    telling = _AXIAL_TELLING if is_axial else _TELLING
+    for name, rank in telling.items():
         if name not in arrays:
             raise UserError(f"{name} is missing: this is no whole ViT, fetch it again")
         if arrays[name].ndim != rank or 0 in arrays[name].shape:
             raise UserError(f"{name} has shape {arrays[name].shape}, which no ViT has")
-    kernel, query, dense = (arrays[name].shape for name in _TELLING)
+    kernel, query, dense = (arrays[name].shape for name in telling)
     layers = {name.split("/")[1] for name in arrays if name.startswith(_LAYER[:-1])}
     model = {
-        "architecture": "vit",
+        "architecture": "axial_vit" if is_axial else "vit",
         "patch_size": kernel[0],
         "hidden_size": kernel[-1],
         "num_layers": len(layers),
@@ -73,11 +83,14 @@ def _width(arrays: Arrays, bias: str) -> int:
 
 
 def infer_image_size(arrays: Arrays, downsampling: int) -> int:
-    """The side in pixels of the images that the weights are for; 224 if they are of a ResNet.
+    """The side in pixels of the images that the weights are for; 224 if they are of a ResNet (BiT).
 
     Raises:
         UserError: the position embeddings are not those of a square.
     """
+    if AXIAL_UNIT in arrays:
+        offsets = arrays[f"{AXIAL_UNIT.rpartition('/')[0]}/axial_embedding"].shape[1]
+        return (offsets + 1) // 2 * resnet.downsampling(())
     return BIT_IMAGE_SIZE if BIT_ROOT in arrays else infer_grid(arrays) * downsampling
 
 

@@ -18,6 +18,8 @@ POSITIONS = "Transformer/posembed_input/pos_embedding"
 # Of the checkpoints of Big Transfer (github.com/google-research/big_transfer), all of it under
 # `resnet/`, as bit_pytorch/models.py there reads it.
 BIT_ROOT = "resnet/root_block/standardized_conv2d/kernel"
+# Of an AxialResNet, which is this project's alone.
+AXIAL_UNIT = "block1/unit1/row/kernel"
 _LAYER = "Transformer/encoderblock_"
 
 
@@ -349,7 +351,8 @@ def _with_class_position(positions: np.ndarray, has_class: bool) -> np.ndarray:
 def recognise(present: Iterable[str]) -> str | None:
     """Tells "official", "timm" or "huggingface" by parameter names, None if it is none of them."""
     present = set(present)
-    if present & {BIT_ROOT, *(f"{prefix}embedding/kernel" for prefix in ("", *_PREFIXES))}:
+    roots = {f"{prefix}embedding/kernel" for prefix in ("", *_PREFIXES)}
+    if present & {BIT_ROOT, AXIAL_UNIT, *roots}:
         return "official"
     if "patch_embed.proj.weight" in present:
         return "timm"

@@ -33,8 +33,9 @@ def transfer(
 
     For fine-tuning the whole head of pre-training is removed: `head` stays as initialised (zero),
     `pre_logits` is dropped where the model has none. Position embeddings are interpolated to the
-    model's grid, those of "2d" each along its axis; those of "relative" are refused where it has
-    another number of patches. Everything else must be the same in name and shape.
+    model's grid, those of "2d" and of an AxialResNet's offsets each along its axis; those of
+    "relative" are refused where it has another number of patches. Everything else must be the same
+    in name and shape.
 
     A "gap" model has neither `cls` nor a class position. A "gap" model drops those of a "token"
     model; a "token" model keeps its initial ones where the weights have none.
@@ -69,7 +70,7 @@ def transfer(
         if kind == "pos_embedding":
             grids = pretrained_grid, grid
             found[name] = _fit_positions(old[name], init[name], has_class, grids)
-        elif kind in ("pos_embedding_x", "pos_embedding_y"):
+        elif kind in ("pos_embedding_x", "pos_embedding_y", "axial_embedding"):
             found[name] = _fit_axis(old[name], init[name])
         elif kind == "rel_embedding":
             _check_offsets(old[name], init[name])
@@ -158,7 +159,7 @@ def _fit_positions(
 
 
 def _fit_axis(old: np.ndarray, init: np.ndarray) -> np.ndarray:
-    """Resizes embeddings [1, rows or columns, features]; returns `old` where nothing changes."""
+    """Resizes embeddings [1, positions, features]; returns `old` where nothing changes."""
     if old.ndim != 3 or old.shape == init.shape or old.shape[::2] != init.shape[::2]:
         return old
     return resize_grid(old, (1, init.shape[1]))

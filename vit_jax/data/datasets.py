@@ -32,6 +32,7 @@ class Source:
             "label": int64, of `open_real` int64 [classes]; "id": scalar string, names the record}.
             The order is fixed; with an int64 scalar `seed`, which may be a tensor, it is another
             one (TFDS: of whole files) and a pure function of the seed.
+        border: pixels of every side of an image that evaluation cuts off.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Source:
     num_examples: int
     num_bytes: int
     records: Callable[..., tf.data.Dataset] = dataclasses.field(repr=False)
+    border: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,12 +93,13 @@ def records(files: tuple[File, ...], seed: tf.Tensor | None = None) -> tf.data.D
     )
 
 
-def _visible(directory):
+def visible(directory: Path) -> list[Path]:
+    """What is in a directory and not hidden, by name."""
     return sorted(entry for entry in directory.iterdir() if not entry.name.startswith("."))
 
 
 def _class_names(directory):
-    names = tuple(entry.name for entry in _visible(directory) if entry.is_dir())
+    names = tuple(entry.name for entry in visible(directory) if entry.is_dir())
     if not names:
         raise UserError(f"{directory} holds no classes: make one directory per class in it")
     return names
@@ -109,10 +110,10 @@ def _list_files(directory, class_names):
     for name in _class_names(directory):
         if name not in class_names:
             raise UserError(f"class {name!r} of {directory} is not in train/: add it or remove it")
-        paths = _visible(directory / name)
+        paths = visible(directory / name)
         if not paths:
             raise UserError(f"class {directory / name} is empty: add images or remove it")
-        files += [_check(path, class_names.index(name)) for path in paths]
+        files += [check_image(path, class_names.index(name)) for path in paths]
 
     def key(file):
         return hashlib.sha256(Path(file.path).relative_to(directory).as_posix().encode()).digest()
@@ -120,7 +121,12 @@ def _list_files(directory, class_names):
     return tuple(sorted(files, key=key))
 
 
-def _check(path, label):
+def check_image(path: Path, label: int) -> File:
+    """The file of an image, recognised by its first bytes.
+
+    Raises:
+        UserError: it is not one.
+    """
     if path.is_file():
         with path.open("rb") as file:
             if file.read(8).startswith(_MAGIC):

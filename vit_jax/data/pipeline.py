@@ -156,7 +156,7 @@ def eval_batches(
 
     def example(position, record):
         del position
-        image = eval_view(record["image"], preprocessing)
+        image = eval_view(record["image"], preprocessing, border=source.border)
         return {"image": image, "label": tf.cast(record["label"], tf.int32)}
 
     records = _own_rows(source.records().enumerate(), batch_size, rows, process_index)

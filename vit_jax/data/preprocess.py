@@ -60,21 +60,24 @@ def view(
     return image
 
 
-def eval_view(encoded: tf.Tensor, preprocessing: Preprocessing) -> tf.Tensor:
+def eval_view(encoded: tf.Tensor, preprocessing: Preprocessing, *, border: int = 0) -> tf.Tensor:
     """Returns what evaluation sees of an image, float32 [image_size, image_size, 3].
 
     Args:
         encoded: as in `view`.
         preprocessing: of the model.
+        border: pixels to be cut off every side first.
 
     Raises:
         tf.errors.InvalidArgumentError: when run on bytes that cannot be decoded.
     """
 
     def choose(height, width):
+        height, width = height - 2 * border, width - 2 * border
         sides = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
         box = eval_box(preprocessing.center_crop, *sides)
-        return _with_window(box, height, width, preprocessing)
+        box, window = _with_window(box, height, width, preprocessing)
+        return box + [border, border, 0, 0], window + [border, border, 0, 0]
 
     return _look(encoded, choose, preprocessing)
 

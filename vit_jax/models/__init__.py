@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError
+from vit_jax.models.axial import AxialResNet, AxialVisionTransformer
 from vit_jax.models.hybrid import HybridVisionTransformer
 from vit_jax.models.resnet import ResNet
 from vit_jax.models.vit import VisionTransformer
@@ -39,7 +40,13 @@ RESNETS = {
     "R152": (3, 8, 36, 3),
     "R200": (3, 24, 36, 3),
 }
-ARCHITECTURES = {"vit": VisionTransformer, "hybrid": HybridVisionTransformer, "resnet": ResNet}
+ARCHITECTURES = {
+    "vit": VisionTransformer,
+    "hybrid": HybridVisionTransformer,
+    "resnet": ResNet,
+    "axial_vit": AxialVisionTransformer,
+    "axial_resnet": AxialResNet,
+}
 DTYPES = ("float32", "bfloat16")
 
 
@@ -51,7 +58,8 @@ def architecture(name: str) -> dict[str, Any]:
             shape, as layers, width and MLP width: "ViT-8-1024-2048/32" is where Appendix D.2
             starts; heads are of 64, the width a multiple of that. Or a hybrid: "R50+ViT-B/16",
             "R26+ViT-S/32", "R+ViT-Ti/16" and so on, any size on one of STEMS. Or a ResNet (BiT):
-            "R152x4" and so on, any depth of RESNETS, any number of times as wide.
+            "R152x4" and so on, any depth of RESNETS, any number of times as wide. Or an axial model
+            of Appendix D.6: "Axial-ViT-B/16" and so on, any size, or "AxialResNet50".
 
     Raises:
         UserError: the name is not of that form.
@@ -71,6 +79,16 @@ def architecture(name: str) -> dict[str, Any]:
             "mlp_dim": mlp_dim,
             "num_heads": hidden_size // HEAD_SIZE,
         }
+    if (match := re.fullmatch(r"AxialResNet(\d+)", name)) and f"R{match[1]}" in RESNETS:
+        layers = RESNETS[f"R{match[1]}"]
+        return {
+            "architecture": "axial_resnet",
+            "resnet_layers": layers,
+            "group_norm_epsilon": 1e-4,
+        }
+    if match := re.fullmatch(rf"Axial-ViT-({'|'.join(SIZES)})/([1-9]\d*)", name):
+        axial = {"architecture": "axial_vit", "classifier": "gap"}
+        return {**axial, "patch_size": int(match[2]), **SIZES[match[1]]}
     match = re.fullmatch(rf"(?:(R\d*)\+)?ViT-({'|'.join(SIZES)})/([1-9]\d*)", name)
     stem, size, suffix = match.groups() if match else (None, None, None)
     if stem and (stem, suffix) in STEMS:
@@ -81,7 +99,8 @@ def architecture(name: str) -> dict[str, Any]:
         raise UserError(
             f"model {name!r} is unknown: use ViT-SIZE/PATCH with SIZE one of {', '.join(SIZES)}, "
             f"for example ViT-B/16, or ViT-LAYERS-WIDTH-MLP/PATCH, or {hybrids}, or DEPTHxWIDTH "
-            f"with DEPTH one of {', '.join(RESNETS)}, for example R50x1"
+            f"with DEPTH one of {', '.join(RESNETS)}, for example R50x1, or "
+            "Axial-ViT-SIZE/PATCH, or AxialResNet50"
         )
     return {"architecture": "vit", "patch_size": int(suffix), **SIZES[size]}
 

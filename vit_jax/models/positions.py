@@ -120,22 +120,23 @@ class RelativePositionBias(nn.Module):
 
     @nn.compact
     def __call__(self, q: Array) -> Array:
-        """Maps queries [batch, heads, tokens, head_dim] to [batch, heads, tokens, tokens].
+        """Maps queries [..., heads, tokens, head_dim] to [..., heads, tokens, tokens].
 
         The queries are those of the first attention, scaled as there. Pairs with the class token
         get 0.
         """
         first = int(self.positions.has_class)
-        q = q[:, :, first:]
-        batch, heads, patches, head_dim = q.shape
+        q = q[..., first:, :]
+        *batch, heads, patches, head_dim = q.shape
         shape = (2 * patches - 1, heads, head_dim)
         # embedding[i] is that of the offset i - (patches - 1).
         embedding = self.param("rel_embedding", _INIT, shape).astype(self.dtype)
         keys = embedding[::-1].transpose(1, 2, 0)  # Column j of keys is the offset patches - 1 - j.
-        bias = jnp.matmul(q, keys)  # [batch, heads, patches, 2 * patches - 1]
+        bias = jnp.matmul(q, keys)  # [..., heads, patches, 2 * patches - 1]
         # Query i wants its columns from patches - 1 - i on. Rows that are one longer and read as
         # if they were not move by one each.
-        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (0, 1))).reshape(batch, heads, -1)
-        bias = bias[:, :, patches - 1 : patches - 1 + patches * (2 * patches - 1)]
-        bias = bias.reshape(batch, heads, patches, -1)[..., :patches]
-        return jnp.pad(bias, ((0, 0), (0, 0), (first, 0), (first, 0)))
+        others = ((0, 0),) * (q.ndim - 2)
+        bias = jnp.pad(bias, (*others, (0, 0), (0, 1))).reshape(*batch, heads, -1)
+        bias = bias[..., patches - 1 : patches - 1 + patches * (2 * patches - 1)]
+        bias = bias.reshape(*batch, heads, patches, -1)[..., :patches]
+        return jnp.pad(bias, (*others, (first, 0), (first, 0)))

@@ -124,22 +124,25 @@ class BottleneckUnit(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps x [batch, height, width, channels] to [batch, height', width', 4 * features]."""
-
-        def conv(features: int, kernel_size: int, stride: int, name: str) -> StdConv:
-            return StdConv(features, kernel_size, stride, self.dtype, name=name)
-
-        def norm(name: str, **options: Any) -> GroupNorm:
-            return GroupNorm(self.group_norm_epsilon, dtype=self.dtype, name=name, **options)
-
         width = EXPANSION * self.features
         shortcut = x
         if x.shape[-1] != width or self.stride != 1:
-            shortcut = norm("gn_proj")(conv(width, 1, self.stride, "conv_proj")(x))
-        x = nn.relu(norm("gn1")(conv(self.features, 1, 1, "conv1")(x)))
-        x = nn.relu(norm("gn2")(conv(self.features, 3, self.stride, "conv2")(x)))
+            shortcut = self._norm("gn_proj")(self._conv(width, 1, self.stride, "conv_proj")(x))
+        x = nn.relu(self._norm("gn1")(self._conv(self.features, 1, 1, "conv1")(x)))
+        x = nn.relu(self._mix(x))
         # The last scale starts at 0: a fresh unit passes its shortcut on.
-        x = norm("gn3", scale_init=nn.initializers.zeros)(conv(width, 1, 1, "conv3")(x))
-        return nn.relu(shortcut + x)
+        norm = self._norm("gn3", scale_init=nn.initializers.zeros)
+        return nn.relu(shortcut + norm(self._conv(width, 1, 1, "conv3")(x)))
+
+    def _mix(self, x: Array) -> Array:
+        """What looks at more than one position, with the unit's stride."""
+        return self._norm("gn2")(self._conv(self.features, 3, self.stride, "conv2")(x))
+
+    def _conv(self, features: int, kernel_size: int, stride: int, name: str) -> StdConv:
+        return StdConv(features, kernel_size, stride, self.dtype, name=name)
+
+    def _norm(self, name: str, **options: Any) -> GroupNorm:
+        return GroupNorm(self.group_norm_epsilon, dtype=self.dtype, name=name, **options)
 
 
 class ResNetStage(nn.Module):
@@ -151,11 +154,12 @@ class ResNetStage(nn.Module):
     group_norm_epsilon: float = 1e-6
     remat: bool = False
     dtype: Any = jnp.float32
+    unit: type[BottleneckUnit] = BottleneckUnit
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps x [batch, height, width, channels] to [batch, height', width', 4 * features]."""
-        unit = nn.remat(BottleneckUnit) if self.remat else BottleneckUnit
+        unit = nn.remat(self.unit) if self.remat else self.unit
         for u in range(self.num_units):
             stride = self.stride if u == 0 else 1
             x = unit(
@@ -171,6 +175,7 @@ def resnet_features(
     group_norm_epsilon: float = 1e-6,
     remat: bool = False,
     dtype: Any = jnp.float32,
+    unit: type[BottleneckUnit] = BottleneckUnit,
 ) -> Array:
     """The feature map of a ResNet, to be called in a compact method of a module.
 
@@ -183,6 +188,7 @@ def resnet_features(
         group_norm_epsilon: of every GroupNorm.
         remat: recompute each unit in the backward pass.
         dtype: of the computation.
+        unit: what the stages are made of.
 
     Returns:
         [batch, height', width', channels]: the sides are divided by `downsampling(layers)`; 256
@@ -199,6 +205,7 @@ def resnet_features(
             group_norm_epsilon=group_norm_epsilon,
             remat=remat,
             dtype=dtype,
+            unit=unit,
             name=f"block{s + 1}",
         )
         x = stage(x)

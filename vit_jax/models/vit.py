@@ -84,7 +84,7 @@ class OutputProjection(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Maps x [batch, tokens, hidden_size], heads side by side, to the same shape."""
+        """Maps x [batch, ..., tokens, hidden_size], heads side by side, to the same shape."""
         hidden_size = x.shape[-1]
         shape = (self.num_heads, hidden_size // self.num_heads, hidden_size)
         init = nn.initializers.xavier_uniform(in_axis=(0, 1), out_axis=2)
@@ -96,7 +96,7 @@ class OutputProjection(nn.Module):
 class MultiHeadSelfAttention(nn.Module):
     """MSA of Appendix A.
 
-    The attention weights [batch, heads, tokens, tokens] are sown as
+    The attention weights [batch, ..., heads, tokens, tokens] are sown as
     `intermediates/attention_weights`: they cost nothing unless somebody asks for them.
     """
 
@@ -107,8 +107,8 @@ class MultiHeadSelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, deterministic: bool) -> Array:
-        """Maps x [batch, tokens, hidden_size] to the same shape."""
-        batch, tokens, hidden_size = x.shape
+        """Maps x [batch, ..., tokens, hidden_size] to the same shape."""
+        *batch, tokens, hidden_size = x.shape
         kernels, biases = zip(
             *(
                 HeadProjection(self.num_heads, name=name)(hidden_size)
@@ -119,8 +119,8 @@ class MultiHeadSelfAttention(nn.Module):
         # Eq. 5: the three projections as one product.
         qkv = x @ jnp.concatenate(kernels, axis=1).astype(self.dtype)
         qkv = qkv + jnp.concatenate(biases).astype(self.dtype)
-        heads = (batch, tokens, self.num_heads, hidden_size // self.num_heads)
-        q, k, v = (x.reshape(heads).swapaxes(1, 2) for x in jnp.split(qkv, 3, axis=-1))
+        heads = (*batch, tokens, self.num_heads, hidden_size // self.num_heads)
+        q, k, v = (x.reshape(heads).swapaxes(-3, -2) for x in jnp.split(qkv, 3, axis=-1))
         # Eq. 6. Scaling q, not the product, keeps 16-bit logits in range and lets TensorRT fuse.
         q = q * heads[-1] ** -0.5
         logits = jnp.matmul(q, k.swapaxes(-1, -2))
@@ -131,7 +131,7 @@ class MultiHeadSelfAttention(nn.Module):
         self.sow("intermediates", "attention_weights", weights)
         weights = nn.Dropout(self.attention_dropout_rate)(weights, deterministic)
         # Eqs. 7 and 8.
-        x = jnp.matmul(weights, v).swapaxes(1, 2).reshape(batch, tokens, hidden_size)
+        x = jnp.matmul(weights, v).swapaxes(-3, -2).reshape(*batch, tokens, hidden_size)
         return OutputProjection(self.num_heads, self.dtype, name="out")(x)
 
 
@@ -186,25 +186,30 @@ class EncoderBlock(nn.Module):
             shared: position embeddings to be added before the layer, [1, tokens, hidden_size].
             drop_rate: of stochastic depth, None where the model has none.
         """
-        if self.positions.added and self.positions.placement == "layers":
-            shared = PositionEmbedding(self.positions, self.dtype, name="posembed")(z)
-        if shared is not None:
-            z = z + shared
+        z = self._with_positions(z, shared)
         # Eq. 2
         x = layer_norm(self.layer_norm_epsilon, self.dtype, "LayerNorm_0")(z)
-        x = MultiHeadSelfAttention(
-            self.num_heads,
-            self.attention_dropout_rate,
-            self.dtype,
-            self.positions,
-            name="MultiHeadDotProductAttention_1",
-        )(x, deterministic)
+        x = self._attend(x, deterministic)
         x = nn.Dropout(self.dropout_rate)(x, deterministic)
         z = z + StochasticDepth()(x, drop_rate, deterministic)
         # Eq. 3
         x = layer_norm(self.layer_norm_epsilon, self.dtype, "LayerNorm_2")(z)
         mlp = MlpBlock(self.mlp_dim, self.dropout_rate, self.gelu, self.dtype, name="MlpBlock_3")
         return z + StochasticDepth()(mlp(x, deterministic), drop_rate, deterministic)
+
+    def _with_positions(self, z: Array, shared: Array | None) -> Array:
+        if self.positions.added and self.positions.placement == "layers":
+            shared = PositionEmbedding(self.positions, self.dtype, name="posembed")(z)
+        return z if shared is None else z + shared
+
+    def _attend(self, x: Array, deterministic: bool) -> Array:
+        return MultiHeadSelfAttention(
+            self.num_heads,
+            self.attention_dropout_rate,
+            self.dtype,
+            self.positions,
+            name="MultiHeadDotProductAttention_1",
+        )(x, deterministic)
 
 
 class StochasticDepth(nn.Module):
@@ -239,6 +244,7 @@ class Encoder(nn.Module):
     dtype: Any = jnp.float32
     positions: Positions = Positions()
     stochastic_depth: float = 0.0
+    layer: type[EncoderBlock] = EncoderBlock
 
     @nn.compact
     def __call__(self, x: Array, deterministic: bool) -> Array:
@@ -253,7 +259,7 @@ class Encoder(nn.Module):
         if self.stochastic_depth:
             drop_rates = np.linspace(0, self.stochastic_depth, self.num_layers, dtype=np.float32)
         x = nn.Dropout(self.dropout_rate)(x, deterministic)
-        block = nn.remat(EncoderBlock, static_argnums=(2,)) if self.remat else EncoderBlock
+        block = nn.remat(self.layer, static_argnums=(2,)) if self.remat else self.layer
         if self.scan_layers:
             x, _ = nn.scan(
                 lambda layer, carry, *rest: (layer(carry, deterministic, *rest), None),
@@ -338,6 +344,8 @@ class VisionTransformer(nn.Module):
     remat: bool = False
     scan_layers: bool = False
     dtype: Any = jnp.float32
+
+    _LAYER = EncoderBlock
 
     @property
     def downsampling(self) -> int:
@@ -425,6 +433,7 @@ class VisionTransformer(nn.Module):
             remat=self.remat,
             scan_layers=self.scan_layers,
             stochastic_depth=self.stochastic_depth,
+            layer=self._LAYER,
             name="Transformer",
             **shared,
         )
