@@ -207,11 +207,10 @@ def pretraining_row(model: str, dataset: str) -> Pretraining:
 def finetune(model: str, dataset: str) -> ConfigDict:
     """Table 4: fine-tuning at a higher resolution.
 
-    Silent: a data set that Table 4 does not have takes the row of Pets and Flowers, which are of
-    the size that people fine-tune on; dropout is off. The tasks of VTAB share one row; some are not
-    cropped or not mirrored, where the label would not survive it.
+    Silent: dropout is off. The tasks of VTAB share one row; some are not cropped or not mirrored,
+    where the label would not survive it.
     """
-    row = TABLE_4.get(_table_name(dataset), TABLE_4["oxford_flowers102"])
+    row = finetuning_row(dataset)
     config = base(model, dataset)
     config.batch_size = FINETUNE_BATCH_SIZE
     config.duration = f"{row.steps} steps"
@@ -238,6 +237,15 @@ def finetune(model: str, dataset: str) -> ConfigDict:
     config.schedule.warmup = f"{row.warmup_steps} steps"
     config.init_from = REQUIRED
     return config
+
+
+def finetuning_row(dataset: str) -> FineTuning:
+    """The row of Table 4 for a data set.
+
+    Silent: one that Table 4 does not have takes the row of Pets and Flowers, which are of the size
+    that people fine-tune on.
+    """
+    return TABLE_4.get(_table_name(dataset), TABLE_4["oxford_flowers102"])
 
 
 # Stands for a value that only the user can give.
