@@ -4,7 +4,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -31,13 +31,7 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, f
 
 def main(argv: Sequence[str]) -> None:
     """Runs the config that the flags name."""
-    if not flags.FLAGS["verbosity"].present:
-        # Libraries log what they raise as well, with its traceback; --verbosity=0 shows it.
-        logging.set_verbosity(logging.FATAL)
-    if len(argv) > 1:
-        raise UserError(f"argument {argv[1]!r} is not a flag: values go as --config.KEY=VALUE")
-    if _CONFIG.value is None:
-        raise UserError("--config is missing: for example --config configs/digits.py")
+    check_arguments(argv)
     distributed = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if None in distributed and any(value is not None for value in distributed):
         raise UserError(
@@ -53,6 +47,21 @@ def main(argv: Sequence[str]) -> None:
     if jax.process_index() == 0:
         print(f"workdir: {workdir}", flush=True)
     train.train(_CONFIG.value, workdir)
+
+
+def check_arguments(argv: Sequence[str]) -> None:
+    """Checks what is left of the command line when the flags are parsed, and quietens libraries.
+
+    Raises:
+        UserError: there is more than the command's name, or no --config.
+    """
+    if not flags.FLAGS["verbosity"].present:
+        # Libraries log what they raise as well, with its traceback; --verbosity=0 shows it.
+        logging.set_verbosity(logging.FATAL)
+    if len(argv) > 1:
+        raise UserError(f"argument {argv[1]!r} is not a flag: values go as --config.KEY=VALUE")
+    if _CONFIG.value is None:
+        raise UserError("--config is missing: for example --config configs/digits.py")
 
 
 def default_workdir(config: str) -> str:
@@ -115,11 +124,11 @@ def _hide_abandoned_writes(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def run() -> None:
-    """The command: prints a user's mistake in one line and exits with code 2."""
+def run(program: Callable[[Sequence[str]], int | None] = main) -> None:
+    """Runs a command with these flags: a user's mistake is one line and exit code 2."""
     sys.unraisablehook = _hide_abandoned_writes
     try:
-        app.run(main, flags_parser=parse_flags)
+        app.run(program, flags_parser=parse_flags)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

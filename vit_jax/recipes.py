@@ -11,6 +11,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from vit_jax import models
+from vit_jax.data import vtab
 from vit_jax.errors import UserError
 
 
@@ -94,9 +95,9 @@ def get_config(model: str, spec: str = "") -> ConfigDict:
     Args:
         model: the paper's name, for example "ViT-B/16".
         spec: words separated by commas. First "pretrain" (the default) or "finetune"; then the data
-            set: a TFDS name or "folder:PATH" (default imagenet2012 to pre-train; must be given to
-            fine-tune); then, optionally, "dev" to hold out the part of train on which the paper
-            chose its hyperparameters and to evaluate on that.
+            set: a TFDS name, "vtab:TASK" or "folder:PATH" (default imagenet2012 to pre-train; must
+            be given to fine-tune); then, optionally, "dev" to hold out the part of train on which
+            the paper chose its hyperparameters and to evaluate on that.
 
     Raises:
         UserError: the spec has a word that is none of these.
@@ -208,10 +209,10 @@ def pretraining_row(model: str, dataset: str) -> Pretraining:
 def finetune(model: str, dataset: str) -> ConfigDict:
     """Table 4: fine-tuning at a higher resolution.
 
-    Silent: a data set that Table 4 does not have takes the row of Pets and Flowers, which are of
-    the size that people fine-tune on; dropout is off.
+    Silent: dropout is off. The tasks of VTAB share one row; some are not cropped or not mirrored,
+    where the label would not survive it.
     """
-    row = TABLE_4.get(_table_name(dataset), TABLE_4["oxford_flowers102"])
+    row = finetuning_row(dataset)
     config = base(model, dataset)
     config.batch_size = FINETUNE_BATCH_SIZE
     config.duration = f"{row.steps} steps"
@@ -219,6 +220,10 @@ def finetune(model: str, dataset: str) -> ConfigDict:
     downsampling = models.create_model(config.model).downsampling
     config.dataset.image_size = FINETUNE_IMAGE_SIZE // downsampling * downsampling
     config.dataset.protocol = "bit"
+    if vtab.is_vtab(dataset):
+        task = vtab.get_task(dataset)
+        config.dataset.random_crop = task.random_crop
+        config.dataset.random_flip = task.random_flip
     config.optimizer = ConfigDict(
         {
             "name": "sgd",
@@ -234,6 +239,15 @@ def finetune(model: str, dataset: str) -> ConfigDict:
     config.schedule.warmup = f"{row.warmup_steps} steps"
     config.init_from = REQUIRED
     return config
+
+
+def finetuning_row(dataset: str) -> FineTuning:
+    """The row of Table 4 for a data set.
+
+    Silent: one that Table 4 does not have takes the row of Pets and Flowers, which are of the size
+    that people fine-tune on.
+    """
+    return TABLE_4.get(_table_name(dataset), TABLE_4["oxford_flowers102"])
 
 
 # Stands for a value that only the user can give.

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from vit_jax.data import folder
+from vit_jax.data import folder, labels, vtab
 from vit_jax.data.digits import prepare_digits
 from vit_jax.errors import UserError, first_line
 
@@ -78,12 +78,13 @@ def open_dataset(
 
     Args:
         name: a TFDS name ("cifar10", "name/config:1.2.*"), registered or only prepared in
-            `data_dir`; "digits"; or "folder:PATH" (see `folder`).
+            `data_dir`; "digits"; "folder:PATH" (see `folder`); or "vtab:TASK" (see `vtab`).
         data_dir: where TFDS looks; "" is its default.
         train_split: in TFDS syntax; "" is the usual one of the data set.
         eval_split: likewise; for a data set the paper does not use, validation or else test.
         development: evaluate on the last part of the training split and train on the rest
-            (paper, Appendix B.1.1: 10% of Pets and Flowers, 2% of CIFAR, 1% of ImageNet).
+            (paper, Appendix B.1.1: 10% of Pets and Flowers, 2% of CIFAR, 1% of ImageNet, the 200
+            validation images of a VTAB task).
 
     Raises:
         UserError: if the data set is unknown, not prepared or not one of labelled images, or if a
@@ -94,14 +95,10 @@ def open_dataset(
             f"development=True chooses both splits: drop it or train_split={train_split!r}, "
             f"eval_split={eval_split!r}"
         )
-    usual = _usual(name)
     data_set = _open(name, data_dir)
-    if development:
-        kept = 100 - usual.development
-        train_split = _slice_each(usual.train, f"[:{kept}%]")
-        eval_split = _slice_each(usual.train, f"[{kept}%:]")
-    train = _open_split(data_set, name, train_split or usual.train)
-    eval_split = eval_split or usual.evaluation or _infer_eval_split(data_set, name)
+    usual_train, usual_eval = _usual_splits(data_set, name, development)
+    train = _open_split(data_set, name, train_split or usual_train)
+    eval_split = eval_split or usual_eval or _infer_eval_split(data_set, name)
     return train, _open_split(data_set, name, eval_split)
 
 
@@ -117,7 +114,8 @@ def open_evaluation(name: str, *, data_dir: str = "", split: str = "") -> Source
         UserError: as `open_dataset` does.
     """
     data_set = _open(name, data_dir)
-    split = split or _usual(name).evaluation or _infer_eval_split(data_set, name)
+    _, usual_eval = _usual_splits(data_set, name)
+    split = split or usual_eval or _infer_eval_split(data_set, name)
     return _open_split(data_set, name, split)
 
 
@@ -133,12 +131,20 @@ def open_real(*, data_dir: str = "", split: str = "validation") -> Source:
     return _open_split(_RealDataset(REAL, data_dir), REAL, split)
 
 
-def _usual(name):
-    return _USUAL.get(name.split(":")[0].split("/")[0], _OTHER)
-
-
 def _open(name, data_dir):
-    return _FolderDataset(name) if name.startswith("folder:") else _TfdsDataset(name, data_dir)
+    if name.startswith("folder:"):
+        return _FolderDataset(name)
+    return (_VtabDataset if vtab.is_vtab(name) else _TfdsDataset)(name, data_dir)
+
+
+def _usual_splits(data_set, name, development=False):
+    if vtab.is_vtab(name):
+        return data_set.splits(development)
+    usual = _USUAL.get(name.split(":")[0].split("/")[0], _OTHER)
+    if not development:
+        return usual.train, usual.evaluation
+    kept = 100 - usual.development
+    return _slice_each(usual.train, f"[:{kept}%]"), _slice_each(usual.train, f"[{kept}%:]")
 
 
 def _slice_each(split, bounds):
@@ -192,7 +198,7 @@ class _TfdsDataset:
     _LABEL = "label"
 
     def __init__(self, name, data_dir):
-        self._name = name
+        self._name = self._tfds_name = name
         self._builder = _builder(name, os.path.expanduser(data_dir))
         features = dict(self._builder.info.features or {})
         if not (
@@ -213,7 +219,8 @@ class _TfdsDataset:
         return tuple(self._builder.info.features[self._LABEL].names)
 
     def _records(self, split, seed=None):
-        return _tfds_records(self._builder, split, self._LABEL, seed)
+        features = {self._LABEL: True}
+        return _tfds_records(self._builder, split, features, lambda r: r[self._LABEL], seed)
 
     @property
     def split_names(self):
@@ -223,7 +230,7 @@ class _TfdsDataset:
         try:
             num_examples = int(self._records(split).cardinality())
         except AssertionError as error:
-            raise _not_prepared(self._name, self._builder) from error
+            raise _not_prepared(self._name, self._builder, self._tfds_name) from error
         info = self._builder.info
         total = sum(part.num_examples for part in info.splits.values())
         return Source(
@@ -234,6 +241,47 @@ class _TfdsDataset:
             num_bytes=info.dataset_size * num_examples // total if total else 0,
             records=functools.partial(self._records, split),
         )
+
+
+class _VtabDataset(_TfdsDataset):
+    def __init__(self, name, data_dir):
+        self._name = name
+        self._task = vtab.get_task(name)
+        self._tfds_name = self._task.builder
+        self._builder = _builder(self._tfds_name, os.path.expanduser(data_dir))
+        features = self._builder.info.features
+        missing = {"image", *self._task.features} - set(features)
+        if missing:
+            raise UserError(
+                f"data set {name!r} needs the features {', '.join(sorted(missing))} of "
+                f"{self._builder.info.full_name}, which has {', '.join(features)}: prepare "
+                f"{self._tfds_name} anew"
+            )
+
+    @property
+    def _class_names(self):
+        return self._task.class_names or tuple(self._feature.names)
+
+    @property
+    def _feature(self):
+        (name,) = self._task.features
+        return self._builder.info.features[name]
+
+    def _records(self, split, seed=None):
+        task = self._task
+        label = labels.label_fn(task, getattr(self._feature, "num_classes", 0))
+        records = _tfds_records(self._builder, split, task.features, label, seed)
+        if task.binary_pixels:
+            records = records.map(lambda r: r | {"image": labels.stretch_binary(r["image"])})
+        return records
+
+    def splits(self, development):
+        """The protocol's splits to train and to evaluate on."""
+        sizes = {name: split.num_examples for name, split in self._builder.info.splits.items()}
+        needed = {"train", self._task.validation[0], self._task.test[0]}
+        if not needed <= set(sizes):
+            raise _not_prepared(self._name, self._builder, self._tfds_name)
+        return vtab.splits(self._task, sizes, development)
 
 
 class _RealDataset(_TfdsDataset):
@@ -271,17 +319,21 @@ def _builder(name, data_dir):
         raise UserError(f"data set {name!r} cannot be opened: {first_line(error)}") from error
 
 
-def _not_prepared(name, builder):
+def _not_prepared(name, builder, tfds_name):
     root = builder.data_dir_root
+    # Of some, TFDS says what to download by hand first.
+    by_hand = ", which says what it wants downloaded by hand" * bool(
+        builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+    )
     return UserError(
         f'data set {name!r} is not prepared in data_dir {str(root)!r}: run `python -c "import '
-        f"tensorflow_datasets as tfds; tfds.builder({name!r}, data_dir={str(root)!r})"
-        f'.download_and_prepare()"`, or set {_DATA_DIR} to where it is prepared; '
+        f"tensorflow_datasets as tfds; tfds.builder({tfds_name!r}, data_dir={str(root)!r})"
+        f'.download_and_prepare()"`{by_hand}, or set {_DATA_DIR} to where it is prepared; '
         f"{_NO_DATA}"
     )
 
 
-def _tfds_records(builder, split, label, seed=None):
+def _tfds_records(builder, split, features, label, seed=None):
     config = tfds.ReadConfig(
         add_tfds_id=True,
         try_autocache=False,
@@ -294,9 +346,13 @@ def _tfds_records(builder, split, label, seed=None):
         shuffle_files=seed is not None,
         read_config=config,
         decoders=tfds.decode.PartialDecoding(
-            {"image": True, label: True}, decoders={"image": tfds.decode.SkipDecoding()}
+            {"image": True, **features}, decoders={"image": tfds.decode.SkipDecoding()}
         ),
     )
     return dataset.map(
-        lambda record: {"image": record["image"], "label": record[label], "id": record["tfds_id"]}
+        lambda record: {
+            "image": record["image"],
+            "label": label(record),
+            "id": record["tfds_id"],
+        }
     )

@@ -1,0 +1,145 @@
+"""VTAB-1k: all 19 tasks under the paper's one setting, beside the paper's Table 9.
+
+python experiments/vtab.py --config configs/b16.py:finetune,vtab --config.init_from=B_16.npz
+
+Learning rate 0.01, 2,500 steps, 384 px; 1,000 images to train on, the full test set to evaluate
+on. --tasks a,b runs some of them, --seeds 3 each several times. A task whose data set is not
+prepared is named and left out. The same command continues. Every number goes to vtab.json.
+"""
+
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+
+import runner
+from absl import flags
+from ml_collections import ConfigDict
+from runner import Run, markdown, mean_and_sd, percent
+
+from vit_jax.data.vtab import GROUPS, PREFIX, TASKS, get_task
+from vit_jax.errors import UserError
+from vit_jax.main import default_workdir
+from vit_jax.metrics import write_json
+
+_TASKS = flags.DEFINE_list("tasks", list(TASKS), "Which, such as svhn,dtd [all 19].")
+
+COLUMNS = ("H/14 JFT", "L/16 JFT", "L/16 I21k")
+# Table 9, in percent; rows in the order of TASKS.
+TABLE_9 = dict(
+    zip(
+        TASKS,
+        (
+            (95.3, 95.4, 90.8),
+            (85.5, 81.9, 84.1),
+            (75.2, 74.3, 74.1),
+            (99.7, 99.7, 99.3),
+            (97.2, 96.7, 92.7),
+            (65.0, 63.5, 61.0),
+            (88.9, 87.4, 80.9),
+            (83.3, 83.6, 82.5),
+            (96.7, 96.5, 95.6),
+            (91.4, 89.7, 85.2),
+            (76.6, 77.1, 75.3),
+            (91.7, 86.4, 70.3),
+            (63.8, 63.1, 56.1),
+            (53.1, 49.7, 41.9),
+            (79.4, 74.5, 74.7),
+            (63.3, 60.5, 64.9),
+            (84.5, 82.2, 79.9),
+            (33.2, 36.2, 30.5),
+            (51.2, 51.1, 41.7),
+        ),
+        strict=True,
+    )
+)
+
+
+def main() -> int:
+    """The command; returns its exit code."""
+    name, config = runner.config_name(), flags.FLAGS.config
+    if config.dataset.name != "vtab":
+        raise UserError(
+            f"--config {name} is of data set {config.dataset.name!r}: give the setting of all "
+            "tasks, for example configs/b16.py:finetune,vtab"
+        )
+    tasks = _TASKS.value
+    if not tasks or len({*tasks}) < len(tasks):
+        raise UserError(f"--tasks {','.join(tasks)} is not a list of tasks, each once: svhn,dtd")
+    seeds = range(config.seed, config.seed + (runner.SEEDS.value or 1))
+    runs = {(task, seed): _run(config, task, seed) for task in tasks for seed in seeds}
+    workdir = pathlib.Path(flags.FLAGS.workdir or default_workdir(name))
+    metrics = runner.run_all(list(runs.values()), workdir)
+    found = {key: metrics[run.name] for key, run in runs.items()}
+    accuracies = {
+        task: [found[task, seed]["accuracy"] if found[task, seed] else None for seed in seeds]
+        for task in tasks
+    }
+    write_json(workdir / "vtab.json", {"seeds": list(seeds), "accuracies": accuracies})
+    print(f"\n{table(accuracies)}\n\n{summary(accuracies)}")
+    return int(None in found.values())
+
+
+def _run(config: ConfigDict, task: str, seed: int) -> Run:
+    facts = get_task(f"{PREFIX}{task}")
+    config = config.copy_and_resolve_references()
+    config.seed = seed
+    config.dataset.name = f"{PREFIX}{task}"
+    config.dataset.random_crop &= facts.random_crop
+    config.dataset.random_flip &= facts.random_flip
+    return Run(f"{task}-seed{seed}", config)
+
+
+def table(accuracies: Mapping[str, Sequence[float | None]]) -> str:
+    """Per-task accuracies in Markdown beside Table 9, then means of groups and of all.
+
+    Args:
+        accuracies: of each task by seed, None where the run failed. A mean is of the tasks that
+            have one, and that of the paper of the same tasks.
+    """
+    means = {task: _mean(accuracies[task]) for task in TASKS if task in accuracies}
+    rows = [
+        [task, TASKS[task].group, _cell(accuracies[task]), *map(str, TABLE_9[task])]
+        for task in means
+    ]
+    finished = [task for task, mean in means.items() if mean is not None]
+    for group in (*GROUPS, "all"):
+        members = [task for task in finished if group in (TASKS[task].group, "all")]
+        if members:
+            seeds = zip(*(accuracies[task] for task in members), strict=True)
+            own = [_mean(seed) for seed in seeds if None not in seed]
+            paper = [f"{_mean([TABLE_9[task][i] for task in members]):.1f}" for i in range(3)]
+            cell = _cell(own or [_mean([means[task] for task in members])])
+            rows.append([f"mean of {len(members)}", group, cell, *paper])
+    return markdown(["task", "group", "accuracy", *COLUMNS], rows)
+
+
+def _cell(accuracies: Sequence[float | None]) -> str:
+    finished = [accuracy for accuracy in accuracies if accuracy is not None]
+    return percent(*mean_and_sd(finished)) if finished else "failed"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    finished = [value for value in values if value is not None]
+    return statistics.fmean(finished) if finished else None
+
+
+def summary(accuracies: Mapping[str, Sequence[float | None]]) -> str:
+    """What the numbers of the table are, and what they lack."""
+    lines = ["Accuracy in percent; H/14 JFT, L/16 JFT and L/16 I21k are the paper's (Table 9)."]
+    finished = [task for task, values in accuracies.items() if _mean(values) is not None]
+    if len(finished) < len(TASKS):
+        lines.append(
+            f"Only {len(finished)} of the {len(TASKS)} tasks have run: the means are over those, "
+            "also the paper's."
+        )
+    num_seeds = len(next(iter(accuracies.values())))
+    if num_seeds > 1:
+        lines.append(
+            f"Mean and sample standard deviation (n - 1) of {num_seeds} seeds, less those that "
+            "failed."
+        )
+    return " ".join(lines)
+
+
+if __name__ == "__main__":
+    runner.run_program(main)
