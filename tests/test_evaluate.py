@@ -29,7 +29,7 @@ from vit_jax.evaluate import (
 )
 from vit_jax.models import create_model
 from vit_jax.sharding import make_mesh
-from vit_jax.steps import eval_step
+from vit_jax.steps import classification, eval_step
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 16])
@@ -54,7 +54,7 @@ def test_every_image_counts_once_whatever_the_batch_size(batch_size):
                 "mask": np.pad(np.ones(len(label), np.float32), (0, pad)),
             }
 
-    step = jax.jit(functools.partial(eval_step, model=model, loss="softmax"))
+    step = jax.jit(functools.partial(eval_step, objective=classification(model, "softmax")))
     result = evaluate(step, params, batches(), make_mesh())
     logits = np.asarray(model.apply({"params": params}, images), np.float64)
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)

@@ -214,7 +214,7 @@ def test_pretraining_on_other_data_is_imagenets_recipe_in_epochs():
     ("spec", "message"),
     [
         ("finetun,cifar10", "recipe 'finetun' is unknown.*did you mean finetune"),
-        ("cifar10", "recipe 'cifar10' is unknown: use pretrain or finetune"),
+        ("cifar10", "recipe 'cifar10' is unknown: use pretrain, masked or finetune"),
         ("finetune", "names no data set: for example finetune,cifar10"),
         ("finetune,", "names no data set"),
         ("pretrain,", "names no data set"),

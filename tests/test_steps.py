@@ -8,7 +8,7 @@ import pytest
 from vit_jax.errors import UserError
 from vit_jax.models import create_model
 from vit_jax.state import create_optimizer, init_train_state
-from vit_jax.steps import classification_loss, eval_step, train_step
+from vit_jax.steps import classification, classification_loss, eval_step, train_step
 
 TINY = {"architecture": "vit", "patch_size": 4, "hidden_size": 16, "num_layers": 2, "mlp_dim": 32,
         "num_heads": 2, "num_classes": 3}  # fmt: skip
@@ -20,13 +20,14 @@ BATCH = {
 }
 
 
-def setup(model_options=None, average=False, **options):
+def setup(model_options=None, average=False, smoothing=0.0, **options):
     model = create_model(TINY, **(model_options or {}))
     optimizer = create_optimizer(SGD, lambda count: 0.1)
     state = init_train_state(model, optimizer, seed=0, image_size=8, average=average)
     # A zero head hides the gradients of all that is below it.
     state.params["head"]["kernel"] = jax.random.normal(jax.random.key(1), (16, 3)) * 0.1
-    step = functools.partial(train_step, model=model, optimizer=optimizer, loss="softmax")
+    objective = classification(model, "softmax", smoothing)
+    step = functools.partial(train_step, objective=objective, optimizer=optimizer)
     return model, state, jax.jit(functools.partial(step, **options))
 
 
@@ -121,14 +122,28 @@ def test_polyak_average():
 
 def test_padding_counts_for_nothing_in_evaluation():
     model, state, _ = setup()
-    sums = eval_step(state.params, BATCH | {"mask": jnp.ones(8)}, model=model, loss="softmax")
+    objective = classification(model, "softmax")
+    sums = eval_step(state.params, BATCH | {"mask": jnp.ones(8)}, objective=objective)
     padded = {
         "image": jnp.concatenate([BATCH["image"], jnp.full((4, 8, 8, 3), jnp.nan)]),
         "label": jnp.concatenate([BATCH["label"], jnp.zeros(4, jnp.int32)]),
         "mask": jnp.array([1.0] * 8 + [0.0] * 4),
     }
-    padded_sums = eval_step(state.params, padded, model=model, loss="softmax")
+    padded_sums = eval_step(state.params, padded, objective=objective)
     logits = model.apply({"params": state.params}, BATCH["image"])
     assert int(sums["count"]) == int(padded_sums["count"]) == 8
     assert int(padded_sums["correct"]) == np.sum(np.argmax(logits, -1) == BATCH["label"])
     np.testing.assert_allclose(padded_sums["loss"], sums["loss"], rtol=1e-6)
+
+
+def test_labels_are_smoothed_in_training_only():
+    model, state, step = setup(smoothing=0.3)
+    logits = model.apply({"params": state.params}, BATCH["image"])
+    log_p = np.asarray(jax.nn.log_softmax(logits))
+    targets = np.eye(3)[BATCH["label"]]
+    _, metrics = step(state, BATCH)
+    expected = -((0.7 * targets + 0.1) * log_p).sum(-1).mean()
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    objective = classification(model, "softmax", label_smoothing=0.3)
+    sums = eval_step(state.params, BATCH | {"mask": jnp.ones(8)}, objective=objective)
+    np.testing.assert_allclose(sums["loss"], -(targets * log_p).sum(), rtol=1e-5)

@@ -215,6 +215,7 @@ def test_every_config_key_is_read(tiny_config, tmp_path, monkeypatch):
     config = tiny_config(duration="1 step", **{"schedule.warmup": "0 steps"})
     config.fewshot.update({"dataset": "digits", "data_dir": config.dataset.data_dir})
     plain, read = to_dict(config), set()
+    config.model.representation_size = 0  # For the second run.
     original = ConfigDict.__getitem__
 
     def recording(self, key):
@@ -226,12 +227,14 @@ def test_every_config_key_is_read(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "to_dict", lambda config: plain)
     monkeypatch.setattr(ConfigDict, "__getitem__", recording)
     train.train(config, tmp_path / "run")
+    config.objective = "masked_patches"
+    train.train(config, tmp_path / "masked")
     monkeypatch.undo()
     # A module takes its section whole: each of its fields must be used in it.
     source = pathlib.Path(vit.__file__).read_text()
     assert not [key for key in plain["model"] if f"self.{key}" not in source][1:]
     unread = [key for key in config if (id(config), key) not in read]
-    for section in ("dataset", "model", "optimizer", "schedule", "fewshot"):
+    for section in ("dataset", "masking", "model", "optimizer", "schedule", "fewshot"):
         part = config[section]
         unread += [f"{section}.{key}" for key in part if (id(part), key) not in read]
     assert not unread
