@@ -1,6 +1,6 @@
 """Masked patch prediction on CIFAR-10 (Section 4.6), sized for an hour on two CPU cores.
 
-python experiments/masked_patch_prediction.py [--data_dir D] [--workdir W]
+python -m experiments.masked_patch_prediction [--data_dir D] [--workdir W]
 
 Pre-trains a small ViT on all training images without their labels. Then trains it to classify, from
 there and from scratch, under one recipe and for equal steps, on the part of the images whose labels
@@ -11,14 +11,11 @@ import argparse
 import json
 import os
 import pathlib
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-# A program beside the package: it is found from the root of the project.
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import matplotlib
 
@@ -79,20 +76,25 @@ def entropy(counts: np.ndarray) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def trivial_loss(config: ConfigDict) -> float:
-    """The least loss of a prediction that is the same for every patch, on the test images.
-
-    It is the entropy of how often each colour is the target.
-    """
+def test_images(config: ConfigDict) -> Iterator[np.ndarray]:
+    """The images that a run is evaluated on, batches of [images, height, width, 3]."""
     from vit_jax.data import datasets, pipeline
     from vit_jax.data.protocols import evaluation
 
     data = config.dataset
     _, source = datasets.open_dataset(data.name, data_dir=data.data_dir)
     preprocessing = evaluation(data.protocol, data.image_size)
-    counts = np.zeros(masked.NUM_COLOURS, np.int64)
     for batch in pipeline.eval_batches(source, batch_size=1000, preprocessing=preprocessing):
-        images = batch["image"][batch["mask"] > 0]
+        yield batch["image"][batch["mask"] > 0]
+
+
+def trivial_loss(config: ConfigDict) -> float:
+    """The least loss of a prediction that is the same for every patch, on the test images.
+
+    It is the entropy of how often each colour is the target.
+    """
+    counts = np.zeros(masked.NUM_COLOURS, np.int64)
+    for images in test_images(config):
         colours = masked.TARGETS[config.masking.target](images, config.model.patch_size)
         counts += np.bincount(np.ravel(colours), minlength=masked.NUM_COLOURS)
     return entropy(counts)
@@ -161,7 +163,7 @@ def run(
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = command.Parser(
-        prog="python experiments/masked_patch_prediction.py", description=__doc__.splitlines()[0]
+        prog="python -m experiments.masked_patch_prediction", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--data_dir", default="", help="where TFDS looks [its default]")
     parser.add_argument(

@@ -221,6 +221,8 @@ def test_classes_that_are_the_same(own, data):
 def test_another_number_of_classes_is_refused():
     with pytest.raises(UserError, match="has 3 classes and the data set 2"):
         check_classes(3, None, ("a", "b"))
+    with pytest.raises(UserError, match="the checkpoint has no head, so it knows no classes: fine"):
+        check_classes(0, None, ("a", "b"))
 
 
 @pytest.mark.parametrize(
