@@ -1,6 +1,6 @@
 """Masked patch prediction on CIFAR-10 (Section 4.6), sized for an hour on two CPU cores.
 
-python -m experiments.masked_patch_prediction [--data_dir D] [--workdir W]
+python experiments/masked_patch_prediction.py [--data_dir D] [--workdir W]
 
 Pre-trains a small ViT on all training images without their labels. Then trains it to classify, from
 there and from scratch, under one recipe and for equal steps, on the part of the images whose labels
@@ -163,7 +163,7 @@ def run(
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     parser = command.Parser(
-        prog="python -m experiments.masked_patch_prediction", description=__doc__.splitlines()[0]
+        prog="python experiments/masked_patch_prediction.py", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--data_dir", default="", help="where TFDS looks [its default]")
     parser.add_argument(
