@@ -9,6 +9,8 @@ from vit_jax.analysis import flops
 from vit_jax.errors import UserError
 from vit_jax.models import create_model, masked
 from vit_jax.models.masked import draw_corruption, predictor
+from vit_jax.state import init_train_state
+from vit_jax.steps import masked_patches, train_step
 
 VIT = {"architecture": "vit", "patch_size": 4, "hidden_size": 16, "num_layers": 1, "mlp_dim": 32,
        "num_heads": 2, "num_classes": 0}  # fmt: skip
@@ -211,7 +213,7 @@ def test_a_masked_patch_is_not_seen():
     np.testing.assert_array_equal(predict(8), plain)  # Became patch 20.
     for seen in (9, 20, 0):
         assert np.abs(predict(seen) - plain).max() > 1e-3
-    other_mask = {**params, "mask_embedding": params["mask_embedding"] + 1}
+    other_mask = {**params, "mask_embedding": -params["mask_embedding"]}
     moved = model.apply({"params": other_mask}, IMAGES[:1], corruption)
     assert np.abs(moved - plain).max() > 1e-3
 
@@ -248,7 +250,7 @@ def test_models_without_patch_embeddings_are_refused():
 
 
 def test_the_multiply_adds_with_the_head_are_those_that_xla_counts():
-    config = {**VIT, "hidden_size": 64, "mlp_dim": 256, "classifier": "token",
+    config = {**VIT, "hidden_size": 192, "mlp_dim": 768, "num_heads": 3, "classifier": "token",
               "representation_size": 0}  # fmt: skip
     model = predictor(create_model(config), "mean_colour")
     images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
@@ -256,20 +258,22 @@ def test_the_multiply_adds_with_the_head_are_those_that_xla_counts():
     corruption = jax.eval_shape(lambda key: draw_corruption(key, 2, 64, 0.5), jax.random.key(0))
     cost = jax.jit(model.apply).lower(variables, images, corruption).compile().cost_analysis()
     trunk = flops.multiply_adds(config, 32, 0)
-    assert 2 * 2 * (trunk + 32 * 64 * 512) == pytest.approx(cost["flops"], rel=0.03)
+    assert 2 * 2 * (trunk + 32 * 192 * 512) == pytest.approx(cost["flops"], rel=0.03)
 
 
-@pytest.mark.parametrize("target", masked.TARGETS)
-@pytest.mark.parametrize("trunk", [VIT, HYBRID], ids=["vit", "hybrid"])
+@pytest.mark.parametrize(
+    ("trunk", "target"),
+    [(VIT, "mean_colour"), (VIT, "downsized"), (VIT, "pixels"), (HYBRID, "mean_colour")],
+)
 def test_training_moves_every_parameter_and_lowers_the_loss(trunk, target):
-    from vit_jax.state import init_train_state
-    from vit_jax.steps import masked_patches, train_step
-
     model, optimizer = predictor(create_model(trunk), target), optax.adam(1e-2)
     init = jax.jit(lambda: init_train_state(model, optimizer, seed=0, image_size=16, average=False))
     state = init()
     start = state.params
-    batch = {"image": IMAGES[:, :, :16], "label": np.full(3, -1)}
+    # Every image of one colour, which its other patches tell.
+    colour = np.array([[-0.9, 0.1, 0.9], [0.9, -0.9, 0.1], [0.1, 0.9, -0.9]], np.float32)
+    images = np.broadcast_to(colour[:, None, None], (3, 16, 16, 3))
+    batch = {"image": images, "label": np.full(3, -1)}
     objective = masked_patches(model, 0.5, target)
     step = jax.jit(lambda state: train_step(state, batch, objective=objective, optimizer=optimizer))
     losses = []
@@ -279,6 +283,6 @@ def test_training_moves_every_parameter_and_lowers_the_loss(trunk, target):
     assert ("accuracy" in metrics) == (target != "pixels")
     if target != "pixels":
         assert losses[0] == pytest.approx(np.log(512), rel=1e-5)  # The head starts at 0.
-    assert min(losses[-3:]) < 0.95 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     moved = jax.tree.map(lambda old, new: bool(np.any(old != new)), start, state.params)
     assert all(jax.tree.leaves(moved)), moved
