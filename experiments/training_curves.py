@@ -36,8 +36,9 @@ def draw(runs: list[pathlib.Path], output: pathlib.Path) -> None:
             axes.set(xlabel="step", ylabel=name)
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.3)
-        final = evaluation[1][-1]
-        accuracy.set_title(f"{run.name}: {final:.2%}", loc="right", fontsize=10, color=EVALUATION)
+        # Pixels that are predicted have no accuracy.
+        final = f": {evaluation[1][-1]:.2%}" if evaluation[1] else ""
+        accuracy.set_title(f"{run.name}{final}", loc="right", fontsize=10, color=EVALUATION)
         loss.legend(frameon=False)
     figure.savefig(output, dpi=110)
 

@@ -19,7 +19,7 @@ def test_every_config_file_passes_its_own_check(path):
     check_config(runpy.run_path(str(path))["get_config"]())
 
 
-@pytest.mark.parametrize("spec", ["pretrain,imagenet21k", "pretrain,jft,dev"])
+@pytest.mark.parametrize("spec", ["pretrain,imagenet21k", "pretrain,jft,dev", "masked,jft"])
 def test_every_recipe_passes_its_own_check(spec):
     check_config(recipe("ViT-L/16", spec))
 
@@ -29,6 +29,7 @@ def test_every_recipe_passes_its_own_check(spec):
     [
         ("", "bacth_size", "did you mean config.batch_size"),
         ("dataset", "random_flips", "did you mean config.dataset.random_flip"),
+        ("masking", "rates", "did you mean config.masking.rate"),
         ("model", "dropout", "did you mean config.model.dropout_rate"),
         ("fewshot", "shot", "did you mean config.fewshot.shots"),
         ("optimizer", "momentum", "valid are b1, b2, clip_norm"),
@@ -65,6 +66,10 @@ def test_a_missing_key_raises():
         ("optimizer", "name", "lamb", "optimizer.name 'lamb' is unknown: use adam or sgd"),
         ("model", "architecture", "cnn", "model.architecture 'cnn' is unknown: use vit"),
         ("optimizer", "weight_decay", "0.1", "config.optimizer.weight_decay is '0.1': it must be"),
+        ("", "objective", "contrastive", "config.objective 'contrastive' is unknown: use classifi"),
+        ("masking", "rate", 0.0, "config.masking.rate is 0.0: it must be above 0 and at most 1"),
+        ("masking", "rate", 1.1, "config.masking.rate is 1.1: it must be above 0 and at most 1"),
+        ("masking", "target", "colour", "config.masking.target 'colour' is unknown: use mean_colo"),
         ("", "accumulate_steps", 0, "config.accumulate_steps is 0: it must be at least 1"),
         ("", "keep_checkpoints", 0, "config.keep_checkpoints is 0: it must be at least 1"),
         ("model", "patch_size", 0, "config.model.patch_size is 0: it must be at least 1"),
@@ -127,6 +132,25 @@ def test_the_keys_of_a_hybrid_are_not_those_of_a_vit():
     config.model.resnet_layers = (3, 4, 9)
     with pytest.raises(UserError, match="config.model.resnet_layers is not a key that anything"):
         check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("label_smoothing", 0.1),
+        ("model.head_bias_init", -10.0),
+        ("model.num_classes", 10),
+        ("model.representation_size", 768),
+    ],
+)
+def test_masked_patch_prediction_has_no_classes(key, value):
+    config = recipe("ViT-B/16", "masked,cifar10")
+    config.update_from_flattened_dict({key: value})
+    message = f"config.{key} is {value}, but objective masked_patches has no classes: add --config"
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_config(config)
+    config.objective = "classification"
+    check_config(config)
 
 
 def test_an_int_will_do_for_a_float():

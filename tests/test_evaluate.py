@@ -31,7 +31,7 @@ from vit_jax.evaluate import (
 )
 from vit_jax.models import create_model
 from vit_jax.sharding import make_mesh
-from vit_jax.steps import eval_step
+from vit_jax.steps import classification, eval_step
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 16])
@@ -56,7 +56,7 @@ def test_every_image_counts_once_whatever_the_batch_size(batch_size):
                 "mask": np.pad(np.ones(len(label), np.float32), (0, pad)),
             }
 
-    step = jax.jit(functools.partial(eval_step, model=model, loss="softmax"))
+    step = jax.jit(functools.partial(eval_step, objective=classification(model, "softmax")))
     result = evaluate(step, params, batches(), make_mesh())
     logits = np.asarray(model.apply({"params": params}, images), np.float64)
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -223,6 +223,8 @@ def test_classes_that_are_the_same(own, data):
 def test_another_number_of_classes_is_refused():
     with pytest.raises(UserError, match="has 3 classes and the data set 2"):
         check_classes(3, None, ("a", "b"))
+    with pytest.raises(UserError, match="the checkpoint has no head, so it knows no classes: fine"):
+        check_classes(0, None, ("a", "b"))
 
 
 @pytest.mark.parametrize(

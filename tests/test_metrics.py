@@ -87,6 +87,9 @@ def test_the_progress_line_has_all_that_is_asked_for():
     scalars = {"loss": 0.51234, "accuracy": 0.845, "images_per_second": 12345.6}
     line = metrics.progress_line(200, 1000, scalars, 192.0)
     assert line == "step 200/1000  loss 0.5123  accuracy 0.8450  12,346 images/s  ETA 3m12s"
+    without = {key: scalars[key] for key in ("loss", "images_per_second")}
+    line = metrics.progress_line(200, 1000, without, 192.0)
+    assert line == "step 200/1000  loss 0.5123  12,346 images/s  ETA 3m12s"
     assert "MFU 41.2%" in metrics.progress_line(200, 1000, scalars | {"mfu": 0.412}, 1.0)
 
 

@@ -169,6 +169,36 @@ def test_finetuning_is_table_4(dataset, steps, warmup, base_lr):
     assert config.loss == "softmax"
 
 
+def test_masked_patch_prediction_is_appendix_b12():
+    config = get_config("ViT-B/16", "masked,jft")
+    assert (config.objective, config.dataset.name) == ("masked_patches", "jft")
+    assert (config.duration, config.batch_size) == ("1000000 steps", 4096)
+    assert (config.schedule.base_lr, config.schedule.decay) == (2e-4, "cosine")
+    assert (config.schedule.warmup, config.schedule.end_lr) == ("10000 steps", 0.0)
+    assert (config.masking.rate, config.masking.target) == (0.5, "mean_colour")
+    optimizer = config.optimizer
+    assert (optimizer.name, optimizer.b1, optimizer.b2) == ("adam", 0.9, 0.999)
+    # Silent there; Table 3 has these on JFT.
+    assert (optimizer.weight_decay, optimizer.clip_norm) == (0.1, 0.0)
+    assert (config.dataset.image_size, config.dataset.protocol) == (224, "pretrain")
+    assert (config.model.dropout_rate, config.model.representation_size) == (0.0, 0)
+    assert (config.loss, config.init_from) == ("softmax", "")
+
+
+def test_masked_patch_prediction_is_the_same_on_other_data_and_models():
+    jft, other = get_config("ViT-B/16", "masked,jft"), get_config("ViT-B/16", "masked,folder:/a")
+    other.dataset.name = "jft"
+    assert other.to_dict() == jft.to_dict()
+    hybrid = get_config("R50+ViT-B/16", "masked,cifar10,dev")
+    assert hybrid.dataset.development
+    assert (hybrid.duration, hybrid.model.architecture) == ("1000000 steps", "hybrid")
+    # The paper's masking is what nobody needs to ask for; the objective of others is classes.
+    for spec in ("pretrain", "finetune,cifar10"):
+        config = get_config("ViT-B/16", spec)
+        assert config.objective == "classification"
+        assert config.masking.to_dict() == jft.masking.to_dict()
+
+
 def test_huge_is_finetuned_at_a_multiple_of_its_patches():
     assert get_config("ViT-H/14", "finetune,cifar10").dataset.image_size == 27 * 14
 
@@ -214,10 +244,11 @@ def test_pretraining_on_other_data_is_imagenets_recipe_in_epochs():
     ("spec", "message"),
     [
         ("finetun,cifar10", "recipe 'finetun' is unknown.*did you mean finetune"),
-        ("cifar10", "recipe 'cifar10' is unknown: use pretrain or finetune"),
+        ("cifar10", "recipe 'cifar10' is unknown: use pretrain, masked or finetune"),
         ("finetune", "names no data set: for example finetune,cifar10"),
         ("finetune,", "names no data set"),
         ("pretrain,", "names no data set"),
+        ("masked", "names no data set: for example masked,cifar10"),
         ("finetune,cifar10,dve", "'dve' after the data set: only dev may follow"),
     ],
 )

@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 
 from vit_jax.errors import UserError
-from vit_jax.models import create_model
+from vit_jax.models import create_model, masked
 from vit_jax.state import create_optimizer, init_train_state
-from vit_jax.steps import classification_loss, eval_step, train_step
+from vit_jax.steps import (
+    classification,
+    classification_loss,
+    eval_step,
+    masked_patches,
+    train_step,
+)
 
 TINY = {"architecture": "vit", "patch_size": 4, "hidden_size": 16, "num_layers": 2, "mlp_dim": 32,
         "num_heads": 2, "num_classes": 3}  # fmt: skip
@@ -20,13 +26,14 @@ BATCH = {
 }
 
 
-def setup(model_options=None, average=False, **options):
+def setup(model_options=None, average=False, smoothing=0.0, **options):
     model = create_model(TINY, **(model_options or {}))
     optimizer = create_optimizer(SGD, lambda count: 0.1)
     state = init_train_state(model, optimizer, seed=0, image_size=8, average=average)
     # A zero head hides the gradients of all that is below it.
     state.params["head"]["kernel"] = jax.random.normal(jax.random.key(1), (16, 3)) * 0.1
-    step = functools.partial(train_step, model=model, optimizer=optimizer, loss="softmax")
+    objective = classification(model, "softmax", smoothing)
+    step = functools.partial(train_step, objective=objective, optimizer=optimizer)
     return model, state, jax.jit(functools.partial(step, **options))
 
 
@@ -121,14 +128,102 @@ def test_polyak_average():
 
 def test_padding_counts_for_nothing_in_evaluation():
     model, state, _ = setup()
-    sums = eval_step(state.params, BATCH | {"mask": jnp.ones(8)}, model=model, loss="softmax")
+    objective = classification(model, "softmax")
+    sums = eval_step(state.params, BATCH | {"mask": jnp.ones(8)}, objective=objective)
     padded = {
         "image": jnp.concatenate([BATCH["image"], jnp.full((4, 8, 8, 3), jnp.nan)]),
         "label": jnp.concatenate([BATCH["label"], jnp.zeros(4, jnp.int32)]),
         "mask": jnp.array([1.0] * 8 + [0.0] * 4),
     }
-    padded_sums = eval_step(state.params, padded, model=model, loss="softmax")
+    padded_sums = eval_step(state.params, padded, objective=objective)
     logits = model.apply({"params": state.params}, BATCH["image"])
     assert int(sums["count"]) == int(padded_sums["count"]) == 8
     assert int(padded_sums["correct"]) == np.sum(np.argmax(logits, -1) == BATCH["label"])
     np.testing.assert_allclose(padded_sums["loss"], sums["loss"], rtol=1e-6)
+
+
+def test_labels_are_smoothed_in_training_only():
+    model, state, step = setup(smoothing=0.3)
+    logits = model.apply({"params": state.params}, BATCH["image"])
+    log_p = np.asarray(jax.nn.log_softmax(logits))
+    targets = np.eye(3)[BATCH["label"]]
+    _, metrics = step(state, BATCH)
+    expected = -((0.7 * targets + 0.1) * log_p).sum(-1).mean()
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    objective = classification(model, "softmax", label_smoothing=0.3)
+    sums = eval_step(state.params, BATCH | {"mask": jnp.ones(8)}, objective=objective)
+    np.testing.assert_allclose(sums["loss"], -(targets * log_p).sum(), rtol=1e-5)
+
+
+class FixedPredictions:
+    """Stands for a model: whatever it sees, it predicts the same for the chosen patches."""
+
+    downsampling = 4
+
+    def __init__(self):
+        logits = np.random.default_rng(3).standard_normal((8, 4, 512))
+        self.predictions = jnp.asarray(logits, jnp.float32)
+
+    def apply(self, variables, images, corruption, *, train, rngs):
+        del variables, images
+        self.corruption, self.train, self.rngs = corruption, train, rngs
+        return jnp.take_along_axis(self.predictions, corruption.chosen[..., None], axis=1)
+
+
+def test_the_loss_of_masked_patches_is_of_the_corrupted_ones_only():
+    model = FixedPredictions()
+    objective = masked_patches(model, 0.5, "mean_colour")
+    found = objective({}, BATCH, jax.random.key(5))
+    assert model.train and set(model.rngs) == {"dropout"}
+    chosen = np.asarray(model.corruption.chosen)
+    assert chosen.shape == (8, 2)  # Half of 2 x 2 patches.
+    colours = np.asarray(masked.mean_colour(BATCH["image"], 4))[..., 0]
+    log_p = np.asarray(jax.nn.log_softmax(model.predictions))
+    expected = [[-log_p[i, j, colours[i, j]] for j in row] for i, row in enumerate(chosen)]
+    np.testing.assert_allclose(found["loss"], np.mean(expected, axis=1), rtol=1e-5)
+
+    def brightened(patches):
+        """The loss where one patch of each image is white."""
+        images = np.array(BATCH["image"])
+        for i, j in enumerate(patches):
+            row, column = divmod(int(j), 2)
+            images[i, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 1
+        return objective({}, BATCH | {"image": jnp.array(images)}, jax.random.key(5))["loss"]
+
+    others = [next(j for j in range(4) if j not in row) for row in chosen]
+    np.testing.assert_array_equal(brightened(others), found["loss"])
+    assert np.all(brightened(chosen[:, 0]) != found["loss"])
+
+
+def test_training_draws_another_corruption_each_time_and_evaluation_always_the_same():
+    model = FixedPredictions()
+    objective = masked_patches(model, 0.5, "mean_colour")
+
+    def drawn(rng):
+        objective({}, BATCH, rng)
+        return np.asarray(model.corruption.masked)
+
+    assert not np.array_equal(drawn(jax.random.key(1)), drawn(jax.random.key(2)))
+    np.testing.assert_array_equal(drawn(jax.random.key(1)), drawn(jax.random.key(1)))
+    np.testing.assert_array_equal(drawn(None), drawn(None))
+    assert not model.train and not model.rngs
+    assert len(np.unique(drawn(None), axis=0)) > 1  # Images are not corrupted alike.
+
+
+@pytest.mark.parametrize("target", ["mean_colour", "pixels"])
+def test_padding_counts_for_nothing_in_the_evaluation_of_masked_patches(target):
+    model = masked.predictor(create_model({**TINY, "num_classes": 0}), target)
+    params = model.init(jax.random.key(0), BATCH["image"])["params"]
+    kernel = params["patch_head"]["kernel"]
+    params["patch_head"]["kernel"] = jax.random.normal(jax.random.key(1), kernel.shape)
+    objective = masked_patches(model, 0.5, target)
+    batch = BATCH | {"mask": jnp.array([1.0] * 5 + [0.0] * 3)}
+    sums = eval_step(params, batch, objective=objective)
+    broken = batch | {"image": BATCH["image"].at[5:].set(jnp.nan)}
+    again = eval_step(params, broken, objective=objective)
+    each = objective(params, BATCH, None)
+    assert int(sums["count"]) == 5
+    assert sums.keys() == each.keys() | {"count"}
+    for name, value in each.items():
+        np.testing.assert_allclose(sums[name], value[:5].sum(), rtol=1e-6)
+        np.testing.assert_allclose(again[name], sums[name], rtol=1e-6)

@@ -16,8 +16,11 @@ import pytest
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
-from vit_jax import metrics, train
+from vit_jax import metrics, predict, train
+from vit_jax.checkpoints.pretrained import load_pretrained
 from vit_jax.config import to_dict
+from vit_jax.data import datasets, pipeline
+from vit_jax.data.protocols import evaluation
 from vit_jax.errors import UserError
 from vit_jax.models import create_model, vit
 from vit_jax.sharding import state_sharding
@@ -215,6 +218,7 @@ def test_every_config_key_is_read(tiny_config, tmp_path, monkeypatch):
     config = tiny_config(duration="1 step", **{"schedule.warmup": "0 steps"})
     config.fewshot.update({"dataset": "digits", "data_dir": config.dataset.data_dir})
     plain, read = to_dict(config), set()
+    config.model.representation_size = 0  # For the second run.
     original = ConfigDict.__getitem__
 
     def recording(self, key):
@@ -226,12 +230,14 @@ def test_every_config_key_is_read(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "to_dict", lambda config: plain)
     monkeypatch.setattr(ConfigDict, "__getitem__", recording)
     train.train(config, tmp_path / "run")
+    config.objective = "masked_patches"
+    train.train(config, tmp_path / "masked")
     monkeypatch.undo()
     # A module takes its section whole: each of its fields must be used in it.
     source = pathlib.Path(vit.__file__).read_text()
     assert not [key for key in plain["model"] if f"self.{key}" not in source][1:]
     unread = [key for key in config if (id(config), key) not in read]
-    for section in ("dataset", "model", "optimizer", "schedule", "fewshot"):
+    for section in ("dataset", "masking", "model", "optimizer", "schedule", "fewshot"):
         part = config[section]
         unread += [f"{section}.{key}" for key in part if (id(part), key) not in read]
     assert not unread
@@ -338,6 +344,115 @@ def test_finetuning_from_a_run_replaces_its_head(tiny_config, tmp_path, finished
     assert read_losses(tmp_path / "run")[0] == pytest.approx(math.log(10), rel=1e-5)
 
 
+@pytest.fixture
+def masked_config(tiny_config):
+    """Six steps of masked patch prediction, of 2 x 2 pixels each."""
+
+    def make(**overrides):
+        fixed = {"objective": "masked_patches", "model.representation_size": 0}
+        return tiny_config(**fixed, **{"model.patch_size": 2, **overrides})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def masked_workdir(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs") / "masked"
+
+
+@pytest.fixture
+def masked_run(masked_config, masked_workdir):
+    if not masked_workdir.exists():
+        train.train(masked_config(), masked_workdir)
+    return masked_workdir
+
+
+def test_masked_patch_prediction_leaves_what_classification_does(masked_run):
+    records = read_metrics(masked_run)
+    # The head starts at zero, so that every one of the 512 colours has the same probability.
+    assert records[0]["loss"] == pytest.approx(math.log(512), rel=1e-5)
+    assert {"loss", "accuracy", "grad_norm", "learning_rate", "exaflops"} < records[0].keys()
+    assert [r["step"] for r in records if "eval_accuracy" in r] == [4, 6]
+    final = json.loads((masked_run / "metrics.json").read_text())
+    assert final["examples"] == 355
+    assert final["best"]["accuracy"] >= final["accuracy"]
+    # 16 patches and the class token; the head predicts 512 colours of half of them.
+    layer = 17 * 16 * (4 * 16 + 2 * 32) + 2 * 17**2 * 16
+    multiply_adds = 16 * (3 * 2**2) * 16 + layer + 8 * 16 * 512
+    assert records[0]["exaflops"] == pytest.approx(6 * multiply_adds * 32 / 1e18, rel=1e-9)
+
+
+def test_masked_patch_prediction_resumes_with_the_same_bits(masked_run, masked_config, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train_until(masked_config(), tmp_path / "run", step=5)
+    assert checkpoint_steps(tmp_path / "run")
+    train.train(masked_config(), tmp_path / "run")
+    assert_same_run(masked_run, tmp_path / "run", 6)
+
+
+def test_parts_of_the_batch_are_corrupted_each_on_its_own(masked_run, masked_config, tmp_path):
+    config = masked_config(accumulate_steps=2, sharding="fsdp")
+    train.train(config, tmp_path / "run")
+    found, whole = read_losses(tmp_path / "run"), read_losses(masked_run)
+    assert found[0] == pytest.approx(math.log(512), rel=1e-5)
+    assert found[-1] == pytest.approx(whole[-1], rel=0.1)
+    assert found[-1] != whole[-1]
+
+
+def test_finetuning_from_masked_patch_prediction(masked_run, tiny_config, tmp_path, capsys):
+    trunk = {"model.patch_size": 2, "model.representation_size": 0, "schedule.warmup": "0 steps"}
+    config = tiny_config(init_from=str(masked_run), duration="1 step", **trunk)
+    train.train(config, tmp_path / "run")
+    output = capsys.readouterr().out
+    rows = re.findall(r"^(loaded|resized|dropped|new) +\(.*\) +(\S+)", output, re.MULTILINE)
+    actions = {name: action for action, name in rows}
+    assert actions.pop("head/kernel") == actions.pop("head/bias") == "new"
+    for name in ("mask_embedding", "patch_head/kernel", "patch_head/bias"):
+        assert actions.pop(name) == "dropped"
+    assert set(actions.values()) == {"loaded"}
+    assert {"cls", "embedding/kernel", "Transformer/encoder_norm/scale"} < actions.keys()
+    assert read_losses(tmp_path / "run")[0] == pytest.approx(math.log(10), rel=1e-5)
+
+
+def test_masked_patch_prediction_knows_no_classes(masked_run):
+    pretrained = load_pretrained(masked_run)
+    assert pretrained.class_names is None
+    assert pretrained.masked.keys() == {"mask_embedding", "patch_head"}
+    assert not pretrained.params.keys() & pretrained.masked.keys()
+    with pytest.raises(UserError, match="has no head, so it knows no classes: fine-tune it"):
+        next(predict.classify(pretrained, ["image.png"], 1))
+
+
+def test_pixels_have_no_accuracy_and_the_best_has_the_lowest_loss(masked_config, tmp_path, capsys):
+    config = masked_config(eval_every="1 step", **{"masking.target": "pixels"})
+    final = train.train(config, tmp_path / "run")
+    output = capsys.readouterr().out
+    assert "accuracy" not in output and "evaluated on 355 images of test: loss" in output
+    losses = {r["step"]: r["eval_loss"] for r in read_metrics(tmp_path / "run") if "eval_loss" in r}
+    best = min(losses, key=losses.get)
+    assert final["best"]["step"] == best
+    assert [p.name for p in (tmp_path / "run/best").glob("[0-9]*")] == [str(best)]
+
+
+def test_masked_patch_prediction_learns_more_than_how_often_colours_are(masked_config, tmp_path):
+    config = masked_config(
+        duration="150 steps",
+        batch_size=64,
+        log_every="50 steps",
+        eval_every="150 steps",
+        checkpoint_every="150 steps",
+        **{"dataset.random_crop": False, "model.hidden_size": 32, "ema_decay": 0.0},
+    )
+    final = train.train(config, tmp_path / "run")
+    # The best that can be done without looking, on the test images, is the entropy of the targets.
+    _, source = datasets.open_dataset("digits", data_dir=config.dataset.data_dir)
+    (batch,) = pipeline.eval_batches(source, batch_size=355, preprocessing=evaluation("pad", 8))
+    means = batch["image"][..., 0].reshape(355, 4, 2, 4, 2).mean((2, 4))  # The digits are grey.
+    _, counts = np.unique(np.minimum(np.floor((means + 1) * 4), 7), return_counts=True)
+    shares = counts / counts.sum()
+    assert final["loss"] < -0.9 * np.sum(shares * np.log(shares))
+
+
 def checkpoint_steps(workdir):
     return [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
 
@@ -418,12 +533,14 @@ def count_split_parameters(config):
 
 
 @pytest.mark.slow
-def test_eight_devices_give_the_losses_of_one(tiny_config, tmp_path, command, run):
+def test_eight_devices_give_the_losses_of_one(tiny_config, masked_config, tmp_path, command, run):
     runs = {
         "one": (tiny_config(**WIDE), 1),
         "eight": (tiny_config(**WIDE), 8),
         "fsdp": (tiny_config(sharding="fsdp", accumulate_steps=2, **WIDE), 8),
         "parts": (tiny_config(accumulate_steps=2, **WIDE), 1),
+        "masked": (masked_config(**WIDE), 1),
+        "masked_fsdp": (masked_config(sharding="fsdp", **WIDE), 8),
     }
     losses = {}
     for name, (config, devices) in runs.items():
@@ -435,6 +552,7 @@ def test_eight_devices_give_the_losses_of_one(tiny_config, tmp_path, command, ru
         assert json.loads((tmp_path / name / "metrics.json").read_text())["examples"] == 355
     assert count_split_parameters(runs["fsdp"][0]) == 2  # The kernels of the MLP.
     np.testing.assert_allclose(losses["eight"], losses["one"], atol=1e-5)
+    np.testing.assert_allclose(losses["masked_fsdp"], losses["masked"], atol=1e-5)
     # Parts draw their own dropout, so that these two compare with each other.
     np.testing.assert_allclose(losses["fsdp"], losses["parts"], atol=1e-5)
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import recipes
 from vit_jax.errors import UserError
-from vit_jax.models import DTYPES, model_keys
+from vit_jax.models import DTYPES, masked, model_keys
 from vit_jax.models.positions import check_positions
 from vit_jax.state import optimizer_keys
 
@@ -113,12 +113,36 @@ def _check_ranges(config: ConfigDict) -> None:
             raise UserError(f"config.model.resnet_layers has {units!r}: it must be units per stage")
     if values["schedule.base_lr"] == 0:
         raise UserError("config.schedule.base_lr is 0.0: it must be above 0")
+    _check_objective(values)
     parse_shots(values["fewshot.shots"])
     if "model.position_embedding" in values:
         check_positions(values["model.position_embedding"], values["model.position_placement"])
     for key in ("model.dtype", "optimizer.mu_dtype"):
         if values[key] not in DTYPES:
             raise UserError(f"config.{key} is {values[key]!r}: use {' or '.join(DTYPES)}")
+
+
+OBJECTIVES = ("classification", "masked_patches")
+# What is about classes, of which masked patch prediction has none.
+OF_CLASSES = (
+    "label_smoothing",
+    "model.head_bias_init",
+    "model.num_classes",
+    "model.representation_size",
+)
+
+
+def _check_objective(values: Mapping[str, Any]) -> None:
+    objective = values["objective"]
+    if objective not in OBJECTIVES:
+        raise UserError(f"config.objective {objective!r} is unknown: use {' or '.join(OBJECTIVES)}")
+    masked.check_masking(values["masking.rate"], values["masking.target"])
+    for key in OF_CLASSES:
+        if objective == "masked_patches" and values.get(key):
+            raise UserError(
+                f"config.{key} is {values[key]}, but objective masked_patches has no classes: "
+                f"add --config.{key}=0"
+            )
 
 
 def unknown_key(key: str, valid: Iterable[str]) -> UserError:

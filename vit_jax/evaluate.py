@@ -1,6 +1,7 @@
 """Evaluation: functions over parameters and batches, and `python -m vit_jax.evaluate`."""
 
 import argparse
+import collections
 import csv
 import dataclasses
 import logging
@@ -41,21 +42,22 @@ def evaluate(
     """Accuracy and mean loss over a data set, every image counted exactly once.
 
     Args:
-        eval_step: jitted `vit_jax.steps.eval_step` with its model and loss.
+        eval_step: jitted `vit_jax.steps.eval_step` with its objective.
         params: of the model.
         batches: padded batches with their mask, from `vit_jax.data.pipeline.eval_batches`.
         mesh: the devices.
 
     Returns:
-        "accuracy" in [0, 1], "loss", and "examples", the number of images.
+        "accuracy" in [0, 1], unless the objective has none, "loss", and "examples", the number of
+        images.
     """
-    loss, correct, count = 0.0, 0, 0
+    totals = collections.Counter()
     for batch in to_devices(batches, mesh):
         sums = jax.device_get(eval_step(params, batch))
-        loss += float(sums["loss"])
-        correct += int(sums["correct"])
-        count += int(sums["count"])
-    return {"accuracy": correct / count, "loss": loss / count, "examples": count}
+        totals.update({name: x.item() for name, x in sums.items()})
+    count = totals["count"]
+    accuracy = {"accuracy": totals["correct"] / count} if "correct" in totals else {}
+    return {**accuracy, "loss": totals["loss"] / count, "examples": count}
 
 
 def make_apply_fn(model: nn.Module, mesh: Mesh) -> ApplyFn:
@@ -262,6 +264,11 @@ def class_difference(
         class_names: of the model, or None if they are not known.
         data_names: the class names of the data set.
     """
+    if not num_classes:
+        raise UserError(
+            "the checkpoint has no head, so it knows no classes: fine-tune it first; "
+            "only --fewshot needs no head"
+        )
     if num_classes != len(data_names):
         return f"the checkpoint has {num_classes} classes and the data set {len(data_names)}"
     for index, (own, other) in enumerate(zip(class_names or data_names, data_names, strict=True)):

@@ -153,13 +153,14 @@ def progress_line(step: int, total_steps: int, scalars: Mapping[str, float], sec
     Args:
         step: the steps done.
         total_steps: of the run.
-        scalars: "loss", "accuracy", "images_per_second" and, where it is known, "mfu".
+        scalars: "loss", "images_per_second" and, where they are known, "accuracy" and "mfu".
         seconds: left at the present speed.
     """
     mfu = f"  MFU {scalars['mfu']:.1%}" if "mfu" in scalars else ""
+    accuracy = f"accuracy {scalars['accuracy']:.4f}  " if "accuracy" in scalars else ""
     return (
         f"step {step}/{total_steps}  loss {scalars['loss']:.4f}  "
-        f"accuracy {scalars['accuracy']:.4f}  {scalars['images_per_second']:,.0f} images/s{mfu}  "
+        f"{accuracy}{scalars['images_per_second']:,.0f} images/s{mfu}  "
         f"ETA {format_seconds(seconds)}"
     )
 

@@ -70,6 +70,19 @@ LINEAR_END_LR = 1e-5
 SIGMOID_DATASETS = ("jft", "imagenet21k")
 SIGMOID_HEAD_BIAS = -10.0
 
+# Masked patch prediction (Appendix B.1.2), of ViT-B/16 on JFT: 1M steps of 4,096 images, Adam, base
+# learning rate 2e-4, 10k warm-up steps, cosine decay, half of the patch embeddings corrupted.
+# Silent: Adam's betas, resolution and crops; they are those of Table 3.
+MASKED_STEPS = 1_000_000
+MASKED_BATCH_SIZE = 4096
+MASKED_LR = 2e-4
+MASKED_WARMUP_STEPS = 10_000
+MASKED_RATE = 0.5
+MASKED_TARGET = "mean_colour"  # of the three that were tried, the one that was kept
+# Silent: weight decay as in Table 3 on JFT, which Section 4.1 has for all models; dropout and
+# clipping off, as there.
+MASKED_WEIGHT_DECAY = 0.1
+
 # Table 4. The same for all: SGD with momentum 0.9, cosine decay, batch 512, no weight decay,
 # clipping at global norm 1, resolution 384.
 TABLE_4 = {
@@ -90,37 +103,37 @@ FINETUNE_LR = 0.03
 
 
 def get_config(model: str, spec: str = "") -> ConfigDict:
-    """The config of a run: a model of the paper under one of its two recipes.
+    """The config of a run: a model of the paper under one of its recipes.
 
     Args:
         model: the paper's name, for example "ViT-B/16".
-        spec: words separated by commas. First "pretrain" (the default) or "finetune"; then the data
-            set: a TFDS name, "vtab:TASK" or "folder:PATH" (default imagenet2012 to pre-train; must
-            be given to fine-tune); then, optionally, "dev" to hold out the part of train on which
-            the paper chose its hyperparameters and to evaluate on that.
+        spec: words separated by commas. First "pretrain" (the default), "masked" for pre-training
+            by masked patch prediction, or "finetune"; then the data set: a TFDS name, "vtab:TASK"
+            or "folder:PATH" (default imagenet2012 to pre-train; else it must be given); then,
+            optionally, "dev" to hold out the part of train on which the paper chose its
+            hyperparameters and to evaluate on that.
 
     Raises:
         UserError: the spec has a word that is none of these.
     """
     recipe, dataset, development = _parse(spec)
-    config = pretrain(model, dataset) if recipe == "pretrain" else finetune(model, dataset)
+    config = RECIPES[recipe](model, dataset)
     config.dataset.development = development
     return config
 
 
 def _parse(spec: str) -> tuple[str, str, bool]:
-    recipes = ("pretrain", "finetune")
     recipe, comma, dataset = (spec or "pretrain").partition(",")
-    if recipe not in recipes:
-        near = difflib.get_close_matches(recipe, recipes, n=1)
+    if recipe not in RECIPES:
+        near = difflib.get_close_matches(recipe, RECIPES, n=1)
         hint = f"did you mean {near[0]}?" if near else "for example pretrain,imagenet21k"
-        raise UserError(f"recipe {recipe!r} is unknown: use pretrain or finetune; {hint}")
+        raise UserError(f"recipe {recipe!r} is unknown: use pretrain, masked or finetune; {hint}")
     development = dataset == "dev" or dataset.endswith(",dev")
     dataset = dataset.removesuffix("dev").removesuffix(",") if development else dataset
     if "," in dataset and not dataset.startswith("folder:"):
         dataset, _, rest = dataset.partition(",")
         raise UserError(f"spec {spec!r} has {rest!r} after the data set: only dev may follow")
-    if not dataset and (recipe == "finetune" or (comma and not development)):
+    if not dataset and (recipe != "pretrain" or (comma and not development)):
         raise UserError(f"spec {spec!r} names no data set: for example {recipe},cifar10")
     return recipe, dataset or "imagenet2012", development
 
@@ -241,6 +254,31 @@ def finetune(model: str, dataset: str) -> ConfigDict:
     return config
 
 
+def masked(model: str, dataset: str) -> ConfigDict:
+    """Appendix B.1.2: pre-training by masked patch prediction, the same on any data set."""
+    config = base(model, dataset)
+    config.objective = "masked_patches"
+    config.batch_size = MASKED_BATCH_SIZE
+    config.duration = f"{MASKED_STEPS} steps"
+    config.dataset.image_size = PRETRAIN_IMAGE_SIZE
+    config.dataset.protocol = "pretrain"
+    config.optimizer = ConfigDict(
+        {
+            "name": "adam",
+            "b1": ADAM_BETAS[0],
+            "b2": ADAM_BETAS[1],
+            "weight_decay": MASKED_WEIGHT_DECAY,
+            "decay": "all",
+            "mu_dtype": "float32",
+            "clip_norm": 0.0,
+        }
+    )
+    config.schedule.base_lr = MASKED_LR
+    config.schedule.decay = "cosine"
+    config.schedule.warmup = f"{MASKED_WARMUP_STEPS} steps"
+    return config
+
+
 def finetuning_row(dataset: str) -> FineTuning:
     """The row of Table 4 for a data set.
 
@@ -250,6 +288,7 @@ def finetuning_row(dataset: str) -> FineTuning:
     return TABLE_4.get(_table_name(dataset), TABLE_4["oxford_flowers102"])
 
 
+RECIPES = {"pretrain": pretrain, "masked": masked, "finetune": finetune}
 # Stands for a value that only the user can give.
 REQUIRED = "REQUIRED"
 
@@ -278,6 +317,10 @@ def base(model: str, dataset: str) -> ConfigDict:
             "accumulate_steps": 1,
             "duration": "",
             "init_from": "",
+            "objective": "classification",  # or masked_patches
+            # Of masked patch prediction: the share of patches to corrupt, and what is predicted of
+            # them: mean_colour, downsized or pixels.
+            "masking": {"rate": MASKED_RATE, "target": MASKED_TARGET},
             "loss": "softmax",
             "label_smoothing": 0.0,
             "ema_decay": 0.0,

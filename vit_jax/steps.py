@@ -1,5 +1,6 @@
 """One training step and one evaluation step, as pure functions of (state, batch)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -8,10 +9,15 @@ import jax.numpy as jnp
 import optax
 
 from vit_jax.errors import UserError
+from vit_jax.models import masked
 from vit_jax.state import TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+# Maps (params, batch, rng) to the "loss" of each image and, where there is something to get right,
+# "correct": whether it was, or the share that was; both [batch]. Without an rng nothing is random:
+# that is evaluation.
+Objective = Callable[[Any, Batch, jax.Array | None], Metrics]
 
 
 def softmax_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -47,14 +53,64 @@ def classification_loss(
     return LOSSES[loss](logits, targets)
 
 
+def classification(model: nn.Module, loss: str, label_smoothing: float = 0.0) -> Objective:
+    """The objective of predicting labels; in evaluation they are not smoothed.
+
+    Args:
+        model: maps images to logits.
+        loss: "softmax" or "sigmoid".
+        label_smoothing: see `classification_loss`.
+    """
+
+    def objective(params: Any, batch: Batch, rng: jax.Array | None = None) -> Metrics:
+        train = rng is not None
+        rngs = {"dropout": rng} if train else {}
+        logits = model.apply({"params": params}, batch["image"], train=train, rngs=rngs)
+        smoothing = label_smoothing if train else 0.0
+        return {
+            "loss": classification_loss(logits, batch["label"], loss, smoothing),
+            "correct": jnp.argmax(logits, -1) == batch["label"],
+        }
+
+    return objective
+
+
+def masked_patches(model: masked.MaskedVisionTransformer, rate: float, target: str) -> Objective:
+    """The objective of predicting corrupted patches (Appendix B.1.2); labels are not read.
+
+    In evaluation the corruption is a pure function of an image's row in the batch, so that one
+    evaluation compares with another.
+
+    Args:
+        model: from `masked.predictor`.
+        rate: share of the patches that is corrupted.
+        target: one of `masked.TARGETS`.
+    """
+
+    def objective(params: Any, batch: Batch, rng: jax.Array | None = None) -> Metrics:
+        train = rng is not None
+        corruption_rng, dropout_rng = jax.random.split(rng if train else jax.random.key(0))
+        targets = masked.TARGETS[target](batch["image"], model.downsampling)
+        corruption = masked.draw_corruption(corruption_rng, *targets.shape[:2], rate)
+        predictions = model.apply(
+            {"params": params},
+            batch["image"],
+            corruption,
+            train=train,
+            rngs={"dropout": dropout_rng} if train else {},
+        )
+        chosen = corruption.chosen[..., None]
+        return masked.scores(predictions, jnp.take_along_axis(targets, chosen, axis=1))
+
+    return objective
+
+
 def train_step(
     state: TrainState,
     batch: Batch,
     *,
-    model: nn.Module,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
-    loss: str,
-    label_smoothing: float = 0.0,
     accumulate_steps: int = 1,
     ema_decay: float = 0.0,
 ) -> tuple[TrainState, Metrics]:
@@ -63,25 +119,24 @@ def train_step(
     Args:
         state: the state before the step.
         batch: "image" [batch, height, width, 3] float32 in [-1, 1], "label" [batch] int32.
-        model: the module whose parameters are trained.
+        objective: whose mean loss over the batch is brought down.
         optimizer: applied to the gradients of the whole batch.
-        loss: "softmax" or "sigmoid".
-        label_smoothing: see `classification_loss`.
         accumulate_steps: number of equal parts in which the batch is gone through, one after the
             other, to save memory; the update is that of the whole batch.
         ema_decay: factor of the Polyak average.
 
     Returns:
-        The next state, and scalars: "loss" and "accuracy" of the batch before the update,
-        "grad_norm" before clipping.
+        The next state, and scalars: "loss" and, where the objective tells what is correct,
+        "accuracy" of the batch before the update, "grad_norm" before clipping.
     """
     step_rng = jax.random.fold_in(state.rng, state.step)
 
     def loss_fn(params: Any, part: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
-        logits = model.apply({"params": params}, part["image"], train=True, rngs={"dropout": rng})
-        value = classification_loss(logits, part["label"], loss, label_smoothing).mean()
-        accuracy = jnp.mean(jnp.argmax(logits, -1) == part["label"])
-        return value, {"loss": value, "accuracy": accuracy}
+        means = jax.tree.map(jnp.mean, objective(params, part, rng))
+        metrics = {"loss": means["loss"]}
+        if "correct" in means:
+            metrics["accuracy"] = means["correct"]
+        return means["loss"], metrics
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
     if accumulate_steps == 1:
@@ -117,23 +172,18 @@ def _accumulate(grad_fn: Any, params: Any, batch: Batch, rng: jax.Array, parts: 
     return jax.tree.map(lambda x: x / parts, total)
 
 
-def eval_step(params: Any, batch: Batch, *, model: nn.Module, loss: str) -> Metrics:
+def eval_step(params: Any, batch: Batch, *, objective: Objective) -> Metrics:
     """Sums over a padded batch.
 
     Args:
         params: of the model.
         batch: as in `train_step`, and "mask" [batch] float32: 1 for an image, 0 for padding.
-        model: the module to evaluate.
-        loss: "softmax" or "sigmoid".
+        objective: to evaluate.
 
     Returns:
-        Scalars: "loss" (float32), "correct" and "count" (int32).
+        Scalars: what the objective tells of each image, summed, and "count" (int32).
     """
-    logits = model.apply({"params": params}, batch["image"])
-    losses = classification_loss(logits, batch["label"], loss)
     real = batch["mask"] > 0
-    return {
-        "loss": jnp.sum(jnp.where(real, losses, 0.0)),
-        "correct": jnp.sum((jnp.argmax(logits, -1) == batch["label"]) & real, dtype=jnp.int32),
-        "count": jnp.sum(real, dtype=jnp.int32),
-    }
+    found = objective(params, batch, None)
+    sums = {name: jnp.sum(jnp.where(real, x, 0)) for name, x in found.items()}
+    return {**sums, "count": jnp.sum(real, dtype=jnp.int32)}

@@ -31,7 +31,7 @@ from vit_jax.data.protocols import evaluation
 from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate
 from vit_jax.files import write_json
-from vit_jax.models import create_model
+from vit_jax.models import create_model, masked
 from vit_jax.sharding import Mesh, batch_sharding, make_mesh, state_sharding, to_devices
 from vit_jax.state import (
     TrainState,
@@ -40,7 +40,13 @@ from vit_jax.state import (
     init_train_state,
     replace_params,
 )
-from vit_jax.steps import eval_step, train_step
+from vit_jax.steps import (
+    Objective,
+    classification,
+    eval_step,
+    masked_patches,
+    train_step,
+)
 
 # What may change when a run goes on: nothing here alters a parameter.
 RESUMABLE_CHANGES = {
@@ -63,6 +69,8 @@ class Run(NamedTuple):
     train_source: datasets.Source
     eval_source: datasets.Source
     model: nn.Module
+    objective: Objective
+    multiply_adds: int
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     total_steps: int
@@ -153,12 +161,6 @@ def _prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
         eval_split=data.eval_split,
         development=data.development,
     )
-    num_classes = len(train_source.class_names)
-    if 0 < config.model.num_classes < num_classes:
-        raise UserError(
-            f"model.num_classes is {config.model.num_classes} but {data.name} has {num_classes} "
-            "classes: use at least as many, or 0 to take the data set's"
-        )
     count = functools.partial(
         count_steps, num_examples=train_source.num_examples, batch_size=config.batch_size
     )
@@ -171,7 +173,7 @@ def _prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
     schedule = create_schedule(
         warmup_steps=count(schedule_keys.pop("warmup")), total_steps=total_steps, **schedule_keys
     )
-    model = create_model(config.model, num_classes=config.model.num_classes or num_classes)
+    model, objective, multiply_adds = _prepare_objective(config, len(train_source.class_names))
     return Run(
         config=config,
         workdir=workdir,
@@ -179,6 +181,8 @@ def _prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
         train_source=train_source,
         eval_source=eval_source,
         model=model,
+        objective=objective,
+        multiply_adds=multiply_adds,
         schedule=schedule,
         optimizer=create_optimizer(config.optimizer, schedule),
         total_steps=total_steps,
@@ -186,15 +190,35 @@ def _prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
         eval_every=count(config.eval_every),
         checkpoint_every=count(config.checkpoint_every),
         fewshot_every=count(config.fewshot.every),
-        fewshot=_prepare_fewshot(config, model, mesh) if config.fewshot.dataset else None,
+        fewshot=_prepare_fewshot(config, mesh) if config.fewshot.dataset else None,
     )
 
 
-def _prepare_fewshot(config: ConfigDict, model: nn.Module, mesh: Mesh) -> Callable:
+def _prepare_objective(config: ConfigDict, num_classes: int) -> tuple[nn.Module, Objective, int]:
+    """The model, what it is trained for, and the multiply-adds of one image."""
+    size = config.dataset.image_size
+    if config.objective == "masked_patches":
+        rate, target = config.masking.rate, config.masking.target
+        model = masked.predictor(create_model(config.model), target)
+        head = masked.num_corrupted((size // model.downsampling) ** 2, rate) * model.outputs
+        multiply_adds = flops.multiply_adds(config.model, size, 0) + head * model.hidden_size
+        return model, masked_patches(model, rate, target), multiply_adds
+    if 0 < config.model.num_classes < num_classes:
+        raise UserError(
+            f"model.num_classes is {config.model.num_classes} but {config.dataset.name} has "
+            f"{num_classes} classes: use at least as many, or 0 to take the data set's"
+        )
+    num_classes = config.model.num_classes or num_classes
+    model = create_model(config.model, num_classes=num_classes)
+    objective = classification(model, config.loss, config.label_smoothing)
+    return model, objective, flops.multiply_adds(config.model, size, num_classes)
+
+
+def _prepare_fewshot(config: ConfigDict, mesh: Mesh) -> Callable:
     data = config.fewshot
     support, test = datasets.open_dataset(data.dataset, data_dir=data.data_dir)
     return fewshot.create_fewshot(
-        model,
+        create_model(config.model, num_classes=0),
         support,
         test,
         shots=parse_shots(data.shots),
@@ -247,7 +271,7 @@ def _initialise_from(config: ConfigDict, state: TrainState) -> TrainState:
                 f"{pretrained.model[key]}: set --config.model.{key}={pretrained.model[key]}"
             )
     fresh = multihost_utils.process_allgather(state.params, tiled=True)
-    params, report = transfer(fresh, with_usual_inputs(pretrained))
+    params, report = transfer(fresh, {**with_usual_inputs(pretrained), **pretrained.masked})
     if jax.process_index() == 0:
         print_report(report)
     return replace_params(state, params)
@@ -325,10 +349,8 @@ def _compile(run: Run, state: TrainState) -> tuple[Callable, Callable]:
     step_fn = jax.jit(
         functools.partial(
             train_step,
-            model=run.model,
+            objective=run.objective,
             optimizer=run.optimizer,
-            loss=config.loss,
-            label_smoothing=config.label_smoothing,
             accumulate_steps=config.accumulate_steps,
             ema_decay=config.ema_decay,
         ),
@@ -338,7 +360,7 @@ def _compile(run: Run, state: TrainState) -> tuple[Callable, Callable]:
     )
     # Compiled here, the first step takes no longer than the others.
     step_fn = step_fn.lower(state, batch).compile()
-    eval_fn = jax.jit(functools.partial(eval_step, model=run.model, loss=config.loss))
+    eval_fn = jax.jit(functools.partial(eval_step, objective=run.objective))
     batches = pipeline.eval_batches(
         run.eval_source,
         batch_size=config.batch_size // config.accumulate_steps,
@@ -427,8 +449,7 @@ def _log(
     images_per_second = steps * config.batch_size / seconds
     scalars["learning_rate"] = float(run.schedule(step - 1))
     scalars["images_per_second"] = images_per_second
-    macs = flops.multiply_adds(config.model, config.dataset.image_size, run.model.num_classes)
-    needed = flops.train_flops(macs)  # of one image
+    needed = flops.train_flops(run.multiply_adds)  # of one image
     scalars["exaflops"] = needed * config.batch_size * step / 1e18
     peak = flops.peak_flops(jax.devices()[0].device_kind)
     if peak:
@@ -442,16 +463,23 @@ def _report_evaluation(
     run: Run, writer: Any, progress: dict[str, Any], state: TrainState, store: CheckpointStore
 ) -> None:
     result = progress["evaluation"]
-    writer.write_scalars(
-        result["step"], {"eval_accuracy": result["accuracy"], "eval_loss": result["loss"]}
-    )
+    scalars = {name: result[name] for name in ("accuracy", "loss") if name in result}
+    writer.write_scalars(result["step"], {f"eval_{name}": value for name, value in scalars.items()})
+    listed = "  ".join(f"{name} {value:.4f}" for name, value in scalars.items())
     _say(
         f"step {result['step']}/{run.total_steps}  evaluated on {result['examples']:,} images of "
-        f"{run.eval_source.split}: accuracy {result['accuracy']:.4f}  loss {result['loss']:.4f}"
+        f"{run.eval_source.split}: {listed}"
     )
-    if result["accuracy"] > progress["best"].get("accuracy", -1.0):
+    if _is_better(result, progress["best"]):
         progress["best"] = result
         store.save_best(result["step"], state, _metadata(run, progress))
+
+
+def _is_better(result: dict[str, Any], best: dict[str, Any]) -> bool:
+    """Whether an evaluation is the best so far: by its loss where there is no accuracy."""
+    if "accuracy" in result:
+        return result["accuracy"] > best.get("accuracy", -1.0)
+    return result["loss"] < best.get("loss", math.inf)
 
 
 def _report_fewshot(run: Run, writer: Any, step: int, accuracies: dict[int, list[float]]) -> None:
@@ -463,8 +491,9 @@ def _report_fewshot(run: Run, writer: Any, step: int, accuracies: dict[int, list
 
 
 def _metadata(run: Run, progress: dict[str, Any]) -> dict[str, Any]:
+    classes = run.config.objective == "classification"
     return {
         "config": to_dict(run.config),
-        "class_names": list(run.train_source.class_names),
+        "class_names": list(run.train_source.class_names) if classes else None,
         "progress": progress,
     }

@@ -312,6 +312,50 @@ def test_positions_that_are_not_learned_need_no_resizing(kind):
     assert not [row for row in report if row.action == "resized"]
 
 
+def masked(params):
+    rng = np.random.default_rng(9)
+    head = {"kernel": rng.normal(size=(WIDTH, 512)), "bias": rng.normal(size=512)}
+    others = {name: x for name, x in params.items() if name != "head"}
+    return {**others, "mask_embedding": rng.normal(size=(1, 1, WIDTH)), "patch_head": head}
+
+
+def not_loaded(report):
+    return {(row.name, row.action) for row in report if row.action != "loaded"}
+
+
+def test_what_only_masked_patch_prediction_has_is_dropped_and_the_head_is_new():
+    old, fresh = masked(tree(5, classes=3, seed=1)), tree(5, classes=3, seed=2)
+    params, report = transfer(fresh, old)
+    assert not_loaded(report) == {
+        ("mask_embedding", "dropped"),
+        ("patch_head/bias", "dropped"),
+        ("patch_head/kernel", "dropped"),
+        ("head/bias", "new"),
+        ("head/kernel", "new"),
+    }
+    assert params.keys() == fresh.keys()
+    np.testing.assert_array_equal(params["head"]["kernel"], fresh["head"]["kernel"])
+    np.testing.assert_array_equal(params["cls"], old["cls"])
+
+
+def test_masked_patch_prediction_goes_on_from_any_trunk():
+    old, fresh = tree(5, classes=3, seed=1), masked(tree(5, classes=3, seed=2))
+    _, report = transfer(fresh, old)
+    assert not_loaded(report) == {
+        ("mask_embedding", "new"),
+        ("patch_head/bias", "new"),
+        ("patch_head/kernel", "new"),
+        ("head/bias", "dropped"),
+        ("head/kernel", "dropped"),
+    }
+    # From its own kind the mask embedding goes on; the head is as new as any.
+    before = masked(old)
+    before["mask_embedding"] = before["mask_embedding"] + 1
+    params, report = transfer(fresh, before)
+    np.testing.assert_array_equal(params["mask_embedding"], before["mask_embedding"])
+    assert ("patch_head/kernel", "new") in not_loaded(report)
+
+
 def test_the_printed_report_joins_equal_units(capsys):
     print_report([Row(f"block1/unit{u}/gn1/scale", (64,), "loaded") for u in (1, 2, 10)])
     assert capsys.readouterr().out.split() == ["loaded", "(64,)", "block*/unit*/gn1/scale", "x3"]

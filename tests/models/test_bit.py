@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from vit_jax.errors import UserError
 from vit_jax.models import architecture, create_model, resnet
 from vit_jax.state import init_train_state
-from vit_jax.steps import train_step
+from vit_jax.steps import classification, train_step
 
 PEERS = "needs the peers extra: pip install -e '.[peers]'"
 TINY = {"architecture": "resnet", "resnet_layers": [1, 1], "num_classes": 5}
@@ -254,7 +254,7 @@ def test_training_moves_every_parameter_and_lowers_the_loss():
     assert np.all(head["bias"] == -1.0) and not np.any(head["kernel"])
     batch = {"image": IMAGES[:, :16, :16], "label": jnp.array([1, 3])}
     step = jax.jit(lambda state: train_step(
-        state, batch, model=model, optimizer=optimizer, loss="softmax"))  # fmt: skip
+        state, batch, objective=classification(model, "softmax"), optimizer=optimizer))  # fmt: skip
     losses = []
     for _ in range(8):
         state, metrics = step(state)

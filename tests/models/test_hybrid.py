@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from vit_jax.errors import UserError
 from vit_jax.models import architecture, create_model
 from vit_jax.state import init_train_state
-from vit_jax.steps import train_step
+from vit_jax.steps import classification, train_step
 
 TINY = {
     "architecture": "hybrid",
@@ -200,7 +200,7 @@ def test_training_moves_every_parameter_and_lowers_the_loss():
     start = state.params
     batch = {"image": IMAGES[:, :, :16], "label": jnp.array([1, 3])}
     step = jax.jit(lambda state: train_step(
-        state, batch, model=model, optimizer=optimizer, loss="softmax"))  # fmt: skip
+        state, batch, objective=classification(model, "softmax"), optimizer=optimizer))  # fmt: skip
     losses = []
     for _ in range(8):
         state, metrics = step(state)

@@ -18,6 +18,7 @@ from vit_jax.checkpoints.transfer import check_fit, transfer
 from vit_jax.data import imagenet
 from vit_jax.data.protocols import Preprocessing, evaluation
 from vit_jax.errors import UserError, shortlist
+from vit_jax.models import masked
 
 _ACCEPTED = (
     "a run's workdir or a checkpoint in it; a file of weights (.npz, .safetensors, .pth) under "
@@ -38,6 +39,8 @@ class Pretrained:
         class_names: one per class in the order of the logits, None if nobody knows them.
         loss: "softmax" or "sigmoid", for which the logits were trained.
         source: the file or directory that was read.
+        masked: the parameters of a run of masked patch prediction that are not the trunk's: its
+            head and mask embedding, which only more such training reads.
     """
 
     params: dict[str, Any]
@@ -46,6 +49,7 @@ class Pretrained:
     class_names: tuple[str, ...] | None
     loss: str
     source: str
+    masked: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
 
 def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretrained:
@@ -160,13 +164,14 @@ def _assemble(arrays: Arrays, known: Known, overrides: dict[str, Any], source: s
         downsampling = models.create_model(model).downsampling
         preprocessing = evaluation(protocol, infer.infer_image_size(arrays, downsampling))
     params = unflatten_dict(arrays, sep="/")
+    of_masked = {name: params.pop(name) for name in masked.PARAMETERS if name in params}
     check_fit(abstract_params(model, preprocessing.image_size), params)
     names = known.class_names
     if names is not None and len(names) != model["num_classes"]:
         raise UserError(
             f"{len(names)} class names for {model['num_classes']} classes: give one for each"
         )
-    return Pretrained(params, model, preprocessing, names, known.loss, source)
+    return Pretrained(params, model, preprocessing, names, known.loss, source, of_masked)
 
 
 def _read_weights(path: Path, overrides: dict[str, Any]) -> tuple[Arrays, Known]:

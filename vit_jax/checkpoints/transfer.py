@@ -37,6 +37,9 @@ def transfer(
     "relative" are refused where it has another number of patches. Everything else must be the same
     in name and shape.
 
+    The head of masked patch prediction is removed alike; its mask embedding goes on where the model
+    has one, is dropped where it has none, and is new where the weights have none.
+
     A "gap" model has neither `cls` nor a class position. A "gap" model drops those of a "token"
     model; a "token" model keeps its initial ones where the weights have none.
 
@@ -54,9 +57,10 @@ def transfer(
     Raises:
         UserError: parameters are missing, misshapen or left over; it lists them.
     """
-    removed = {"cls"} & (init_params.keys() ^ pretrained_params.keys())
+    one_sided = {"cls", "mask_embedding"}
+    removed = one_sided & (init_params.keys() ^ pretrained_params.keys())
     if not keep_head:
-        removed |= {"head"} | ({"pre_logits"} - init_params.keys())
+        removed |= {"head", "patch_head"} | ({"pre_logits"} - init_params.keys())
     init = flatten_dict(init_params, sep="/")
     old = {name: np.asarray(x) for name, x in flatten_dict(pretrained_params, sep="/").items()}
     new = {name for name in init if _part(name) in removed}

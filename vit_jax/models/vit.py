@@ -369,17 +369,8 @@ class VisionTransformer(nn.Module):
                 multiple of num_heads, or classifier, gelu or position_embedding is unknown.
         """
         self._check(images.shape)
-        x = self._stem(images)
-        grid = x.shape[1] // self.patch_size, x.shape[2] // self.patch_size
-        x = PatchEmbedding(self.patch_size, self.hidden_size, self.dtype, name="embedding")(x)
-        if self.classifier == "token":
-            cls = self.param("cls", nn.initializers.zeros, (1, 1, self.hidden_size))
-            patches = x.shape[1]
-            # [x_class; x_p E] of Eq. 1, by padding: a concatenation would have to broadcast the
-            # token to the batch size, which costs Shape and Expand nodes in an exported graph.
-            x = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))
-            x = x + jnp.pad(cls, ((0, 0), (0, patches), (0, 0))).astype(self.dtype)
-        x = self._encoder(grid)(x, not train)
+        x, grid = self._embed(images)
+        x = self._encode(x, grid, train)
         x = x[:, 0] if self.classifier == "token" else x.mean(axis=1)  # y of Eq. 4
         if self.representation_size:
             x = nn.tanh(nn.Dense(self.representation_size, dtype=self.dtype, name="pre_logits")(x))
@@ -397,6 +388,24 @@ class VisionTransformer(nn.Module):
     def _stem(self, images: Array) -> Array:
         """What the patches are cut from."""
         return images
+
+    def _embed(self, images: Array) -> tuple[Array, tuple[int, int]]:
+        """The patch embeddings [batch, patches, hidden_size], and their rows and columns."""
+        x = self._stem(images)
+        grid = x.shape[1] // self.patch_size, x.shape[2] // self.patch_size
+        embedding = PatchEmbedding(self.patch_size, self.hidden_size, self.dtype, name="embedding")
+        return embedding(x), grid
+
+    def _encode(self, x: Array, grid: tuple[int, int], train: bool) -> Array:
+        """The encoder's output for patch embeddings x: the class token, if any, comes first."""
+        if self.classifier == "token":
+            cls = self.param("cls", nn.initializers.zeros, (1, 1, self.hidden_size))
+            patches = x.shape[1]
+            # [x_class; x_p E] of Eq. 1, by padding: a concatenation would have to broadcast the
+            # token to the batch size, which costs Shape and Expand nodes in an exported graph.
+            x = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))
+            x = x + jnp.pad(cls, ((0, 0), (0, patches), (0, 0))).astype(self.dtype)
+        return self._encoder(grid)(x, not train)
 
     def _encoder(self, grid: tuple[int, int]) -> nn.Module:
         shared = {

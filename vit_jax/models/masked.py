@@ -1,0 +1,257 @@
+"""Masked patch prediction (Section 4.6 and Appendix B.1.2): the model, corruption and targets.
+
+As BERT does with words, patch embeddings of an image are corrupted and the model predicts what the
+patches looked like. No label is read.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from vit_jax.errors import UserError
+from vit_jax.models.hybrid import HybridVisionTransformer
+from vit_jax.models.vit import VisionTransformer
+
+Array = jax.Array
+
+# Of the corrupted patches 80% become the mask embedding, 10% another patch's, and 10% stay.
+MASKED_SHARE = 0.8
+MOVED_SHARE = 0.1
+# A 3-bit colour has 8 levels a channel.
+LEVELS = 8
+NUM_COLOURS = LEVELS**3
+DOWNSIZED_SIDE = 4
+
+
+class Corruption(NamedTuple):
+    """What is done to the patches of each image, numbered by rows.
+
+    Attributes:
+        chosen: int32 [batch, corrupted], the corrupted patches, in no order.
+        masked: bool [batch, patches], which of them become the mask embedding.
+        source: int32 [batch, patches], the patch whose embedding stands in this place: another
+            one's for those that are swapped for one, its own for all others.
+    """
+
+    chosen: Array
+    masked: Array
+    source: Array
+
+
+def num_corrupted(patches: int, rate: float) -> int:
+    """How many patches of each image are corrupted: `rate` of them, rounded.
+
+    The number is fixed, and not drawn patch by patch with probability `rate`, so that every image
+    weighs the same and what is predicted has one shape.
+
+    Raises:
+        UserError: it would be none, or there is no other patch.
+    """
+    count = round(rate * patches)
+    if count < 1 or patches < 2:
+        raise UserError(
+            f"masking.rate {rate} of {patches} patches leaves nothing to predict: it must be one "
+            "patch at least, of two or more"
+        )
+    return count
+
+
+def draw_corruption(rng: Array, batch: int, patches: int, rate: float) -> Corruption:
+    """Chooses `num_corrupted` patches of each image, and the fate of each on its own.
+
+    Args:
+        rng: a PRNG key; the result is a pure function of it.
+        batch: images.
+        patches: of each image.
+        rate: share of the patches that is corrupted.
+    """
+    count = num_corrupted(patches, rate)
+    order_rng, fate_rng, other_rng = jax.random.split(rng, 3)
+    order = jnp.argsort(jax.random.uniform(order_rng, (batch, patches)), axis=1)
+    corrupted = jnp.argsort(order, axis=1) < count
+    fate = jax.random.uniform(fate_rng, (batch, patches))
+    own = jnp.arange(patches)
+    other = (own + jax.random.randint(other_rng, (batch, patches), 1, patches)) % patches
+    moved = corrupted & (fate >= 1 - MOVED_SHARE)
+    return Corruption(
+        chosen=order[:, :count],
+        masked=corrupted & (fate < MASKED_SHARE),
+        source=jnp.where(moved, other, own),
+    )
+
+
+def corrupt(x: Array, mask_embedding: Array, corruption: Corruption) -> Array:
+    """Corrupts patch embeddings x [batch, patches, hidden_size]; mask_embedding broadcasts to x."""
+    x = jnp.take_along_axis(x, corruption.source[..., None], axis=1)
+    return jnp.where(corruption.masked[..., None], mask_embedding, x)
+
+
+class MaskedVisionTransformer(VisionTransformer):
+    """The ViT of `VisionTransformer` with a head on its patches in place of the classifier.
+
+    The parameters of the trunk keep their names; added are `mask_embedding`, which starts at zero
+    as the class token does, and `patch_head`. num_classes and representation_size are not read.
+
+    Attributes:
+        outputs: width of the head.
+    """
+
+    outputs: int = NUM_COLOURS
+
+    @nn.compact
+    def __call__(
+        self, images: Array, corruption: Corruption | None = None, *, train: bool = False
+    ) -> Array:
+        """Predicts the corrupted patches.
+
+        Args:
+            images: [batch, height, width, 3], values in [-1, 1].
+            corruption: of the patch embeddings; None leaves all as they are and predicts all.
+            train: whether dropout is on; then the "dropout" RNG is needed.
+
+        Returns:
+            [batch, corrupted, outputs] float32, in the order of `corruption.chosen`; without a
+            corruption [batch, patches, outputs].
+
+        Raises:
+            UserError: as `VisionTransformer` does.
+        """
+        self._check(images.shape)
+        x, grid = self._embed(images)
+        shape = (1, 1, self.hidden_size)
+        mask_embedding = self.param("mask_embedding", nn.initializers.zeros, shape)
+        if corruption is not None:
+            x = corrupt(x, mask_embedding.astype(self.dtype), corruption)
+        x = self._encode(x, grid, train)
+        x = x[:, 1:] if self.classifier == "token" else x
+        if corruption is not None:  # Only what the loss will read.
+            x = jnp.take_along_axis(x, corruption.chosen[..., None], axis=1)
+        head = nn.Dense(self.outputs, kernel_init=nn.initializers.zeros, name="patch_head")
+        return head(x.astype(jnp.float32))
+
+
+class MaskedHybridVisionTransformer(MaskedVisionTransformer, HybridVisionTransformer):
+    """The same on a hybrid: what is corrupted are patches of the feature map."""
+
+
+_PREDICTORS = {
+    VisionTransformer: MaskedVisionTransformer,
+    HybridVisionTransformer: MaskedHybridVisionTransformer,
+}
+# The parameters that no other model has.
+PARAMETERS = ("mask_embedding", "patch_head")
+
+
+def predictor(trunk: nn.Module, target: str) -> MaskedVisionTransformer:
+    """The model that predicts a target, one of TARGETS, with the trunk of another model.
+
+    Raises:
+        UserError: the model has no patch embeddings to be corrupted.
+    """
+    if type(trunk) not in _PREDICTORS:
+        raise UserError(
+            f"objective masked_patches is for ViTs and hybrids: a {type(trunk).__name__} has no "
+            "patch embeddings to corrupt"
+        )
+    fields = {name: getattr(trunk, name) for name in type(trunk).__dataclass_fields__}
+    fields = {name: x for name, x in fields.items() if name not in ("parent", "name")}
+    outputs = num_outputs(target, trunk.downsampling)
+    return _PREDICTORS[type(trunk)](**fields, outputs=outputs)
+
+
+def cut_patches(images: Array, size: int) -> Array:
+    """Cuts images [batch, height, width, 3] to [batch, patches, size, size, 3], by rows."""
+    batch, height, width, channels = images.shape
+    rows, columns = height // size, width // size
+    x = images.reshape(batch, rows, size, columns, size, channels).swapaxes(2, 3)
+    return x.reshape(batch, rows * columns, size, size, channels)
+
+
+def colours(x: Array) -> Array:
+    """The 3-bit colour of every pixel: 8 levels of equal width a channel, red counting most.
+
+    Args:
+        x: [..., 3], values in [-1, 1].
+
+    Returns:
+        int32 [...] from 0 to 511.
+    """
+    levels = jnp.clip(jnp.floor((x + 1) / 2 * LEVELS), 0, LEVELS - 1).astype(jnp.int32)
+    red, green, blue = levels[..., 0], levels[..., 1], levels[..., 2]
+    return (red * LEVELS + green) * LEVELS + blue
+
+
+def mean_colour(images: Array, size: int) -> Array:
+    """The colour of each patch's mean, int32 [batch, patches, 1]; see `colours` for the images."""
+    return colours(cut_patches(images, size).mean(axis=(2, 3)))[..., None]
+
+
+def downsized(images: Array, size: int) -> Array:
+    """The colours of each patch at 4 x 4 pixels, int32 [batch, patches, 16], by rows.
+
+    Each of the 4 x 4 is the mean over the part of the patch that it covers, pixels that it covers
+    in part counting as much as they are covered; so patches of 14 can be downsized too.
+    """
+    # Cell i covers [i, i + 1] * size / 4 of the side, pixel p [p, p + 1].
+    begin = np.arange(DOWNSIZED_SIDE)[:, None] * size / DOWNSIZED_SIDE
+    pixel = np.arange(size)
+    overlap = np.minimum(begin + size / DOWNSIZED_SIDE, pixel + 1) - np.maximum(begin, pixel)
+    weights = np.float32(np.maximum(overlap, 0) * DOWNSIZED_SIDE / size)  # [4, size]
+    patches = cut_patches(images, size)
+    precise = jax.lax.Precision.HIGHEST  # Else a GPU rounds pixels to ten bits.
+    small = jnp.einsum("ip,jq,bnpqc->bnijc", weights, weights, patches, precision=precise)
+    return colours(small).reshape(*patches.shape[:2], DOWNSIZED_SIDE**2)
+
+
+def pixels(images: Array, size: int) -> Array:
+    """The pixels of each patch, float32 [batch, patches, size * size * 3] in [-1, 1]."""
+    patches = cut_patches(images, size)
+    return patches.reshape(*patches.shape[:2], -1)
+
+
+# Each maps images [batch, height, width, 3] in [-1, 1] and a patch's side to [batch, patches, n].
+TARGETS = {"mean_colour": mean_colour, "downsized": downsized, "pixels": pixels}
+
+
+def num_outputs(target: str, size: int) -> int:
+    """How many numbers are predicted for a patch of a side: 512 logits a colour, or the values."""
+    patch = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    wanted = jax.eval_shape(lambda patch: TARGETS[target](patch, size), patch)
+    each = NUM_COLOURS if jnp.issubdtype(wanted.dtype, jnp.integer) else 1
+    return wanted.shape[-1] * each
+
+
+def scores(predictions: Array, targets: Array) -> dict[str, Array]:
+    """How good predictions of patches are.
+
+    Args:
+        predictions: [batch, corrupted, outputs].
+        targets: of the same patches: int32 [batch, corrupted, colours], whose outputs are logits,
+            colour by colour; or float32 [batch, corrupted, outputs].
+
+    Returns:
+        "loss" [batch], the mean over all that is predicted of an image: of the cross-entropy in
+        nats, or of the squared error; and of colours "correct" [batch], the share that was right.
+    """
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        return {"loss": jnp.mean((predictions - targets) ** 2, axis=(1, 2))}
+    logits = predictions.reshape(*targets.shape, NUM_COLOURS)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    correct = jnp.mean(jnp.argmax(logits, -1) == targets, axis=(1, 2))
+    return {"loss": losses.mean(axis=(1, 2)), "correct": correct}
+
+
+def check_masking(rate: float, target: str) -> None:
+    """Checks the `masking` section of a config.
+
+    Raises:
+        UserError: the rate is no share, or the target unknown.
+    """
+    if not 0 < rate <= 1:
+        raise UserError(f"config.masking.rate is {rate}: it must be above 0 and at most 1")
+    if target not in TARGETS:
+        raise UserError(f"config.masking.target {target!r} is unknown: use {', '.join(TARGETS)}")
