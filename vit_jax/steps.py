@@ -34,7 +34,7 @@ def classification_loss(
 
     Args:
         logits: [batch, classes].
-        labels: [batch] int32.
+        labels: [batch] int32, or the share of each class, [batch, classes] float32.
         loss: "softmax" or "sigmoid".
         label_smoothing: share of each target that is spread evenly over all classes.
 
@@ -43,8 +43,35 @@ def classification_loss(
     """
     if loss not in LOSSES:
         raise UserError(f"loss {loss!r} is unknown: use {' or '.join(LOSSES)}")
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
-    return LOSSES[loss](logits, targets)
+    if labels.ndim == 1:
+        labels = jax.nn.one_hot(labels, logits.shape[-1])
+    return LOSSES[loss](logits, optax.smooth_labels(labels, label_smoothing))
+
+
+def mixup(rng: jax.Array, batch: Batch, alpha: float, num_classes: int) -> Batch:
+    """Mixes every image with the one before it in the batch (Zhang et al., 2018).
+
+    One share is drawn for the whole batch from Beta(alpha, alpha), and the larger of it and its
+    rest is the image's own, as in the code of AugReg.
+
+    Args:
+        rng: a key.
+        batch: see `train_step`.
+        alpha: above 0; the closer to 0, the more often one of the two images is all there is.
+        num_classes: of the model.
+
+    Returns:
+        The batch with mixed "image", "label" as it was, which has the larger share, and "targets"
+        [batch, num_classes] float32, the shares of the classes.
+    """
+    share = jax.random.beta(rng, alpha, alpha)
+    share = jnp.maximum(share, 1.0 - share)
+
+    def mix(x: jax.Array) -> jax.Array:
+        return share * x + (1.0 - share) * jnp.roll(x, 1, axis=0)
+
+    targets = jax.nn.one_hot(batch["label"], num_classes)
+    return {**batch, "image": mix(batch["image"]), "targets": mix(targets)}
 
 
 def train_step(
@@ -57,6 +84,7 @@ def train_step(
     label_smoothing: float = 0.0,
     accumulate_steps: int = 1,
     ema_decay: float = 0.0,
+    mixup_alpha: float = 0.0,
 ) -> tuple[TrainState, Metrics]:
     """Does one update.
 
@@ -70,16 +98,21 @@ def train_step(
         accumulate_steps: number of equal parts in which the batch is gone through, one after the
             other, to save memory; the update is that of the whole batch.
         ema_decay: factor of the Polyak average.
+        mixup_alpha: see `mixup`; 0 mixes nothing.
 
     Returns:
-        The next state, and scalars: "loss" and "accuracy" of the batch before the update,
-        "grad_norm" before clipping.
+        The next state, and scalars: "loss" and "accuracy" of the batch before the update, of mixed
+        images the accuracy for the class with the larger share; "grad_norm" before clipping.
     """
     step_rng = jax.random.fold_in(state.rng, state.step)
+    if mixup_alpha:
+        step_rng, mixup_rng = jax.random.split(step_rng)
+        batch = mixup(mixup_rng, batch, mixup_alpha, model.num_classes)
 
     def loss_fn(params: Any, part: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
         logits = model.apply({"params": params}, part["image"], train=True, rngs={"dropout": rng})
-        value = classification_loss(logits, part["label"], loss, label_smoothing).mean()
+        targets = part.get("targets", part["label"])
+        value = classification_loss(logits, targets, loss, label_smoothing).mean()
         accuracy = jnp.mean(jnp.argmax(logits, -1) == part["label"])
         return value, {"loss": value, "accuracy": accuracy}
 

@@ -25,9 +25,10 @@ from vit_jax.analysis import flops
 from vit_jax.checkpoints.pretrained import load_pretrained, with_usual_inputs
 from vit_jax.checkpoints.training import CheckpointStore, config_differences
 from vit_jax.checkpoints.transfer import print_report, transfer
-from vit_jax.config import check_config, count_steps, parse_shots, to_dict
+from vit_jax.config import check_config, count_steps, parse_augment, parse_shots, to_dict
 from vit_jax.data import datasets, pipeline
 from vit_jax.data.protocols import evaluation
+from vit_jax.data.subset import take_subset
 from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate
 from vit_jax.files import write_json
@@ -153,6 +154,8 @@ def _prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
         eval_split=data.eval_split,
         development=data.development,
     )
+    if data.subset:
+        train_source = take_subset(train_source, data.subset, data.subset_seed)
     num_classes = len(train_source.class_names)
     if 0 < config.model.num_classes < num_classes:
         raise UserError(
@@ -166,6 +169,12 @@ def _prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
     if total_steps < 1:
         raise UserError(
             f"duration {config.duration!r} is {total_steps} steps: it must be at least 1"
+        )
+    eval_every = count(config.eval_every)
+    if config.patience and not eval_every:
+        raise UserError(
+            f"patience is {config.patience} but eval_every is {config.eval_every!r}: only "
+            "evaluations can stop the run, set an interval"
         )
     schedule_keys = dict(config.schedule)
     schedule = create_schedule(
@@ -183,7 +192,7 @@ def _prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
         optimizer=create_optimizer(config.optimizer, schedule),
         total_steps=total_steps,
         log_every=count(config.log_every),
-        eval_every=count(config.eval_every),
+        eval_every=eval_every,
         checkpoint_every=count(config.checkpoint_every),
         fewshot_every=count(config.fewshot.every),
         fewshot=_prepare_fewshot(config, model, mesh) if config.fewshot.dataset else None,
@@ -235,7 +244,8 @@ def _start(run: Run, store: CheckpointStore) -> tuple[TrainState, dict[str, Any]
     state = jax.jit(init, out_shardings=sharding)()
     if config.init_from:
         state = _initialise_from(config, state)
-    return state, {"window": {}, "evaluation": {}, "best": {}, "seconds": 0.0}
+    progress = {"window": {}, "evaluation": {}, "best": {}, "evaluations_since_best": 0}
+    return state, progress | {"seconds": 0.0}
 
 
 def _initialise_from(config: ConfigDict, state: TrainState) -> TrainState:
@@ -267,7 +277,7 @@ def _loop(
     laps = step
     batches = to_devices(_train_batches(run, step), run.mesh)
     with contextlib.closing(metrics.create_writer(run.workdir, step)) as writer:
-        while step < run.total_steps:
+        while step < run.total_steps and not _out_of_patience(run, progress):
             try:
                 batch = next(batches)
             except UserError:  # An image that cannot be decoded must not cost what was learned.
@@ -296,7 +306,8 @@ def _loop(
                 if last or _due(step, run.eval_every):
                     progress["evaluation"] = {"step": step, **evaluator(state.eval_params)}
                     _report_evaluation(run, writer, progress, state, store)
-                if due_fewshot:
+                    last = last or _out_of_patience(run, progress)
+                if due_fewshot or (last and run.fewshot):
                     _report_fewshot(run, writer, step, run.fewshot(state.eval_params))
                 if last or stop or _due(step, run.checkpoint_every):
                     writer.flush()
@@ -306,7 +317,15 @@ def _loop(
                 _say(f"SIGTERM: saved step {step}; the same command continues from there")
                 raise SystemExit(128 + signal.SIGTERM)
     store.wait()
-    return {**progress["evaluation"], "best": progress["best"]}
+    final = {**progress["evaluation"], "best": progress["best"]}
+    if run.config.patience:
+        final["stopped_early"] = step < run.total_steps
+    return final
+
+
+def _out_of_patience(run: Run, progress: dict[str, Any]) -> bool:
+    patience = run.config.patience
+    return 0 < patience <= progress.get("evaluations_since_best", 0)
 
 
 def _due(step: int, *intervals: int) -> bool:
@@ -331,6 +350,7 @@ def _compile(run: Run, state: TrainState) -> tuple[Callable, Callable]:
             label_smoothing=config.label_smoothing,
             accumulate_steps=config.accumulate_steps,
             ema_decay=config.ema_decay,
+            mixup_alpha=parse_augment(config.augment).mixup_alpha,
         ),
         in_shardings=(sharding, batch_sharding(run.mesh)),
         out_shardings=(sharding, None),
@@ -351,6 +371,7 @@ def _compile(run: Run, state: TrainState) -> tuple[Callable, Callable]:
 
 def _train_batches(run: Run, first_step: int) -> Iterator[dict[str, Any]]:
     data = run.config.dataset
+    augmentation = parse_augment(run.config.augment)
     return pipeline.train_batches(
         run.train_source,
         batch_size=run.config.batch_size,
@@ -358,6 +379,8 @@ def _train_batches(run: Run, first_step: int) -> Iterator[dict[str, Any]]:
         protocol=data.protocol,
         random_crop=data.random_crop,
         random_flip=data.random_flip,
+        num_operations=augmentation.num_operations,
+        magnitude=augmentation.magnitude,
         seed=run.config.seed,
         first_step=first_step,
         shuffle_buffer=data.shuffle_buffer,
@@ -449,9 +472,17 @@ def _report_evaluation(
         f"step {result['step']}/{run.total_steps}  evaluated on {result['examples']:,} images of "
         f"{run.eval_source.split}: accuracy {result['accuracy']:.4f}  loss {result['loss']:.4f}"
     )
-    if result["accuracy"] > progress["best"].get("accuracy", -1.0):
-        progress["best"] = result
+    progress["evaluations_since_best"] = progress.get("evaluations_since_best", 0) + 1
+    best = progress["best"]
+    if result["accuracy"] > best.get("accuracy", -1.0):
+        progress.update(best=result, evaluations_since_best=0)
         store.save_best(result["step"], state, _metadata(run, progress))
+    elif _out_of_patience(run, progress) and result["step"] < run.total_steps:
+        _say(
+            f"step {result['step']}/{run.total_steps}  stopped: {run.config.patience} evaluations "
+            f"without one better than that of step {best['step']}, whose weights are in "
+            f"{run.workdir / 'best'}"
+        )
 
 
 def _report_fewshot(run: Run, writer: Any, step: int, accuracies: dict[int, list[float]]) -> None:
