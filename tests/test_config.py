@@ -6,12 +6,24 @@ import runpy
 import pytest
 from ml_collections import ConfigDict
 
-from vit_jax.config import check_config, count_steps, get_config, parse_shots, to_dict
+from vit_jax.config import (
+    check_config,
+    count_steps,
+    get_config,
+    parse_augment,
+    parse_shots,
+    parse_subset,
+    to_dict,
+)
 from vit_jax.errors import UserError
 from vit_jax.recipes import get_config as recipe
 
 ROOT = pathlib.Path(__file__).parents[1]
-FILES = [*ROOT.glob("configs/*.py"), ROOT / "experiments/cifar10_from_scratch.py"]
+FILES = [
+    *ROOT.glob("configs/*.py"),
+    ROOT / "experiments/cifar10_from_scratch.py",
+    ROOT / "experiments/figure_4.py",
+]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -62,6 +74,10 @@ def test_a_missing_key_raises():
         ("", "schedule", 3, "config.schedule is 3: it is a section of keys"),
         ("", "fewshot", "flowers", "config.fewshot is 'flowers': it is a section of keys"),
         ("fewshot", "shots", (1, 5), "config.fewshot.shots is (1, 5): it must be of type str"),
+        ("", "patience", -1, "config.patience is -1: it must not be negative"),
+        ("", "augment", "strong3", "augment 'strong3' is not understood: use none, light1, light2"),
+        ("dataset", "subset", "half", "dataset.subset 'half' is not understood: use a number of"),
+        ("dataset", "subset_seed", -1, "config.dataset.subset_seed is -1: it must not be neg"),
         ("fewshot", "shots", "few", "shots 'few' are not positive numbers, each once"),
         ("optimizer", "name", "lamb", "optimizer.name 'lamb' is unknown: use adam or sgd"),
         ("model", "architecture", "cnn", "model.architecture 'cnn' is unknown: use vit"),
@@ -220,3 +236,73 @@ def test_shots(text, shots):
 def test_shots_of_another_form_are_refused(text):
     with pytest.raises(UserError, match="are not positive numbers, each once: for example 1,5"):
         parse_shots(text)
+
+
+# Typed from the paper of AugReg and its published configs: operations, magnitude, mixup.
+AUGREG = """
+none    0 0  0
+light1  2 0  0
+light2  2 10 0.2
+medium1 2 15 0.2
+medium2 2 15 0.5
+strong1 2 20 0.5
+strong2 2 20 0.8
+"""
+
+
+@pytest.mark.parametrize("row", AUGREG.strip().splitlines())
+def test_the_augmentations_of_augreg(row):
+    name, operations, magnitude, alpha = row.split()
+    assert parse_augment(name) == (int(operations), int(magnitude), float(alpha))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("randaugment(3,9)", (3, 9, 0)),
+        ("randaugment(1, 30)", (1, 30, 0)),
+        ("mixup(.3)", (0, 0, 0.3)),
+        ("mixup(1)", (0, 0, 1.0)),
+        ("randaugment(2,15)+mixup(0.2)", (2, 15, 0.2)),
+        ("mixup(0.2) + randaugment(2, 15)", (2, 15, 0.2)),
+    ],
+)
+def test_augmentations_in_words(text, expected):
+    assert parse_augment(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("medium", "augment 'medium' is not understood: use none, light1"),
+        ("", "augment '' is not understood"),
+        ("mixup", "augment 'mixup' is not understood"),
+        ("randaugment(2)", "augment 'randaugment(2)' is not understood"),
+        ("randaugment(2,-1)", "is not understood"),
+        ("mixup(0.2)+mixup(0.3)", "is not understood"),
+        ("light1+mixup(0.2)", "is not understood"),
+        ("mixup(0.2)+", "is not understood"),
+        ("mixup(0)", "augment 'mixup(0)' is out of range: mixup's alpha must be above 0"),
+        ("randaugment(0,10)", "is out of range: randaugment takes 1 to 16 operations"),
+        ("randaugment(2,31)", "magnitude from 0 to 30"),
+    ],
+)
+def test_another_augmentation_is_refused(text, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        parse_augment(text)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("5000", 5000), ("10_000", 10_000), ("10%", 1 / 10), (" 0.5 %", 1 / 200), ("100%", 1)],
+)
+def test_subsets(text, expected):
+    assert parse_subset(text) == pytest.approx(expected, rel=1e-15)
+    assert isinstance(parse_subset(text), int) == ("%" not in text)
+
+
+@pytest.mark.parametrize("text", ["", "0", "0%", "100.1%", "-5", "5.5", "_", "%", "ten", "1e3"])
+def test_subsets_of_another_form_are_refused(text):
+    with pytest.raises(UserError, match="is not understood: use a number of images, such as 5000"):
+        parse_subset(text)

@@ -1,9 +1,11 @@
+import functools
 import pathlib
 import runpy
 
 import pytest
 
 from vit_jax import recipes
+from vit_jax.config import count_steps
 from vit_jax.errors import UserError
 from vit_jax.recipes import get_config
 
@@ -249,7 +251,11 @@ def test_pretraining_on_other_data_is_imagenets_recipe_in_epochs():
         ("finetune,", "names no data set"),
         ("pretrain,", "names no data set"),
         ("masked", "names no data set: for example masked,cifar10"),
-        ("finetune,cifar10,dve", "'dve' after the data set: only dev may follow"),
+        ("finetune,cifar10,dve", "'dve' after the data set: only dev or 512 may follow"),
+        ("finetune,cifar10,384", "'384' after the data set: only dev or 512 may follow"),
+        ("finetune,512", "names no data set: for example finetune,cifar10"),
+        ("pretrain,imagenet2012,512", "512, which is a resolution to fine-tune at: use finetune,i"),
+        ("pretrain,512", "512, which is a resolution to fine-tune at: use finetune,imagenet2012,"),
     ],
 )
 def test_a_wrong_spec_is_refused(spec, message):
@@ -338,3 +344,53 @@ def test_every_config_file_of_a_resnet_is_its_model(file, resnet_layers, width_f
         model = get(spec).model
         assert (model.architecture, model.resnet_layers) == ("resnet", resnet_layers)
         assert model.width_factor == width_factor
+
+
+# Section 4.2 and the caption of Table 2; 518 = 37 x 14.
+@pytest.mark.parametrize(
+    ("model", "image_size"),
+    [("ViT-L/16", 512), ("ViT-H/14", 518), ("ViT-B/32", 512), ("R50+ViT-L/32", 512)],
+)
+@pytest.mark.parametrize(
+    "spec", ["imagenet2012,512", "imagenet2012,512,dev", "imagenet2012,dev,512"]
+)
+def test_the_imagenet_rows_of_table_2(model, image_size, spec):
+    config, usual = (get_config(model, f"finetune,{s}") for s in (spec, "imagenet2012"))
+    assert (config.dataset.image_size, config.ema_decay) == (image_size, 0.9999)
+    assert config.dataset.development == ("dev" in spec)
+    assert config.dataset.name == "imagenet2012"
+    assert usual.ema_decay == 0
+    assert config.duration == usual.duration == "20000 steps"
+    assert config.schedule.to_dict() == usual.schedule.to_dict()
+
+
+FIGURE_4 = pathlib.Path(__file__).parents[1] / "experiments/figure_4.py"
+
+
+@pytest.mark.parametrize(
+    ("spec", "images", "epochs"),
+    [
+        ("ViT-L/16,jft,3%", 9.09e6, 14),
+        ("ViT-B/32,jft,10%", 30.3e6, 7),
+        ("R152x2,jft,30%", 90.9e6, 7),
+        ("ViT-b/32,jft,100%", 303e6, 7),
+    ],
+)
+def test_figure_4_trains_on_a_part_for_the_steps_of_the_whole(spec, images, epochs):
+    config = runpy.run_path(str(FIGURE_4))["get_config"](spec)
+    model, dataset, subset = spec.split(",")
+    count = functools.partial(count_steps, num_examples=round(images), batch_size=4096)
+    assert count(config.duration) == pytest.approx(epochs * 303e6 / 4096, rel=1e-3)
+    assert count(config.eval_every) == pytest.approx(count(config.duration) / 50, abs=1)
+    assert (config.dataset.subset, config.dataset.development) == (subset, True)
+    assert config.patience > 0
+    assert (config.fewshot.dataset, config.fewshot.shots) == ("imagenet2012", "5")
+    row = get_config(model, f"pretrain,{dataset}")
+    assert config.schedule.to_dict() == row.schedule.to_dict()
+    assert config.optimizer.to_dict() == row.optimizer.to_dict()
+
+
+@pytest.mark.parametrize("spec", ["ViT-B/32", "ViT-B/32,jft", "ViT-B/32,jft,9000000", "a,b,200%"])
+def test_figure_4_refuses_another_spec(spec):
+    with pytest.raises(UserError):
+        runpy.run_path(str(FIGURE_4))["get_config"](spec)

@@ -13,6 +13,7 @@ from vit_jax.steps import (
     classification_loss,
     eval_step,
     masked_patches,
+    mixup,
     train_step,
 )
 
@@ -26,14 +27,15 @@ BATCH = {
 }
 
 
-def setup(model_options=None, average=False, smoothing=0.0, **options):
+def setup(model_options=None, average=False, smoothing=0.0, mixup_alpha=0.0, **options):
     model = create_model(TINY, **(model_options or {}))
     optimizer = create_optimizer(SGD, lambda count: 0.1)
     state = init_train_state(model, optimizer, seed=0, image_size=8, average=average)
     # A zero head hides the gradients of all that is below it.
     state.params["head"]["kernel"] = jax.random.normal(jax.random.key(1), (16, 3)) * 0.1
     objective = classification(model, "softmax", smoothing)
-    step = functools.partial(train_step, objective=objective, optimizer=optimizer)
+    mix = functools.partial(mixup, alpha=mixup_alpha, num_classes=3) if mixup_alpha else None
+    step = functools.partial(train_step, objective=objective, optimizer=optimizer, mix=mix)
     return model, state, jax.jit(functools.partial(step, **options))
 
 
@@ -227,3 +229,82 @@ def test_padding_counts_for_nothing_in_the_evaluation_of_masked_patches(target):
     for name, value in each.items():
         np.testing.assert_allclose(sums[name], value[:5].sum(), rtol=1e-6)
         np.testing.assert_allclose(again[name], sums[name], rtol=1e-6)
+
+
+def mixed_by_hand(share):
+    """Every image and label with the one before it, the first with the last."""
+    images, targets = np.asarray(BATCH["image"]), np.eye(3)[np.asarray(BATCH["label"])]
+    before = [7, 0, 1, 2, 3, 4, 5, 6]
+    return [share * x + (1 - share) * x[before] for x in (images, targets)]
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.8])
+def test_mixup_is_a_blend_with_the_image_before(alpha):
+    mixed = mixup(jax.random.key(3), BATCH, alpha, num_classes=3)
+    np.testing.assert_array_equal(mixed["label"], BATCH["label"])
+    # The second image has label 1 and the first 0.
+    share = float(mixed["targets"][1, 1])
+    assert 0.5 <= share <= 1
+    images, targets = mixed_by_hand(share)
+    np.testing.assert_allclose(mixed["image"], images, atol=1e-6)
+    np.testing.assert_allclose(mixed["targets"], targets, atol=1e-6)
+
+
+def test_the_share_of_mixup_is_the_larger_part_of_a_beta_distribution():
+    keys = jax.random.split(jax.random.key(0), 4000)
+    mixed = jax.vmap(lambda key: mixup(key, BATCH, 0.5, 3)["targets"][1, 1])(keys)
+    # Beta(0.5, 0.5) is the arcsine law: P(share < x) = 4 / pi * asin(sqrt(x)) - 1 from 0.5 to 1.
+    for x in (0.6, 0.75, 0.9, 0.99):
+        expected = 4 / np.pi * np.arcsin(np.sqrt(x)) - 1
+        assert np.mean(np.asarray(mixed) < x) == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_losses_of_shared_labels(smoothing):
+    shares = np.array([[0.7, 0.3, 0.0], [0.0, 0.4, 0.6]])
+    targets = shares * (1 - smoothing) + smoothing / 3
+    log_p = LOGITS - np.log(np.exp(LOGITS).sum(-1, keepdims=True))
+    p = 1 / (1 + np.exp(-LOGITS))
+    expected = {
+        "softmax": -(targets * log_p).sum(-1),
+        "sigmoid": -(targets * np.log(p) + (1 - targets) * np.log(1 - p)).sum(-1),
+    }
+    for loss, value in expected.items():
+        found = classification_loss(jnp.array(LOGITS), jnp.array(shares), loss, smoothing)
+        np.testing.assert_allclose(found, value, rtol=1e-5)
+
+
+def test_a_step_with_mixup_follows_the_gradient_of_the_mixed_batch():
+    model, state, step = setup(mixup_alpha=0.5)
+    after, metrics = step(state, BATCH)
+
+    def loss(params, share):
+        images, targets = mixed_by_hand(share)
+        log_p = jax.nn.log_softmax(model.apply({"params": params}, images.astype(np.float32)))
+        return -jnp.mean(jnp.sum(targets * log_p, -1))
+
+    _, rng = jax.random.split(jax.random.fold_in(state.rng, 0))
+    share = float(mixup(rng, BATCH, 0.5, 3)["targets"][1, 1])
+    assert 0.5 < share < 1
+    value, grads = jax.value_and_grad(loss)(state.params, share)
+    norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g / jnp.maximum(norm, 1.0), state.params, grads)
+    assert largest_difference(after.params, expected) < 1e-6
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [2, 8])
+def test_the_batch_is_mixed_before_it_is_split(parts):
+    _, state, step = setup(mixup_alpha=0.5, smoothing=0.1)
+    _, _, accumulated = setup(mixup_alpha=0.5, smoothing=0.1, accumulate_steps=parts)
+    whole, metrics = step(state, BATCH)
+    split, split_metrics = accumulated(state, BATCH)
+    assert largest_difference(whole.params, split.params) < 1e-6
+    for key, value in metrics.items():
+        np.testing.assert_allclose(split_metrics[key], value, rtol=1e-5)
+
+
+def test_every_step_draws_its_own_share():
+    _, state, step = setup(mixup_alpha=0.8)
+    losses = {float(step(state.replace(step=jnp.int32(i)), BATCH)[1]["loss"]) for i in range(5)}
+    assert len(losses) == 5

@@ -534,6 +534,7 @@ def count_split_parameters(config):
 
 @pytest.mark.slow
 def test_eight_devices_give_the_losses_of_one(tiny_config, masked_config, tmp_path, command, run):
+    mixed = {"augment": "medium2", **WIDE}
     runs = {
         "one": (tiny_config(**WIDE), 1),
         "eight": (tiny_config(**WIDE), 8),
@@ -541,6 +542,8 @@ def test_eight_devices_give_the_losses_of_one(tiny_config, masked_config, tmp_pa
         "parts": (tiny_config(accumulate_steps=2, **WIDE), 1),
         "masked": (masked_config(**WIDE), 1),
         "masked_fsdp": (masked_config(sharding="fsdp", **WIDE), 8),
+        "mixed": (tiny_config(**mixed), 1),
+        "mixed eight": (tiny_config(**mixed), 8),
     }
     losses = {}
     for name, (config, devices) in runs.items():
@@ -553,6 +556,7 @@ def test_eight_devices_give_the_losses_of_one(tiny_config, masked_config, tmp_pa
     assert count_split_parameters(runs["fsdp"][0]) == 2  # The kernels of the MLP.
     np.testing.assert_allclose(losses["eight"], losses["one"], atol=1e-5)
     np.testing.assert_allclose(losses["masked_fsdp"], losses["masked"], atol=1e-5)
+    np.testing.assert_allclose(losses["mixed eight"], losses["mixed"], atol=1e-5)
     # Parts draw their own dropout, so that these two compare with each other.
     np.testing.assert_allclose(losses["fsdp"], losses["parts"], atol=1e-5)
 
@@ -597,3 +601,126 @@ def test_two_processes_give_the_losses_of_one(tiny_config, tmp_path, command, st
     few = [read_metrics(tmp_path / name)[-1]["fewshot/digits/5shot"] for name in ("one", "two")]
     # The features differ by rounding: one image of 355 may be taken for another class.
     assert few[0] == pytest.approx(few[1], abs=2 / 355)
+
+
+EVERYTHING = {
+    "augment": "medium2",
+    "dataset.subset": "40%",
+    "eval_every": "1 step",
+    "patience": 2,
+    "duration": "30 steps",
+}
+
+
+def scripted(accuracies):
+    """Stands for `evaluate`: gives these accuracies, one after the other."""
+    values = iter(accuracies)
+    return lambda *_: {"examples": 355, "accuracy": next(values), "loss": 1.0}
+
+
+def test_a_resumed_run_with_augmentation_subset_and_patience_is_bit_identical(
+    tiny_config, tmp_path
+):
+    config = tiny_config(**EVERYTHING | {"duration": "6 steps", "patience": 4})
+    assert config.accumulate_steps == 1
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train.train(config, whole)
+    for step in (3, 6):
+        with pytest.raises(KeyboardInterrupt):
+            train_until(config, stopped, step=step)
+    train.train(config, stopped)
+    assert_same_run(whole, stopped, 6)
+
+
+def test_a_subset_is_what_epochs_are_of(tiny_config, tmp_path, capsys):
+    # 577 of 1,442 images are 18 batches of 32; evaluation is on all 355.
+    config = tiny_config(**{"dataset.subset": "40%"}, duration="0.12 epochs")
+    final = train.train(config, tmp_path / "run")
+    assert "577 training images, 2 steps of 32" in capsys.readouterr().out
+    assert (final["step"], final["examples"]) == (2, 355)
+    assert "stopped_early" not in final
+
+
+def test_more_than_the_training_images_are_refused(tiny_config, tmp_path):
+    config = tiny_config(**{"dataset.subset": "2000"})
+    with pytest.raises(UserError, match="'2000' is 2,000 of the 1,442 images of train: it must"):
+        train.train(config, tmp_path / "run")
+
+
+def test_a_run_stops_when_its_patience_is_over(tiny_config, tmp_path, monkeypatch, capsys):
+    config = tiny_config(**EVERYTHING)
+    config.fewshot.update({"dataset": "digits", "data_dir": config.dataset.data_dir, "shots": "1"})
+    run = tmp_path / "run"
+    # Equal is not better; a better one gives new patience.
+    accuracies = [0.2, 0.1, 0.3, 0.3, 0.25, 0.9]
+    monkeypatch.setattr(train, "evaluate", scripted(accuracies))
+    final = train.train(config, run)
+    assert final["stopped_early"] is True
+    assert (final["step"], final["accuracy"]) == (5, 0.25)
+    assert (final["best"]["step"], final["best"]["accuracy"]) == (3, 0.3)
+    assert json.loads((run / "metrics.json").read_text()) == final
+    assert [path.name for path in (run / "best").iterdir()] == ["3"]
+    assert max(checkpoint_steps(run)) == 5
+    output = capsys.readouterr().out
+    assert "step 5/30  stopped: 2 evaluations without one better than that of step 3" in output
+    records = read_metrics(run)
+    assert max(r["step"] for r in records) == 5
+    # Few-shot accuracy is measured at the end, wherever that is.
+    assert [r["step"] for r in records if "fewshot/digits/1shot" in r] == [5]
+    # The schedule is that of 30 steps: after two of warm-up, a cosine over 28.
+    rates = [r["learning_rate"] for r in records if "learning_rate" in r]
+    expected = 1e-2 * (1 + np.cos(np.pi * np.arange(3) / 28)) / 2
+    np.testing.assert_allclose(rates[2:], expected, rtol=1e-4)
+    assert train.train(config, run) == final
+    assert "holds a finished run: nothing to do" in capsys.readouterr().out
+
+
+def test_patience_goes_on_over_a_restart(tiny_config, tmp_path, monkeypatch):
+    config = tiny_config(**EVERYTHING | {"patience": 3})
+    run = tmp_path / "run"
+    monkeypatch.setattr(train, "evaluate", scripted([0.5, 0.4, 0.3, 0.2]))
+    with pytest.raises(KeyboardInterrupt):
+        train_until(config, run, step=4)
+    assert max(checkpoint_steps(run)) == 2
+    # Two of the three remain after step 2.
+    monkeypatch.setattr(train, "evaluate", scripted([0.3, 0.2]))
+    final = train.train(config, run)
+    assert (final["step"], final["best"]["step"], final["stopped_early"]) == (4, 1, True)
+    # Killed between its last checkpoint and metrics.json.
+    (run / "metrics.json").unlink()
+    assert train.train(config, run) == final
+
+
+def test_the_last_evaluation_does_not_stop_a_run_early(tiny_config, tmp_path, monkeypatch, capsys):
+    config = tiny_config(**EVERYTHING | {"duration": "3 steps", "schedule.warmup": "1 step"})
+    monkeypatch.setattr(train, "evaluate", scripted([0.5, 0.4, 0.3]))
+    final = train.train(config, tmp_path / "run")
+    assert (final["step"], final["stopped_early"]) == (3, False)
+    assert "stopped: " not in capsys.readouterr().out
+
+
+def test_patience_needs_evaluations(tiny_config, tmp_path):
+    config = tiny_config(patience=3, eval_every="0 steps")
+    with pytest.raises(UserError, match="patience is 3 but eval_every is '0 steps'"):
+        train.train(config, tmp_path / "run")
+
+
+def test_evaluation_and_checkpoints_use_the_average(finished, tiny_config):
+    """`finetune,DATA,512` turns averaging on, as tiny_config does."""
+    arrays = read_arrays(finished, 6)
+    kernels = {n: v for n, v in arrays.items() if n.endswith("['head']['kernel']")}
+    (plain,) = (v for n, v in kernels.items() if n.startswith("['params']"))
+    (average,) = (v for n, v in kernels.items() if n.startswith("['ema_params']"))
+    assert (plain != average).any()
+    loaded = load_pretrained(str(finished)).params["head"]["kernel"]
+    np.testing.assert_array_equal(loaded, average)
+    config = tiny_config()
+    _, source = datasets.open_dataset("digits", data_dir=config.dataset.data_dir)
+    model = create_model(config.model, num_classes=10)
+    preprocessing = evaluation(config.dataset.protocol, config.dataset.image_size)
+    (batch,) = pipeline.eval_batches(source, batch_size=355, preprocessing=preprocessing)
+    params = load_pretrained(str(finished)).params
+    logits = model.apply({"params": params}, batch["image"])
+    accuracy = float(np.mean(np.argmax(logits, -1) == batch["label"]))
+    final = json.loads((finished / "metrics.json").read_text())
+    assert final["accuracy"] == pytest.approx(accuracy, abs=1e-6)

@@ -100,6 +100,22 @@ FINETUNE_IMAGE_SIZE = 384
 # Silent: the paper chooses the rate on held-out data. The published code's is the default where
 # Table 4 tried it.
 FINETUNE_LR = 0.03
+# Table 2's ImageNet rows are fine-tuned at 512 pixels (L/16) and 518 (H/14), with Polyak averaging
+# of factor 0.9999.
+LARGE_IMAGE_SIZE = 512
+POLYAK_DECAY = 0.9999
+
+# Not the paper's: the augmentations of AugReg (Steiner et al., 2021), by the names of its published
+# configs: RandAugment's number of operations and magnitude, and mixup's alpha.
+AUGREG = {
+    "none": "",
+    "light1": "randaugment(2,0)",
+    "light2": "randaugment(2,10)+mixup(0.2)",
+    "medium1": "randaugment(2,15)+mixup(0.2)",
+    "medium2": "randaugment(2,15)+mixup(0.5)",
+    "strong1": "randaugment(2,20)+mixup(0.5)",
+    "strong2": "randaugment(2,20)+mixup(0.8)",
+}
 
 
 def get_config(model: str, spec: str = "") -> ConfigDict:
@@ -111,31 +127,43 @@ def get_config(model: str, spec: str = "") -> ConfigDict:
             by masked patch prediction, or "finetune"; then the data set: a TFDS name, "vtab:TASK"
             or "folder:PATH" (default imagenet2012 to pre-train; else it must be given); then,
             optionally, "dev" to hold out the part of train on which the paper chose its
-            hyperparameters and to evaluate on that.
+            hyperparameters and to evaluate on that, and, to fine-tune, "512" for the resolution
+            and the averaging of Table 2's ImageNet rows.
 
     Raises:
         UserError: the spec has a word that is none of these.
     """
-    recipe, dataset, development = _parse(spec)
+    recipe, dataset, options = _parse(spec)
     config = RECIPES[recipe](model, dataset)
-    config.dataset.development = development
+    config.dataset.development = "dev" in options
+    if "512" in options:
+        _enlarge(config)
     return config
 
 
-def _parse(spec: str) -> tuple[str, str, bool]:
+def _parse(spec: str) -> tuple[str, str, set[str]]:
     recipe, comma, dataset = (spec or "pretrain").partition(",")
     if recipe not in RECIPES:
         near = difflib.get_close_matches(recipe, RECIPES, n=1)
         hint = f"did you mean {near[0]}?" if near else "for example pretrain,imagenet21k"
         raise UserError(f"recipe {recipe!r} is unknown: use pretrain, masked or finetune; {hint}")
-    development = dataset == "dev" or dataset.endswith(",dev")
-    dataset = dataset.removesuffix("dev").removesuffix(",") if development else dataset
+    options = set()
+    while (word := dataset.rpartition(",")[2]) in ("dev", "512"):
+        dataset = dataset.rpartition(",")[0]
+        options.add(word)
+    if "512" in options and recipe != "finetune":
+        raise UserError(
+            f"spec {spec!r} has 512, which is a resolution to fine-tune at: use "
+            f"finetune,{dataset or 'imagenet2012'},512, or change config.dataset.image_size"
+        )
     if "," in dataset and not dataset.startswith("folder:"):
         dataset, _, rest = dataset.partition(",")
-        raise UserError(f"spec {spec!r} has {rest!r} after the data set: only dev may follow")
-    if not dataset and (recipe != "pretrain" or (comma and not development)):
+        raise UserError(
+            f"spec {spec!r} has {rest!r} after the data set: only dev or 512 may follow"
+        )
+    if not dataset and (recipe != "pretrain" or (comma and not options)):
         raise UserError(f"spec {spec!r} names no data set: for example {recipe},cifar10")
-    return recipe, dataset or "imagenet2012", development
+    return recipe, dataset or "imagenet2012", options
 
 
 def _table_name(dataset: str) -> str:
@@ -288,6 +316,13 @@ def finetuning_row(dataset: str) -> FineTuning:
     return TABLE_4.get(_table_name(dataset), TABLE_4["oxford_flowers102"])
 
 
+def _enlarge(config: ConfigDict) -> None:
+    # 512 is no multiple of H/14's patches: 518, the next, is the paper's.
+    downsampling = models.create_model(config.model).downsampling
+    config.dataset.image_size = -(-LARGE_IMAGE_SIZE // downsampling) * downsampling
+    config.ema_decay = POLYAK_DECAY
+
+
 RECIPES = {"pretrain": pretrain, "masked": masked, "finetune": finetune}
 # Stands for a value that only the user can give.
 REQUIRED = "REQUIRED"
@@ -323,10 +358,12 @@ def base(model: str, dataset: str) -> ConfigDict:
             "masking": {"rate": MASKED_RATE, "target": MASKED_TARGET},
             "loss": "softmax",
             "label_smoothing": 0.0,
+            "augment": "none",  # of AUGREG, or for example "randaugment(2,15)+mixup(0.2)"
             "ema_decay": 0.0,
             "sharding": "replicated",
             "log_every": "50 steps",
             "eval_every": "1000 steps",
+            "patience": 0,  # evaluations without a better one until the run stops; 0 never does
             "checkpoint_every": "1000 steps",
             "keep_checkpoints": 2,
             "dataset": {
@@ -335,6 +372,8 @@ def base(model: str, dataset: str) -> ConfigDict:
                 "train_split": "",
                 "eval_split": "",
                 "development": False,
+                "subset": "",  # of the training images: "10%" or "5000"; "" is all
+                "subset_seed": 0,
                 "image_size": 0,
                 "protocol": "",
                 "random_crop": True,

@@ -40,7 +40,7 @@ def classification_loss(
 
     Args:
         logits: [batch, classes].
-        labels: [batch] int32.
+        labels: [batch] int32, or the share of each class, [batch, classes] float32.
         loss: "softmax" or "sigmoid".
         label_smoothing: share of each target that is spread evenly over all classes.
 
@@ -49,8 +49,35 @@ def classification_loss(
     """
     if loss not in LOSSES:
         raise UserError(f"loss {loss!r} is unknown: use {' or '.join(LOSSES)}")
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
-    return LOSSES[loss](logits, targets)
+    if labels.ndim == 1:
+        labels = jax.nn.one_hot(labels, logits.shape[-1])
+    return LOSSES[loss](logits, optax.smooth_labels(labels, label_smoothing))
+
+
+def mixup(rng: jax.Array, batch: Batch, alpha: float, num_classes: int) -> Batch:
+    """Mixes every image with the one before it in the batch (Zhang et al., 2018).
+
+    One share is drawn for the whole batch from Beta(alpha, alpha), and the larger of it and its
+    rest is the image's own, as in the code of AugReg.
+
+    Args:
+        rng: a key.
+        batch: see `train_step`.
+        alpha: above 0; the closer to 0, the more often one of the two images is all there is.
+        num_classes: of the model.
+
+    Returns:
+        The batch with mixed "image", "label" as it was, which has the larger share, and "targets"
+        [batch, num_classes] float32, the shares of the classes.
+    """
+    share = jax.random.beta(rng, alpha, alpha)
+    share = jnp.maximum(share, 1.0 - share)
+
+    def mix(x: jax.Array) -> jax.Array:
+        return share * x + (1.0 - share) * jnp.roll(x, 1, axis=0)
+
+    targets = jax.nn.one_hot(batch["label"], num_classes)
+    return {**batch, "image": mix(batch["image"]), "targets": mix(targets)}
 
 
 def classification(model: nn.Module, loss: str, label_smoothing: float = 0.0) -> Objective:
@@ -67,8 +94,9 @@ def classification(model: nn.Module, loss: str, label_smoothing: float = 0.0) ->
         rngs = {"dropout": rng} if train else {}
         logits = model.apply({"params": params}, batch["image"], train=train, rngs=rngs)
         smoothing = label_smoothing if train else 0.0
+        targets = batch.get("targets", batch["label"])  # Those of mixed images.
         return {
-            "loss": classification_loss(logits, batch["label"], loss, smoothing),
+            "loss": classification_loss(logits, targets, loss, smoothing),
             "correct": jnp.argmax(logits, -1) == batch["label"],
         }
 
@@ -113,6 +141,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     accumulate_steps: int = 1,
     ema_decay: float = 0.0,
+    mix: Callable[[jax.Array, Batch], Batch] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Does one update.
 
@@ -124,12 +153,17 @@ def train_step(
         accumulate_steps: number of equal parts in which the batch is gone through, one after the
             other, to save memory; the update is that of the whole batch.
         ema_decay: factor of the Polyak average.
+        mix: what is done to the batch before it is split, such as `mixup`.
 
     Returns:
         The next state, and scalars: "loss" and, where the objective tells what is correct,
-        "accuracy" of the batch before the update, "grad_norm" before clipping.
+        "accuracy" of the batch before the update, of mixed images for the class with the larger
+        share; "grad_norm" before clipping.
     """
     step_rng = jax.random.fold_in(state.rng, state.step)
+    if mix is not None:
+        step_rng, mix_rng = jax.random.split(step_rng)
+        batch = mix(mix_rng, batch)
 
     def loss_fn(params: Any, part: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
         means = jax.tree.map(jnp.mean, objective(params, part, rng))

@@ -25,9 +25,10 @@ from vit_jax.analysis import flops
 from vit_jax.checkpoints.pretrained import load_pretrained, with_usual_inputs
 from vit_jax.checkpoints.training import CheckpointStore, config_differences
 from vit_jax.checkpoints.transfer import print_report, transfer
-from vit_jax.config import check_config, count_steps, parse_shots, to_dict
+from vit_jax.config import check_config, count_steps, parse_augment, parse_shots, to_dict
 from vit_jax.data import datasets, pipeline
 from vit_jax.data.protocols import evaluation
+from vit_jax.data.subset import take_subset
 from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate
 from vit_jax.files import write_json
@@ -45,6 +46,7 @@ from vit_jax.steps import (
     classification,
     eval_step,
     masked_patches,
+    mixup,
     train_step,
 )
 
@@ -161,6 +163,8 @@ def _prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
         eval_split=data.eval_split,
         development=data.development,
     )
+    if data.subset:
+        train_source = take_subset(train_source, data.subset, data.subset_seed)
     count = functools.partial(
         count_steps, num_examples=train_source.num_examples, batch_size=config.batch_size
     )
@@ -168,6 +172,12 @@ def _prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
     if total_steps < 1:
         raise UserError(
             f"duration {config.duration!r} is {total_steps} steps: it must be at least 1"
+        )
+    eval_every = count(config.eval_every)
+    if config.patience and not eval_every:
+        raise UserError(
+            f"patience is {config.patience} but eval_every is {config.eval_every!r}: only "
+            "evaluations can stop the run, set an interval"
         )
     schedule_keys = dict(config.schedule)
     schedule = create_schedule(
@@ -187,7 +197,7 @@ def _prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
         optimizer=create_optimizer(config.optimizer, schedule),
         total_steps=total_steps,
         log_every=count(config.log_every),
-        eval_every=count(config.eval_every),
+        eval_every=eval_every,
         checkpoint_every=count(config.checkpoint_every),
         fewshot_every=count(config.fewshot.every),
         fewshot=_prepare_fewshot(config, mesh) if config.fewshot.dataset else None,
@@ -259,7 +269,8 @@ def _start(run: Run, store: CheckpointStore) -> tuple[TrainState, dict[str, Any]
     state = jax.jit(init, out_shardings=sharding)()
     if config.init_from:
         state = _initialise_from(config, state)
-    return state, {"window": {}, "evaluation": {}, "best": {}, "seconds": 0.0}
+    progress = {"window": {}, "evaluation": {}, "best": {}, "evaluations_since_best": 0}
+    return state, progress | {"seconds": 0.0}
 
 
 def _initialise_from(config: ConfigDict, state: TrainState) -> TrainState:
@@ -291,7 +302,7 @@ def _loop(
     laps = step
     batches = to_devices(_train_batches(run, step), run.mesh)
     with contextlib.closing(metrics.create_writer(run.workdir, step)) as writer:
-        while step < run.total_steps:
+        while step < run.total_steps and not _out_of_patience(run, progress):
             try:
                 batch = next(batches)
             except UserError:  # An image that cannot be decoded must not cost what was learned.
@@ -320,7 +331,8 @@ def _loop(
                 if last or _due(step, run.eval_every):
                     progress["evaluation"] = {"step": step, **evaluator(state.eval_params)}
                     _report_evaluation(run, writer, progress, state, store)
-                if due_fewshot:
+                    last = last or _out_of_patience(run, progress)
+                if due_fewshot or (last and run.fewshot):
                     _report_fewshot(run, writer, step, run.fewshot(state.eval_params))
                 if last or stop or _due(step, run.checkpoint_every):
                     writer.flush()
@@ -330,7 +342,15 @@ def _loop(
                 _say(f"SIGTERM: saved step {step}; the same command continues from there")
                 raise SystemExit(128 + signal.SIGTERM)
     store.wait()
-    return {**progress["evaluation"], "best": progress["best"]}
+    final = {**progress["evaluation"], "best": progress["best"]}
+    if run.config.patience:
+        final["stopped_early"] = step < run.total_steps
+    return final
+
+
+def _out_of_patience(run: Run, progress: dict[str, Any]) -> bool:
+    patience = run.config.patience
+    return 0 < patience <= progress.get("evaluations_since_best", 0)
 
 
 def _due(step: int, *intervals: int) -> bool:
@@ -346,6 +366,9 @@ def _compile(run: Run, state: TrainState) -> tuple[Callable, Callable]:
         "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.float32),
         "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
     }
+    mix = None
+    if alpha := parse_augment(config.augment).mixup_alpha:
+        mix = functools.partial(mixup, alpha=alpha, num_classes=run.model.num_classes)
     step_fn = jax.jit(
         functools.partial(
             train_step,
@@ -353,6 +376,7 @@ def _compile(run: Run, state: TrainState) -> tuple[Callable, Callable]:
             optimizer=run.optimizer,
             accumulate_steps=config.accumulate_steps,
             ema_decay=config.ema_decay,
+            mix=mix,
         ),
         in_shardings=(sharding, batch_sharding(run.mesh)),
         out_shardings=(sharding, None),
@@ -373,6 +397,7 @@ def _compile(run: Run, state: TrainState) -> tuple[Callable, Callable]:
 
 def _train_batches(run: Run, first_step: int) -> Iterator[dict[str, Any]]:
     data = run.config.dataset
+    augmentation = parse_augment(run.config.augment)
     return pipeline.train_batches(
         run.train_source,
         batch_size=run.config.batch_size,
@@ -380,6 +405,8 @@ def _train_batches(run: Run, first_step: int) -> Iterator[dict[str, Any]]:
         protocol=data.protocol,
         random_crop=data.random_crop,
         random_flip=data.random_flip,
+        num_operations=augmentation.num_operations,
+        magnitude=augmentation.magnitude,
         seed=run.config.seed,
         first_step=first_step,
         shuffle_buffer=data.shuffle_buffer,
@@ -470,9 +497,17 @@ def _report_evaluation(
         f"step {result['step']}/{run.total_steps}  evaluated on {result['examples']:,} images of "
         f"{run.eval_source.split}: {listed}"
     )
-    if _is_better(result, progress["best"]):
-        progress["best"] = result
+    progress["evaluations_since_best"] = progress.get("evaluations_since_best", 0) + 1
+    best = progress["best"]
+    if _is_better(result, best):
+        progress.update(best=result, evaluations_since_best=0)
         store.save_best(result["step"], state, _metadata(run, progress))
+    elif _out_of_patience(run, progress) and result["step"] < run.total_steps:
+        _say(
+            f"step {result['step']}/{run.total_steps}  stopped: {run.config.patience} evaluations "
+            f"without one better than that of step {best['step']}, whose weights are in "
+            f"{run.workdir / 'best'}"
+        )
 
 
 def _is_better(result: dict[str, Any], best: dict[str, Any]) -> bool:

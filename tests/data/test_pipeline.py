@@ -197,3 +197,32 @@ def test_wrong_options_are_refused_before_the_first_batch(wrong, message):
     options = TRAIN | {"batch_size": 8, "seed": 0} | wrong
     with pytest.raises(UserError, match=message):
         train_batches(tiny_source(9), **options)
+
+
+RANDAUGMENT = {"num_operations": 2, "magnitude": 15}
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_randaugment_depends_on_seed_and_position_alone(sharded, cache):
+    whole = take(sharded, 9, cache=cache, **RANDAUGMENT)
+    assert_same(take(sharded, 9, cache=cache, **RANDAUGMENT), whole)
+    # Another step to begin with, in the second epoch, and another number of processes.
+    assert_same(take(sharded, 2, cache=cache, first_step=7, **RANDAUGMENT), whole[7:])
+    parts = [
+        take(sharded, 9, cache=cache, process_index=i, process_count=2, **RANDAUGMENT)
+        for i in range(2)
+    ]
+    for batch, *halves in zip(whole, *parts, strict=True):
+        np.testing.assert_array_equal(
+            np.concatenate([half["image"] for half in halves]), batch["image"]
+        )
+    plain = take(sharded, 9, cache=cache)
+    np.testing.assert_array_equal(labels(plain), labels(whole))
+    changed = [
+        (one != other).any()
+        for before, after in zip(plain, whole, strict=True)
+        for one, other in zip(before["image"], after["image"], strict=True)
+    ]
+    assert np.mean(changed) > 0.8
+    other_seed = take(sharded, 1, cache=cache, seed=1, **RANDAUGMENT)
+    assert (other_seed[0]["image"] != whole[0]["image"]).any()

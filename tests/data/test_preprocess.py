@@ -9,6 +9,7 @@ from PIL import Image
 
 from vit_jax.data import preprocess
 from vit_jax.data.protocols import Preprocessing, eval_box
+from vit_jax.data.randaugment import randaugment
 from vit_jax.errors import UserError
 
 SEED = tf.constant([3, 5], tf.int64)
@@ -268,3 +269,17 @@ def test_eval_box_takes_ints_and_tensors():
     assert eval_box(0.875, 256, 320) == (16, 48, 224, 224)
     box = eval_box(0.875, tf.constant(320.0), tf.constant(256.0))
     assert [float(edge) for edge in box] == [48, 16, 224, 224]
+
+
+def test_randaugment_comes_after_crop_and_flip_on_8_bits():
+    encoded = encode(noise_image(60, 40), "JPEG")
+    options = {"image_size": 32, "protocol": "inception", "random_crop": True, "random_flip": True}
+    for position in range(8):
+        seed = tf.constant([2, position], tf.int64)
+        plain = np.round(pixels(preprocess.view(encoded, seed, **options)))
+        found = preprocess.view(encoded, seed, **options, num_operations=2, magnitude=15)
+        assert found.dtype == tf.float32 and found.shape == (32, 32, 3)
+        expected = randaugment(
+            tf.constant(plain), tf.random.fold_in(seed, 1), num_operations=2, magnitude=15
+        )
+        np.testing.assert_allclose(pixels(found), expected, atol=1e-4)

@@ -3,9 +3,11 @@
 import dataclasses
 import difflib
 import functools
+import itertools
 import os
 from collections.abc import Callable
 
+import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
@@ -33,6 +35,9 @@ class Source:
             The order is fixed; with an int64 scalar `seed`, which may be a tensor, it is another
             one (TFDS: of whole files) and a pure function of the seed.
         border: pixels of every side of an image that evaluation cuts off.
+        ids: the ids of all records, without reading any; None if only reading tells.
+        select: `select(chosen)`, of a bool for each of `ids`, returns `records` of the chosen ones
+            that does not read the others; None if no record can be had without those before it.
     """
 
     name: str
@@ -42,6 +47,8 @@ class Source:
     num_bytes: int
     records: Callable[..., tf.data.Dataset] = dataclasses.field(repr=False)
     border: int = 0
+    ids: Callable[[], list[str]] | None = dataclasses.field(default=None, repr=False)
+    select: Callable[[np.ndarray], Callable] | None = dataclasses.field(default=None, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +198,10 @@ class _FolderDataset:
             num_examples=len(files),
             num_bytes=sum(file.num_bytes for file in files),
             records=functools.partial(folder.records, files),
+            ids=lambda: [file.path for file in files],
+            select=lambda chosen: functools.partial(
+                folder.records, tuple(itertools.compress(files, chosen))
+            ),
         )
 
 
@@ -240,6 +251,7 @@ class _TfdsDataset:
             num_examples,
             num_bytes=info.dataset_size * num_examples // total if total else 0,
             records=functools.partial(self._records, split),
+            ids=functools.partial(_tfds_ids, self._builder, split),
         )
 
 
@@ -331,6 +343,15 @@ def _not_prepared(name, builder, tfds_name):
         f'.download_and_prepare()"`{by_hand}, or set {_DATA_DIR} to where it is prepared; '
         f"{_NO_DATA}"
     )
+
+
+def _tfds_ids(builder, split):
+    # As TFDS makes them: the name of the file and the place in it.
+    return [
+        f"{os.path.basename(part.filename)}__{index}"
+        for part in builder.info.splits[split].file_instructions
+        for index in range(part.skip, part.skip + part.take)
+    ]
 
 
 def _tfds_records(builder, split, features, label, seed=None):

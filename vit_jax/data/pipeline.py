@@ -31,6 +31,8 @@ def train_batches(
     random_flip: bool,
     seed: int,
     shuffle_buffer: int,
+    num_operations: int = 0,
+    magnitude: float = 0,
     first_step: int = 0,
     cache: str = "auto",
     process_index: int = 0,
@@ -51,6 +53,8 @@ def train_batches(
         seed: of the order and the augmentation.
         shuffle_buffer: encoded images to shuffle among when they are streamed. Files are shuffled
             too. What is in memory is shuffled as a whole.
+        num_operations: of RandAugment for each image; 0 for none.
+        magnitude: of RandAugment.
         first_step: the batch to begin with. What comes before is skipped without decoding.
         cache: where the encoded images are read from again: "memory", "disk", or "auto", memory
             below 2 GiB. The two have different orders.
@@ -93,6 +97,8 @@ def train_batches(
             protocol=protocol,
             random_crop=random_crop,
             random_flip=random_flip,
+            num_operations=num_operations,
+            magnitude=magnitude,
         )
         return {"image": image, "label": tf.cast(record["label"], tf.int32)}
 

@@ -8,6 +8,7 @@ stateless operations, so a view is a pure function of the image and its seed.
 import tensorflow as tf
 
 from vit_jax.data.protocols import BIT_RESIZE, Preprocessing, eval_box, evaluation
+from vit_jax.data.randaugment import randaugment
 
 # The kernels of ScaleAndTranslate, and how far they reach in pixels of the coarser grid.
 _KERNELS = {"bilinear": ("triangle", 1), "bicubic": ("keyscubic", 2)}
@@ -21,6 +22,8 @@ def view(
     protocol: str,
     random_crop: bool = False,
     random_flip: bool = False,
+    num_operations: int = 0,
+    magnitude: float = 0,
 ) -> tf.Tensor:
     """Returns one view of an image, float32 [image_size, image_size, 3] in [-1, 1].
 
@@ -32,6 +35,9 @@ def view(
         protocol: one of `protocols.PROTOCOLS`.
         random_crop: look at a random box, as the protocol does in training.
         random_flip: mirror every other view.
+        num_operations: of RandAugment. It comes last, after crop and flip (as in AugReg's code), on
+            the view in 8 bits, whatever the size of the source image.
+        magnitude: of RandAugment.
 
     Raises:
         tf.errors.InvalidArgumentError: when run on bytes that cannot be decoded.
@@ -57,6 +63,16 @@ def view(
     if random_flip:
         mirrored = tf.random.stateless_uniform([], flip_seed) < 0.5
         image = tf.cond(mirrored, lambda: image[:, ::-1], lambda: image)
+    if num_operations:
+        levels = tf.round((image + 1) * 127.5)
+        # A seed that is none of the two above, so that without RandAugment these stay the same.
+        levels = randaugment(
+            levels,
+            tf.random.fold_in(seed, 1),
+            num_operations=num_operations,
+            magnitude=magnitude,
+        )
+        image = tf.cast(levels, tf.float32) / 127.5 - 1
     return image
 
 

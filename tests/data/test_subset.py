@@ -1,0 +1,170 @@
+"""Which images a subset has, whatever way they are read."""
+
+import dataclasses
+import itertools
+import shutil
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from vit_jax.data.datasets import open_dataset
+from vit_jax.data.pipeline import train_batches
+from vit_jax.data.subset import take_subset
+from vit_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def sharded(sharded_dir):
+    return open_dataset("many_shards", data_dir=sharded_dir)[0]
+
+
+@pytest.fixture
+def photos(image_folder):
+    return open_dataset(f"folder:{image_folder}")[0]
+
+
+def ids(source, seed=None):
+    return [record["id"] for record in source.records(seed).as_numpy_iterator()]
+
+
+def test_the_ids_are_known_without_reading(sharded, sharded_dir, photos):
+    development, _ = open_dataset("many_shards", data_dir=sharded_dir, development=True)
+    both, _ = open_dataset("many_shards", data_dir=sharded_dir, train_split="test[3:]+train[:71%]")
+    for source in (sharded, development, both, photos):
+        foretold = source.ids()
+        assert len(foretold) == source.num_examples
+        assert sorted(foretold) == sorted(name.decode() for name in ids(source))
+
+
+@pytest.mark.parametrize(
+    ("subset", "count"),
+    [("1", 1), ("7", 7), ("50", 50), ("2%", 1), ("10%", 5), ("33.3%", 17), ("100%", 50)],
+)
+def test_the_count_is_exact(sharded, subset, count):
+    source = take_subset(sharded, subset)
+    assert source.num_examples == len(ids(source)) == len(set(ids(source))) == count
+    assert set(ids(source)) <= set(ids(sharded))
+    assert source.num_bytes == sharded.num_bytes * count // 50
+
+
+def test_a_smaller_subset_lies_within_a_larger_one_of_the_same_seed(sharded, photos):
+    for source in (sharded, photos):
+        sets = [set(ids(take_subset(source, f"{p}%", seed=3))) for p in (5, 10, 30, 90, 100)]
+        assert all(small < large for small, large in itertools.pairwise(sets))
+
+
+def test_seeds_choose_different_images(sharded):
+    chosen = {frozenset(ids(take_subset(sharded, "10", seed))) for seed in range(20)}
+    assert len(chosen) == 20
+    # Each of 50 images is in 10 of 50: 40 of 200 draws, with a standard deviation of 5.7.
+    counts = {name: 0 for name in ids(sharded)}
+    for seed in range(200):
+        for name in ids(take_subset(sharded, "10", seed)):
+            counts[name] += 1
+    assert min(counts.values()) > 17 and max(counts.values()) < 63
+
+
+def test_choosing_reads_nothing(sharded, photos):
+    for source in (sharded, photos):
+        assert (
+            take_subset(dataclasses.replace(source, records=None), "10%").num_examples
+            == source.num_examples // 10
+        )
+
+
+def test_a_source_that_does_not_tell_its_ids_is_read(sharded):
+    silent = dataclasses.replace(sharded, ids=None)
+    assert ids(take_subset(silent, "9")) == ids(take_subset(sharded, "9"))
+
+
+def test_files_that_are_not_chosen_are_not_read(photos):
+    source = take_subset(photos, "12")
+    kept = {name.decode() for name in ids(source)}
+    for name in set(photos.ids()) - kept:
+        tf.io.gfile.remove(name)
+    assert len(ids(source)) == 12
+
+
+def test_a_folder_may_be_moved(image_folder, photos, tmp_path):
+    moved = tmp_path / "elsewhere" / "deeper"
+    shutil.copytree(image_folder, moved)
+    found = ids(take_subset(open_dataset(f"folder:{moved}")[0], "15"))
+    here = ids(take_subset(photos, "15"))
+    tail = [name.decode().split("/")[-3:] for name in here]
+    assert [name.decode().split("/")[-3:] for name in found] == tail
+
+
+def test_the_order_of_files_changes_nothing_but_the_order(sharded, photos):
+    for source in (sharded, photos):
+        source = take_subset(source, "20")
+        orders = [ids(source, tf.constant(seed, tf.int64)) for seed in range(3)]
+        assert all(sorted(order) == sorted(ids(source)) for order in orders)
+        assert len({tuple(order) for order in orders}) == 3
+
+
+def labels(source, cache, steps=6, **options):
+    batches = train_batches(
+        source,
+        batch_size=4,
+        image_size=8,
+        protocol="inception",
+        random_crop=True,
+        random_flip=True,
+        seed=0,
+        shuffle_buffer=7,
+        cache=cache,
+        **options,
+    )
+    return [batch["label"] for batch in itertools.islice(batches, steps)]
+
+
+def test_both_caches_and_any_number_of_processes_see_the_same_images(sharded):
+    # 12 of 50 images, each of another label: an epoch is three batches.
+    source = take_subset(sharded, "12")
+    expected = sorted(record["label"] for record in source.records().as_numpy_iterator())
+    for cache in ("memory", "disk"):
+        epochs = np.concatenate(labels(source, cache)).reshape(2, 12)
+        for epoch in epochs:
+            assert sorted(epoch) == expected
+        assert (epochs[0] != epochs[1]).any()
+        parts = [
+            labels(source, cache, process_index=process, process_count=2) for process in range(2)
+        ]
+        together = [np.concatenate(rows) for rows in zip(*parts, strict=True)]
+        np.testing.assert_array_equal(np.concatenate(together), epochs.reshape(-1))
+        tail = labels(source, cache, steps=2, first_step=4)
+        np.testing.assert_array_equal(np.concatenate(tail), epochs.reshape(6, 4)[4:].reshape(-1))
+
+
+def test_all_of_it_is_the_data_set_itself(sharded):
+    for cache in ("memory", "disk"):
+        whole, all_of_it = labels(sharded, cache), labels(take_subset(sharded, "100%"), cache)
+        np.testing.assert_array_equal(whole, all_of_it)
+
+
+@pytest.mark.parametrize(
+    ("subset", "message"),
+    [
+        ("51", "dataset.subset '51' is 51 of the 50 images of train: it must be at least one, and"),
+        ("0.5%", "dataset.subset '0.5%' is 0 of the 50 images of train: it must be at least one"),
+        ("a tenth", "dataset.subset 'a tenth' is not understood: use a number of images"),
+    ],
+)
+def test_a_subset_that_cannot_be_had_is_refused(sharded, subset, message):
+    with pytest.raises(UserError) as error:
+        take_subset(sharded, subset)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_split_with_images_twice_has_no_subset(sharded_dir):
+    source, _ = open_dataset("many_shards", data_dir=sharded_dir, train_split="train+train")
+    with pytest.raises(UserError, match="has images more than once"):
+        take_subset(source, "50%")
+
+
+def test_imagenet_has_subsets_under_mock_data():
+    with tfds.testing.mock_data(num_examples=10):
+        train, _ = open_dataset("imagenet2012")
+        assert len(ids(take_subset(train, "3"))) == 3
