@@ -169,6 +169,15 @@ def test_masked_patch_prediction_has_no_classes(key, value):
     check_config(config)
 
 
+def test_images_without_labels_are_not_mixed():
+    config = recipe("ViT-Ti/16", "masked,cifar10")
+    config.augment = "randaugment(2,10)"
+    check_config(config)
+    config.augment = "light2"
+    with pytest.raises(UserError, match="config.augment is 'light2', but .* leave mixup out"):
+        check_config(config)
+
+
 def test_an_int_will_do_for_a_float():
     config = ConfigDict(to_dict(recipe("ViT-B/16")), type_safe=False)
     config.optimizer.weight_decay = 0
