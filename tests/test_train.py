@@ -634,7 +634,9 @@ def test_a_resumed_run_with_augmentation_subset_and_patience_is_bit_identical(
 
 def test_a_subset_is_what_epochs_are_of(tiny_config, tmp_path, capsys):
     # 577 of 1,442 images are 18 batches of 32; evaluation is on all 355.
-    config = tiny_config(**{"dataset.subset": "40%"}, duration="0.12 epochs")
+    config = tiny_config(
+        duration="0.12 epochs", **{"dataset.subset": "40%", "schedule.warmup": "0 steps"}
+    )
     final = train.train(config, tmp_path / "run")
     assert "577 training images, 2 steps of 32" in capsys.readouterr().out
     assert (final["step"], final["examples"]) == (2, 355)

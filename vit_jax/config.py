@@ -209,7 +209,7 @@ def parse_augment(text: str) -> Augmentation:
     """
     written = recipes.AUGREG.get(text, text).replace(" ", "")
     found = {}
-    for word in written.split("+") if written else []:
+    for word in written.split("+") if text != "none" else []:
         match = re.fullmatch(r"(randaugment)\((\d+),(\d+)\)|(mixup)\((\d*\.?\d+)\)", word)
         if not match or (match[1] or match[4]) in found:
             raise UserError(

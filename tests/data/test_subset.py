@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 import tensorflow as tf
-import tensorflow_datasets as tfds
 
 from vit_jax.data.datasets import open_dataset
 from vit_jax.data.pipeline import train_batches
@@ -162,9 +161,3 @@ def test_a_split_with_images_twice_has_no_subset(sharded_dir):
     source, _ = open_dataset("many_shards", data_dir=sharded_dir, train_split="train+train")
     with pytest.raises(UserError, match="has images more than once"):
         take_subset(source, "50%")
-
-
-def test_imagenet_has_subsets_under_mock_data():
-    with tfds.testing.mock_data(num_examples=10):
-        train, _ = open_dataset("imagenet2012")
-        assert len(ids(take_subset(train, "3"))) == 3
