@@ -472,6 +472,7 @@ def axial_config(tiny_config, name, image_size, overrides, spec="pretrain,digits
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "image_size", "overrides"), RUNS)
 def test_a_run_its_checkpoint_its_file_and_the_fine_tune_from_it(
     tiny_config, tmp_path, name, image_size, overrides
