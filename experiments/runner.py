@@ -28,9 +28,9 @@ from ml_collections import ConfigDict, config_flags
 import vit_jax
 from vit_jax.config import check_config, to_dict
 from vit_jax.errors import UserError
+from vit_jax.files import write_json
 from vit_jax.main import check_arguments
 from vit_jax.main import run as run_command
-from vit_jax.metrics import write_json
 
 SEEDS = flags.DEFINE_integer("seeds", None, "How many, from config.seed on.", lower_bound=1)
 

@@ -20,8 +20,8 @@ from runner import Run, markdown, mean_and_sd, percent
 
 from vit_jax import recipes
 from vit_jax.errors import UserError
+from vit_jax.files import write_json
 from vit_jax.main import default_workdir
-from vit_jax.metrics import write_json
 
 NUM_SEEDS = 3
 _LEARNING_RATES = flags.DEFINE_list("learning_rates", None, "To try [those of Table 4].")

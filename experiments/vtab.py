@@ -18,8 +18,8 @@ from runner import Run, markdown, mean_and_sd, percent
 
 from vit_jax.data.vtab import GROUPS, PREFIX, TASKS, get_task
 from vit_jax.errors import UserError
+from vit_jax.files import write_json
 from vit_jax.main import default_workdir
-from vit_jax.metrics import write_json
 
 _TASKS = flags.DEFINE_list("tasks", list(TASKS), "Which, such as svhn,dtd [all 19].")
 
