@@ -70,7 +70,7 @@ def test_two_tasks_from_data_to_table_and_a_missing_one_named(program, tmp_path,
     """dSprites, rendered as its authors did, and CLEVR's format with flat discs and squares."""
     noise = np.random.default_rng(0)
     prepared.write("dsprites:2.*.*", tmp_path, {"train": prepared.dsprites(2000, noise)})
-    scenes = {"train": prepared.clevr(1200, noise), "validation": prepared.clevr(150, noise)}
+    scenes = {"train": prepared.clevr(2000, noise), "validation": prepared.clevr(150, noise)}
     prepared.write("clevr:3.*.*", tmp_path, scenes)
     workdir = tmp_path / "vtab"
     flags = [f"--workdir={workdir}", "--tasks=dsprites_location,svhn,clevr_count"]
