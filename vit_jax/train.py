@@ -154,8 +154,7 @@ def _prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
         eval_split=data.eval_split,
         development=data.development,
     )
-    if data.subset:
-        train_source = take_subset(train_source, data.subset, data.subset_seed)
+    train_source = take_subset(train_source, data.subset, data.subset_seed)
     num_classes = len(train_source.class_names)
     if 0 < config.model.num_classes < num_classes:
         raise UserError(
