@@ -163,8 +163,7 @@ def _prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
         eval_split=data.eval_split,
         development=data.development,
     )
-    if data.subset:
-        train_source = take_subset(train_source, data.subset, data.subset_seed)
+    train_source = take_subset(train_source, data.subset, data.subset_seed)
     count = functools.partial(
         count_steps, num_examples=train_source.num_examples, batch_size=config.batch_size
     )

@@ -18,12 +18,14 @@ def take_subset(source: Source, subset: str, seed: int = 0) -> Source:
 
     Args:
         source: to take from. If it tells its ids, no image is read to choose.
-        subset: how many, "5000", or which share, "10%"; see `config.parse_subset`.
+        subset: how many, "5000", or which share, "10%"; "" for all there are.
         seed: of the choice, not negative.
 
     Raises:
         UserError: `subset` is malformed, more than there is, or no image at all.
     """
+    if not subset:
+        return source
     wanted = parse_subset(subset)
     total = source.num_examples
     count = wanted if isinstance(wanted, int) else round(wanted * total)
@@ -33,12 +35,12 @@ def take_subset(source: Source, subset: str, seed: int = 0) -> Source:
             "it must be at least one, and no more than there are"
         )
     numbers = _numbers(_all_ids(source), seed)
-    last = np.partition(numbers, count - 1)[count - 1]
-    chosen = numbers <= last
-    if chosen.sum() != count:  # Numbers have 63 bits: these images are the same one.
+    smallest_first = np.unique(numbers)
+    if len(smallest_first) != total:  # Of 63 bits: where two are equal, so are the ids.
         raise UserError(
             f"split {source.split!r} has images more than once: no subset of it can be taken"
         )
+    last = smallest_first[count - 1]
 
     def records(seed_of_order=None):
         dataset = source.records(seed_of_order).filter(
@@ -54,7 +56,7 @@ def take_subset(source: Source, subset: str, seed: int = 0) -> Source:
         num_bytes=source.num_bytes * count // total,
         ids=None,
         select=None,
-        records=source.select(chosen) if source.select else records,
+        records=source.select(numbers <= last) if source.select else records,
     )
 
 
