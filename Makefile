@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= export,test
-# Processes that tests run in; each may take 4 GB.
+# Processes that tests run in, each of up to 8 GB, and further flags of pytest.
 JOBS ?= 2
+FLAGS ?=
 RUN := $(VENV)/bin/python
 
 .PHONY: demo test lint clean
@@ -16,7 +17,7 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	JAX_COMPILATION_CACHE_DIR=$(VENV)/xla JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
-		$(RUN) -m pytest -n $(JOBS) --dist loadfile
+		$(RUN) -m pytest -n $(JOBS) --dist loadfile $(FLAGS)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -74,10 +74,11 @@ def test_onnx_alone_goes_by_either_converter(export, converter, tmp_path):
 
 def test_accuracy_is_told_on_a_data_set_of_the_models_classes(export, converter, tmp_path):
     for name in ("a", "b", "c"):
-        (tmp_path / "data" / "test" / name).mkdir(parents=True)
-        for i in range(2):
-            pixels = np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "data" / "test" / name / f"{i}.png")
+        for split in ("train", "test"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(2):
+                pixels = np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.png")
     arguments = ["--stages", "onnx", "--converter", converter]
     code, output = export(*arguments, "--dataset", f"folder:{tmp_path / 'data'}")
     assert code == 0, output
@@ -85,7 +86,8 @@ def test_accuracy_is_told_on_a_data_set_of_the_models_classes(export, converter,
     # The same two photographs in every class: one of three is right.
     assert hop["accuracy"] == hop["reference_accuracy"] == pytest.approx(1 / 3)
 
-    (tmp_path / "data" / "test" / "c").rename(tmp_path / "data" / "c")
+    for split in ("train", "test"):
+        (tmp_path / "data" / split / "c").rename(tmp_path / f"no longer in {split}")
     code, output = export(*arguments, "--dataset", f"folder:{tmp_path / 'data'}")
     assert code == 2
     assert "the checkpoint has 3 classes and the data set 2: use --data" in output

@@ -83,18 +83,23 @@ def test_images_of_a_data_set_are_spread_over_it(tmp_path):
     from vit_jax.data.datasets import open_evaluation
 
     for label, name in enumerate(("iris", "lily", "rose")):
-        (tmp_path / "test" / name).mkdir(parents=True)
-        for i in range(3):
-            pixels = (30 * label + 10 * i,) * 3
-            Image.new("RGB", (8, 8), pixels).save(tmp_path / "test" / name / f"{i}.png")
+        for split in ("train", "test"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(3):
+                pixels = (30 * label + 10 * i,) * 3
+                Image.new("RGB", (8, 8), pixels).save(tmp_path / split / name / f"{i}.png")
     source = open_evaluation(f"folder:{tmp_path}")
-    every = {0: 0, 10: 0, 20: 0, 30: 1, 40: 1, 50: 1, 60: 2, 70: 2, 80: 2}
-    for number in (1, 2, 4, 5, 8, 9, 100):
+    images, labels = parity.read_dataset(source, PREPROCESSING, 100)
+    every = parity.as_pixels(images, PREPROCESSING)[:, 0, 0, 0].tolist()
+    assert sorted(every) == list(range(0, 90, 10))
+    assert labels.tolist() == [pixel // 30 for pixel in every]
+    for number in (1, 2, 4, 5, 8, 9):
         images, labels = parity.read_dataset(source, PREPROCESSING, number)
         pixels = parity.as_pixels(images, PREPROCESSING)[:, 0, 0, 0].tolist()
-        assert len(pixels) == len(set(pixels)) == min(number, 9)
-        assert labels.tolist() == [every[pixel] for pixel in pixels]
-        assert max(np.diff([-10, *pixels, 90])) <= 10 * (9 // min(number, 9) + 1)
+        assert labels.tolist() == [pixel // 30 for pixel in pixels]
+        places = [every.index(pixel) for pixel in pixels]
+        assert len(places) == number
+        assert set(np.diff([-1, *places])) <= {9 // number, -(-9 // number)}
 
 
 def test_a_directory_without_images_is_refused(tmp_path):

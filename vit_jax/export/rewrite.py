@@ -102,18 +102,30 @@ def _free_batch(model: ir.Model) -> None:
     passes.ShapeInferencePass()(model)
     for node in graph:
         for value in node.outputs:
-            if value.shape is None or value.shape[0] != "batch" or TRACED_BATCH in value.shape:
+            if not _has_free_size(value.shape):
                 raise ValueError(
                     f"{node.op_type} {value.name} of shape {value.shape} has the traced batch size"
                 )
 
 
+def _has_free_size(shape: ir.Shape | None) -> bool:
+    """Whether a shape depends on the batch size and has nothing of the traced one."""
+    fixed = [size for size in shape or () if isinstance(size, int)]
+    return (
+        shape is not None
+        and len(fixed) < len(shape)
+        and all(size == 0 or size % TRACED_BATCH for size in fixed)
+    )
+
+
 def _free_reshape(graph: ir.Graph, node: ir.Node, name: str) -> None:
     target = array_of(node.inputs[1]).tolist()
-    if target[0] == TRACED_BATCH and shape_of(node.inputs[0])[0] == TRACED_BATCH:
-        target[0] = 0  # Copies the dimension of the input.
-    elif target[0] % TRACED_BATCH == 0 and -1 not in target:
-        target[0] = -1
+    source = shape_of(node.inputs[0])
+    for axis, size in enumerate(target):
+        if size == TRACED_BATCH and source[axis : axis + 1] == (size,):
+            target[axis] = 0  # Copies the dimension of the input.
+        elif size > 0 and size % TRACED_BATCH == 0 and -1 not in target:
+            target[axis] = -1
     shape = ir.Value(name=name, const_value=ir.tensor(target, dtype=ir.DataType.INT64, name=name))
     graph.register_initializer(shape)
     node.replace_input_with(1, shape)

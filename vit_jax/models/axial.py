@@ -6,6 +6,7 @@ not with its area.
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import flax.linen as nn
@@ -134,7 +135,9 @@ class PositionSensitiveAttention(nn.Module):
         qkv = qkv.reshape(batch, sequences, tokens, NUM_HEADS, 2 * head_dim).swapaxes(2, 3)
         halves = (head_dim // 2, head_dim)
         q, k, v = jnp.split(qkv, halves, axis=-1)  # [batch, sequences, heads, tokens, ...]
-        r_q, r_k, r_v = jnp.split(self._offsets(tokens, head_dim), halves, axis=-1)
+        # By slices: converters fold a slice of constants, but not a Split.
+        offsets = self._offsets(tokens, head_dim)
+        r_q, r_k, r_v = (offsets[..., i:j] for i, j in itertools.pairwise((0, *halves, None)))
         logits = jnp.matmul(q, k.swapaxes(-1, -2))
         logits = logits + jnp.einsum("bshod,opd->bshop", q, r_q)
         logits = logits + jnp.einsum("bshpd,opd->bshop", k, r_k)
