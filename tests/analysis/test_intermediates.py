@@ -204,5 +204,7 @@ def test_a_model_without_attention_is_told_so():
 
     params = Linear().init(jax.random.key(0), IMAGES)["params"]
     for function in (attention_weights, layer_tokens):
-        with pytest.raises(UserError, match="has no self-attention: give a Vision Transformer"):
+        with pytest.raises(
+            UserError, match="has no attention between all patches: give a Vision Transformer"
+        ):
             function(Linear(), params, IMAGES)

@@ -32,7 +32,7 @@ def attention_weights(model: nn.Module, params: Mapping[str, Any], images: Array
         images: [batch, height, width, 3], as the model takes them.
 
     Raises:
-        UserError: the model has no self-attention.
+        UserError: the model has no attention between all its patches.
     """
     _, state = model.apply({"params": params}, images, mutable="intermediates")
 
@@ -111,5 +111,7 @@ def _of_layers(state: Mapping[str, Any], choose: Callable[[Mapping[str, Any]], t
         (value,) = choose(block)
         layers.append(value)
     if not layers:
-        raise UserError("this model has no self-attention: give a Vision Transformer or a hybrid")
+        raise UserError(
+            "this model has no attention between all patches: give a Vision Transformer or a hybrid"
+        )
     return jnp.stack(layers, axis=1)
