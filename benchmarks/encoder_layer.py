@@ -51,26 +51,18 @@ def middle_layer(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
             residual.append(node)
     assert len(residual) == 6, f"{len(residual)} residual connections in three layers"
     start, end = residual[1].output[0], residual[3].output[0]
-    found: dict[str, onnx.NodeProto] = {}
-    stack = [end]
-    while stack:
-        name = stack.pop()
-        if name != start and name in producer and name not in found:
-            found[name] = producer[name]
-            stack += producer[name].input
-    nodes = {id(node): node for node in found.values()}
-    before = ancestors(producer, start)
-    return [node for key, node in nodes.items() if key not in before]
+    inside = ancestors(producer, end) - ancestors(producer, start)
+    return [node for node in graph.node if node.output[0] in inside]
 
 
-def ancestors(producer: dict[str, onnx.NodeProto], name: str) -> set[int]:
-    """The nodes that a tensor depends on."""
-    found: set[int] = set()
+def ancestors(producer: dict[str, onnx.NodeProto], name: str) -> set[str]:
+    """The nodes that a tensor depends on, by their first outputs."""
+    found: set[str] = set()
     stack = [name]
     while stack:
         node = producer.get(stack.pop())
-        if node is not None and id(node) not in found:
-            found.add(id(node))
+        if node is not None and node.output[0] not in found:
+            found.add(node.output[0])
             stack += node.input
     return found
 

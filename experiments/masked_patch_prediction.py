@@ -8,7 +8,6 @@ it may see. Prints a table and draws the curves. Started again it goes on where 
 """
 
 import argparse
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from ml_collections import ConfigDict
+from training_curves import read_curve
 
 from vit_jax import command, recipes
 from vit_jax.models import masked
@@ -100,25 +100,27 @@ def trivial_loss(config: ConfigDict) -> float:
     return entropy(counts)
 
 
-def read_curve(workdir: pathlib.Path, key: str) -> tuple[list[int], list[float]]:
-    """The steps and values of one metric of a run."""
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    points = [(r["step"], r[key]) for r in map(json.loads, lines) if key in r]
-    return [step for step, _ in points], [value for _, value in points]
-
-
 def draw(workdir: pathlib.Path, trivial: float, output: pathlib.Path) -> None:
     """Draws the loss of pre-training, and the accuracies of both classifiers."""
     figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     colour = COLOURS["masked"]
-    loss.plot(*read_curve(workdir / "masked", "loss"), color=colour, alpha=0.4, label="training")
     loss.plot(
-        *read_curve(workdir / "masked", "eval_loss"), color=colour, marker="o", ms=3, label="test"
+        *read_curve(workdir / "masked" / "metrics.jsonl", "loss"),
+        color=colour,
+        alpha=0.4,
+        label="training",
+    )
+    loss.plot(
+        *read_curve(workdir / "masked" / "metrics.jsonl", "eval_loss"),
+        color=colour,
+        marker="o",
+        ms=3,
+        label="test",
     )
     loss.axhline(trivial, color="black", ls="--", lw=1, label="best constant prediction")
     loss.set(xlabel="step", ylabel="loss, nats a patch", title="masked patch prediction")
     for run, name in NAMES.items():
-        curve = read_curve(workdir / run, "eval_accuracy")
+        curve = read_curve(workdir / run / "metrics.jsonl", "eval_accuracy")
         accuracy.plot(*curve, color=COLOURS[run], marker="o", ms=3, label=name)
     accuracy.set(xlabel="step", ylabel="test accuracy", title="classification")
     for axes in (loss, accuracy):

@@ -149,9 +149,7 @@ def measure(
     bins = np.zeros((CALIBRATION_BINS, 2))
     loss_sum, top_k = 0.0, 0
     all_labels, all_predicted = [], []
-    for logits, labels in outputs(apply_fn, params, batches, mesh):
-        if not np.isfinite(logits).all():
-            raise UserError("the model's logits are not finite: its weights are damaged")
+    for logits, labels in _finite(outputs(apply_fn, params, batches, mesh)):
         predicted = logits.argmax(1)
         losses, confidence = _LOSSES[loss](logits.astype(np.float64), labels)
         loss_sum += losses.sum()
@@ -171,6 +169,15 @@ def measure(
         labels=labels,
         predicted=predicted,
     )
+
+
+def _finite(
+    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for logits, labels in batches:
+        if not np.isfinite(logits).all():
+            raise UserError("the model's logits are not finite: its weights are damaged")
+        yield logits, labels
 
 
 def _softmax(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -195,31 +202,6 @@ def _rank(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return ((logits > own) | ((logits == own) & earlier)).sum(1)
 
 
-def real_accuracy(
-    apply_fn: ApplyFn, params: Any, batches: Batches, mesh: Mesh
-) -> tuple[float, int]:
-    """ImageNet-ReaL (Beyer et al., 2020): the prediction must be among an image's labels.
-
-    Args:
-        apply_fn: from `make_apply_fn`; its outputs are logits.
-        params: of the model.
-        batches: of `vit_jax.data.datasets.open_real`, whose labels are [images, classes].
-        mesh: the devices.
-
-    Returns:
-        The accuracy over the images with at least one label, and their number. An image without
-        labels does not count.
-    """
-    correct, count = 0, 0
-    for logits, labels in outputs(apply_fn, params, batches, mesh):
-        hit = np.take_along_axis(labels, logits.argmax(1)[:, None], 1)
-        correct += int((hit > 0).sum())
-        count += int(labels.any(1).sum())
-    if not count:
-        raise UserError("no image of the split has a label of ReaL: choose another split")
-    return correct / count, count
-
-
 def several_label_accuracy(
     apply_fn: ApplyFn, params: Any, batches: Batches, mesh: Mesh
 ) -> dict[str, Any]:
@@ -238,18 +220,48 @@ def several_label_accuracy(
     Raises:
         UserError: a logit is not finite.
     """
-    hits = []
-    for logits, labels in outputs(apply_fn, params, batches, mesh):
-        if not np.isfinite(logits).all():
-            raise UserError("the model's logits are not finite: its weights are damaged")
-        highest = np.argsort(-logits, axis=1, kind="stable")[:, :TOP_K]
-        hits.append(np.take_along_axis(labels, highest, 1) > 0)
-    hits = np.concatenate(hits)
+    hits, _ = _hits(apply_fn, params, batches, mesh)
     return {
         "examples": len(hits),
         "accuracy": float(hits[:, 0].mean()),
         "top5_accuracy": float(hits.any(1).mean()),
     }
+
+
+def real_accuracy(
+    apply_fn: ApplyFn, params: Any, batches: Batches, mesh: Mesh
+) -> tuple[float, int]:
+    """ImageNet-ReaL (Beyer et al., 2020): the prediction must be among an image's labels.
+
+    Args:
+        apply_fn: from `make_apply_fn`; its outputs are logits.
+        params: of the model.
+        batches: of `vit_jax.data.datasets.open_real`, whose labels are [images, classes].
+        mesh: the devices.
+
+    Returns:
+        The accuracy over the images with at least one label, and their number. An image without
+        labels does not count.
+
+    Raises:
+        UserError: a logit is not finite, or no image has a label.
+    """
+    hits, labelled = _hits(apply_fn, params, batches, mesh)
+    if not labelled.any():
+        raise UserError("no image of the split has a label of ReaL: choose another split")
+    return float(hits[labelled, 0].mean()), int(labelled.sum())
+
+
+def _hits(
+    apply_fn: ApplyFn, params: Any, batches: Batches, mesh: Mesh
+) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each of the highest logits is of a right class [images, TOP_K]; who has labels."""
+    hits, labelled = [], []
+    for logits, labels in _finite(outputs(apply_fn, params, batches, mesh)):
+        highest = np.argsort(-logits, axis=1, kind="stable")[:, :TOP_K]
+        hits.append(np.take_along_axis(labels, highest, 1) > 0)
+        labelled.append(labels.any(1))
+    return np.concatenate(hits), np.concatenate(labelled)
 
 
 def class_difference(
@@ -265,10 +277,7 @@ def class_difference(
         data_names: the class names of the data set.
     """
     if not num_classes:
-        raise UserError(
-            "the checkpoint has no head, so it knows no classes: fine-tune it first; "
-            "only --fewshot needs no head"
-        )
+        return "the checkpoint has no head, so it knows no classes"
     if num_classes != len(data_names):
         return f"the checkpoint has {num_classes} classes and the data set {len(data_names)}"
     for index, (own, other) in enumerate(zip(class_names or data_names, data_names, strict=True)):

@@ -3,7 +3,6 @@
 import collections
 import json
 import math
-import os
 import pathlib
 import time
 from collections.abc import Mapping
@@ -11,6 +10,8 @@ from typing import Any
 
 import jax
 from clu import metric_writers
+
+from vit_jax.files import replacing
 
 
 class JsonlWriter(metric_writers.MetricWriter):
@@ -25,9 +26,8 @@ class JsonlWriter(metric_writers.MetricWriter):
     def __init__(self, path: pathlib.Path, last_step: int):
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if _step(line) <= last_step]
-        part = path.with_suffix(".part")
-        part.write_text("".join(kept))
-        os.replace(part, path)
+        with replacing(path) as part:
+            part.write_text("".join(kept))
         self._file = path.open("a")
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:

@@ -194,19 +194,8 @@ def pretrain(model: str, dataset: str) -> ConfigDict:
     if "representation_size" in config.model:
         config.model.representation_size = config.model.hidden_size
         config.model.dropout_rate = row.dropout
-    config.optimizer = ConfigDict(
-        {
-            "name": "adam",
-            "b1": ADAM_BETAS[0],
-            "b2": ADAM_BETAS[1],
-            # Silent: decoupled (AdamW: each step subtracts lr * weight_decay * p), on every
-            # parameter, as published later. "kernels" spares biases, norms and positions.
-            "weight_decay": row.weight_decay,
-            "decay": "all",
-            "mu_dtype": "float32",
-            "clip_norm": 0.0 if dataset in SIGMOID_DATASETS else IMAGENET_CLIP_NORM,
-        }
-    )
+    clip_norm = 0.0 if dataset in SIGMOID_DATASETS else IMAGENET_CLIP_NORM
+    config.optimizer = _adam(row.weight_decay, clip_norm)
     config.schedule.base_lr = row.base_lr
     config.schedule.decay = row.decay
     config.schedule.warmup = f"{PRETRAIN_WARMUP_STEPS} steps"
@@ -217,6 +206,22 @@ def pretrain(model: str, dataset: str) -> ConfigDict:
         config.loss = "sigmoid"
         config.model.head_bias_init = SIGMOID_HEAD_BIAS
     return config
+
+
+def _adam(weight_decay: float, clip_norm: float) -> ConfigDict:
+    return ConfigDict(
+        {
+            "name": "adam",
+            "b1": ADAM_BETAS[0],
+            "b2": ADAM_BETAS[1],
+            # Silent: decoupled (AdamW: each step subtracts lr * weight_decay * p), on every
+            # parameter, as published later. "kernels" spares biases, norms and positions.
+            "weight_decay": weight_decay,
+            "decay": "all",
+            "mu_dtype": "float32",
+            "clip_norm": clip_norm,
+        }
+    )
 
 
 def pretraining_row(model: str, dataset: str) -> Pretraining:
@@ -290,17 +295,7 @@ def masked(model: str, dataset: str) -> ConfigDict:
     config.duration = f"{MASKED_STEPS} steps"
     config.dataset.image_size = PRETRAIN_IMAGE_SIZE
     config.dataset.protocol = "pretrain"
-    config.optimizer = ConfigDict(
-        {
-            "name": "adam",
-            "b1": ADAM_BETAS[0],
-            "b2": ADAM_BETAS[1],
-            "weight_decay": MASKED_WEIGHT_DECAY,
-            "decay": "all",
-            "mu_dtype": "float32",
-            "clip_norm": 0.0,
-        }
-    )
+    config.optimizer = _adam(MASKED_WEIGHT_DECAY, clip_norm=0.0)
     config.schedule.base_lr = MASKED_LR
     config.schedule.decay = "cosine"
     config.schedule.warmup = f"{MASKED_WARMUP_STEPS} steps"

@@ -49,7 +49,8 @@ def multiply_adds(model: Mapping[str, Any], image_size: int, num_classes: int) -
     if model["architecture"] == "hybrid":
         stem, side, channels = _resnet(model["resnet_layers"], image_size)
     patches = (side // patch_size) ** 2
-    tokens = patches + (model["classifier"] == "token")
+    has_class = model["classifier"] == "token"
+    tokens = patches + has_class
     embedding = patches * channels * patch_size**2 * width
     # An axial layer is two, in which a token looks at as many as the grid has columns, or rows.
     length, count = tokens, 1
@@ -57,7 +58,6 @@ def multiply_adds(model: Mapping[str, Any], image_size: int, num_classes: int) -
         length, count = side // patch_size, 2
     layer = tokens * width * (4 * width + 2 * mlp_dim) + 2 * tokens * length * width
     if model.get("position_embedding") == "relative":
-        has_class = model["classifier"] == "token"
         layer += patches * (2 * (length - has_class) - 1) * width
     layer *= count
     representation = model["representation_size"]

@@ -16,7 +16,7 @@ import numpy as np
 
 from vit_jax.errors import UserError
 from vit_jax.models import resnet
-from vit_jax.models.vit import EncoderBlock, VisionTransformer
+from vit_jax.models.vit import EncoderBlock, VisionTransformer, linear_head
 
 Array = jax.Array
 
@@ -237,12 +237,4 @@ class AxialResNet(nn.Module):
             unit=AxialUnit,
         )
         x = x.astype(jnp.float32).mean(axis=(1, 2))
-        if not self.num_classes:
-            return x
-        bias_init = nn.initializers.constant(self.head_bias_init)
-        return nn.Dense(
-            self.num_classes,
-            kernel_init=nn.initializers.zeros,
-            bias_init=bias_init,
-            name="head",
-        )(x)
+        return linear_head(x, self.num_classes, self.head_bias_init)

@@ -295,6 +295,21 @@ def unstack_layers(variables: dict[str, Any]) -> dict[str, Any]:
     return {**variables, "params": params}
 
 
+def linear_head(x: Array, num_classes: int, bias_init: float) -> Array:
+    """The logits of features x [batch, features], to be called in a compact method of a module.
+
+    The kernel starts at zero; where num_classes is 0 there is no head, and x is returned.
+    """
+    if not num_classes:
+        return x
+    return nn.Dense(
+        num_classes,
+        kernel_init=nn.initializers.zeros,
+        bias_init=nn.initializers.constant(bias_init),
+        name="head",
+    )(x)
+
+
 class VisionTransformer(nn.Module):
     """ViT (Section 3.1): an image to the logits of its classes.
 
@@ -374,16 +389,7 @@ class VisionTransformer(nn.Module):
         x = x[:, 0] if self.classifier == "token" else x.mean(axis=1)  # y of Eq. 4
         if self.representation_size:
             x = nn.tanh(nn.Dense(self.representation_size, dtype=self.dtype, name="pre_logits")(x))
-        x = x.astype(jnp.float32)
-        if not self.num_classes:
-            return x
-        bias_init = nn.initializers.constant(self.head_bias_init)
-        return nn.Dense(
-            self.num_classes,
-            kernel_init=nn.initializers.zeros,
-            bias_init=bias_init,
-            name="head",
-        )(x)
+        return linear_head(x.astype(jnp.float32), self.num_classes, self.head_bias_init)
 
     def _stem(self, images: Array) -> Array:
         """What the patches are cut from."""
