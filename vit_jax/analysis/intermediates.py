@@ -1,9 +1,10 @@
 """What a model computes on its way to the logits, layer by layer.
 
 The functions here run the model as it is: what they return is sown by it, or captured by Flax, and
-is no part of the program that anybody else compiles.
+is no part of the program that anybody else compiles. Each is compiled once for a model and a shape.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from vit_jax.models.vit import EncoderBlock
 Array = jax.Array
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def attention_weights(model: nn.Module, params: Mapping[str, Any], images: Array) -> Array:
     """Returns the attention weights A of Eq. 6, [batch, layers, heads, tokens, tokens] in float32.
 
@@ -62,6 +64,7 @@ def _between_all(along_rows: Array, along_columns: Array) -> Array:
     return jnp.stack(both, axis=2).reshape(batch, 2 * layers, heads, patches, patches)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def layer_tokens(model: nn.Module, params: Mapping[str, Any], images: Array) -> Array:
     """Returns z_l of Eq. 3 after every layer, [batch, layers, tokens, hidden_size] in float32.
 
@@ -76,6 +79,7 @@ def layer_tokens(model: nn.Module, params: Mapping[str, Any], images: Array) -> 
     return _of_layers(state, lambda block: block["__call__"]).astype(jnp.float32)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def position_embedding(model: nn.Module, params: Mapping[str, Any], images: Array) -> Array:
     """Returns E_pos of Eq. 1, [tokens, hidden_size] in float32, of any kind that is added.
 

@@ -1,0 +1,57 @@
+"""Flags that XLA needs to compute right numbers; `import vit_jax` sets them.
+
+On CPUs with AVX2, jaxlib before 0.8.2 multiplies by weights that are no longer there: XNNPACK packs
+the right side of a product once and finds it again by its address, so that a matrix that is updated
+in place, as donated parameters are, counts as what it was at first. Training then learns nothing,
+and nothing says so. Measured: 0.7.1, 0.7.2 and 0.8.1 are wrong; 0.8.2, 0.8.3, 0.9.0, 0.9.1, 0.9.2,
+0.10.2 and 0.12.0.1 are right.
+"""
+
+import importlib.metadata
+import os
+import re
+import sys
+
+from vit_jax.errors import UserError
+
+WITHOUT_XNNPACK = "--xla_cpu_use_xnnpack=false"
+_FIRST_RIGHT = (0, 8, 2)
+
+
+def avoid_stale_weights() -> None:
+    """Keeps XLA's CPU backend from XNNPACK where the installed jaxlib has the fault.
+
+    XLA reads its flags when JAX first asks for devices: what is set before holds, wherever JAX was
+    imported. It is set in the environment, so that processes that are started from here have it.
+
+    Raises:
+        UserError: it is too late: JAX computes on a CPU already, and wrongly.
+    """
+    try:
+        version = importlib.metadata.version("jaxlib")
+    except importlib.metadata.PackageNotFoundError:  # `export.runtime` needs none.
+        return
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    if not has_stale_weights(version) or WITHOUT_XNNPACK in flags:
+        return
+    if _computes_on_cpu():
+        raise UserError(
+            f"jaxlib {version} was started before vit_jax was imported, and multiplies by weights "
+            "that are no longer there: restart Python and import vit_jax before anything is "
+            f"computed, or set XLA_FLAGS={WITHOUT_XNNPACK}, or install jax 0.8.2 or newer"
+        )
+    os.environ["XLA_FLAGS"] = " ".join([*flags, WITHOUT_XNNPACK])
+
+
+def has_stale_weights(version: str) -> bool:
+    """Whether a version of jaxlib, such as "0.7.1", has the fault."""
+    return tuple(map(int, re.findall(r"\d+", version)[:3])) < _FIRST_RIGHT
+
+
+def _computes_on_cpu() -> bool:
+    if "jax" not in sys.modules:
+        return False
+    # It is private, but only versions with the fault come here.
+    from jax._src import xla_bridge
+
+    return xla_bridge.backends_are_initialized() and xla_bridge.default_backend() == "cpu"
