@@ -62,8 +62,9 @@ setup(
             "onnxruntime>=1.31",
             "onnxscript>=0.7.2",
         ],
-        # The other implementations, to compare with. On Linux, PyPI's PyTorch brings CUDA along.
-        "peers": ["timm>=1.0.31", "torch==2.13.0", "torchvision==0.28.0", "transformers>=5.23"],
+        # The other implementations, to compare with. PyTorch and torchvision go together by release
+        # and by build: on Linux, PyPI's are both for CUDA.
+        "peers": ["timm>=1.0.31", "torch==2.14.1", "torchvision==0.29.1", "transformers>=5.23"],
         # NVIDIA's own index has the libraries that these load; TensorRT 8.6 is for Python 3.10.
         "tensorrt": ["cuda-python>=12.2", "tensorrt>=10"],
         "test": [

@@ -22,7 +22,6 @@ import shlex
 import sys
 import tempfile
 import time
-import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -117,10 +116,6 @@ def stock_jax2onnx(forward: Forward, directory: Path) -> Path | None:
 
 def timm_torch(name: str, directory: Path, **options: Any) -> Path | None:
     """The model of timm, its attention written out (the smaller graph), by torch.onnx.export."""
-    # PyPI's torchvision, built for CUDA, fails here beside a CPU build of torch; timm imports it.
-    sys.modules.setdefault(
-        "torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations")
-    )
     try:
         import timm
         import torch

@@ -4,7 +4,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import types
 
 import jax
 import pytest
@@ -14,12 +13,6 @@ from vit_jax.config import to_dict
 from vit_jax.recipes import get_config
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-# PyPI's torchvision, built for CUDA, has no operators beside a CPU build of torch and fails to
-# import where it registers their shapes. timm and transformers import it; no test needs those.
-sys.modules.setdefault(
-    "torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations")
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
