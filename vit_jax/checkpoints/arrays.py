@@ -18,6 +18,7 @@ import math
 import os
 import pickle
 import pickletools
+import re
 import stat
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -66,10 +67,18 @@ _WIDTHS = {"float16": 4, "bfloat16": 4, "float32": 4, "float64": 8}
 # Of the safetensors format.
 _TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
-# How a map of msgpack begins that is not empty: of up to 15 entries, of 16 and of 32 bits.
-_MSGPACK_MAPS = {*range(0x81, 0x90), 0xDE, 0xDF}
-# The extension type of arrays in `flax.serialization`, and its key for those above 1 GiB.
-_FLAX_ARRAY, _FLAX_CHUNKS = 1, "__msgpack_chunked_array__"
+# How a map of msgpack begins, of up to 15 entries and of 16 or 32 bits, and then its first name.
+_MSGPACK_MAP = re.compile(rb"([\x81-\x8f]|\xde..|\xdf....)[\xa1-\xbf\xd9]", re.DOTALL)
+# How files begin that are often in the place of weights, and the way out.
+_MISTAKEN = {
+    b"version https://git-lfs": "a Git LFS pointer to the weights: run `git lfs pull` there",
+    b"<": "a web page: fetch the file itself",
+    b"\x89HDF": "an HDF5 file, as Keras writes it: save it as .safetensors where it was made",
+    b"GGUF": "a GGUF file: use the .safetensors that it was made of",
+}
+
+# The extension types of arrays and scalars in `flax.serialization`; the key of what is over 1 GiB.
+_FLAX_ARRAYS, _FLAX_CHUNKS = (1, 3), "__msgpack_chunked_array__"
 _MAX_DIMENSIONS = 32
 
 # Where training scripts put the state dict into their checkpoint; the average goes first, as in
@@ -228,13 +237,15 @@ def _kind(path: Path) -> Kind:
         kind = "legacy torch"
     elif start[8:9] == b"{":
         kind = "safetensors"
-    elif start[:1] and start[0] in _MSGPACK_MAPS and path.suffix not in {".npz", ".safetensors"}:
+    elif _MSGPACK_MAP.match(start) and path.suffix not in {".npz", ".safetensors"}:
         kind = "flax"
     elif start[257:262] == b"ustar" or start[:1] == b"\x80":
         raise UserError(
             f"{path} is a pickle, which may hold code and is never loaded: "
             "save it as .safetensors where it was made"
         )
+    elif mistaken := [what for how, what in _MISTAKEN.items() if start.startswith(how)]:
+        raise UserError(f"{path} is {mistaken[0]}")
     else:
         expected = {".npz": "an .npz", ".safetensors": "a .safetensors"}
         name = expected.get(path.suffix, "an .npz, .safetensors, PyTorch or Flax")
@@ -365,7 +376,7 @@ def _read_flax(path: Path, size: int) -> dict[str, np.ndarray]:
         path.read_bytes(),
         object_pairs_hook=lambda pairs: _unique_keys(count(pairs)),
         list_hook=count,
-        ext_hook=lambda code, data: _flax_array(path, data) if code == _FLAX_ARRAY else None,
+        ext_hook=lambda code, data: _flax_array(path, data) if code in _FLAX_ARRAYS else None,
         max_str_len=_MAX_NAME,
         **limits,
     )

@@ -404,7 +404,7 @@ def _flax_to_torch(name: str, x: np.ndarray) -> tuple[str, np.ndarray]:
 _OTHERS = {
     r"dist_token|distillation_token|head_dist": "a distilled DeiT, with a second class token",
     r"reg_token|register_tokens": "a ViT with register tokens",
-    r"attn_pool\.|MAPHead_0|vision_model\.head\.probe": "a ViT with attention pooling",
+    r"attn_pool\.|MAPHead_0|(?:^|\.)head\.probe": "a ViT with attention pooling",
     r"[qk]_norm\.|norm_[qk]\.": "a ViT that normalises queries and keys",
     r"layers\.\d+\.blocks": "a Swin Transformer",
     r"\bls[12]\b|gamma_[12]|lambda_[12]|layer_scale": "a ViT with LayerScale, as DeiT III or BEiT",
@@ -417,6 +417,7 @@ _OTHERS = {
     r"mask_token|decoder": "an autoencoder of masked images",
     r"text_model\.|^transformer\.resblocks|token_embedding": "a model of text and images",
     r"\.running_mean": "a network with BatchNorm",
+    r"encoder\.layers\.encoder_layer_": "torchvision's ViT, whose names are not read",
     r"\.lora_[AB]\.|lora_": "LoRA's additions to a model: merge them into it first, and it is read",
 }
 

@@ -257,7 +257,9 @@ def _of_timm(config: dict[str, Any], sizes: dict[str, Any], image_size: int) -> 
         model["group_norm_epsilon"] = TIMM_GROUP_NORM_EPSILON
     if "num_heads" in arguments:
         model["num_heads"] = int(arguments["num_heads"])
-    size = pretrained.get("input_size", (3, *_sides(arguments.get("img_size", image_size))))
+    # The size of the position embeddings; a model that takes several may be used at another.
+    size = arguments.get("img_size")
+    size = (3, *_sides(size)) if size else pretrained.get("input_size", (3, *_sides(image_size)))
     if size[1] != size[2]:
         raise UserError(f"input_size {size} is not square: only square images are supported")
     names = config.get("label_names", pretrained.get("label_names"))
