@@ -29,6 +29,7 @@ setup(
         "matplotlib>=3.11",
         "ml-collections>=1.1.0",
         "ml-dtypes>=0.6",
+        "msgpack>=1.2",
         "numpy>=2.4",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",

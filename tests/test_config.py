@@ -16,6 +16,7 @@ from vit_jax.config import (
     to_dict,
 )
 from vit_jax.errors import UserError
+from vit_jax.recipes import ADOPTED
 from vit_jax.recipes import get_config as recipe
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -226,6 +227,19 @@ def test_config_json_gives_the_config_back(model, tmp_path):
     path.write_text(json.dumps(to_dict(config)))
     assert to_dict(get_config(str(path))) == to_dict(config)
     check_config(get_config(str(path)))
+
+
+def test_what_a_config_json_leaves_to_the_weights_can_be_given_by_flags(tmp_path):
+    config = recipe("ViT-B/16", "finetune,cifar10")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_dict(config)))
+    read = get_config(str(path))
+    assert to_dict(read) == to_dict(config)
+    for key, kind in ADOPTED.items():
+        if key in config.model:
+            assert config.model[key] is None
+            # ml_collections parses a flag by this type.
+            assert read.model.get_ref(key).get_type() is kind
 
 
 def test_a_broken_config_json_is_refused(tmp_path):

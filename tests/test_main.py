@@ -2,12 +2,17 @@ import json
 import pathlib
 import sys
 
+import jax
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from flax.traverse_util import flatten_dict
 
 from vit_jax import config, train
+from vit_jax.checkpoints.pretrained import abstract_params
 from vit_jax.data.datasets import open_dataset
 from vit_jax.main import default_workdir
+from vit_jax.models import architecture
 from vit_jax.recipes import get_config
 
 MAIN = [sys.executable, "-m", "vit_jax.main"]
@@ -37,6 +42,25 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path, flags, message):
     assert message in output
     assert output.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_number_that_the_weights_would_give_is_given_by_a_flag(run, tmp_path):
+    model = {"architecture": "vit", "num_classes": 0, **architecture("ViT-Ti/16"), "num_layers": 1}
+    params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), abstract_params(model, 32))
+    np.savez(tmp_path / "a.npz", **flatten_dict(params, sep="/"))
+    flags = ["--config", "configs/ti16.py:finetune,cifar10", "--workdir", str(tmp_path / "run")]
+    flags += [f"--config.init_from={tmp_path / 'a.npz'}", "--config.model.num_layers=1"]
+    flags += [f"--config.dataset.data_dir={tmp_path}", "--config.model.layer_norm_epsilon=1e-5"]
+    code, output = run([*MAIN, *flags])
+    *_, error = output.splitlines()
+    assert code == 2
+    assert error.startswith("error: model.layer_norm_epsilon is 1e-05 but ")
+    code, output = run([*MAIN, *flags, "--config.model.layer_norm_epsilon=1e-6"])
+    *_, taken, error = output.splitlines()
+    assert taken.endswith(
+        "has it: classifier token, gelu tanh, position_embedding learned, position_placement stem"
+    )
+    assert error.startswith("error: data set 'cifar10' is not prepared")
 
 
 def test_without_imagenet_it_says_where_it_looked_and_what_to_do(run, tmp_path):

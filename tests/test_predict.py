@@ -264,6 +264,14 @@ def test_weights_without_a_head_are_refused(checkpoint, photos, run_main, tmp_pa
         run_main("--checkpoint", tmp_path / "headless.npz", photos)
 
 
+def test_a_head_of_zeros_predicts_nothing(checkpoint, photos, run_main, tmp_path):
+    with np.load(checkpoint) as flat:
+        head = {name: np.zeros_like(flat[name]) for name in ("head/kernel", "head/bias")}
+        np.savez(tmp_path / "fresh.npz", **{**flat, **head})
+    with pytest.raises(UserError, match="fresh.npz has a head of zeros, .*: fine-tune it"):
+        run_main("--checkpoint", tmp_path / "fresh.npz", photos)
+
+
 def test_it_imports_no_tensorflow(checkpoint, photos):
     code = (
         "import sys; from vit_jax import predict; predict.main(); "

@@ -7,6 +7,7 @@ import pytest
 from vit_jax import recipes
 from vit_jax.config import count_steps
 from vit_jax.errors import UserError
+from vit_jax.models import with_defaults
 from vit_jax.recipes import get_config
 
 # Table 3, typed from the paper: model, data, epochs, base LR, decay, weight decay, dropout.
@@ -31,6 +32,7 @@ ViT-L/16      ImageNet-21k 30/90 1e-3 linear 0.03 0.1
 ViT-L/32      ImageNet-21k 30/90 1e-3 linear 0.03 0.1
 ViT-*         ImageNet  300  3e-3 cosine 0.3  0.1
 """
+RECIPES = ("finetune", "pretrain")
 DATA = {"JFT": "jft", "ImageNet-21k": "imagenet21k", "ImageNet": "imagenet2012"}
 
 # Table 4: data, steps, rates tried; and the warm-up of the published code and later configs.
@@ -221,6 +223,15 @@ def test_a_model_without_a_row_is_refused():
         get_config("R50+ViT-H/32", "pretrain,jft")
 
 
+@pytest.mark.parametrize("model", ["ViT-B/16", "R50+ViT-B/16", "R50x1", "AxialResNet50"])
+def test_finetuning_leaves_to_the_weights_what_travels_with_them(model):
+    finetune, pretrain = (get_config(model, f"{recipe},cifar10").model for recipe in RECIPES)
+    travelling = {key for key in finetune if finetune[key] is None}
+    assert travelling == recipes.ADOPTED.keys() & set(finetune)
+    assert travelling >= {"group_norm_epsilon"} if "R" in model else travelling >= {"gelu"}
+    assert all(value is not None for value in pretrain.values())
+
+
 def test_dev_holds_out_a_part_of_train():
     assert get_config("ViT-B/16", "finetune,cifar10,dev").dataset.development
     assert not get_config("ViT-B/16", "finetune,cifar10").dataset.development
@@ -316,8 +327,9 @@ def test_an_axial_model_is_trained_as_what_it_was_made_from(file, twin, data):
         config, expected = get(spec), other(spec)
         assert config.model.architecture == ("axial_resnet" if "r50" in file else "axial_vit")
         if "vit" in config.model.architecture:
-            assert (config.model.classifier, expected.model.classifier) == ("gap", "token")
-            config.model.architecture, config.model.classifier = "vit", "token"
+            models = (with_defaults(x.model) for x in (config, expected))
+            assert [x["classifier"] for x in models] == ["gap", "token"]
+            config.model.architecture, config.model.classifier = "vit", expected.model.classifier
             assert config.model == expected.model
         else:
             assert config.model.resnet_layers == expected.model.resnet_layers

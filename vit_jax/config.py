@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from vit_jax import recipes
 from vit_jax.errors import UserError
@@ -53,6 +53,7 @@ NOT_NEGATIVE = {
     "schedule.base_lr",
     "schedule.end_lr",
 }
+_ADOPTED = {f"model.{key}" for key in recipes.ADOPTED}
 
 
 def check_config(config: ConfigDict) -> None:
@@ -94,6 +95,8 @@ def _check_keys(config: Mapping[str, Any], valid: Iterable[str], prefix: str) ->
 def _check_type(key: str, value: Any, example: Any) -> None:
     if value == recipes.REQUIRED:
         raise UserError(f"config.{key} must be given: --config.{key}=...")
+    if value is None and key in _ADOPTED:
+        return
     alike = {float: (int, float), tuple: (tuple, list)}  # JSON has no tuples.
     kinds = alike.get(type(example), type(example))
     if isinstance(value, bool) != isinstance(example, bool) or not isinstance(value, kinds):
@@ -121,8 +124,9 @@ def _check_ranges(config: ConfigDict) -> None:
     parse_augment(values["augment"])
     if values["dataset.subset"]:
         parse_subset(values["dataset.subset"])
-    if "model.position_embedding" in values:
-        check_positions(values["model.position_embedding"], values["model.position_placement"])
+    positions = [values.get(f"model.position_{key}") for key in ("embedding", "placement")]
+    if None not in positions:
+        check_positions(*positions)
     for key in ("model.dtype", "optimizer.mu_dtype"):
         if values[key] not in DTYPES:
             raise UserError(f"config.{key} is {values[key]!r}: use {' or '.join(DTYPES)}")
@@ -250,6 +254,20 @@ def parse_subset(text: str) -> Fraction | int:
     return subset
 
 
+def adopt(config: ConfigDict, model: Mapping[str, Any]) -> ConfigDict:
+    """A config with what it leaves to its weights, see `recipes.ADOPTED`.
+
+    Args:
+        config: of a run.
+        model: the `model` section of its weights, which is asked for what the config has as None.
+    """
+    adopted = config.copy_and_resolve_references()
+    for key in recipes.ADOPTED.keys() & config.model.keys():
+        if config.model[key] is None:
+            adopted.model[key] = model.get(key)
+    return adopted
+
+
 def to_dict(config: ConfigDict) -> dict[str, Any]:
     """The config as plain nested dictionaries, as they are written to config.json."""
     return json.loads(config.to_json())
@@ -258,6 +276,11 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
 def get_config(path: str) -> ConfigDict:
     """The config of a run's config.json: `--config runs/x/config.json` runs it again."""
     try:
-        return ConfigDict(json.loads(pathlib.Path(path).read_text()))
+        config = ConfigDict(json.loads(pathlib.Path(path).read_text()))
     except (OSError, ValueError) as error:
         raise UserError(f"config {path} cannot be read: {error}") from error
+    for key, kind in recipes.ADOPTED.items():
+        # A flag can replace null only where it knows the type.
+        if isinstance(model := config.get("model"), ConfigDict) and model.get(key, "") is None:
+            model[key] = config_dict.placeholder(kind)
+    return config

@@ -359,6 +359,7 @@ class _Checkpoint:
         """Checks that the head is one for the classes of a source."""
         names = None if args.ignore_class_names else self.pretrained.class_names
         check_classes(self.pretrained.model["num_classes"], names, source.class_names)
+        self.pretrained.check_head()
 
     def run(self, function: Callable, source: Any, **options: Any) -> Any:
         """Calls `measure` or another function of its kind on a source."""

@@ -106,15 +106,14 @@ def classify(
         batch_size: how many images are classified at a time, at most.
 
     Raises:
-        UserError: the model has no head, or its logits are not finite.
+        UserError: the model has no head or an untrained one, or its logits are not finite.
     """
     # Here because JAX takes half a second to import, for which --help should not wait.
     import jax
 
     from vit_jax.models import create_model, model_keys
 
-    if not pretrained.model["num_classes"]:
-        raise UserError(f"{pretrained.source} has no head, so it knows no classes: fine-tune it")
+    pretrained.check_head()
     # Compiling one layer instead of all takes half the time, which one image waits for.
     scan = {"scan_layers"} & model_keys(pretrained.model["architecture"])
     model = create_model(pretrained.model, **dict.fromkeys(scan, True))

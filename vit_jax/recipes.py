@@ -8,7 +8,7 @@ import difflib
 import re
 from typing import NamedTuple
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from vit_jax import models
 from vit_jax.data import vtab
@@ -256,7 +256,7 @@ def finetune(model: str, dataset: str) -> ConfigDict:
     """Table 4: fine-tuning at a higher resolution.
 
     Silent: dropout is off. The tasks of VTAB share one row; some are not cropped or not mirrored,
-    where the label would not survive it.
+    where the label would not survive it. What travels with weights is left to them, see `ADOPTED`.
     """
     row = finetuning_row(dataset)
     config = base(model, dataset)
@@ -284,6 +284,8 @@ def finetune(model: str, dataset: str) -> ConfigDict:
     config.schedule.decay = "cosine"
     config.schedule.warmup = f"{row.warmup_steps} steps"
     config.init_from = REQUIRED
+    for key in ADOPTED.keys() & config.model.keys():
+        config.model[key] = config_dict.placeholder(ADOPTED[key])
     return config
 
 
@@ -321,6 +323,16 @@ def _enlarge(config: ConfigDict) -> None:
 RECIPES = {"pretrain": pretrain, "masked": masked, "finetune": finetune}
 # Stands for a value that only the user can give.
 REQUIRED = "REQUIRED"
+# What travels with weights, in `config.model`, and its type. None, as fine-tuning has it, is what
+# the weights of init_from were trained with, and without weights the model's default.
+ADOPTED = {
+    "classifier": str,
+    "gelu": str,
+    "group_norm_epsilon": float,
+    "layer_norm_epsilon": float,
+    "position_embedding": str,
+    "position_placement": str,
+}
 
 
 def base(model: str, dataset: str) -> ConfigDict:

@@ -20,19 +20,26 @@ import optax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from vit_jax import fewshot, metrics
+from vit_jax import fewshot, metrics, recipes
 from vit_jax.analysis import flops
-from vit_jax.checkpoints.pretrained import load_pretrained, with_usual_inputs
+from vit_jax.checkpoints.pretrained import Pretrained, load_pretrained, with_usual_inputs
 from vit_jax.checkpoints.training import CheckpointStore, config_differences
 from vit_jax.checkpoints.transfer import print_report, transfer
-from vit_jax.config import check_config, count_steps, parse_augment, parse_shots, to_dict
+from vit_jax.config import (
+    adopt,
+    check_config,
+    count_steps,
+    parse_augment,
+    parse_shots,
+    to_dict,
+)
 from vit_jax.data import datasets, pipeline
 from vit_jax.data.protocols import evaluation
 from vit_jax.data.subset import take_subset
 from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate
 from vit_jax.files import write_json
-from vit_jax.models import create_model, masked
+from vit_jax.models import create_model, masked, prediction_defaults
 from vit_jax.sharding import Mesh, batch_sharding, make_mesh, state_sharding, to_devices
 from vit_jax.state import (
     TrainState,
@@ -103,14 +110,22 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     finished = workdir / "metrics.json"
     store = CheckpointStore(workdir, keep=config.keep_checkpoints, report=_say)
     with _sigterm() as terminated, _full_disk(workdir), contextlib.closing(store):
-        _refuse_another_run(config, workdir, store)
+        saved = store.latest_metadata()
+        if saved is not None:
+            config = adopt(config, saved["config"]["model"])
+            _refuse_another_run(config, workdir, saved["config"])
         if finished.exists():
             _say(f"{workdir} holds a finished run: nothing to do")
             return json.loads(finished.read_text())
+        weights = None
+        if saved is None and config.init_from:
+            config, weights = _read_weights(config)
+        config = adopt(config, prediction_defaults(config.model.architecture))
         run = _prepare(config, workdir)
         if jax.process_index() == 0:
             write_json(workdir / "config.json", to_dict(config))
-        state, progress = _start(run, store)
+        state, progress = _start(run, store, weights)
+        del weights  # They need not stay in memory while the run goes.
         final = _loop(run, state, progress, store, terminated)
         if jax.process_index() == 0:
             write_json(finished, final)
@@ -136,15 +151,67 @@ def _make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
     return workdir
 
 
-def _refuse_another_run(config: ConfigDict, workdir: pathlib.Path, store: CheckpointStore) -> None:
-    saved = store.latest_metadata()
-    if saved is not None:
-        differences = config_differences(saved["config"], to_dict(config), RESUMABLE_CHANGES)
-        if differences:
+def _refuse_another_run(config: ConfigDict, workdir: pathlib.Path, saved: dict[str, Any]) -> None:
+    differences = config_differences(saved, to_dict(config), RESUMABLE_CHANGES)
+    if differences:
+        raise UserError(
+            f"{workdir} holds a run of another config ({'; '.join(differences)}): "
+            "choose another --workdir, or change these back"
+        )
+
+
+# What the weights of init_from decide: a model that differs in one of these is another.
+OF_WEIGHTS = (
+    "architecture",
+    "patch_size",
+    "hidden_size",
+    "num_layers",
+    "mlp_dim",
+    "num_heads",
+    "resnet_layers",
+    "width_factor",
+    "gelu",
+    "layer_norm_epsilon",
+    "group_norm_epsilon",
+    "position_embedding",
+    "position_placement",
+)
+
+
+def _read_weights(config: ConfigDict) -> tuple[ConfigDict, dict[str, Any]]:
+    """The config with what it leaves to the weights of init_from, and their parameters.
+
+    That they fit is told here, before a data set is opened or anything compiled.
+    """
+    pretrained = load_pretrained(config.init_from)
+    _check_weights(config.model, pretrained)
+    adopted = adopt(config, pretrained.model)
+    weights = {**with_usual_inputs(pretrained), **pretrained.masked}
+    model, *_ = _prepare_objective(adopted, num_classes=1)
+    size = config.dataset.image_size
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    transfer(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes), weights)
+    left = sorted(key for key in recipes.ADOPTED if config.model.get(key, "") is None)
+    if left:
+        values = ", ".join(f"{key} {adopted.model[key]}" for key in left)
+        _say(f"as {pretrained.source} has it: {values}")
+    return adopted, weights
+
+
+def _check_weights(model: ConfigDict, pretrained: Pretrained) -> None:
+    for key in OF_WEIGHTS:
+        wanted, found = (_plain(x.get(key)) for x in (model, pretrained.model))
+        if wanted is not None and wanted != found:
+            known = f"--config.model.{key}={found}" if key != "architecture" else "its own config"
             raise UserError(
-                f"{workdir} holds a run of another config ({'; '.join(differences)}): "
-                "choose another --workdir, or change these back"
+                f"model.{key} is {wanted} but {pretrained.source} was trained with {found}: "
+                f"set {known}"
             )
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
@@ -238,7 +305,9 @@ def _prepare_fewshot(config: ConfigDict, mesh: Mesh) -> Callable:
     )
 
 
-def _start(run: Run, store: CheckpointStore) -> tuple[TrainState, dict[str, Any]]:
+def _start(
+    run: Run, store: CheckpointStore, weights: dict[str, Any] | None
+) -> tuple[TrainState, dict[str, Any]]:
     """The state to begin with: restored, or fresh with the parameters of init_from if given."""
     config = run.config
     init = functools.partial(
@@ -266,22 +335,15 @@ def _start(run: Run, store: CheckpointStore) -> tuple[TrainState, dict[str, Any]
         _say(f"continuing from step {int(state.step)} in {run.workdir}")
         return state, metadata["progress"]
     state = jax.jit(init, out_shardings=sharding)()
-    if config.init_from:
-        state = _initialise_from(config, state)
+    if weights is not None:
+        state = _initialise_from(weights, state)
     progress = {"window": {}, "evaluation": {}, "best": {}, "evaluations_since_best": 0}
     return state, progress | {"seconds": 0.0}
 
 
-def _initialise_from(config: ConfigDict, state: TrainState) -> TrainState:
-    pretrained = load_pretrained(config.init_from)
-    for key in ("gelu", "layer_norm_epsilon", "group_norm_epsilon"):  # They travel with them.
-        if key in config.model and pretrained.model.get(key) != config.model[key]:
-            raise UserError(
-                f"model.{key} is {config.model[key]} but {pretrained.source} was trained with "
-                f"{pretrained.model[key]}: set --config.model.{key}={pretrained.model[key]}"
-            )
+def _initialise_from(weights: dict[str, Any], state: TrainState) -> TrainState:
     fresh = multihost_utils.process_allgather(state.params, tiled=True)
-    params, report = transfer(fresh, {**with_usual_inputs(pretrained), **pretrained.masked})
+    params, report = transfer(fresh, weights)
     if jax.process_index() == 0:
         print_report(report)
     return replace_params(state, params)

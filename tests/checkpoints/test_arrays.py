@@ -14,10 +14,12 @@ import warnings
 import zipfile
 
 import ml_dtypes
+import msgpack
 import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+from flax.serialization import to_bytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -107,6 +109,7 @@ KINDS = {
     "safetensors": safetensors.numpy.save,
     "torch": lambda arrays: torch_bytes(tensors(arrays)),
     "legacy torch": lambda arrays: legacy_torch_bytes(tensors(arrays)),
+    "flax": lambda arrays: to_bytes(dict(arrays)),
 }
 
 
@@ -375,6 +378,19 @@ def test_other_files_are_refused(tmp_path, content):
     assert "truncated or not an .npz file" in refusal(tmp_path / "a.npz", content)
     assert "truncated or not a .safetensors file" in refusal(tmp_path / "a.safetensors", content)
     assert "truncated or not an .npz, .safetensors" in refusal(tmp_path / "a.bin", content)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab", "is a Git LFS pointer to"),
+        (b"<!DOCTYPE html>", "is a web page: fetch the file itself"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(32), "is an HDF5 file"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_what_is_often_in_the_place_of_weights_is_named(tmp_path, content, message, suffix):
+    assert message in refusal(tmp_path / f"a{suffix}", content)
 
 
 def test_an_archive_behind_something_else_is_no_npz(tmp_path):
@@ -782,6 +798,29 @@ def with_declared_size(archive, size):
     return archive[:at] + struct.pack("<I", size) + archive[at + 4 :]
 
 
+def flax_array(*parts):
+    extension = msgpack.ExtType(1, msgpack.packb(parts))
+    return msgpack.packb({"a": extension})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        flax_array([2], "object", bytes(16)),
+        flax_array([3], "float32", bytes(8)),
+        flax_array([2], "float999", bytes(8)),
+        flax_array("2", "float32", bytes(8)),
+        flax_array([2], "float32"),
+        msgpack.packb({"a": 1.0}),
+        msgpack.packb({"a": msgpack.ExtType(9, b"x")}),
+        msgpack.packb({1: 2}),
+        b"\x82\xa1a\x80\xa1a\x80",
+    ],
+)
+def test_a_hostile_flax_file_is_one_line(tmp_path, content):
+    refusal(tmp_path / "a", content)
+
+
 def test_bombs_are_refused_in_little_memory(tmp_path):
     nbytes = 288 << 20
     deflated = deflate_bomb(nbytes, npy_header("<f4", (nbytes // 4,)))
@@ -793,6 +832,11 @@ def test_bombs_are_refused_in_little_memory(tmp_path):
             deflate_bomb(nbytes, small), len(small) + 24
         ),
         "json": safetensors_bytes(b'{"a":[' + b"{},[]," * 600_000),
+        "flax lists": b"\x81\xa1a" + b"\x9f" * 100 + b"\x90" * (32 << 20),
+        "flax maps": b"\x81\xa1a" + b"\x8f\xa1a" * 400 + b"\x80" * (32 << 20),
+        "flax length": b"\x81\xa1a\xdd\xff\xff\xff\xff" + bytes(32 << 20),
+        "flax nested": b"\x81\xa1a" + b"\xdc\x00\x20" * (8 << 20),
+        "flax shape": flax_array([1 << 40, 0, 1 << 40], "float32", b""),
     }
     if importlib.util.find_spec("torch"):
         bombs |= TORCH_BOMBS

@@ -38,6 +38,9 @@ FILES = {
     "huggingface": peers.huggingface_files(KNOWN),
     "official": {"vit_jax.json": {"model": MODEL, "loss": "softmax", "class_names": list("abc")}},
 }
+SIDECAR = {"vit_jax.json": FILES["official"]["vit_jax.json"]}
+FILES["timm"] |= SIDECAR
+FILES["huggingface"] |= SIDECAR
 PLACES = [
     (layout, file, path)
     for layout, files in FILES.items()

@@ -1,11 +1,16 @@
 """Whole models against timm's and Transformers' own, every tensor random, both ways."""
 
+import dataclasses
+import inspect
 import json
 
 import numpy as np
 import pytest
+from flax.serialization import to_bytes
+from flax.traverse_util import unflatten_dict
 
 from vit_jax import models
+from vit_jax.checkpoints import fields
 from vit_jax.checkpoints.pretrained import load_pretrained
 from vit_jax.checkpoints.save import save_pretrained
 from vit_jax.errors import UserError
@@ -239,9 +244,9 @@ def test_the_configuration_that_timm_writes_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"init_values": 1.0}, "ls1.gamma; .*not part of a plain or hybrid ViT"),
-        ({"reg_tokens": 1}, "reg_token: not part of"),
-        ({"global_pool": "avg"}, "fc_norm.bias; fc_norm.weight: not part of"),
+        ({"init_values": 1.0}, "ls1.gamma.*not part of a plain or hybrid ViT"),
+        ({"reg_tokens": 1}, "reg_token.*not part of"),
+        ({"global_pool": "avg"}, "fc_norm.bias.*not part of"),
         ({"qkv_bias": False}, "query/bias is missing"),
     ],
 )
@@ -257,5 +262,267 @@ def test_a_model_of_another_kind_is_refused(tmp_path):
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
         image_size=32, patch_size=8))  # fmt: skip
     module.save_pretrained(tmp_path / "deit")
-    with pytest.raises(UserError, match="not part of a plain or hybrid ViT|model_type 'deit'"):
+    with pytest.raises(UserError, match="not part of a plain or hybrid ViT"):
         load_pretrained(tmp_path / "deit")
+
+
+def save_state(path, state):
+    if path.suffix == ".safetensors":
+        safetensors_torch.save_file(state, path)
+    else:
+        torch.save(state, path)
+
+
+def tiny_timm(**options):
+    return randomise(timm.create_model("vit_tiny_patch16_224", img_size=32, **TINY | options))
+
+
+@pytest.mark.parametrize("named", [".", "pytorch_model.bin"])
+def test_a_folder_of_pytorchs_pickles_is_read_with_its_configuration(tmp_path, named):
+    names = {0: "daisy", 1: "iris", 2: "rose"}
+    config = transformer(32, layer_norm_eps=1e-2, id2label=names)
+    module = randomise(transformers.ViTForImageClassification(config))
+    module.save_pretrained(tmp_path)
+    state = safetensors_torch.load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    ours = load_pretrained(tmp_path / named)
+    assert ours.class_names == ("daisy", "iris", "rose") and ours.model["num_heads"] == 4
+    x = images(32)
+    assert_close(logits_of(ours, x), logits_of_torch(module, x))
+
+
+def test_pytorchs_sharded_pickles_are_read(tmp_path):
+    module = randomise(transformers.ViTForImageClassification(transformer(32)))
+    module.save_pretrained(tmp_path)
+    state = safetensors_torch.load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    shards = {"pytorch_model-1-of-2.bin": {}, "pytorch_model-2-of-2.bin": {}}
+    weight_map = {name: sorted(shards)[i % 2] for i, name in enumerate(state)}
+    for name, shard in weight_map.items():
+        shards[shard][name] = state[name].clone()
+    for shard, arrays in shards.items():
+        torch.save(arrays, tmp_path / shard)
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    x = images(32)
+    assert_close(logits_of(load_pretrained(tmp_path), x), logits_of_torch(module, x))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "mine.safetensors", "mine.pth"])
+def test_a_file_in_a_folder_of_timms_has_the_folders_configuration(tmp_path, name):
+    module = tiny_timm(act_layer="gelu_tanh")
+    timm.models.save_for_hf(module, tmp_path, safe_serialization=True)
+    save_state(tmp_path / name, module.state_dict())
+    ours = load_pretrained(tmp_path / name)  # The heads, too, are in config.json alone.
+    x = images(32)
+    assert_close(logits_of(ours, x), logits_of_torch(module, x))
+    # A sidecar of the file's own says more than the folder.
+    (tmp_path / f"{name}.json").write_text('{"model": {"gelu": "erf"}}')
+    assert load_pretrained(tmp_path / name).model["gelu"] == "erf"
+
+
+def test_a_config_json_of_another_kind_is_none_of_a_files(tmp_path):
+    save_state(tmp_path / "a.safetensors", tiny_timm().state_dict())
+    for text in ("{", "[]", '{"model": {"architecture": "vit"}, "seed": 0}'):  # The last: a run's.
+        (tmp_path / "config.json").write_text(text)
+        assert load_pretrained(tmp_path / "a.safetensors", num_heads=2).model["gelu"] == "erf"
+
+
+NOT_READ = {
+    "class token and mean": ({"global_pool": "avg", "fc_norm": False}, "global_pool is 'avg' besi"),
+    "normalised after pooling": ({"global_pool": "avg"}, r"normalises after its pooling \(fc_norm"),
+    "mean, normalised after": (
+        {"global_pool": "avg", "class_token": False},
+        "normalises after its pooling",
+    ),
+    "largest": (
+        {"global_pool": "max", "class_token": False, "fc_norm": False},
+        "global_pool is 'max' without a class token",
+    ),
+    "attention pooling": ({"global_pool": "map", "class_token": False}, "with attention pooling"),
+    "LayerScale": ({"init_values": 1.0}, r"with LayerScale.* \(blocks.0.ls1.gamma; and 3 more\)"),
+    "registers": ({"reg_tokens": 2}, "a ViT with register tokens"),
+    "qk_norm": ({"qk_norm": True}, "normalises queries and keys"),
+    "pre_norm": ({"pre_norm": True}, "a norm before its layers"),
+    "activation": ({"act_layer": "quick_gelu"}, "act_layer 'quick_gelu' is none of"),
+    "norm": ({"norm_layer": "rmsnorm"}, "norm_layer is 'rmsnorm': only models with 'layernorm'"),
+    "channels": ({"in_chans": 4}, "in_chans is 4: only models with 3 are read"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_READ)
+def test_what_a_timm_folder_says_of_another_model_is_refused(tmp_path, case):
+    options, message = NOT_READ[case]
+    timm.models.save_for_hf(tiny_timm(**options), tmp_path, safe_serialization=True)
+    with pytest.raises(UserError, match=message) as caught:
+        load_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{"global_pool": "token"}, {"drop_path_rate": 0.1},
+    {"global_pool": "avg", "class_token": False, "fc_norm": False}, {"no_embed_class": True},
+    {"dynamic_img_size": True}, {"norm_layer": "layernorm"}])  # fmt: skip
+def test_what_a_timm_folder_says_of_the_papers_model_is_read(tmp_path, options):
+    module = tiny_timm(**options)
+    timm.models.save_for_hf(module, tmp_path, safe_serialization=True)
+    x = images(32)
+    assert_close(logits_of(load_pretrained(tmp_path), x), logits_of_torch(module, x))
+
+
+def test_every_argument_of_timms_vit_and_transformers_config_is_known():
+    arguments = inspect.signature(timm.models.VisionTransformer.__init__).parameters
+    known = {*fields.TIMM_FIXED, *fields.TIMM_READ, *fields.TIMM_SHAPES, *fields.TIMM_HARMLESS}
+    assert arguments.keys() - {"self"} <= known
+    known = {*fields.HUGGINGFACE_FIXED, *fields.HUGGINGFACE_READ, *fields.HUGGINGFACE_SHAPES}
+    assert transformers.ViTConfig().to_dict().keys() <= known | {*fields.HUGGINGFACE_HARMLESS}
+
+
+def test_the_gelu_of_timms_architectures_is_that_of_timm():
+    for name in timm.list_models("vit_*siglip_gap*"):
+        with torch.device("meta"):
+            module = timm.create_model(name, depth=1)
+        tanh = type(module.blocks[0].mlp.act).__name__ == "GELUTanh"
+        assert tanh == (name in fields.TIMM_TANH), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qkv_bias": False}, "qkv_bias is False: only models with True"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu' is none of"),
+        ({"pooler_act": "relu"}, "pooler_act is 'relu'"),
+        ({"num_channels": 1}, "num_channels is 1"),
+        ({"problem_type": "regression"}, "problem_type 'regression' is none of"),
+        ({"residual_scale": 0.5}, "residual_scale is 0.5, and nothing is known of this field"),
+    ],
+)
+def test_what_a_transformers_folder_says_of_another_model_is_refused(tmp_path, change, message):
+    transformers.ViTForImageClassification(transformer(32)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=message):
+        load_pretrained(tmp_path)
+
+
+def converted(tmp_path, layout):
+    """A folder that we wrote, of a model of which the sidecar says more than its files can."""
+    transformers.ViTForImageClassification(transformer(32)).save_pretrained(tmp_path / "theirs")
+    ours = load_pretrained(tmp_path / "theirs")
+    preprocessing = dataclasses.replace(ours.preprocessing, antialias=False)
+    ours = dataclasses.replace(
+        ours, class_names=("a", "b"), loss="sigmoid", preprocessing=preprocessing
+    )
+    ours.model["layer_norm_epsilon"] = 1e-6
+    save_pretrained(ours, tmp_path / "ours", layout)
+    return tmp_path / "ours", ours
+
+
+@pytest.mark.parametrize("layout", ["timm", "huggingface"])
+def test_new_class_names_in_a_folder_that_we_wrote_are_seen(tmp_path, layout):
+    folder, before = converted(tmp_path, layout)
+    config = json.loads((folder / "config.json").read_text())
+    if layout == "timm":
+        config["label_names"] = ["x", "y"]
+        config["model_args"]["act_layer"] = "gelu_tanh"
+    else:
+        config |= {"id2label": {"0": "x", "1": "y"}, "hidden_act": "gelu_new"}
+    (folder / "config.json").write_text(json.dumps(config))
+    after = load_pretrained(folder)
+    assert after.class_names == ("x", "y") and after.model["gelu"] == "tanh"
+    # What nobody changed is as the sidecar says it.
+    assert after.loss == "sigmoid" and not after.preprocessing.antialias
+    assert after.model == before.model | {"gelu": "tanh"}
+
+
+def test_a_folder_that_transformers_saved_anew_is_what_transformers_reads(tmp_path):
+    folder, _ = converted(tmp_path, "huggingface")
+    options = {"problem_type": "single_label_classification", "ignore_mismatched_sizes": True}
+    module = transformers.ViTForImageClassification.from_pretrained(folder, num_labels=3, **options)
+    randomise(module).save_pretrained(folder)
+    ours = load_pretrained(folder)
+    assert ours.model["num_classes"] == 3 and ours.class_names is None and ours.loss == "softmax"
+    assert not ours.preprocessing.antialias
+    x = images(32)
+    assert_close(logits_of(ours, x), logits_of_torch(module, x))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.", "net.backbone."])
+def test_a_model_inside_another_module_is_read(tmp_path, prefix):
+    module = tiny_timm()
+    state = {f"{prefix}{name}": x.half() for name, x in module.state_dict().items()}
+    checkpoint = {"epoch": 3, "state_dict": state, "optimizer": {"state": {0: {"step": 7}}}}
+    torch.save(checkpoint, tmp_path / "last.pth.tar")
+    ours = load_pretrained(tmp_path / "last.pth.tar", num_heads=2)
+    x = images(32)
+    expected = logits_of_torch(module.half().float(), x)
+    assert_close(logits_of(ours, x), expected)
+
+
+def test_the_average_of_a_timm_checkpoint_is_read(tmp_path):
+    last, average = tiny_timm(), randomise(tiny_timm(), seed=1)
+    checkpoint = {"state_dict": last.state_dict(), "state_dict_ema": average.state_dict()}
+    torch.save(checkpoint, tmp_path / "last.pth.tar")
+    x = images(32)
+    ours = load_pretrained(tmp_path / "last.pth.tar", num_heads=2)
+    assert_close(logits_of(ours, x), logits_of_torch(average, x))
+
+
+def test_several_models_in_one_file_are_refused(tmp_path):
+    state = tiny_timm().state_dict()
+    two = {
+        f"{who}.{name}": x.clone() for who in ("student", "teacher") for name, x in state.items()
+    }
+    torch.save(two, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="holds several models, named 'student.'; 'teacher.': save"):
+        load_pretrained(tmp_path / "a.pth")
+    one = {f"backbone.{name}": x for name, x in state.items()} | {"loss.weight": torch.ones(3)}
+    torch.save(one, tmp_path / "b.pth")
+    with pytest.raises(UserError, match="holds loss.weight beside the model 'backbone.': save the"):
+        load_pretrained(tmp_path / "b.pth")
+
+
+OTHERS = {
+    "DeiT": "a distilled DeiT",
+    "Beit": "with LayerScale",
+    "Dinov2": "with LayerScale",
+    "Dinov2WithRegisters": "register tokens",
+    "ViTMAE": "an autoencoder of masked images",
+    "CLIPVision": "norm before its layers, as CLIP",
+    "SiglipVision": "attention pooling",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_of_other_kinds_are_named(tmp_path, name):
+    sizes = transformer(32).to_dict()
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    config = getattr(transformers, f"{name}Config")(
+        **{key: sizes[key] for key in (*keys, "image_size", "patch_size")}
+    )
+    suffix = {"ViTMAE": "ForPreTraining", "DeiT": "ForImageClassification"}.get(name, "Model")
+    getattr(transformers, name + suffix)(config).save_pretrained(tmp_path)
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(UserError, match=f"is of .*{OTHERS[name]}") as caught:
+            load_pretrained(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("named", [".", "flax_model.msgpack"])
+def test_transformers_flax_weights_are_read(tmp_path, named):
+    module = randomise(transformers.ViTForImageClassification(transformer(32)))
+    module.save_pretrained(tmp_path)
+    state = safetensors_torch.load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    tree = {}
+    for name, x in state.items():  # As transformers' modeling_flax_pytorch_utils renames them.
+        *path, leaf = name.split(".")
+        x = x.numpy()
+        if leaf == "weight" and "layernorm" in path[-1]:
+            leaf = "scale"
+        elif leaf == "weight":
+            leaf, x = "kernel", x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
+        tree[(*path, leaf)] = np.ascontiguousarray(x)
+    (tmp_path / "flax_model.msgpack").write_bytes(to_bytes(unflatten_dict(tree)))
+    x = images(32)
+    assert_close(logits_of(load_pretrained(tmp_path / named), x), logits_of_torch(module, x))

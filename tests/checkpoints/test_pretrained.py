@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
+from flax.serialization import to_bytes
 from flax.traverse_util import flatten_dict
 
 from vit_jax.checkpoints.known import Known, sidecar, to_json
@@ -350,3 +351,71 @@ def test_other_channel_statistics_move_into_the_patch_embedding(tmp_path, params
     expected = model.apply({"params": params}, (pixels - np.float32(mean)) / np.float32(std))
     folded = model.apply({"params": with_usual_inputs(pretrained)}, 2 * pixels - 1)
     np.testing.assert_allclose(folded, expected, rtol=1e-4, atol=1e-4)
+
+
+def big_vision_s16(**extra):
+    """A file as big_vision writes it of its ViT with sincos2d and gap: no positions in it."""
+    flat = big_vision(flatten_dict(make_params(classifier="gap"), sep="/"))
+    del flat["pos_embedding"]
+    return flat | extra
+
+
+@pytest.mark.parametrize("prefix", ["", "params/"])
+def test_big_visions_computed_positions_are_computed(tmp_path, prefix):
+    flat = big_vision_s16()
+    flat = {f"{prefix}{name}": x for name, x in flat.items()}
+    if prefix:
+        flat |= {f"opt/{i}/mu/{name}": x for i, name in enumerate(flat) for x in [np.ones(2)]}
+    np.savez(tmp_path / "a.npz", **flat)
+    pretrained = load_pretrained(tmp_path / "a.npz", image_size=16)
+    assert pretrained.model["position_embedding"] == "sincos2d"
+    assert pretrained.model["classifier"] == "gap"
+    # The same with the positions written out, row by row: sin x, cos x, sin y, cos y.
+    omega = 10_000.0 ** -(np.arange(4) / 3)
+    table = [
+        np.concatenate([np.sin(x * omega), np.cos(x * omega), np.sin(y * omega), np.cos(y * omega)])
+        for y in range(2)
+        for x in range(2)
+    ]
+    written = big_vision_s16(pos_embedding=np.float32(table)[None])
+    np.savez(tmp_path / "b.npz", **written)
+    learned = load_pretrained(tmp_path / "b.npz")
+    assert learned.model["position_embedding"] == "learned"
+    images = np.random.default_rng(2).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
+    logits = [
+        create_model(x.model).apply({"params": x.params}, images) for x in (pretrained, learned)
+    ]
+    np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-5)
+    # Beyer et al. evaluate on the central 224 of 256 pixels.
+    usual = load_pretrained(tmp_path / "a.npz").preprocessing
+    assert (usual.image_size, usual.center_crop) == (224, 0.875)
+
+
+def test_positions_in_big_visions_encoder_are_those_of_the_model(tmp_path, params):
+    flat = big_vision(flatten_dict(params, sep="/"))
+    flat["Transformer/pos_embedding"] = flat.pop("pos_embedding")
+    np.savez(tmp_path / "a.npz", **flat)
+    assert_equal_trees(load_pretrained(tmp_path / "a.npz").params, params)
+
+
+def test_big_visions_attention_pooling_is_named(tmp_path):
+    np.savez(tmp_path / "a.npz", **big_vision_s16(**{"MAPHead_0/probe": np.ones((1, 1, 16))}))
+    with pytest.raises(UserError, match=r"a ViT with attention pooling \(MAPHead_0/probe\)"):
+        load_pretrained(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"params": x, "step": np.int32(3)},
+                                  lambda x: {"step": 3, "params": {"params": x}}])  # fmt: skip
+def test_what_flax_writes_is_read(tmp_path, params, wrap):
+    (tmp_path / "a.msgpack").write_bytes(to_bytes(wrap(params)))
+    assert_equal_trees(load_pretrained(tmp_path / "a.msgpack").params, params)
+
+
+def test_a_head_as_it_begins_knows_no_classes(tmp_path):
+    params = make_params()
+    params["head"] = {"kernel": np.zeros((16, 3)), "bias": np.full(3, -10.0)}
+    pretrained = load_pretrained(save_npz(tmp_path / "a.npz", params))
+    with pytest.raises(UserError, match="a.npz has a head of zeros, as before training"):
+        pretrained.check_head()
+    params["head"]["bias"] = np.arange(3.0)  # Of how often each class is: it was trained.
+    load_pretrained(save_npz(tmp_path / "b.npz", params)).check_head()

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vit_jax.models import resnet
+from vit_jax.models import resnet, with_defaults
 
 # Dense bfloat16 FLOP/s of one JAX device, from the vendors' data sheets; the first name that stands
 # in the device's kind counts. A TPU v2 or v3 device is one of a chip's two cores.
@@ -44,6 +44,7 @@ def multiply_adds(model: Mapping[str, Any], image_size: int, num_classes: int) -
     if model["architecture"] == "axial_resnet":
         features, _, channels = _resnet(model["resnet_layers"], image_size, is_axial=True)
         return features + channels * num_classes
+    model = with_defaults(model)
     width, mlp_dim, patch_size = model["hidden_size"], model["mlp_dim"], model["patch_size"]
     stem, side, channels = 0, image_size, 3
     if model["architecture"] == "hybrid":

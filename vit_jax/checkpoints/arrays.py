@@ -1,4 +1,4 @@
-"""Arrays in files: .npz, .safetensors and PyTorch, read as if every file were hostile.
+"""Arrays in files: .npz, .safetensors, PyTorch and Flax, read as if every file were hostile.
 
 Whatever a file holds, reading it gives float32 arrays or one `UserError`. Nothing in it is
 executed, and what it makes the reader allocate is bounded by its own size: the arrays that it
@@ -6,8 +6,9 @@ declares may take 256 MiB plus 8 times the size of the file, and never more than
 doubles, compressed trained weights shrink by a tenth, and a head or biases that are still zero
 compress to nothing, which the 256 MiB allow for; a decompression bomb grows a thousandfold.
 
-NumPy's archives and PyTorch's carry a checksum of every array, which is verified. Safetensors and
-the PyTorch files of before version 1.6 carry none: only their structure can be checked.
+NumPy's archives and PyTorch's carry a checksum of every array, which is verified. Safetensors,
+Flax's msgpack and the PyTorch files of before version 1.6 carry none: only their structure can be
+checked.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import math
 import os
 import pickle
 import pickletools
+import re
 import stat
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -27,6 +29,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
+from flax.traverse_util import flatten_dict
 
 from vit_jax.errors import UserError, first_line, shortlist
 from vit_jax.files import replacing
@@ -64,7 +67,25 @@ _WIDTHS = {"float16": 4, "bfloat16": 4, "float32": 4, "float64": 8}
 # Of the safetensors format.
 _TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
-Kind = Literal["npz", "safetensors", "torch", "legacy torch"]
+# How a map of msgpack begins, of up to 15 entries and of 16 or 32 bits, and then its first name.
+_MSGPACK_MAP = re.compile(rb"([\x81-\x8f]|\xde..|\xdf....)[\xa1-\xbf\xd9]", re.DOTALL)
+# How files begin that are often in the place of weights, and the way out.
+_MISTAKEN = {
+    b"version https://git-lfs": "a Git LFS pointer to the weights: run `git lfs pull` there",
+    b"<": "a web page: fetch the file itself",
+    b"\x89HDF": "an HDF5 file, as Keras writes it: save it as .safetensors where it was made",
+    b"GGUF": "a GGUF file: use the .safetensors that it was made of",
+}
+
+# The extension types of arrays and scalars in `flax.serialization`; the key of what is over 1 GiB.
+_FLAX_ARRAYS, _FLAX_CHUNKS = (1, 3), "__msgpack_chunked_array__"
+_MAX_DIMENSIONS = 32
+
+# Where training scripts put the state dict into their checkpoint; the average goes first, as in
+# timm, for it is what such runs evaluate.
+_TORCH_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict")
+
+Kind = Literal["npz", "safetensors", "torch", "legacy torch", "flax"]
 
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -73,7 +94,8 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     Args:
         path: NumPy's `.npz`, `.safetensors`, or a state dict saved by `torch.save`, which needs
             PyTorch (`torch.load` with `weights_only=True`) and may be wrapped in a dict as `model`
-            or `state_dict`. A file named `.npz` or `.safetensors` is never read as PyTorch's.
+            or `state_dict`, or what `flax.serialization.to_bytes` wrote, of which `params` is read
+            where it has that. A file named `.npz` or `.safetensors` is never read as one of these.
 
     Returns:
         Float32 arrays in C order, independent of the file, by their names in it. Float16,
@@ -88,7 +110,7 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     with _reading(path):
         size = _file_size(path)
         kind = _kind(path)
-        readers = {"npz": _read_npz, "safetensors": _read_safetensors}
+        readers = {"npz": _read_npz, "safetensors": _read_safetensors, "flax": _read_flax}
         arrays = readers[kind](path, size) if kind in readers else _read_torch(path, size, kind)
         if not arrays:
             raise UserError(f"{path} holds no parameters: use another file")
@@ -104,8 +126,8 @@ def read_sharded(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Reads the arrays of all shards that a Hugging Face index names.
 
     Args:
-        path: a `model.safetensors.index.json`, whose `weight_map` gives the shard of every array:
-            a file in the same folder.
+        path: a `model.safetensors.index.json`, or that of other shards, whose `weight_map` gives
+            the shard of every array: a file in the same folder.
 
     Raises:
         UserError: the index is damaged, a shard is missing or lies elsewhere, the shards do not
@@ -215,14 +237,18 @@ def _kind(path: Path) -> Kind:
         kind = "legacy torch"
     elif start[8:9] == b"{":
         kind = "safetensors"
+    elif _MSGPACK_MAP.match(start) and path.suffix not in {".npz", ".safetensors"}:
+        kind = "flax"
     elif start[257:262] == b"ustar" or start[:1] == b"\x80":
         raise UserError(
             f"{path} is a pickle, which may hold code and is never loaded: "
             "save it as .safetensors where it was made"
         )
+    elif mistaken := [what for how, what in _MISTAKEN.items() if start.startswith(how)]:
+        raise UserError(f"{path} is {mistaken[0]}")
     else:
         expected = {".npz": "an .npz", ".safetensors": "a .safetensors"}
-        name = expected.get(path.suffix, "an .npz, .safetensors or PyTorch")
+        name = expected.get(path.suffix, "an .npz, .safetensors, PyTorch or Flax")
         raise UserError(f"{path} is truncated or not {name} file: fetch it again")
     if "torch" in kind and path.suffix in {".npz", ".safetensors"}:
         raise UserError(
@@ -315,7 +341,7 @@ def _read_torch(path: Path, size: int, kind: Kind) -> dict[str, np.ndarray]:
         raise UserError(
             f"{path} is not what torch.load(weights_only=True) would load: save model.state_dict()"
         ) from error
-    for key in ("state_dict", "model"):
+    for key in _TORCH_WRAPPERS:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
     if not isinstance(loaded, dict):
@@ -329,6 +355,57 @@ def _read_torch(path: Path, size: int, kind: Kind) -> dict[str, np.ndarray]:
     _check_declared(path, size, types)
     # A copy: the tensors are views of the file, which may change.
     return {name: _float32(np.array(x.detach().float().numpy())) for name, x in loaded.items()}
+
+
+def _read_flax(path: Path, size: int) -> dict[str, np.ndarray]:
+    import msgpack
+
+    _check_total(path, size, size)
+    entries = 0
+
+    def count(container: list[Any]) -> list[Any]:
+        # An empty map or list takes a byte in the file and a hundred in memory.
+        nonlocal entries
+        entries += 1 + len(container)
+        if entries > 4 * MAX_ARRAYS:
+            raise UserError(f"{path} holds more than {4 * MAX_ARRAYS} entries: that is no model")
+        return container
+
+    limits = {"max_array_len": _MAX_DIMENSIONS, "max_map_len": MAX_ARRAYS}
+    tree = msgpack.unpackb(
+        path.read_bytes(),
+        object_pairs_hook=lambda pairs: _unique_keys(count(pairs)),
+        list_hook=count,
+        ext_hook=lambda code, data: _flax_array(path, data) if code in _FLAX_ARRAYS else None,
+        max_str_len=_MAX_NAME,
+        **limits,
+    )
+    # Of a train state, or what `init` returns; `target` is that of Flax's first optimizers.
+    while inner := [tree[key] for key in ("params", "target") if isinstance(tree.get(key), dict)]:
+        tree = inner[0]
+    arrays = _unique_keys([("/".join(name), x) for name, x in flatten_dict(tree).items()])
+    _check_names(path, arrays)
+    if other := [name for name, x in arrays.items() if not isinstance(x, np.ndarray)]:
+        way_out = "write an .npz"
+        if any(_FLAX_CHUNKS in name for name in other):
+            way_out = "arrays above 1 GiB are not read, write an .npz"
+        raise UserError(f"{path} has {_shortlist(other)}, no arrays: {way_out}")
+    types = {name: (str(x.dtype), x.shape) for name, x in arrays.items()}
+    _check_declared(path, size, types)
+    return {name: _float32(np.array(x)) for name, x in arrays.items()}
+
+
+def _flax_array(path: Path, data: bytes) -> np.ndarray:
+    import msgpack
+
+    shape, dtype, values = msgpack.unpackb(
+        data, max_array_len=_MAX_DIMENSIONS, max_map_len=0, max_ext_len=0, max_str_len=_MAX_NAME
+    )
+    dtype = dtype.decode() if isinstance(dtype, bytes) else dtype
+    numpy_type = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    if numpy_type.hasobject:
+        raise UserError(f"{path} holds pickled Python objects, which are never loaded")
+    return np.frombuffer(values, numpy_type).reshape(shape)
 
 
 def _check_torch_archive(path: Path, size: int) -> None:

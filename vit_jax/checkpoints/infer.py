@@ -9,8 +9,8 @@ from vit_jax.checkpoints.layouts import AXIAL_UNIT, BIT_ROOT, POSITIONS, Arrays
 from vit_jax.errors import UserError
 from vit_jax.models import SIZES, resnet
 
-# A ResNet's weights do not tell; BiT and the paper pre-trained at this size.
-BIT_IMAGE_SIZE = 224
+# Where weights do not tell, as those of a ResNet: the paper, BiT and big_vision pre-trained at it.
+USUAL_IMAGE_SIZE = 224
 _LAYER = "Transformer/encoderblock_0"
 _TELLING = {
     "embedding/kernel": 4,
@@ -91,7 +91,7 @@ def infer_image_size(arrays: Arrays, downsampling: int) -> int:
     if AXIAL_UNIT in arrays:
         offsets = arrays[f"{AXIAL_UNIT.rpartition('/')[0]}/axial_embedding"].shape[1]
         return (offsets + 1) // 2 * resnet.downsampling(())
-    return BIT_IMAGE_SIZE if BIT_ROOT in arrays else infer_grid(arrays) * downsampling
+    return USUAL_IMAGE_SIZE if BIT_ROOT in arrays else infer_grid(arrays) * downsampling
 
 
 def infer_grid(arrays: Arrays) -> int:
@@ -125,5 +125,6 @@ def usual_num_heads(hidden_size: int, num_layers: int, mlp_dim: int) -> int:
             return size["num_heads"]
     raise UserError(
         f"how many heads a ViT of {num_layers} layers, width {hidden_size} and MLP width {mlp_dim} "
-        "has is not in the weights: give --num_heads"
+        "has is not in the weights: give --num_heads, or write it into a JSON file beside them, "
+        'FILE.json: {"model": {"num_heads": N}}'
     )

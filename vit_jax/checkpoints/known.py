@@ -28,13 +28,13 @@ class Known:
         model: some of the entries that `models.create_model` takes.
         preprocessing: None if it is not known.
         class_names: None if they are not known.
-        loss: "softmax" or "sigmoid".
+        loss: "softmax" or "sigmoid", None if it is not known.
     """
 
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     preprocessing: Preprocessing | None = None
     class_names: tuple[str, ...] | None = None
-    loss: str = "softmax"
+    loss: str | None = None
 
 
 def sidecar(path: Path) -> Path:
@@ -56,6 +56,8 @@ def read_sidecar(path: Path, default: Known) -> Known:
             raise UserError(f"{unknown[0]!r} is none of {', '.join(sorted(allowed))}")
         model = {**default.model, **document.pop("model", {})}
         check_types(model)
+        # null is silence, of the two that are always there.
+        document = {key: x for key, x in document.items() if x is not None or key == "class_names"}
         if "preprocessing" in document:
             document["preprocessing"] = _preprocessing(document["preprocessing"])
         if document.get("class_names") is not None:

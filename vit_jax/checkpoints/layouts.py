@@ -18,6 +18,8 @@ POSITIONS = "Transformer/posembed_input/pos_embedding"
 # Of the checkpoints of Big Transfer (github.com/google-research/big_transfer), all of it under
 # `resnet/`, as bit_pytorch/models.py there reads it.
 BIT_ROOT = "resnet/root_block/standardized_conv2d/kernel"
+# What big_vision calls an encoder layer's MLP, as newer Linen does.
+_NEWER_MLP = "MlpBlock_0/"
 # Of an AxialResNet, which is this project's alone.
 AXIAL_UNIT = "block1/unit1/row/kernel"
 _LAYER = "Transformer/encoderblock_"
@@ -176,7 +178,10 @@ def to_official(arrays: Arrays, layout: str, num_heads: int) -> Arrays:
             return {name: x for name, x in arrays.items() if name.startswith("resnet/")}
         return _from_official(arrays)
     if layout == "timm":
-        return _from_torch(_split_qkv(arrays), "timm", num_heads)
+        official = _from_torch(_split_qkv(arrays), "timm", num_heads)
+        if POSITIONS in official:  # With timm's no_embed_class they are those of the patches alone.
+            official[POSITIONS] = _with_class_position(official[POSITIONS], "cls" in official)
+        return official
     # Names are those on disk; those that Transformers 5 uses in memory are read too.
     arrays = {_huggingface_on_disk(name): x for name, x in arrays.items()}
     return _from_torch(arrays, "huggingface", num_heads)
@@ -308,9 +313,9 @@ def _from_official(arrays: Arrays) -> Arrays:
     """Brings the variants of Google's names to those on the disk of the original checkpoints.
 
     Read are: the original names; newer Linen names (`MlpBlock_0`); the parameters under `params/`
-    or `opt/target/`, the optimiser's state beside them being passed over; big_vision's top-level
-    `pos_embedding`, its position-less class token, and its layers stacked in one `encoderblock`;
-    GroupNorm parameters of shape [1, 1, 1, channels].
+    or `opt/target/`, the optimiser's state beside them being passed over; big_vision's
+    `pos_embedding`, at the top or in the encoder, its position-less class token, and its layers
+    stacked in one `encoderblock`; GroupNorm parameters of shape [1, 1, 1, channels].
     """
     for prefix in _PREFIXES:
         if f"{prefix}embedding/kernel" in arrays:
@@ -324,8 +329,9 @@ def _from_official(arrays: Arrays) -> Arrays:
         if parts[-2:-1] and parts[-2].startswith("gn") and x.shape[:-1] == (1,) * (x.ndim - 1):
             x = x.reshape(-1)
         result["/".join(parts)] = x
-    if "pos_embedding" in result:
-        result[POSITIONS] = _with_class_position(result.pop("pos_embedding"), "cls" in result)
+    for name in ("pos_embedding", "Transformer/pos_embedding"):
+        if name in result:
+            result[POSITIONS] = _with_class_position(result.pop(name), "cls" in result)
     return result
 
 
@@ -341,11 +347,92 @@ def _unstack(arrays: Arrays) -> Arrays:
 
 
 def _with_class_position(positions: np.ndarray, has_class: bool) -> np.ndarray:
-    """big_vision adds no position to the class token: a zero is the same."""
+    """big_vision, or timm if told to, adds no position to the class token: a zero is the same."""
     is_grid = positions.ndim == 3 and round(positions.shape[1] ** 0.5) ** 2 == positions.shape[1]
     if not (has_class and is_grid):
         return positions
     return np.pad(positions, ((0, 0), (1, 0), (0, 0)))
+
+
+def has_fixed_positions(present: Iterable[str]) -> bool:
+    """Whether these are big_vision's names without positions, which its code then computes."""
+    present = list(present)
+    newer = any(_NEWER_MLP in name for name in present)
+    return newer and not any(name.endswith("pos_embedding") for name in present)
+
+
+_TORCH_ROOT = (
+    r"(.*?)(?:(?:vit\.)?embeddings\.patch_embeddings\.projection|patch_embed\.proj)\.weight"
+)
+
+
+def unwrap(arrays: Arrays) -> Arrays:
+    """Brings variants of PyTorch's names to those of a model on its own.
+
+    Read are the names of Hugging Face's Flax models, with the layouts of Flax; and a model inside
+    another module: `module.` of DistributedDataParallel, `model.` of Lightning, and so on.
+
+    Raises:
+        UserError: there are several models, or something beside the model.
+    """
+    if any(name.endswith("embeddings/patch_embeddings/projection/kernel") for name in arrays):
+        arrays = dict(_flax_to_torch(name, x) for name, x in arrays.items())
+    matches = [match for match in map(re.compile(_TORCH_ROOT).fullmatch, arrays) if match]
+    prefixes = sorted({match[1] for match in matches})
+    if len(prefixes) > 1:
+        raise UserError(
+            f"holds several models, named {shortlist([repr(x) for x in prefixes])}: save the state "
+            "dict of one of them alone"
+        )
+    prefix = prefixes[0] if prefixes else ""
+    if beside := sorted(name for name in arrays if not name.startswith(prefix)):
+        raise UserError(
+            f"holds {shortlist(beside, 2)} beside the model {prefix!r}: save the state dict of a "
+            "plain ViT alone"
+        )
+    return {name.removeprefix(prefix): x for name, x in arrays.items()}
+
+
+def _flax_to_torch(name: str, x: np.ndarray) -> tuple[str, np.ndarray]:
+    *path, leaf = name.split("/")
+    if leaf == "kernel":
+        x = x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
+    return ".".join([*path, {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)]), x
+
+
+# By what some parameters are called, that are in no plain ViT: what the model then is.
+_OTHERS = {
+    r"dist_token|distillation_token|head_dist": "a distilled DeiT, with a second class token",
+    r"reg_token|register_tokens": "a ViT with register tokens",
+    r"attn_pool\.|MAPHead_0|(?:^|\.)head\.probe": "a ViT with attention pooling",
+    r"[qk]_norm\.|norm_[qk]\.": "a ViT that normalises queries and keys",
+    r"layers\.\d+\.blocks": "a Swin Transformer",
+    r"\bls[12]\b|gamma_[12]|lambda_[12]|layer_scale": "a ViT with LayerScale, as DeiT III or BEiT",
+    r"relative_position|rel_pos": "a ViT with relative positions as BEiT has them",
+    r"mlp\.(w12|fc1_g|w1)\.|weights_in": "a ViT with SwiGLU in place of its MLP",
+    r"mlp\.norm\.|attn\.norm\.": "a ViT with more norms in its layers",
+    r"norm_pre\.|pre_layernorm|pre_layrnorm|ln_pre|class_embedding": "a ViT with a norm before its "
+    "layers, as CLIP",
+    r"fc_norm\.": "a ViT that normalises after its pooling",
+    r"mask_token|decoder": "an autoencoder of masked images",
+    r"text_model\.|^transformer\.resblocks|token_embedding": "a model of text and images",
+    r"\.running_mean": "a network with BatchNorm",
+    r"encoder\.layers\.encoder_layer_": "torchvision's ViT, whose names are not read",
+    r"\.lora_[AB]\.|lora_": "LoRA's additions to a model: merge them into it first, and it is read",
+}
+
+
+def other_model(present: Iterable[str]) -> str | None:
+    """What a model is that has parameters which no plain or hybrid ViT has, None if nobody knows.
+
+    Args:
+        present: the names in any layout.
+    """
+    present = list(present)
+    for pattern, what in _OTHERS.items():
+        if found := sorted(filter(re.compile(pattern).search, present)):
+            return f"{what} ({shortlist(found, 1)})"
+    return None
 
 
 def recognise(present: Iterable[str]) -> str | None:

@@ -4,10 +4,14 @@ Fields are those of Transformers' ViTConfig and ViTImageProcessor, and of the `c
 timm writes for the Hugging Face hub.
 """
 
+import contextlib
+import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vit_jax.checkpoints import fields
 from vit_jax.checkpoints.known import Known, read_json
 from vit_jax.data import imagenet
 from vit_jax.data.protocols import Preprocessing
@@ -24,14 +28,31 @@ _GELU = {
     "gelu_tanh": "tanh",
 }
 _INTERPOLATION = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic"}
+_LOSS = {"single_label_classification": "softmax", "multi_label_classification": "sigmoid"}
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # PIL's numbers
 
 
-def describe(path: Path, layout: str, sizes: dict[str, Any], image_size: int) -> Known:
+def find_folder(path: Path, layout: str) -> Path | None:
+    """The folder whose configuration is that of the weights at a path, None if there is none.
+
+    A file that is named itself has that of its folder, if a `config.json` in there is one of this
+    layout.
+    """
+    if path.is_dir():
+        return path
+    telling = {"timm": ("pretrained_cfg", "architecture"), "huggingface": ("model_type",)}
+    try:
+        config = read_json(path.with_name("config.json"))
+    except UserError:  # Whosever it is, nobody named it.
+        return None
+    return path.parent if config.keys() & set(telling.get(layout, ())) else None
+
+
+def describe(folder: Path | None, layout: str, sizes: dict[str, Any], image_size: int) -> Known:
     """What is known of weights by their format, and by the configuration in their folder.
 
     Args:
-        path: a file, of which only the format's conventions are known, or a folder.
+        folder: None where only the format's conventions are known.
         layout: "official", "timm" or "huggingface".
         sizes: of the model, as far as shapes tell them.
         image_size: that of the position embeddings, for where the configuration names none.
@@ -41,20 +62,75 @@ def describe(path: Path, layout: str, sizes: dict[str, Any], image_size: int) ->
     """
     if layout == "official":
         return Known({"architecture": sizes["architecture"]})
-    config = read_json(path / "config.json") if path.is_dir() else {}
+    files = {} if folder is None else {name: read_json(folder / name) for name in FILES[layout]}
+    with _understanding(folder):
+        return _described(files, layout, sizes, image_size)
+
+
+@contextlib.contextmanager
+def _understanding(folder: Path | None) -> Iterator[None]:
     try:
-        if layout == "timm":
-            return _of_timm(config, sizes, image_size)
-        if config.get("model_type", "vit") != "vit":
-            raise UserError(f"model_type {config['model_type']!r} is not 'vit': only that is read")
-        processor = read_json(path / "preprocessor_config.json") if path.is_dir() else {}
-        return _of_huggingface(config, processor, image_size)
+        yield
     except UserError:
         raise
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise UserError(
-            f"{path}: a value in its configuration is not understood ({first_line(error)})"
+            f"{folder}: a value in its configuration is not understood ({first_line(error)})"
         ) from error
+
+
+# The configuration of a folder.
+FILES = {"timm": ("config.json",), "huggingface": ("config.json", "preprocessor_config.json")}
+
+
+def _described(
+    files: dict[str, dict[str, Any]], layout: str, sizes: dict[str, Any], image_size: int
+) -> Known:
+    config = files.get("config.json", {})
+    if layout == "timm":
+        return _of_timm(config, sizes, image_size)
+    if config.get("model_type", "vit") != "vit":
+        raise UserError(f"model_type {config['model_type']!r} is not 'vit': only that is read")
+    return _of_huggingface(config, files.get("preprocessor_config.json", {}), image_size)
+
+
+def reconcile(
+    said: Known, sidecar: Known, folder: Path, layout: str, sizes: dict[str, Any], image_size: int
+) -> Known:
+    """What is known of a folder that we wrote, and that may have been changed since.
+
+    The sidecar says more, and more exactly; but where the folder's own files no longer say what we
+    would write for it, somebody changed them, and they are right.
+
+    Args:
+        said: by the folder's own files.
+        sidecar: `said`, with what the sidecar replaces.
+        folder: where both lie.
+        layout: "timm" or "huggingface".
+        sizes: of the model, as far as shapes tell them, with `num_heads` of any value.
+        image_size: that of the position embeddings.
+    """
+    if sidecar == said or not (folder / "config.json").is_file():
+        return sidecar
+    shapes = {key: x for key, x in sizes.items() if key != "num_heads"}
+    whole = dataclasses.replace(sidecar, model={"num_heads": 1, **sidecar.model, **shapes})
+    with _understanding(folder):
+        written = timm_files(whole) if layout == "timm" else huggingface_files(whole)
+        written = {name: x for name, x in written.items() if (folder / name).is_file()}
+        written = _described(written, layout, sizes, image_size)
+    model = {key: x for key, x in sidecar.model.items() if key not in shapes}
+    changed = said.model.items() - written.model.items()
+    preprocessing = {
+        field.name: getattr(said.preprocessing, field.name)
+        for field in dataclasses.fields(Preprocessing)
+        if getattr(said.preprocessing, field.name) != getattr(written.preprocessing, field.name)
+    }
+    return Known(
+        model | dict(changed),
+        dataclasses.replace(sidecar.preprocessing, **preprocessing),
+        sidecar.class_names if said.class_names == written.class_names else said.class_names,
+        said.loss or sidecar.loss,
+    )
 
 
 def _look_up(table: dict[Any, str], key: Any, name: str) -> str:
@@ -64,8 +140,8 @@ def _look_up(table: dict[Any, str], key: Any, name: str) -> str:
 
 
 def _of_huggingface(config: dict[str, Any], processor: dict[str, Any], image_size: int) -> Known:
-    if not config.get("qkv_bias", True):
-        raise UserError("qkv_bias is false: the paper's ViT has these biases")
+    known = fields.HUGGINGFACE_READ + fields.HUGGINGFACE_SHAPES + fields.HUGGINGFACE_HARMLESS
+    fields.check_fields(config, fields.HUGGINGFACE_FIXED, known)
     labels = config.get("id2label")
     names = tuple(str(labels[str(i)]) for i in range(len(labels))) if labels else None
     if names == tuple(f"LABEL_{i}" for i in range(len(names or ()))):  # What stands for no names.
@@ -78,7 +154,9 @@ def _of_huggingface(config: dict[str, Any], processor: dict[str, Any], image_siz
     if "num_attention_heads" in config:
         model["num_heads"] = int(config["num_attention_heads"])
     size = processor.get("size", config.get("image_size", image_size))
-    return Known(model, _huggingface_preprocessing(processor, size), names)
+    loss = config.get("problem_type")
+    loss = None if loss is None else _look_up(_LOSS, loss, "problem_type")
+    return Known(model, _huggingface_preprocessing(processor, size), names, loss)
 
 
 def _huggingface_preprocessing(processor: dict[str, Any], size: Any) -> Preprocessing:
@@ -142,6 +220,8 @@ def huggingface_files(known: Known) -> dict[str, dict[str, Any]]:
         names = [imagenet.readable(name) for name in known.class_names or unnamed]
         config["id2label"] = {str(i): name for i, name in enumerate(names)}
         config["label2id"] = {name: i for i, name in enumerate(names)}
+        if known.loss == "sigmoid":
+            config["problem_type"] = "multi_label_classification"
     processor = {
         "do_normalize": True,
         "do_rescale": True,
@@ -164,18 +244,22 @@ def huggingface_files(known: Known) -> dict[str, dict[str, Any]]:
 
 
 def _of_timm(config: dict[str, Any], sizes: dict[str, Any], image_size: int) -> Known:
-    arguments = config.get("model_args", {})
-    pretrained = config.get("pretrained_cfg", {})
+    arguments = config.get("model_args") or {}
+    pretrained = config.get("pretrained_cfg", config)  # Once all was in one dictionary.
+    _check_timm(config, arguments, pretrained, sizes["classifier"] == "token")
+    usual = "gelu_tanh" if config.get("architecture") in fields.TIMM_TANH else "gelu"
     model = {
         "architecture": sizes["architecture"],
-        "gelu": _look_up(_GELU, arguments.get("act_layer", "gelu"), "act_layer"),
+        "gelu": _look_up(_GELU, arguments.get("act_layer") or usual, "act_layer"),
         "layer_norm_epsilon": TIMM_EPSILON,
     }
     if sizes["architecture"] == "hybrid":
         model["group_norm_epsilon"] = TIMM_GROUP_NORM_EPSILON
     if "num_heads" in arguments:
         model["num_heads"] = int(arguments["num_heads"])
-    size = pretrained.get("input_size", (3, *_sides(arguments.get("img_size", image_size))))
+    # The size of the position embeddings; a model that takes several may be used at another.
+    size = arguments.get("img_size")
+    size = (3, *_sides(size)) if size else pretrained.get("input_size", (3, *_sides(image_size)))
     if size[1] != size[2]:
         raise UserError(f"input_size {size} is not square: only square images are supported")
     names = config.get("label_names", pretrained.get("label_names"))
@@ -184,6 +268,19 @@ def _of_timm(config: dict[str, Any], sizes: dict[str, Any], image_size: int) -> 
         _timm_preprocessing(int(size[1]), **pretrained),
         tuple(map(str, names)) if names else None,
     )
+
+
+def _check_timm(
+    config: dict[str, Any], arguments: dict[str, Any], pretrained: dict[str, Any], has_class: bool
+) -> None:
+    known = fields.TIMM_READ + fields.TIMM_SHAPES + fields.TIMM_HARMLESS
+    fields.check_fields(arguments, fields.TIMM_FIXED, known)
+    fields.check_fields({"label_offset": pretrained.get("label_offset")}, {"label_offset": 0}, ())
+    norm = arguments.get("norm_layer") or "layernorm"
+    if norm.replace("_", "").lower() != "layernorm":
+        raise UserError(f"norm_layer is {norm!r}: only models with 'layernorm' are read")
+    pool = arguments.get("global_pool", config.get("global_pool"))
+    fields.check_timm_pooling(pool, has_class)
 
 
 def _timm_preprocessing(

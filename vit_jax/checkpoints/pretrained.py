@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vit_jax import models
 from vit_jax.checkpoints import infer, layouts, peers, remote
 from vit_jax.checkpoints.arrays import read_arrays, read_sharded
-from vit_jax.checkpoints.known import Known, of_run, read_sidecar
+from vit_jax.checkpoints.known import Known, of_run, read_sidecar, sidecar
 from vit_jax.checkpoints.layouts import Arrays
 from vit_jax.checkpoints.transfer import check_fit, transfer
 from vit_jax.data import imagenet
@@ -50,6 +50,26 @@ class Pretrained:
     loss: str
     source: str
     masked: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def has_untrained_head(self) -> bool:
+        """Whether the head is as every one begins here: all classes are as probable."""
+        flat = flatten_dict(self.params, sep="/")
+        return any(
+            not flat[f"{head}/kernel"].any() and np.ptp(flat[f"{head}/bias"]) == 0
+            for head in ("head", "resnet/head/conv2d")
+            if f"{head}/kernel" in flat
+        )
+
+    def check_head(self) -> None:
+        """Raises a UserError if there is no head that knows classes, with the way out."""
+        if not self.model["num_classes"]:
+            raise UserError(f"{self.source} has no head, so it knows no classes: fine-tune it")
+        if self.has_untrained_head:
+            raise UserError(
+                f"{self.source} has a head of zeros, as before training, so it tells no class from "
+                "another: fine-tune it"
+            )
 
 
 def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretrained:
@@ -146,6 +166,7 @@ def _assemble(arrays: Arrays, known: Known, overrides: dict[str, Any], source: s
     if other := sorted(overrides.keys() - models.model_keys(sizes["architecture"])):
         raise UserError(f"a model of the architecture {sizes['architecture']} has no {other[0]}")
     told = {**known.model, **overrides}
+    told = {key: x for key, x in told.items() if x is not None}
     if not told.get("num_classes"):  # In a run's config 0 stands for those of the data set.
         told["num_classes"] = sizes["num_classes"]
     for key in sizes.keys() & told.keys():
@@ -158,11 +179,17 @@ def _assemble(arrays: Arrays, known: Known, overrides: dict[str, Any], source: s
         if not 0 < model.get(key, 1e-6) < 1:
             raise UserError(f"{key} {model[key]} is not between 0 and 1")
     preprocessing = known.preprocessing
+    has_positions = model.get("position_embedding") not in ("none", "sincos2d")
     if preprocessing is None:
-        # A hidden layer before the head is pre-training's, which evaluates on a central crop.
-        protocol = "pretrain" if model.get("representation_size") else "inception"
         downsampling = models.create_model(model).downsampling
-        preprocessing = evaluation(protocol, infer.infer_image_size(arrays, downsampling))
+        image_size = infer.USUAL_IMAGE_SIZE
+        if has_positions:
+            image_size = infer.infer_image_size(arrays, downsampling)
+        # A hidden layer before the head is pre-training's, which evaluates on a central crop.
+        # So does the code that computes positions, of "Better plain ViT baselines".
+        is_pretraining = model.get("representation_size") or not has_positions
+        protocol = "pretrain" if is_pretraining else "inception"
+        preprocessing = evaluation(protocol, image_size)
     params = unflatten_dict(arrays, sep="/")
     of_masked = {name: params.pop(name) for name in masked.PARAMETERS if name in params}
     check_fit(abstract_params(model, preprocessing.image_size), params)
@@ -171,27 +198,26 @@ def _assemble(arrays: Arrays, known: Known, overrides: dict[str, Any], source: s
         raise UserError(
             f"{len(names)} class names for {model['num_classes']} classes: give one for each"
         )
-    return Pretrained(params, model, preprocessing, names, known.loss, source, of_masked)
+    loss = known.loss or "softmax"
+    return Pretrained(params, model, preprocessing, names, loss, source, of_masked)
 
 
 def _read_weights(path: Path, overrides: dict[str, Any]) -> tuple[Arrays, Known]:
     """The arrays of a file or folder under official names, and what is known of them."""
     weights = _weights_of(path)
     arrays = read_sharded(weights) if weights.suffix == ".json" else read_arrays(weights)
-    layout = layouts.recognise(arrays)
-    if layout is None:
-        raise UserError(
-            f"{weights} has no ViT's parameter names ({shortlist(sorted(arrays), 2)}): "
-            f"give {_ACCEPTED}"
-        )
+    arrays, layout = _recognise(weights, arrays)
     # PyTorch's layouts do not tell the heads: one is as good as any to learn the other sizes.
     official = layouts.to_official(arrays, layout, num_heads=1)
     sizes = infer.infer_model(official)
     downsampling = models.create_model(sizes).downsampling
     # Those of a peer tell it; of ours it may be told by the sidecar alone.
     image_size = 0 if layout == "official" else infer.infer_image_size(official, downsampling)
-    known = read_sidecar(path, peers.describe(path, layout, sizes, image_size))
+    known = _known(path, layout, sizes, image_size)
     if layout == "official":
+        if layouts.has_fixed_positions(arrays):
+            model = {"position_embedding": "sincos2d", **known.model}
+            known = dataclasses.replace(known, model=model)
         return official, known
     num_heads = {**known.model, **overrides}.get("num_heads")
     if num_heads is None:
@@ -200,8 +226,37 @@ def _read_weights(path: Path, overrides: dict[str, Any]) -> tuple[Arrays, Known]
     return layouts.to_official(arrays, layout, num_heads), known
 
 
+def _recognise(path: Path, arrays: Arrays) -> tuple[Arrays, str]:
+    """The arrays without what a model may be wrapped in, and their layout."""
+    what = layouts.other_model(arrays)
+    if what is None:
+        arrays = layouts.unwrap(arrays)
+        layout = layouts.recognise(arrays)
+        if layout is not None:
+            return arrays, layout
+        names = shortlist(sorted(arrays), 2)
+        raise UserError(f"{path} has no ViT's parameter names ({names}): give {_ACCEPTED}")
+    raise UserError(
+        f"{path} is of {what}, not part of a plain or hybrid ViT: only those are read, for example "
+        "hf:google/vit-base-patch16-224"
+    )
+
+
+def _known(path: Path, layout: str, sizes: dict[str, Any], image_size: int) -> Known:
+    """What is said of weights: by the sidecar of a file, by the files of their folder, by both."""
+    folder = peers.find_folder(path, layout)
+    said = peers.describe(folder, layout, sizes, image_size)
+    if folder is None or layout == "official" or (path != folder and sidecar(path).is_file()):
+        return read_sidecar(path, said)
+    return peers.reconcile(said, read_sidecar(folder, said), folder, layout, sizes, image_size)
+
+
+# The first of these in a folder is read, the safe formats first.
+_STEMS = ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
+
+
 def _weights_of(path: Path) -> Path:
-    names = ("model.safetensors", "model.safetensors.index.json") if path.is_dir() else ()
+    names = [x + suffix for x in _STEMS for suffix in ("", ".index.json")] if path.is_dir() else ()
     return next((path / name for name in names if (path / name).is_file()), path)
 
 

@@ -85,6 +85,8 @@ def _convert(args: argparse.Namespace, report: _Report) -> None:
     # TensorFlow warns that gradients of the SavedModel are missing, which nobody asks for.
     logging.set_verbosity(logging.ERROR)
     pretrained = flags.load(args)
+    if pretrained.has_untrained_head and args.outputs != "features":
+        print(f"note: {pretrained.source} has a head of zeros: its {args.outputs} mean nothing yet")
     forward = make_forward(
         pretrained, outputs=args.outputs, include_preprocessing=args.include_preprocessing
     )

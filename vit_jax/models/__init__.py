@@ -138,6 +138,12 @@ def prediction_defaults(architecture: str) -> dict[str, Any]:
     }
 
 
+def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's `model` section with the model's default for whatever is None."""
+    defaults = prediction_defaults(config["architecture"])
+    return {key: defaults.get(key) if x is None else x for key, x in config.items()}
+
+
 def check_types(config: Mapping[str, Any]) -> None:
     """Checks the keys of an architecture and some of its hyperparameters, and their types.
 
@@ -162,13 +168,13 @@ def create_model(config: Mapping[str, Any], **overrides: Any) -> nn.Module:
 
     Args:
         config: `architecture` and the fields of its module; `dtype` as a string, tuples also as
-            the lists that they are in JSON.
+            the lists that they are in JSON. None is the model's default.
         **overrides: replace entries of config.
 
     Raises:
         UserError: the architecture or the dtype is unknown.
     """
-    config = {"dtype": "float32", **config, **overrides}
+    config = with_defaults({"dtype": "float32", **config, **overrides})
     if config["dtype"] not in DTYPES:
         raise UserError(f"model.dtype {config['dtype']!r} is unknown: use {' or '.join(DTYPES)}")
     config["dtype"] = jnp.dtype(config["dtype"])
