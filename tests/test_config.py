@@ -76,6 +76,7 @@ def test_a_missing_key_raises():
         ("fewshot", "shots", (1, 5), "config.fewshot.shots is (1, 5): it must be of type str"),
         ("", "patience", -1, "config.patience is -1: it must not be negative"),
         ("", "augment", "strong3", "augment 'strong3' is not understood: use none, light1, light2"),
+        ("", "augment_contrast", "mean", "config.augment_contrast is 'mean': use augreg or pil"),
         ("dataset", "subset", "half", "dataset.subset 'half' is not understood: use a number of"),
         ("dataset", "subset_seed", -1, "config.dataset.subset_seed is -1: it must not be neg"),
         ("fewshot", "shots", "few", "shots 'few' are not positive numbers, each once"),
@@ -226,6 +227,16 @@ def test_config_json_gives_the_config_back(model, tmp_path):
     path.write_text(json.dumps(to_dict(config)))
     assert to_dict(get_config(str(path))) == to_dict(config)
     check_config(get_config(str(path)))
+
+
+def test_a_config_json_of_before_a_key_was_added_does_what_it_did(tmp_path):
+    config = recipe("ViT-B/16")
+    assert config.augment_contrast == "augreg"
+    saved = to_dict(config)
+    del saved["augment_contrast"]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(saved))
+    assert to_dict(get_config(str(path))) == saved | {"augment_contrast": "pil"}
 
 
 def test_a_broken_config_json_is_refused(tmp_path):

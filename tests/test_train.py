@@ -191,6 +191,27 @@ def test_another_config_is_refused_by_the_checkpoint_itself(finished, tiny_confi
         train.train(tiny_config(seed=1), run)
 
 
+def test_a_run_of_before_a_config_key_goes_on_where_nothing_hangs_on_the_key(
+    tiny_config, tmp_path, monkeypatch
+):
+    """`augment_contrast` came when runs had long been made, with the contrast of PIL."""
+
+    def without(config):
+        return {key: x for key, x in to_dict(config).items() if key != "augment_contrast"}
+
+    for name, augment in (("plain", "none"), ("augmented", "light1")):
+        config = tiny_config(duration="1 step", augment=augment, **{"schedule.warmup": "0 steps"})
+        monkeypatch.setattr(train, "to_dict", without)
+        train.train(config, tmp_path / name)
+        monkeypatch.undo()
+        if name == "augmented":
+            refusal = "augment_contrast: pil in the checkpoint, augreg now"
+            with pytest.raises(UserError, match=refusal):
+                train.train(config, tmp_path / name)
+            config.augment_contrast = "pil"
+        assert train.train(config, tmp_path / name)["step"] == 1
+
+
 def test_a_run_that_ended_before_its_metrics_json_writes_it(finished, tiny_config, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)

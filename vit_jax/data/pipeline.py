@@ -33,6 +33,7 @@ def train_batches(
     shuffle_buffer: int,
     num_operations: int = 0,
     magnitude: float = 0,
+    contrast: str = "augreg",
     first_step: int = 0,
     cache: str = "auto",
     process_index: int = 0,
@@ -55,6 +56,7 @@ def train_batches(
             too. What is in memory is shuffled as a whole.
         num_operations: of RandAugment for each image; 0 for none.
         magnitude: of RandAugment.
+        contrast: of RandAugment, one of `randaugment.CONTRASTS`.
         first_step: the batch to begin with. What comes before is skipped without decoding.
         cache: where the encoded images are read from again: "memory", "disk", or "auto", memory
             below 2 GiB. The two have different orders.
@@ -99,6 +101,7 @@ def train_batches(
             random_flip=random_flip,
             num_operations=num_operations,
             magnitude=magnitude,
+            contrast=contrast,
         )
         return {"image": image, "label": tf.cast(record["label"], tf.int32)}
 
