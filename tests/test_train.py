@@ -12,6 +12,7 @@ import time
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import PIL.Image
 import pytest
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
@@ -19,7 +20,7 @@ from ml_collections import ConfigDict
 from vit_jax import metrics, predict, train
 from vit_jax.checkpoints.pretrained import load_pretrained
 from vit_jax.config import to_dict
-from vit_jax.data import datasets, pipeline
+from vit_jax.data import classes, datasets, pipeline
 from vit_jax.data.protocols import evaluation
 from vit_jax.errors import UserError
 from vit_jax.models import create_model, vit
@@ -210,6 +211,40 @@ def test_a_run_of_before_a_config_key_goes_on_where_nothing_hangs_on_the_key(
                 train.train(config, tmp_path / name)
             config.augment_contrast = "pil"
         assert train.train(config, tmp_path / name)["step"] == 1
+
+
+def test_a_run_of_when_numbers_were_sorted_as_text_goes_on_with_its_labels(
+    tiny_config, tmp_path, monkeypatch
+):
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        directory = tmp_path / "data" / "train" / str(number)
+        directory.mkdir(parents=True)
+        for i in range(4):
+            pixels = np.clip(20 * number + rng.integers(0, 20, (8, 8, 3)), 0, 255)
+            PIL.Image.fromarray(pixels.astype(np.uint8)).save(directory / f"{i}.png")
+    config = tiny_config(
+        **{"dataset.name": f"folder:{tmp_path / 'data'}", "dataset.eval_split": "train"}
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(classes, "in_order", lambda names: tuple(sorted(names)))
+        train.train(config, tmp_path / "whole")
+        with pytest.raises(KeyboardInterrupt):
+            train_until(config, tmp_path / "stopped", step=3)
+    train.train(config, tmp_path / "stopped")
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped", 6)
+    names = load_pretrained(str(tmp_path / "stopped")).class_names
+    assert names == tuple(sorted(map(str, range(12))))
+    # One that begins today has them in the order of their values.
+    train.train(config, tmp_path / "new")
+    names = load_pretrained(str(tmp_path / "new")).class_names
+    assert names == tuple(map(str, range(12)))
+
+    (tmp_path / "data/train/11").rename(tmp_path / "data/train/12")
+    for run in ("stopped", "new"):
+        (tmp_path / run / "metrics.json").unlink()
+        with pytest.raises(UserError, match=f"{run} holds a run whose 12 classes are not the 12 "):
+            train.train(config, tmp_path / run)
 
 
 def test_a_run_that_ended_before_its_metrics_json_writes_it(finished, tiny_config, tmp_path):

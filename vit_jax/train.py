@@ -110,11 +110,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     finished = workdir / "metrics.json"
     store = CheckpointStore(workdir, keep=config.keep_checkpoints, report=_say)
     with _sigterm() as terminated, _full_disk(workdir), contextlib.closing(store):
-        _refuse_another_run(config, workdir, store)
+        saved_names = _refuse_another_run(config, workdir, store)
         if finished.exists():
             _say(f"{workdir} holds a finished run: nothing to do")
             return json.loads(finished.read_text())
-        run = _prepare(config, workdir)
+        run = _prepare(config, workdir, saved_names)
         if jax.process_index() == 0:
             write_json(workdir / "config.json", to_dict(config))
         state, progress = _start(run, store)
@@ -143,9 +143,12 @@ def _make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
     return workdir
 
 
-def _refuse_another_run(config: ConfigDict, workdir: pathlib.Path, store: CheckpointStore) -> None:
-    saved = store.latest_metadata()
-    if saved is not None:
+def _refuse_another_run(
+    config: ConfigDict, workdir: pathlib.Path, store: CheckpointStore
+) -> list[str] | None:
+    """The class names of the run that the workdir holds, if it holds one that has them."""
+    saved = store.latest_metadata() or {}
+    if saved:
         may_change = set(RESUMABLE_CHANGES)
         if not parse_augment(config.augment).num_operations:
             may_change.add("augment_contrast")  # Without RandAugment nothing depends on it.
@@ -157,9 +160,10 @@ def _refuse_another_run(config: ConfigDict, workdir: pathlib.Path, store: Checkp
                 f"{workdir} holds a run of another config ({'; '.join(differences)}): "
                 "choose another --workdir, or change these back"
             )
+    return saved.get("class_names")
 
 
-def _prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
+def _prepare(config: ConfigDict, workdir: pathlib.Path, saved_names: list[str] | None) -> Run:
     mesh = make_mesh()
     parts = mesh.size * config.accumulate_steps
     if config.batch_size % parts:
@@ -175,6 +179,9 @@ def _prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
         eval_split=data.eval_split,
         development=data.development,
     )
+    if saved_names is not None:
+        sources = (train_source, eval_source)
+        train_source, eval_source = (_with_labels(x, saved_names, workdir) for x in sources)
     train_source = take_subset(train_source, data.subset, data.subset_seed)
     count = functools.partial(
         count_steps, num_examples=train_source.num_examples, batch_size=config.batch_size
@@ -212,6 +219,22 @@ def _prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
         checkpoint_every=count(config.checkpoint_every),
         fewshot_every=count(config.fewshot.every),
         fewshot=_prepare_fewshot(config, mesh) if config.fewshot.dataset else None,
+    )
+
+
+def _with_labels(
+    source: datasets.Source, saved_names: list[str], workdir: pathlib.Path
+) -> datasets.Source:
+    """The source with the labels that a run began with: folders of numbers were once text."""
+    if list(source.class_names) == saved_names:
+        return source
+    if sorted(source.class_names) != sorted(saved_names):
+        raise UserError(
+            f"{workdir} holds a run whose {len(saved_names)} classes are not the "
+            f"{len(source.class_names)} that {source.name} has now: choose another --workdir"
+        )
+    return datasets.relabel(
+        source, [saved_names.index(name) for name in source.class_names], saved_names
     )
 
 

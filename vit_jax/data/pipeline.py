@@ -14,6 +14,8 @@ import numpy as np
 import tensorflow as tf
 
 from vit_jax.data.datasets import Source
+from vit_jax.data.folder import decodable
+from vit_jax.data.images import read_image
 from vit_jax.data.preprocess import eval_view, view
 from vit_jax.data.protocols import Preprocessing, evaluation
 from vit_jax.errors import UserError
@@ -93,7 +95,7 @@ def train_batches(
 
     def example(position, record):
         image = view(
-            record["image"],
+            decodable(record),
             tf.stack([tf.constant(seed, tf.int64), position]),
             image_size=image_size,
             protocol=protocol,
@@ -165,7 +167,7 @@ def eval_batches(
 
     def example(position, record):
         del position
-        image = eval_view(record["image"], preprocessing, border=source.border)
+        image = eval_view(decodable(record), preprocessing, border=source.border)
         return {"image": image, "label": tf.cast(record["label"], tf.int32)}
 
     records = _own_rows(source.records().enumerate(), batch_size, rows, process_index)
@@ -257,6 +259,8 @@ def _name_broken_image(records, example):
             example(position, record)
         except tf.errors.InvalidArgumentError as error:
             name = record["id"].numpy().decode()
+            if not record.get("tensorflow_reads", True):
+                read_image(name, record["image"].numpy())  # says what is wrong
             raise UserError(
                 f"image {name} cannot be decoded: it is cut off or damaged; replace or remove it"
             ) from error
