@@ -88,9 +88,10 @@ def test_warmup_is_linear_from_zero():
     np.testing.assert_allclose([schedule("cosine")(t) for t in (0, 5, 10)], [0, 0.2, 0.4])
 
 
-def test_cosine_decay():
-    expected = [0.2 * (1 + np.cos(np.pi * t)) for t in (0.25, 0.5, 1.0)]
-    values = [schedule("cosine")(t) for t in (35, 60, 110)]
+@pytest.mark.parametrize("end", [0.0, 0.1])
+def test_cosine_decay_ends_at_its_end(end):
+    expected = [end + (0.4 - end) * (1 + np.cos(np.pi * t)) / 2 for t in (0.25, 0.5, 1.0, 1.0)]
+    values = [schedule("cosine", end)(t) for t in (35, 60, 110, 200)]
     np.testing.assert_allclose(values, expected, atol=1e-7)
 
 
