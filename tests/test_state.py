@@ -55,14 +55,24 @@ def test_sgd_has_heavy_ball_momentum():
     np.testing.assert_allclose(params["layer"]["bias"], p, rtol=1e-6)
 
 
-def test_clipping_is_at_the_global_norm():
-    optimizer = create_optimizer(SGD | {"clip_norm": 0.5}, lambda count: 1.0)
-    updates, _ = optimizer.update(GRADS[0], optimizer.init(PARAMS), PARAMS)
-    norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(GRADS[0])))
-    assert norm > 0.5
-    np.testing.assert_allclose(
-        updates["layer"]["bias"], -GRADS[0]["layer"]["bias"] * 0.5 / norm, rtol=1e-6
-    )
+@pytest.mark.parametrize("config", [ADAM, SGD])
+def test_gradients_are_clipped_at_their_global_norm_before_they_make_moments(config):
+    params, _ = steps(config | {"clip_norm": 0.5})
+    norms = [np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(x))) for x in GRADS]
+    assert min(norms) > 0.5 and np.ptp(norms) > 0.1  # Each is scaled down, by its own factor.
+    p = np.asarray(PARAMS["layer"]["bias"], np.float64)
+    grads = [
+        np.asarray(x["layer"]["bias"], np.float64) * 0.5 / norm
+        for x, norm in zip(GRADS, norms, strict=True)
+    ]
+    if config is ADAM:
+        expected = numpy_adam(p, grads, 0.3)
+    else:
+        # Unrolled: gradient k counts 1, 0.9 and 0.81 in the steps from k on.
+        rates = [0.1, 0.1 / 2, 0.1 / 3]
+        weights = [sum(rates[t] * 0.9 ** (t - k) for t in range(k, 3)) for k in range(3)]
+        expected = p - sum(weight * grad for weight, grad in zip(weights, grads, strict=True))
+    np.testing.assert_allclose(params["layer"]["bias"], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("config", [ADAM, SGD])
