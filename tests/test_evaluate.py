@@ -140,6 +140,13 @@ def test_calibration_error_is_that_of_its_definition(batch_size):
     assert expected > 0.02
 
 
+def test_a_bin_of_the_calibration_error_has_its_upper_edge():
+    # Certain and wrong, and right at 0.95: both in (14/15, 1], where they are right half the time.
+    logits = np.array([[90, -90], [np.log(0.95 / 0.05), 0]], np.float32)
+    found = scored(logits, np.array([1, 0], np.int32), 2)
+    assert found.calibration_error == pytest.approx((1 + 0.95) / 2 - 0.5, rel=1e-6)
+
+
 def test_calibration_error_by_hand():
     # Two classes at 0.8, of four images one is right: |1/4 - 4/5|.
     logits = np.tile(np.log([[0.8, 0.2]]), (4, 1)).astype(np.float32)
