@@ -3,9 +3,13 @@ import pathlib
 import re
 import runpy
 
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
 from ml_collections import ConfigDict
 
+from vit_jax import models
 from vit_jax.config import (
     check_config,
     count_steps,
@@ -18,6 +22,7 @@ from vit_jax.config import (
 from vit_jax.errors import UserError
 from vit_jax.recipes import ADOPTED
 from vit_jax.recipes import get_config as recipe
+from vit_jax.state import OPTIMIZERS, create_optimizer, create_schedule, optimizer_keys
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = [
@@ -77,6 +82,7 @@ def test_a_missing_key_raises():
         ("fewshot", "shots", (1, 5), "config.fewshot.shots is (1, 5): it must be of type str"),
         ("", "patience", -1, "config.patience is -1: it must not be negative"),
         ("", "augment", "strong3", "augment 'strong3' is not understood: use none, light1, light2"),
+        ("", "augment_contrast", "mean", "config.augment_contrast is 'mean': use augreg or pil"),
         ("dataset", "subset", "half", "dataset.subset 'half' is not understood: use a number of"),
         ("dataset", "subset_seed", -1, "config.dataset.subset_seed is -1: it must not be neg"),
         ("fewshot", "shots", "few", "shots 'few' are not positive numbers, each once"),
@@ -242,6 +248,16 @@ def test_what_a_config_json_leaves_to_the_weights_can_be_given_by_flags(tmp_path
             assert read.model.get_ref(key).get_type() is kind
 
 
+def test_a_config_json_of_before_a_key_was_added_does_what_it_did(tmp_path):
+    config = recipe("ViT-B/16")
+    assert config.augment_contrast == "augreg"
+    saved = to_dict(config)
+    del saved["augment_contrast"]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(saved))
+    assert to_dict(get_config(str(path))) == saved | {"augment_contrast": "pil"}
+
+
 def test_a_broken_config_json_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json cannot be read"):
@@ -329,3 +345,94 @@ def test_subsets(text, expected):
 def test_subsets_of_another_form_are_refused(text):
     with pytest.raises(UserError, match="is not understood: use a number of images, such as 5000"):
         parse_subset(text)
+
+
+# Another value of every key of a section that is handed on as a whole: something must change.
+MODEL = {
+    "num_classes": (3, 4), "patch_size": (4, 2), "hidden_size": (8, 16), "num_layers": (2, 3),
+    "mlp_dim": (8, 12), "num_heads": (2, 4), "classifier": ("gap", "token"),
+    "representation_size": (0, 5), "dropout_rate": (0.0, 0.1), "attention_dropout_rate": (0.0, 0.1),
+    "stochastic_depth": (0.0, 0.1), "position_embedding": ("learned", "none"),
+    "position_placement": ("stem", "layers"), "gelu": ("tanh", "erf"),
+    "layer_norm_epsilon": (1e-6, 1e-5), "head_bias_init": (0.0, -10.0), "remat": (False, True),
+    "scan_layers": (False, True), "dtype": ("float32", "bfloat16"), "resnet_layers": ((1,), (2,)),
+    "group_norm_epsilon": (1e-6, 1e-5), "width_factor": (1, 2),
+}  # fmt: skip
+OPTIMIZER = {
+    "b1": (0.9, 0.8), "b2": (0.999, 0.9), "momentum": (0.9, 0.8), "weight_decay": (0.1, 0.2),
+    "decay": ("all", "kernels"), "mu_dtype": ("float32", "bfloat16"), "clip_norm": (0.0, 0.5),
+}  # fmt: skip
+SCHEDULE = {
+    "base_lr": (0.1, 0.2), "decay": ("cosine", "linear"), "end_lr": (0.0, 0.01),
+    "warmup_steps": (2, 4), "total_steps": (20, 30),
+}  # fmt: skip
+
+
+def without_effect(values, keys, result, changed=None):
+    """Those of the keys, or of the changed ones, whose second value has the result of the first."""
+    first = {key: values[key][0] for key in keys}
+    before = result(first)
+    return {key for key in changed or keys if result(first | {key: values[key][1]}) == before}
+
+
+def program(architecture):
+    """The program that initialises a model and applies it in training, or why there is none."""
+
+    def of(fields):
+        module_class = models.ARCHITECTURES[architecture]
+        dtype = {"dtype": jnp.dtype(fields["dtype"])} if "dtype" in fields else {}
+        module = module_class(**fields | dtype)
+        images, rng = jnp.zeros((1, 32, 32, 3)), jax.random.key(0)
+
+        def run(rng):
+            params = module.init(rng, images)
+            return module.apply(params, images, train=True, rngs={"dropout": rng})
+
+        try:
+            return re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(run)(rng)))
+        except UserError as error:
+            return str(error)
+
+    return of
+
+
+@pytest.mark.parametrize("architecture", models.ARCHITECTURES)
+def test_every_model_key_has_an_effect(architecture, monkeypatch):
+    keys = models.model_keys(architecture) - {"architecture"}
+    assert not without_effect(MODEL, keys, program(architecture))
+
+    class Careless(models.ARCHITECTURES[architecture]):
+        surplus: int = 0
+
+    monkeypatch.setitem(models.ARCHITECTURES, architecture, Careless)
+    values, changed = MODEL | {"surplus": (0, 1)}, {"surplus", "num_classes"}
+    assert without_effect(
+        values, values.keys() & models.model_keys(architecture), program(architecture), changed
+    ) == {"surplus"}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_key_has_an_effect(name):
+    params = {"kernel": jnp.array([1.0, 2.0]), "bias": jnp.array([3.0])}
+    gradients = [{"kernel": jnp.array([0.3, -2.1]), "bias": jnp.array([k])} for k in (0.7, -0.2)]
+
+    def updated(values):
+        optimizer = create_optimizer({"name": name, **values}, lambda step: 0.1)
+        state, found = optimizer.init(params), params
+        for gradient in gradients:
+            updates, state = optimizer.update(gradient, state, found)
+            found = optax.apply_updates(found, updates)
+        return [x.tolist() for x in jax.tree.leaves(found)]
+
+    assert not without_effect(OPTIMIZER, optimizer_keys(name) - {"name"}, updated)
+
+
+def test_every_schedule_key_has_an_effect():
+    def rates(values):
+        schedule = create_schedule(**values)
+        return [float(schedule(step)) for step in range(20)]
+
+    assert not without_effect(SCHEDULE, SCHEDULE, rates)
+    # And these are the keys: warm-up and length are counted in steps before.
+    keys = set(recipe("ViT-B/16").schedule) - {"warmup"} | {"warmup_steps", "total_steps"}
+    assert keys == set(SCHEDULE)

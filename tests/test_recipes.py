@@ -173,6 +173,39 @@ def test_finetuning_is_table_4(dataset, steps, warmup, base_lr):
     assert config.loss == "softmax"
 
 
+# Typed from google-research/vision_transformer, vit_jax/configs/models.py: dropout_rate of each of
+# its models that the paper's recipes are for. attention_dropout_rate is 0.0 in all of them.
+PUBLISHED_DROPOUT = """
+ViT-Ti/16 0.0
+ViT-S/16 0.0
+ViT-S/32 0.0
+ViT-B/8 0.0
+ViT-B/16 0.0
+ViT-B/32 0.0
+ViT-L/16 0.1
+ViT-L/32 0.0
+ViT-H/14 0.1
+R+ViT-Ti/16 0.0
+R26+ViT-S/32 0.0
+R26+ViT-B/32 0.0
+R50+ViT-B/16 0.1
+R50+ViT-L/32 0.1
+"""
+
+
+@pytest.mark.parametrize("dataset", ["imagenet2012,512", "cifar10", "vtab:svhn", "folder:/x"])
+@pytest.mark.parametrize(("model", "dropout"), rows(PUBLISHED_DROPOUT))
+def test_dropout_in_fine_tuning_is_that_of_the_published_code(model, dropout, dataset):
+    config = get_config(model, f"finetune,{dataset}").model
+    assert (config.dropout_rate, config.attention_dropout_rate) == (float(dropout), 0.0)
+
+
+@pytest.mark.parametrize("model", ["R50+ViT-B/32", "R50+ViT-L/16", "ViT-b/32", "Axial-ViT-B/16"])
+def test_models_that_were_not_published_are_fine_tuned_without_dropout(model):
+    assert get_config(model, "finetune,cifar10").model.dropout_rate == 0.0
+    assert "dropout_rate" not in get_config("R50x1", "finetune,cifar10").model
+
+
 def test_masked_patch_prediction_is_appendix_b12():
     config = get_config("ViT-B/16", "masked,jft")
     assert (config.objective, config.dataset.name) == ("masked_patches", "jft")

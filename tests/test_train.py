@@ -1,6 +1,6 @@
 import json
 import math
-import pathlib
+import os
 import random
 import re
 import shutil
@@ -12,18 +12,19 @@ import time
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import PIL.Image
 import pytest
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
-from vit_jax import metrics, predict, train
+from vit_jax import metrics, predict, recipes, train
 from vit_jax.checkpoints.pretrained import Pretrained, abstract_params, load_pretrained
 from vit_jax.checkpoints.save import save_pretrained
-from vit_jax.config import to_dict
-from vit_jax.data import datasets, pipeline
+from vit_jax.config import check_config, to_dict
+from vit_jax.data import classes, datasets, pipeline
 from vit_jax.data.protocols import evaluation
 from vit_jax.errors import UserError
-from vit_jax.models import create_model, prediction_defaults, vit
+from vit_jax.models import create_model, prediction_defaults
 from vit_jax.recipes import get_config
 from vit_jax.sharding import state_sharding
 
@@ -193,6 +194,61 @@ def test_another_config_is_refused_by_the_checkpoint_itself(finished, tiny_confi
         train.train(tiny_config(seed=1), run)
 
 
+def test_a_run_of_before_a_config_key_goes_on_where_nothing_hangs_on_the_key(
+    tiny_config, tmp_path, monkeypatch
+):
+    """`augment_contrast` came when runs had long been made, with the contrast of PIL."""
+
+    def without(config):
+        return {key: x for key, x in to_dict(config).items() if key != "augment_contrast"}
+
+    for name, augment in (("plain", "none"), ("augmented", "light1")):
+        config = tiny_config(duration="1 step", augment=augment, **{"schedule.warmup": "0 steps"})
+        monkeypatch.setattr(train, "to_dict", without)
+        train.train(config, tmp_path / name)
+        monkeypatch.undo()
+        if name == "augmented":
+            refusal = "augment_contrast: pil in the checkpoint, augreg now"
+            with pytest.raises(UserError, match=refusal):
+                train.train(config, tmp_path / name)
+            config.augment_contrast = "pil"
+        assert train.train(config, tmp_path / name)["step"] == 1
+
+
+def test_a_run_of_when_numbers_were_sorted_as_text_goes_on_with_its_labels(
+    tiny_config, tmp_path, monkeypatch
+):
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        directory = tmp_path / "data" / "train" / str(number)
+        directory.mkdir(parents=True)
+        for i in range(4):
+            pixels = np.clip(20 * number + rng.integers(0, 20, (8, 8, 3)), 0, 255)
+            PIL.Image.fromarray(pixels.astype(np.uint8)).save(directory / f"{i}.png")
+    config = tiny_config(
+        **{"dataset.name": f"folder:{tmp_path / 'data'}", "dataset.eval_split": "train"}
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(classes, "in_order", lambda names: tuple(sorted(names)))
+        train.train(config, tmp_path / "whole")
+        with pytest.raises(KeyboardInterrupt):
+            train_until(config, tmp_path / "stopped", step=3)
+    train.train(config, tmp_path / "stopped")
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped", 6)
+    names = load_pretrained(str(tmp_path / "stopped")).class_names
+    assert names == tuple(sorted(map(str, range(12))))
+    # One that begins today has them in the order of their values.
+    train.train(config, tmp_path / "new")
+    names = load_pretrained(str(tmp_path / "new")).class_names
+    assert names == tuple(map(str, range(12)))
+
+    (tmp_path / "data/train/11").rename(tmp_path / "data/train/12")
+    for run in ("stopped", "new"):
+        (tmp_path / run / "metrics.json").unlink()
+        with pytest.raises(UserError, match=f"{run} holds a run whose 12 classes are not the 12 "):
+            train.train(config, tmp_path / run)
+
+
 def test_a_run_that_ended_before_its_metrics_json_writes_it(finished, tiny_config, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
@@ -216,33 +272,57 @@ def test_config_json_describes_the_run(finished, tiny_config):
     assert json.loads((finished / "config.json").read_text()) == to_dict(tiny_config())
 
 
-def test_every_config_key_is_read(tiny_config, tmp_path, monkeypatch):
-    config = tiny_config(duration="1 step", **{"schedule.warmup": "0 steps"})
-    config.fewshot.update({"dataset": "digits", "data_dir": config.dataset.data_dir})
-    plain, read = to_dict(config), set()
-    config.model.representation_size = 0  # For the second run.
-    original = ConfigDict.__getitem__
+def read_by_running(runs, monkeypatch):
+    """Trains configs; returns the keys that each reads, by attribute, as dotted names.
 
-    def recording(self, key):
-        read.add((id(self), key))
-        return original(self, key)
+    The check and the copy to JSON read every key, whatever becomes of it: they do not count. Nor
+    does what takes a section as a whole, of which tests/test_config.py shows that it uses it all.
+    """
+    original, read = ConfigDict.__getattr__, set()
+    for config, workdir in runs:
+        plain = to_dict(config)
+        names = {id(config): ""} | {
+            id(part): f"{key}." for key, part in config.items() if isinstance(part, ConfigDict)
+        }
 
-    # These two read every key, whatever becomes of it.
-    monkeypatch.setattr(train, "check_config", lambda config: None)
-    monkeypatch.setattr(train, "to_dict", lambda config: plain)
-    monkeypatch.setattr(ConfigDict, "__getitem__", recording)
-    train.train(config, tmp_path / "run")
-    config.objective = "masked_patches"
-    train.train(config, tmp_path / "masked")
-    monkeypatch.undo()
-    # A module takes its section whole: each of its fields must be used in it.
-    source = pathlib.Path(vit.__file__).read_text()
-    assert not [key for key in plain["model"] if f"self.{key}" not in source][1:]
-    unread = [key for key in config if (id(config), key) not in read]
-    for section in ("dataset", "masking", "model", "optimizer", "schedule", "fewshot"):
-        part = config[section]
-        unread += [f"{section}.{key}" for key in part if (id(part), key) not in read]
-    assert not unread
+        def recording(self, key, names=names):
+            read.add(names.get(id(self), "unknown.") + key)
+            return original(self, key)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "check_config", lambda config: None)
+            patch.setattr(train, "to_dict", lambda config, plain=plain: plain)
+            patch.setattr(ConfigDict, "__getattr__", recording)
+            train.train(config, workdir)
+    return read
+
+
+def test_every_config_key_is_read(tiny_config, masked_config, tmp_path, monkeypatch):
+    def short(make, **overrides):
+        steps = {"duration": "1 step", "eval_every": "1 step", "schedule.warmup": "0 steps"}
+        return make(**steps, **overrides)
+
+    everything = {"augment": "light2", "dataset.subset": "50%", "patience": 1}
+    everything |= {"fewshot.dataset": "digits", "fewshot.data_dir": tiny_config().dataset.data_dir}
+    tuned = short(tiny_config, init_from=str(tmp_path / "pretrain"))
+    tuned.optimizer = recipes.finetune("ViT-B/16", "cifar10").optimizer
+    configs = {
+        "pretrain": short(tiny_config, **everything),
+        "finetune": tuned,
+        "masked": short(masked_config),
+    }
+    for config in configs.values():
+        check_config(config)
+        # Nothing reads these: the test must see it.
+        config.surplus = config.dataset.surplus = 1
+    read = read_by_running(
+        [(config, tmp_path / name) for name, config in configs.items()], monkeypatch
+    )
+    sections = {key for key, part in configs["masked"].items() if isinstance(part, ConfigDict)}
+    whole = {"model", "optimizer", "schedule"}
+    keys = {f"{name}.{key}" for name in sections - whole for key in configs["masked"][name]}
+    keys |= set(configs["masked"]) - sections | whole
+    assert keys - read == {"surplus", "dataset.surplus"}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path, monkeypatch):
@@ -556,7 +636,9 @@ def test_killed_at_any_moment_it_ends_as_if_it_never_was(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     code, output = run(command(config, whole))
     assert code == 0, output
-    chance = random.Random(time.time_ns())
+    seed = int(os.environ.get("KILL_SEED", time.time_ns()))
+    print(f"KILL_SEED={seed} in the environment repeats the moments of these kills")
+    chance = random.Random(seed)
     for kill in range(6):
         log = tmp_path / f"{kill}.log"
         process = start(command(config, killed), stdout=log.open("w"))

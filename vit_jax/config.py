@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict, config_dict
 
 from vit_jax import recipes
@@ -43,6 +43,7 @@ FRACTIONS = {
     "optimizer.b2",
     "optimizer.momentum",
 }
+CHOICES = {"augment_contrast": ("augreg", "pil")}
 NOT_NEGATIVE = {
     "patience",
     "dataset.subset_seed",
@@ -54,6 +55,12 @@ NOT_NEGATIVE = {
     "schedule.end_lr",
 }
 _ADOPTED = {f"model.{key}" for key in recipes.ADOPTED}
+
+# Keys that configs did not have from the beginning, and what runs did without them: the value that
+# a saved config without the key has.
+ADDED_KEYS = {
+    "augment_contrast": "pil",
+}
 
 
 def check_config(config: ConfigDict) -> None:
@@ -114,6 +121,9 @@ def _check_ranges(config: ConfigDict) -> None:
     for key in NOT_NEGATIVE & values.keys():
         if values[key] < 0:
             raise UserError(f"config.{key} is {values[key]}: it must not be negative")
+    for key, choices in CHOICES.items():
+        if values[key] not in choices:
+            raise UserError(f"config.{key} is {values[key]!r}: use {' or '.join(choices)}")
     for units in values.get("model.resnet_layers", ()):
         if type(units) is not int or units < 1:
             raise UserError(f"config.model.resnet_layers has {units!r}: it must be units per stage")
@@ -273,11 +283,17 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json())
 
 
+def with_added_keys(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved config in full: what it lacks of `ADDED_KEYS` it was written before."""
+    values = flatten_dict(dict(saved), keep_empty_nodes=True, sep=".")
+    return unflatten_dict(ADDED_KEYS | values, sep=".")
+
+
 def get_config(path: str) -> ConfigDict:
     """The config of a run's config.json: `--config runs/x/config.json` runs it again."""
     try:
-        config = ConfigDict(json.loads(pathlib.Path(path).read_text()))
-    except (OSError, ValueError) as error:
+        config = ConfigDict(with_added_keys(json.loads(pathlib.Path(path).read_text())))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"config {path} cannot be read: {error}") from error
     for key, kind in recipes.ADOPTED.items():
         # A flag can replace null only where it knows the type.

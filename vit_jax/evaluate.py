@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vit_jax import command
 from vit_jax.checkpoints import flags
 from vit_jax.config import parse_shots
-from vit_jax.data import imagenet
+from vit_jax.data import classes, imagenet
 from vit_jax.errors import UserError
 from vit_jax.files import replacing, write_json
 from vit_jax.sharding import Mesh, make_mesh, state_sharding, to_devices
@@ -264,37 +264,37 @@ def _hits(
     return np.concatenate(hits), np.concatenate(labelled)
 
 
-def class_difference(
+def match_classes(
     num_classes: int, class_names: Sequence[str] | None, data_names: Sequence[str]
-) -> str:
-    """What tells the classes of a model from those of a data set, in one phrase; "" if nothing.
-
-    Names are compared without case and punctuation, ImageNet's WordNet ids by what they stand for.
+) -> tuple[int, ...]:
+    """The class of a model that each class of a data set is, see `classes.match`.
 
     Args:
         num_classes: of the model.
         class_names: of the model, or None if they are not known.
         data_names: the class names of the data set.
+
+    Raises:
+        UserError: it cannot be told, with the way out.
     """
-    if not num_classes:
-        return "the checkpoint has no head, so it knows no classes"
+    labels = classes.match(num_classes, class_names, data_names)
+    if labels is not None:
+        return labels
+    difference = classes.difference(num_classes, class_names, data_names)
     if num_classes != len(data_names):
-        return f"the checkpoint has {num_classes} classes and the data set {len(data_names)}"
-    for index, (own, other) in enumerate(zip(class_names or data_names, data_names, strict=True)):
-        if imagenet.comparable(own) != imagenet.comparable(other):
-            return f"class {index} is {own!r} in the checkpoint and {other!r} in the data set"
-    return ""
-
-
-def check_classes(
-    num_classes: int, class_names: Sequence[str] | None, data_names: Sequence[str]
-) -> None:
-    """Raises a UserError if there is a `class_difference`, with the way out."""
-    difference = class_difference(num_classes, class_names, data_names)
-    if difference and num_classes != len(data_names):
+        if classes.are_numbers(data_names) and {*data_names} < {*(class_names or ())}:
+            difference += ", whose names are numbers and may count others"
         raise UserError(f"{difference}: fine-tune it first; only --fewshot needs no head")
-    if difference:
-        raise UserError(f"{difference}: if all mean the same, add --ignore_class_names")
+    if not classes.positions_may_agree(class_names, data_names):
+        raise UserError(
+            f"{difference}, and their positions do not agree: give the classes of the data set the "
+            "names that they have in the checkpoint"
+        )
+    numbers = any(map(classes.are_numbers, (class_names, data_names)))
+    condition = (
+        "the numbers count the same classes in the same order" if numbers else ("all mean the same")
+    )
+    raise UserError(f"{difference}: if {condition}, add --ignore_class_names")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -355,11 +355,19 @@ class _Checkpoint:
         self.params = jax.device_put(params, state_sharding(params, self.mesh, "replicated"))
         self.batch_size = -(-args.batch_size // self.mesh.size) * self.mesh.size
 
-    def check_classes(self, source: Any, args: argparse.Namespace) -> None:
-        """Checks that the head is one for the classes of a source."""
-        names = None if args.ignore_class_names else self.pretrained.class_names
-        check_classes(self.pretrained.model["num_classes"], names, source.class_names)
+    def label(self, source: Any, args: argparse.Namespace) -> tuple[Any, tuple[int, ...]]:
+        """A source with labels of the head, and the head's class of each of the source's."""
+        from vit_jax.data.datasets import relabel
+
+        num_classes, names = self.pretrained.model["num_classes"], self.pretrained.class_names
+        if args.ignore_class_names:
+            names = None
+        labels = match_classes(num_classes, names, source.class_names)
         self.pretrained.check_head()
+        if labels == tuple(range(num_classes)):
+            return source, labels
+        print(f"classes are matched by name: {len(labels)} of the checkpoint's {num_classes}")
+        return relabel(source, labels, names), labels
 
     def run(self, function: Callable, source: Any, **options: Any) -> Any:
         """Calls `measure` or another function of its kind on a source."""
@@ -413,13 +421,13 @@ def _evaluate_classes(
     from vit_jax.data import datasets
 
     try:
-        checkpoint.check_classes(source, args)
+        labelled, labels = checkpoint.label(source, args)
     except UserError as error:
         if not args.fewshot:
             raise
         print(f"the head is left out: {error}")
         return {}
-    found = checkpoint.run(measure, source, loss=checkpoint.pretrained.loss)
+    found = checkpoint.run(measure, labelled, loss=checkpoint.pretrained.loss)
     result = {
         "examples": len(found.labels),
         "accuracy": found.accuracy,
@@ -436,22 +444,23 @@ def _evaluate_classes(
         else:
             result |= _evaluate_real(checkpoint, real, args)
     if args.per_class:
-        rows = zip(source.class_names, *found.per_class(), strict=True)
+        per_class = (values[list(labels)] for values in found.per_class())
+        rows = zip(source.class_names, *per_class, strict=True)
         result["per_class"] = [
             {"name": name, "accuracy": float(share) if images else None, "examples": int(images)}
             for name, share, images in rows
         ]
         _print_per_class(result["per_class"])
     if args.confusion:
-        _write_confusion(args.confusion, found.confusion(), source.class_names)
+        _write_confusion(args.confusion, found.confusion(), labelled.class_names)
     return result
 
 
 def _evaluate_real(
     checkpoint: _Checkpoint, source: Any, args: argparse.Namespace
 ) -> dict[str, Any]:
-    checkpoint.check_classes(source, args)
-    accuracy, examples = checkpoint.run(real_accuracy, source)
+    labelled, _ = checkpoint.label(source, args)
+    accuracy, examples = checkpoint.run(real_accuracy, labelled)
     result = {"real_accuracy": accuracy, "real_examples": examples}
     _print_rows(result)
     return result
@@ -473,11 +482,11 @@ def _evaluate_objectnet(args: argparse.Namespace) -> dict[str, Any]:
             f"the checkpoint has {num_classes} classes and ObjectNet is scored by ImageNet's "
             f"{len(source.class_names)}: give a checkpoint that was fine-tuned on imagenet2012"
         )
-    checkpoint.check_classes(source, args)
+    labelled, _ = checkpoint.label(source, args)
     expected = len(objectnet.classes())
     print(f"{found} of the {expected} classes of ObjectNet that ImageNet has, too")
     print(f"{passed_over} directories of other classes are passed over", flush=True)
-    result = checkpoint.run(several_label_accuracy, source)
+    result = checkpoint.run(several_label_accuracy, labelled)
     _print_rows(result)
     return {"split": source.split, "classes": found, "passed_over": passed_over} | result
 

@@ -32,6 +32,7 @@ from vit_jax.config import (
     parse_augment,
     parse_shots,
     to_dict,
+    with_added_keys,
 )
 from vit_jax.data import datasets, pipeline
 from vit_jax.data.protocols import evaluation
@@ -112,8 +113,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     with _sigterm() as terminated, _full_disk(workdir), contextlib.closing(store):
         saved = store.latest_metadata()
         if saved is not None:
-            config = adopt(config, saved["config"]["model"])
-            _refuse_another_run(config, workdir, saved["config"])
+            saved_config = with_added_keys(saved["config"])
+            config = adopt(config, saved_config["model"])
+            _refuse_another_run(config, workdir, saved_config)
         if finished.exists():
             _say(f"{workdir} holds a finished run: nothing to do")
             return json.loads(finished.read_text())
@@ -121,7 +123,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
         if saved is None and config.init_from:
             config, weights = _read_weights(config)
         config = adopt(config, prediction_defaults(config.model.architecture))
-        run = _prepare(config, workdir)
+        run = _prepare(config, workdir, saved_names=(saved or {}).get("class_names"))
         if jax.process_index() == 0:
             write_json(workdir / "config.json", to_dict(config))
         state, progress = _start(run, store, weights)
@@ -152,7 +154,10 @@ def _make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
 
 
 def _refuse_another_run(config: ConfigDict, workdir: pathlib.Path, saved: dict[str, Any]) -> None:
-    differences = config_differences(saved, to_dict(config), RESUMABLE_CHANGES)
+    may_change = set(RESUMABLE_CHANGES)
+    if not parse_augment(config.augment).num_operations:
+        may_change.add("augment_contrast")  # Without RandAugment nothing depends on it.
+    differences = config_differences(saved, to_dict(config), may_change)
     if differences:
         raise UserError(
             f"{workdir} holds a run of another config ({'; '.join(differences)}): "
@@ -214,7 +219,7 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
+def _prepare(config: ConfigDict, workdir: pathlib.Path, saved_names: list[str] | None) -> Run:
     mesh = make_mesh()
     parts = mesh.size * config.accumulate_steps
     if config.batch_size % parts:
@@ -230,6 +235,9 @@ def _prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
         eval_split=data.eval_split,
         development=data.development,
     )
+    if saved_names is not None:
+        sources = (train_source, eval_source)
+        train_source, eval_source = (_with_labels(x, saved_names, workdir) for x in sources)
     train_source = take_subset(train_source, data.subset, data.subset_seed)
     count = functools.partial(
         count_steps, num_examples=train_source.num_examples, batch_size=config.batch_size
@@ -267,6 +275,22 @@ def _prepare(config: ConfigDict, workdir: pathlib.Path) -> Run:
         checkpoint_every=count(config.checkpoint_every),
         fewshot_every=count(config.fewshot.every),
         fewshot=_prepare_fewshot(config, mesh) if config.fewshot.dataset else None,
+    )
+
+
+def _with_labels(
+    source: datasets.Source, saved_names: list[str], workdir: pathlib.Path
+) -> datasets.Source:
+    """The source with the labels that a run began with: folders of numbers were once text."""
+    if list(source.class_names) == saved_names:
+        return source
+    if sorted(source.class_names) != sorted(saved_names):
+        raise UserError(
+            f"{workdir} holds a run whose {len(saved_names)} classes are not the "
+            f"{len(source.class_names)} that {source.name} has now: choose another --workdir"
+        )
+    return datasets.relabel(
+        source, [saved_names.index(name) for name in source.class_names], saved_names
     )
 
 
@@ -468,6 +492,7 @@ def _train_batches(run: Run, first_step: int) -> Iterator[dict[str, Any]]:
         random_flip=data.random_flip,
         num_operations=augmentation.num_operations,
         magnitude=augmentation.magnitude,
+        contrast=run.config.augment_contrast,
         seed=run.config.seed,
         first_step=first_step,
         shuffle_buffer=data.shuffle_buffer,

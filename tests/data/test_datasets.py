@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from vit_jax.data.datasets import open_dataset, open_evaluation, open_real
+from vit_jax.data.datasets import Source, open_dataset, open_evaluation, open_real, relabel
 from vit_jax.data.pipeline import eval_batches
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
@@ -237,3 +237,29 @@ def test_real_that_is_not_prepared_is_one_line(tmp_path):
     with pytest.raises(UserError, match="'imagenet2012_real' is not prepared in") as error:
         open_real(data_dir=str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_other_labels_of_a_source_whichever_way_it_is_read(image_folder):
+    source, _ = open_dataset(f"folder:{image_folder}")
+    other = relabel(source, [2, 0], ["rose", "iris", "aster"])
+    assert other.class_names == ("rose", "iris", "aster")
+    half = np.arange(source.num_examples) % 2 == 0
+    seed = tf.constant(5, tf.int64)
+    for records in (other.records(), other.records(seed), other.select(half)()):
+        found = {r["id"]: r["label"] for r in records.as_numpy_iterator()}
+        assert len(found) in (40, 20)
+        for path, label in found.items():
+            assert path.decode().split("/")[-2] == other.class_names[label]
+
+
+def test_other_labels_of_images_with_several_and_with_none():
+    def source(labels):
+        records = tf.data.Dataset.from_tensor_slices({"label": tf.constant(labels, tf.int64)})
+        return Source("made up", "test", ("a", "b"), len(labels), 0, lambda seed=None: records)
+
+    def labels(source):
+        return [r["label"].tolist() for r in source.records().as_numpy_iterator()]
+
+    assert labels(relabel(source([1, -1, 0]), [2, 1], "xyz")) == [1, -1, 2]
+    several = source([[1, 0], [1, 1], [0, 0]])
+    assert labels(relabel(several, [2, 1], "xyz")) == [[0, 0, 1], [0, 1, 1], [0, 0, 0]]

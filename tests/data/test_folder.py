@@ -1,8 +1,11 @@
 """Image folders: what is read, in which order, and what is refused."""
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from vit_jax.data.datasets import open_dataset
+from vit_jax.data import images
+from vit_jax.data.datasets import open_dataset, open_evaluation
 from vit_jax.data.pipeline import eval_batches, train_batches
 from vit_jax.data.protocols import evaluation
 from vit_jax.errors import UserError
@@ -49,10 +52,50 @@ def test_development_holds_out_a_tenth_of_train(image_folder):
     assert not set(ids(train)) & set(ids(held_out))
 
 
-@pytest.mark.parametrize("name", ["val", "validation"])
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
 def test_validation_may_be_called_val(image_folder, name):
     (image_folder / "test").rename(image_folder / name)
     assert open_dataset(f"folder:{image_folder}")[1].split == "validation"
+
+
+def test_two_names_of_one_split_are_refused(image_folder):
+    (image_folder / "test").rename(image_folder / "val")
+    (image_folder / "valid").mkdir()
+    assert "has both val/ and valid/: keep one" in refuse(image_folder)
+
+
+@pytest.mark.parametrize(("name", "split"), [("val", "validation"), ("test", "test")])
+def test_one_split_is_enough_to_evaluate_on(image_folder, name, split):
+    (image_folder / "train").rename(image_folder / "unused")
+    (image_folder / "test").rename(image_folder / name)
+    source = open_evaluation(f"folder:{image_folder}")
+    assert (source.split, source.num_examples) == (split, 6)
+    assert source.class_names == ("aster", "rose")
+    assert f"has no train/, only {split}" in refuse(image_folder)
+    assert f"has no train/, only {split}" in refuse(image_folder, development=True)
+
+
+def test_without_train_the_classes_are_those_of_all_splits(image_folder):
+    (image_folder / "train").rename(image_folder / "val")
+    (image_folder / "test" / "rose").rename(image_folder / "test" / "lily")
+    for split in ("validation", "test"):
+        source = open_evaluation(f"folder:{image_folder}", split=split)
+        assert source.class_names == ("aster", "lily", "rose")
+        for record in source.records():
+            path = record["id"].numpy().decode()
+            assert path.split("/")[-2] == source.class_names[int(record["label"])]
+
+
+def test_numbered_classes_are_in_the_order_of_their_numbers(tmp_path):
+    for number in range(12):
+        directory = tmp_path / "train" / str(number)
+        directory.mkdir(parents=True)
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(directory / "image.png")
+    train, _ = open_dataset(f"folder:{tmp_path}", eval_split="train")
+    assert train.class_names == tuple(str(number) for number in range(12))
+    (batch,) = eval_batches(train, batch_size=12, preprocessing=evaluation("pad", 4))
+    colours = np.rint((batch["image"][:, 0, 0, 0] + 1) * 127.5)
+    np.testing.assert_array_equal(batch["label"], colours)
 
 
 def test_hidden_files_are_ignored(image_folder):
@@ -107,6 +150,120 @@ def test_empty_and_unknown_splits_are_named(image_folder):
     assert "'train[:0%]'" in refuse(image_folder, train_split="train[:0%]")
     unknown = refuse(image_folder, eval_split="tset")
     assert "'tset'" in unknown and "train, test" in unknown
+
+
+# What undoes each EXIF orientation, by the EXIF standard's table.
+UPRIGHT = {
+    1: lambda x: x,
+    2: np.fliplr,
+    3: lambda x: np.rot90(x, 2),
+    4: np.flipud,
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: np.rot90(x, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+SIDE = 16
+PIXELS = np.random.default_rng(3).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+
+
+def batches_of(folder, cache="memory"):
+    """The one batch of evaluation, and an epoch of training, of a folder with train/."""
+    train, same = open_dataset(f"folder:{folder}", eval_split="train")
+    size = train.num_examples
+    (seen,) = eval_batches(same, batch_size=size, preprocessing=evaluation("pad", SIDE))
+    batches = train_batches(
+        train,
+        batch_size=size,
+        image_size=SIDE,
+        protocol="pad",
+        random_crop=False,
+        random_flip=False,
+        seed=0,
+        shuffle_buffer=10,
+        cache=cache,
+    )
+    return seen, next(batches)
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_photographs_are_turned_as_exif_says(tmp_path, file_format, cache):
+    expected = {}
+    for orientation, upright in UPRIGHT.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        directory = tmp_path / "train" / str(orientation)
+        directory.mkdir(parents=True)
+        path = directory / "photo"
+        options = {"lossless": True} if file_format == "WEBP" else {}
+        Image.fromarray(PIXELS).save(path, file_format, exif=exif, **options)
+        # PIL shows it as it is stored, a JPEG with its losses.
+        stored = np.asarray(Image.open(path)) if file_format == "JPEG" else PIXELS
+        expected[orientation] = upright(stored.astype(float))
+    for batch in batches_of(tmp_path, cache):
+        assert sorted(batch["label"]) == list(range(8))
+        for image, label in zip(batch["image"], batch["label"], strict=True):
+            levels = (image + 1) * 127.5
+            atol = 1 if file_format == "JPEG" else 1e-4
+            np.testing.assert_allclose(levels, expected[label + 1], atol=atol)
+
+
+def test_every_format_that_predict_reads_can_be_trained_on(tmp_path):
+    colour = Image.fromarray(PIXELS)
+    smooth = colour.resize((3, 3)).resize((SIDE, SIDE))
+    palette = colour.quantize(16)
+    files = {
+        "webp": (colour, {"lossless": True}, 1e-4),
+        "tiff": (colour, {"compression": "tiff_lzw"}, 1e-4),
+        "ppm": (colour, {}, 1e-4),
+        "jp2": (colour, {"irreversible": False}, 1e-4),
+        "j2k": (colour, {"irreversible": False}, 1e-4),
+        "bmp": (palette, {}, 1e-4),
+        "png": (colour, {}, 1e-4),
+        "avif": (smooth, {"quality": 95}, 12),
+    }
+    if not Image.registered_extensions().get(".avif"):
+        del files["avif"]
+    for suffix, (image, options, _) in files.items():
+        directory = tmp_path / "train" / suffix
+        directory.mkdir(parents=True)
+        image.save(directory / f"image.{suffix}", **options)
+    names = sorted(files)
+    for batch in batches_of(tmp_path):
+        assert len(batch["label"]) == len(files)
+        for image, label in zip(batch["image"], batch["label"], strict=True):
+            meant, _, atol = files[names[label]]
+            levels = (image + 1) * 127.5
+            np.testing.assert_allclose(levels, np.asarray(meant.convert("RGB")), atol=atol)
+
+
+def test_training_and_predict_see_a_turned_photograph_alike(image_folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = Image.fromarray(PIXELS).resize((50, 37), Image.Resampling.BICUBIC)
+    for path in (image_folder / "test").rglob("*.jpg"):
+        photo.save(path, "JPEG", exif=exif, quality=95)
+    source = open_evaluation(f"folder:{image_folder}")
+    for preprocessing in (evaluation("bit", 24), evaluation("pretrain", 24)):
+        (batch,) = eval_batches(source, batch_size=6, preprocessing=preprocessing)
+        predicted = images.preprocess(images.read_image(path), preprocessing)
+        for image in batch["image"]:
+            np.testing.assert_allclose(image, predicted, atol=1e-4)
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+@pytest.mark.parametrize("fault", ["is damaged", "has pixels of 32 bits"])
+def test_a_broken_image_that_pil_reads_is_named_with_its_fault(image_folder, cache, fault):
+    broken = image_folder / "train" / "rose" / "7.jpg"
+    if fault == "is damaged":
+        Image.fromarray(PIXELS).save(broken, "WEBP")
+        broken.write_bytes(broken.read_bytes()[:-200])
+    else:
+        Image.fromarray(PIXELS[..., 0].astype(np.float32)).save(broken, "TIFF")
+    with pytest.raises(UserError, match=f"{broken} {fault}") as error:
+        batches_of(image_folder, cache)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("cache", ["memory", "disk"])

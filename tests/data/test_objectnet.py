@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 
 from vit_jax.data import imagenet, objectnet
 from vit_jax.data.pipeline import eval_batches
@@ -131,6 +132,19 @@ def test_nothing_of_the_border_is_seen(tmp_path, center_crop, suffix):
         assert batch["image"][..., 0].max() == -1
 
 
+def test_a_turned_photograph_is_turned_and_loses_its_border(tmp_path):
+    pixels = np.random.default_rng(1).integers(0, 256, (16, 16, 3), np.uint8)
+    path = tmp_path / "wok" / "0.png"
+    write(path, pixels)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(path).save(path, exif=exif)
+    source, *_ = objectnet.open_objectnet(f"objectnet:{tmp_path}")
+    (batch,) = eval_batches(source, batch_size=1, preprocessing=Preprocessing(16))
+    expected = np.rot90(pixels, -1) / 127.5 - 1  # 6: to be turned clockwise
+    np.testing.assert_allclose(batch["image"][0], expected, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -142,7 +156,7 @@ def test_nothing_of_the_border_is_seen(tmp_path, center_crop, suffix):
                 write(root / "x" / "wok" / "a.png", np.zeros((4, 4, 3)))
                 or (root / "x" / "wok" / "b.png").write_text("text")
             ),
-            "b.png is not a JPEG, PNG",
+            "b.png is not an image .JPEG, PNG",
         ),
     ],
 )

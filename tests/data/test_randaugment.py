@@ -20,8 +20,8 @@ def photo(height=40, width=56):
     return np.clip(image + noise, 5, 240).astype(np.uint8)
 
 
-def apply(name, magnitude, image, seed=SEEDS[0]):
-    result = ra.apply_operation(name, tf.constant(image, tf.int32), seed, magnitude)
+def apply(name, magnitude, image, seed=SEEDS[0], **options):
+    result = ra.apply_operation(name, tf.constant(image, tf.int32), seed, magnitude, **options)
     assert result.dtype == tf.int32
     result = result.numpy()
     assert result.min() >= 0 and result.max() <= 255
@@ -85,9 +85,24 @@ def test_solarize_add_is_numpys(magnitude, addition):
 @pytest.mark.parametrize("name", ["Color", "Contrast", "Brightness", "Sharpness"])
 def test_enhancements_are_pils(name, magnitude, factor):
     expected = np.asarray(getattr(ImageEnhance, name)(Image.fromarray(photo())).enhance(factor))
-    found = apply(name, magnitude, photo())
+    found = apply(name, magnitude, photo(), contrast="pil")
     np.testing.assert_allclose(found, expected.astype(int), atol=1)
     assert (found == expected).mean() > 0.98
+
+
+# What AugReg's code takes for the mean of an image: its pixels over the 256 bins of a histogram, as
+# an 8-bit number. 224 x 224 / 256 is 196.
+@pytest.mark.parametrize(
+    ("height", "width", "grey"), [(224, 224, 196), (384, 384, 255), (40, 56, 8), (15, 17, 0)]
+)
+@pytest.mark.parametrize(("magnitude", "factor"), [(0, 0.1), (10, 1.9), (15, 2.8)])
+def test_the_contrast_of_augreg_goes_from_one_grey_for_every_image(
+    height, width, grey, magnitude, factor
+):
+    image = photo(height, width)
+    difference = image.astype(np.float32) - np.float32(grey)
+    expected = np.trunc(np.clip(grey + np.float32(factor) * difference, 0, 255))
+    np.testing.assert_array_equal(apply("Contrast", magnitude, image), expected)
 
 
 def directions(name, magnitude, image):
@@ -206,6 +221,25 @@ def test_every_operation_is_drawn_equally_often():
     assert counts.keys() == set(ra.OPERATIONS) and len(counts) == 16
     # 100 each; the standard deviation is 9.7.
     assert min(counts.values()) > 60 and max(counts.values()) < 140
+
+
+@pytest.mark.parametrize("contrast", ra.CONTRASTS)
+def test_the_contrast_asked_for_is_the_one_applied(contrast):
+    drawn = set()
+    for seed in [tf.constant([2, position], tf.int64) for position in range(60)]:
+        (layer,) = tf.unstack(tf.random.split(seed, 1), 1)
+        choice, argument = tf.unstack(tf.random.split(layer, 2))
+        name = ra.OPERATIONS[int(tf.random.stateless_uniform([], choice, 0, 16, tf.int32))]
+        if name != "Contrast":
+            continue
+        drawn.add(name)
+        found = run(photo(), seed, num_operations=1, magnitude=15, contrast=contrast)
+        expected = apply("Contrast", 15, photo(), argument, contrast=contrast)
+        np.testing.assert_array_equal(found, expected)
+        mean = ImageEnhance.Contrast(Image.fromarray(photo())).enhance(2.8)
+        is_pils = np.abs(found - np.asarray(mean).astype(int)).max() <= 1
+        assert is_pils == (contrast == "pil")
+    assert drawn
 
 
 def test_operations_follow_one_another():

@@ -1,3 +1,5 @@
+import collections
+
 import jax
 import numpy as np
 import pytest
@@ -60,6 +62,10 @@ def test_onnxruntime_runs_the_fp16_file_as_it_is(converter, make_forward):
 @pytest.mark.parametrize("options", [{}, {"include_preprocessing": True}], ids=["float", "uint8"])
 def test_norms_and_head_are_float32_and_attention_is_not(converter, make_forward, kind, options):
     model = half_model(make_forward(gelu="erf", **options), converter, kind)
+    count = collections.Counter(node.op_type for node in model.graph)
+    # Two layers: two norms and an attention each, and the last norm; the head is the only Gemm.
+    assert (count["LayerNormalization"], count["Gemm"], count["Softmax"]) == (5, 1, 2)
+    assert count["Erf"] == 2 and count["MatMul"] >= 2 * 6
     for node in model.graph:
         if node.op_type in ("LayerNormalization", "Gemm"):
             assert {value.dtype for value in node.inputs} == {ir.DataType.FLOAT}, node.name
@@ -68,7 +74,6 @@ def test_norms_and_head_are_float32_and_attention_is_not(converter, make_forward
         if node.op_type == "Softmax":  # Nothing between it and the two products.
             assert node.inputs[0].producer().op_type == "MatMul"
             assert node.outputs[0].consumers()[0].op_type == "MatMul"
-    assert sum(node.op_type == "Softmax" for node in model.graph) == 2
     assert model.graph.outputs[0].dtype == ir.DataType.FLOAT
 
 

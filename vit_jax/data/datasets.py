@@ -5,7 +5,7 @@ import difflib
 import functools
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -31,7 +31,8 @@ class Source:
         num_examples: in the split.
         num_bytes: of all encoded images, about; 0 if unknown.
         records: `records(seed=None)` reads the split once as {"image": scalar string, encoded;
-            "label": int64, of `open_real` int64 [classes]; "id": scalar string, names the record}.
+            "label": int64, of `open_real` int64 [classes]; "id": scalar string, names the record;
+            of a folder also "tensorflow_reads": bool, see `folder.decodable`}.
             The order is fixed; with an int64 scalar `seed`, which may be a tensor, it is another
             one (TFDS: of whole files) and a pure function of the seed.
         border: pixels of every side of an image that evaluation cuts off.
@@ -136,6 +137,33 @@ def open_real(*, data_dir: str = "", split: str = "validation") -> Source:
         UserError: `imagenet2012_real` is not prepared, or the split does not exist.
     """
     return _open_split(_RealDataset(REAL, data_dir), REAL, split)
+
+
+def relabel(source: Source, labels: Sequence[int], class_names: Sequence[str]) -> Source:
+    """Returns a source with other labels.
+
+    Args:
+        source: whose records have a label, or one for every class as of `open_real`.
+        labels: the new one of each class of `source`; of a record without (-1) it stays.
+        class_names: by new label.
+    """
+    table = tf.constant(labels, tf.int64)
+
+    def new_label(label: tf.Tensor) -> tf.Tensor:
+        if label.shape.rank:
+            return tf.scatter_nd(table[:, None], label, [len(class_names)])
+        return tf.where(label < 0, label, tf.gather(table, tf.maximum(label, 0)))
+
+    def relabelled(records: Callable[..., tf.data.Dataset]) -> Callable[..., tf.data.Dataset]:
+        return lambda seed=None: records(seed).map(lambda r: r | {"label": new_label(r["label"])})
+
+    select = source.select and (lambda chosen: relabelled(source.select(chosen)))
+    return dataclasses.replace(
+        source,
+        class_names=tuple(class_names),
+        records=relabelled(source.records),
+        select=select,
+    )
 
 
 def _open(name, data_dir):

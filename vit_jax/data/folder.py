@@ -2,30 +2,44 @@
 
 import dataclasses
 import hashlib
+import io
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from PIL import Image
 
+from vit_jax.data import classes
+from vit_jax.data.headers import tensorflow_reads
+from vit_jax.data.images import read_image
 from vit_jax.errors import UserError
 
-_SPLITS = {"train": "train", "test": "test", "validation": "validation", "val": "validation"}
-_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM")  # what TensorFlow decodes
+_SPLITS = {
+    "train": "train",
+    "test": "test",
+    "validation": "validation",
+    "val": "validation",
+    "valid": "validation",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """An image file, its class index and its size in bytes."""
+    """An image file, its class index, its size in bytes, and whether TensorFlow reads it."""
 
     path: str
     label: int
     num_bytes: int
+    tensorflow_reads: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
     """The files of every split, in an order that only their names decide, and the class names."""
 
+    path: str
     class_names: tuple[str, ...]
     splits: dict[str, tuple[File, ...]]
 
@@ -33,8 +47,14 @@ class Folder:
         """Returns the files of `split`, in the syntax of TFDS ("train[:98%]+validation").
 
         Raises:
+            UserError: if train is asked for and there is none.
             ValueError: if `split` is malformed, names no split of this folder or selects nothing.
         """
+        if "train" not in self.splits and re.search(r"\btrain\b", split):
+            raise UserError(
+                f"folder {self.path!r} has no train/, only {', '.join(self.splits)}: one directory "
+                "per class is expected in train/"
+            )
         infos = {
             name: tfds.core.SplitInfo(name=name, shard_lengths=[len(files)], num_bytes=0)
             for name, files in self.splits.items()
@@ -49,31 +69,36 @@ class Folder:
 def open_folder(path: str) -> Folder:
     """Lists the images below `path` and looks at the first bytes of each.
 
-    The files of a split are ordered by a hash of their relative path, so that a slice such as
-    "train[:90%]" is a random sample of all classes and stays the same on every machine.
+    Classes are the directories of train/, or where there is none of all splits together: numbers
+    in the order of their values, other names as text. The files of a split are ordered by a hash of
+    their relative path, so that a slice such as "train[:90%]" is a random sample of all classes and
+    stays the same on every machine.
 
     Raises:
-        UserError: if the folder or its train/ is missing, there are no classes, a class is empty,
-            a test class is unknown in training, or a file is not an image.
+        UserError: if the folder or all its splits are missing, there are no classes, a class is
+            empty, a test class is unknown in training, or a file is not an image.
     """
     root = Path(path).expanduser()
-    if not (root / "train").is_dir():
+    found = {directory: name for directory, name in _SPLITS.items() if (root / directory).is_dir()}
+    if not found:
         raise UserError(
-            f"folder {path!r} has no train/: one directory per class is expected in train/ and in "
-            "test/ or validation/"
+            f"folder {path!r} has no train/ and nothing to evaluate on: one directory per class is "
+            "expected in train/ and in test/ or validation/"
         )
-    class_names = _class_names(root / "train")
-    splits = {}
-    for directory, name in _SPLITS.items():
-        if (root / directory).is_dir():
-            if name in splits:
-                raise UserError(f"folder {path!r} has both validation/ and val/: keep one of them")
-            splits[name] = _list_files(root / directory, class_names)
-    return Folder(class_names, splits)
+    for name in found.values():
+        same = [f"{directory}/" for directory, other in found.items() if other == name]
+        if len(same) > 1:
+            raise UserError(f"folder {path!r} has both {' and '.join(same)}: keep one of them")
+    sources = ["train"] if "train" in found else found
+    class_names = classes.in_order({x for name in sources for x in _class_names(root / name)})
+    splits = {name: _list_files(root / directory, class_names) for directory, name in found.items()}
+    return Folder(path, class_names, splits)
 
 
 def records(files: tuple[File, ...], seed: tf.Tensor | None = None) -> tf.data.Dataset:
-    """Returns {"image", "label", "id"} of every file, the image still encoded, the id its path.
+    """Returns {"image", "label", "id", "tensorflow_reads"} of every file.
+
+    The image is as it lies on the disk, the id its path; see `decodable`.
 
     Args:
         files: what to read, in this order.
@@ -83,6 +108,7 @@ def records(files: tuple[File, ...], seed: tf.Tensor | None = None) -> tf.data.D
         {
             "id": [file.path for file in files],
             "label": tf.constant([file.label for file in files], tf.int64),
+            "tensorflow_reads": [file.tensorflow_reads for file in files],
         }
     )
     if seed is not None:
@@ -91,6 +117,32 @@ def records(files: tuple[File, ...], seed: tf.Tensor | None = None) -> tf.data.D
         lambda file: {"image": tf.io.read_file(file["id"]), **file},
         num_parallel_calls=tf.data.AUTOTUNE,
     )
+
+
+def decodable(record: Mapping[str, tf.Tensor]) -> tf.Tensor:
+    """The image of a record as TensorFlow decodes it to what is meant to be seen, still encoded.
+
+    What it would not read so, `images.read_image` decodes and a BMP holds: the pixels stay the
+    same, and no time is lost by compressing them. Where even that cannot be read it is "".
+    """
+    if "tensorflow_reads" not in record:
+        return record["image"]
+
+    def convert() -> tf.Tensor:
+        image = tf.py_function(_to_bmp, [record["id"], record["image"]], tf.string)
+        return tf.ensure_shape(image, [])
+
+    return tf.cond(record["tensorflow_reads"], lambda: record["image"], convert)
+
+
+def _to_bmp(path, encoded):
+    buffer = io.BytesIO()
+    try:
+        pixels = read_image(path.numpy().decode(), encoded.numpy())
+        Image.fromarray(pixels).save(buffer, "BMP")
+    except UserError:  # An exception that passes through TensorFlow is no longer itself.
+        return b""
+    return buffer.getvalue()
 
 
 def visible(directory: Path) -> list[Path]:
@@ -113,7 +165,8 @@ def _list_files(directory, class_names):
         paths = visible(directory / name)
         if not paths:
             raise UserError(f"class {directory / name} is empty: add images or remove it")
-        files += [check_image(path, class_names.index(name)) for path in paths]
+        label = class_names.index(name)
+        files += [check_image(path, label) for path in paths]
 
     def key(file):
         return hashlib.sha256(Path(file.path).relative_to(directory).as_posix().encode()).digest()
@@ -127,8 +180,5 @@ def check_image(path: Path, label: int) -> File:
     Raises:
         UserError: it is not one.
     """
-    if path.is_file():
-        with path.open("rb") as file:
-            if file.read(8).startswith(_MAGIC):
-                return File(str(path), label, path.stat().st_size)
-    raise UserError(f"{path} is not a JPEG, PNG, GIF or BMP image: convert it or remove it")
+    readable = tensorflow_reads(path)
+    return File(str(path), label, path.stat().st_size, readable)

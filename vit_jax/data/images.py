@@ -4,6 +4,7 @@
 more; `preprocess` resamples as its `eval_view` does.
 """
 
+import io
 import math
 import os
 from collections.abc import Callable
@@ -30,7 +31,7 @@ MAX_PIXELS = 178_956_970
 _ORIENTATION = 0x0112  # the EXIF tag
 
 
-def read_image(path: str | os.PathLike[str]) -> np.ndarray:
+def read_image(path: str | os.PathLike[str], encoded: bytes | None = None) -> np.ndarray:
     """Returns an image as it is meant to be seen, uint8 [height, width, 3], RGB.
 
     Grey becomes RGB, palettes and CMYK are converted, of 16 bits the high byte is kept, of an
@@ -40,17 +41,19 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
 
     Args:
         path: of a file in one of `FORMATS`, recognised by its content.
+        encoded: the content, where it has been read already.
 
     Raises:
         UserError: there is no such file, it is no image of these formats, is damaged or truncated,
             has more than `MAX_PIXELS` pixels or values of unknown range (floats, 32-bit integers).
     """
     # A named pipe would be waited for, forever.
-    if os.path.exists(path) and not os.path.isfile(path):
+    if encoded is None and os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{path} is not a file: give an image file")
     Image.preinit()
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        file = path if encoded is None else io.BytesIO(encoded)
+        with Image.open(file, formats=FORMATS) as image:
             return _to_rgb(image, path)
     except UserError:
         raise
@@ -58,7 +61,8 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
         rule = f"has more than {MAX_PIXELS:,} pixels"
         raise UserError(f"{path} {rule}: make it smaller") from error
     except UnidentifiedImageError as error:
-        found = "is an empty file" if os.path.getsize(path) == 0 else "is not an image"
+        size = os.path.getsize(path) if encoded is None else len(encoded)
+        found = "is an empty file" if size == 0 else "is not an image"
         raise UserError(f"{path} {found}: give one of {', '.join(FORMATS)}") from error
     except (FileNotFoundError, PermissionError) as error:
         raise UserError(f"{path} cannot be opened: {error.strerror}") from error
@@ -109,6 +113,15 @@ def _to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> np.ndarray:
         rgba = np.asarray(image.convert("RGBA"))
         return np.where(rgba[..., 3:] > 0, rgba[..., :3], np.uint8(0))
     return np.asarray(image.convert("RGB"))
+
+
+def is_upright(path: str | os.PathLike[str]) -> bool:
+    """Whether a JPEG is stored as it is to be seen; True also for what PIL cannot open."""
+    try:
+        with Image.open(path, formats=("JPEG",)) as image:
+            return _orientation(image) == 1
+    except Exception:  # as in `read_image`
+        return True
 
 
 def _orientation(image: Image.Image) -> int:

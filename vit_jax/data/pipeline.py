@@ -14,6 +14,8 @@ import numpy as np
 import tensorflow as tf
 
 from vit_jax.data.datasets import Source
+from vit_jax.data.folder import decodable
+from vit_jax.data.images import read_image
 from vit_jax.data.preprocess import eval_view, view
 from vit_jax.data.protocols import Preprocessing, evaluation
 from vit_jax.errors import UserError
@@ -33,6 +35,7 @@ def train_batches(
     shuffle_buffer: int,
     num_operations: int = 0,
     magnitude: float = 0,
+    contrast: str = "augreg",
     first_step: int = 0,
     cache: str = "auto",
     process_index: int = 0,
@@ -55,6 +58,7 @@ def train_batches(
             too. What is in memory is shuffled as a whole.
         num_operations: of RandAugment for each image; 0 for none.
         magnitude: of RandAugment.
+        contrast: of RandAugment, one of `randaugment.CONTRASTS`.
         first_step: the batch to begin with. What comes before is skipped without decoding.
         cache: where the encoded images are read from again: "memory", "disk", or "auto", memory
             below 2 GiB. The two have different orders.
@@ -91,7 +95,7 @@ def train_batches(
 
     def example(position, record):
         image = view(
-            record["image"],
+            decodable(record),
             tf.stack([tf.constant(seed, tf.int64), position]),
             image_size=image_size,
             protocol=protocol,
@@ -99,6 +103,7 @@ def train_batches(
             random_flip=random_flip,
             num_operations=num_operations,
             magnitude=magnitude,
+            contrast=contrast,
         )
         return {"image": image, "label": tf.cast(record["label"], tf.int32)}
 
@@ -162,7 +167,7 @@ def eval_batches(
 
     def example(position, record):
         del position
-        image = eval_view(record["image"], preprocessing, border=source.border)
+        image = eval_view(decodable(record), preprocessing, border=source.border)
         return {"image": image, "label": tf.cast(record["label"], tf.int32)}
 
     records = _own_rows(source.records().enumerate(), batch_size, rows, process_index)
@@ -254,6 +259,8 @@ def _name_broken_image(records, example):
             example(position, record)
         except tf.errors.InvalidArgumentError as error:
             name = record["id"].numpy().decode()
+            if not record.get("tensorflow_reads", True):
+                read_image(name, record["image"].numpy())  # says what is wrong
             raise UserError(
                 f"image {name} cannot be decoded: it is cut off or damaged; replace or remove it"
             ) from error

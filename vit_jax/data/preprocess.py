@@ -24,6 +24,7 @@ def view(
     random_flip: bool = False,
     num_operations: int = 0,
     magnitude: float = 0,
+    contrast: str = "augreg",
 ) -> tf.Tensor:
     """Returns one view of an image, float32 [image_size, image_size, 3] in [-1, 1].
 
@@ -38,6 +39,7 @@ def view(
         num_operations: of RandAugment. It comes last, after crop and flip (as in AugReg's code), on
             the view in 8 bits, whatever the size of the source image.
         magnitude: of RandAugment.
+        contrast: of RandAugment, one of `randaugment.CONTRASTS`.
 
     Raises:
         tf.errors.InvalidArgumentError: when run on bytes that cannot be decoded.
@@ -71,6 +73,7 @@ def view(
             tf.random.fold_in(seed, 1),
             num_operations=num_operations,
             magnitude=magnitude,
+            contrast=contrast,
         )
         image = tf.cast(levels, tf.float32) / 127.5 - 1
     return image

@@ -2,10 +2,10 @@
 
 Operations are those of PIL, 8-bit images in and out. Their choice and how a magnitude becomes their
 arguments are those of the TensorFlow code that AugReg (Steiner et al., 2021) was trained with, the
-tables below. Magnitude 10 was once the largest there; larger ones extrapolate. Three things are not
-as there: Contrast takes the mean of the image, where that code takes height * width / 256 for it;
-pixels are fractions of the image's side, which at 224 pixels, AugReg's, is the same; and an
-operation rounds as PIL's does.
+tables below. Magnitude 10 was once the largest there; larger ones extrapolate. Contrast is not
+PIL's there: it takes height * width / 256 for the mean of the image, see `enhance`. Two things are
+not as there: pixels are fractions of the image's side, which at 224 pixels, AugReg's, is the same;
+and an operation rounds as PIL's does.
 """
 
 import functools
@@ -32,6 +32,7 @@ OPERATIONS = (
     "Cutout",
     "SolarizeAdd",
 )
+CONTRASTS = ("augreg", "pil")  # towards which grey Contrast goes, see `enhance`
 _ENHANCE = ("Color", "Contrast", "Brightness", "Sharpness")
 _MAX_MAGNITUDE = 10
 _MAX_DEGREES = 30.0
@@ -41,7 +42,12 @@ _MAX_CUTOUT = 40 / 224  # of the side, from the centre to the edge
 
 
 def randaugment(
-    image: tf.Tensor, seed: tf.Tensor, *, num_operations: int, magnitude: float
+    image: tf.Tensor,
+    seed: tf.Tensor,
+    *,
+    num_operations: int,
+    magnitude: float,
+    contrast: str = "augreg",
 ) -> tf.Tensor:
     """Applies operations, each drawn from `OPERATIONS` with equal probability, one after the other.
 
@@ -50,6 +56,7 @@ def randaugment(
         seed: int64 [2], the source of all randomness.
         num_operations: how many; N of the paper.
         magnitude: how strong each is; M of the paper.
+        contrast: one of `CONTRASTS`.
 
     Returns:
         int32 [height, width, 3], from 0 to 255.
@@ -59,7 +66,7 @@ def randaugment(
         choice_seed, argument_seed = tf.unstack(tf.random.split(layer, 2))
         choice = tf.random.stateless_uniform([], choice_seed, 0, len(OPERATIONS), tf.int32)
         branches = [
-            functools.partial(apply_operation, name, image, argument_seed, magnitude)
+            functools.partial(apply_operation, name, image, argument_seed, magnitude, contrast)
             for name in OPERATIONS
         ]
         image = tf.ensure_shape(tf.switch_case(choice, branches), image.shape)
@@ -67,7 +74,11 @@ def randaugment(
 
 
 def apply_operation(
-    name: str, image: tf.Tensor, seed: tf.Tensor, magnitude: float = _MAX_MAGNITUDE
+    name: str,
+    image: tf.Tensor,
+    seed: tf.Tensor,
+    magnitude: float = _MAX_MAGNITUDE,
+    contrast: str = "augreg",
 ) -> tf.Tensor:
     """Applies one of `OPERATIONS`.
 
@@ -76,6 +87,7 @@ def apply_operation(
         image: int32 [height, width, 3] from 0 to 255.
         seed: int64 [2]; decides the direction of a geometric operation and where Cutout cuts.
         magnitude: see `randaugment`.
+        contrast: likewise.
 
     Returns:
         int32 [height, width, 3] from 0 to 255.
@@ -100,7 +112,7 @@ def apply_operation(
     if name == "SolarizeAdd":
         return solarize_add(image, int(level * 110))
     if name in _ENHANCE:
-        return enhance(name, image, level * 1.8 + 0.1)
+        return enhance(name, image, level * 1.8 + 0.1, contrast)
     if name == "ShearX":
         return affine(image, [1.0, sign * (level * _MAX_SHEAR), 0.0, 0.0, 1.0, 0.0])
     if name == "ShearY":
@@ -152,18 +164,21 @@ def solarize_add(image: tf.Tensor, addition: int) -> tf.Tensor:
     return tf.where(image < 128, tf.clip_by_value(image + addition, 0, 255), image)
 
 
-def enhance(name: str, image: tf.Tensor, factor: float) -> tf.Tensor:
+def enhance(name: str, image: tf.Tensor, factor: float, contrast: str = "augreg") -> tf.Tensor:
     """Goes from what an image is without a property, at factor 0, through the image, at factor 1.
 
     Args:
-        name: "Color" (without: grey), "Contrast" (its mean), "Brightness" (black), "Sharpness"
+        name: "Color" (without: grey), "Contrast" (one grey), "Brightness" (black), "Sharpness"
             (smoothed).
         image: int32 [height, width, 3].
         factor: beyond 1 the property becomes stronger.
+        contrast: which grey is without contrast. "augreg": height * width / 256, at most 255, the
+            same for every image: the published code sums a histogram, which is the number of
+            pixels, and divides by its bins. At 224 pixels it is 196. "pil": the image's mean.
     """
     without = {
         "Color": _grey,
-        "Contrast": _mean_grey,
+        "Contrast": {"augreg": _histogram_grey, "pil": _mean_grey}[contrast],
         "Brightness": tf.zeros_like,
         "Sharpness": _smooth,
     }[name](image)
@@ -175,6 +190,10 @@ def _grey(image):
     # ITU-R 601-2 in 16-bit fixed point.
     weights = tf.constant([19595, 38470, 7471])
     return (tf.reduce_sum(image * weights, -1, keepdims=True) + 2**15) // 2**16
+
+
+def _histogram_grey(image):
+    return tf.minimum(tf.size(image[..., 0]) // 256, 255)
 
 
 def _mean_grey(image):

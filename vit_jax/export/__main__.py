@@ -134,14 +134,16 @@ def _reference(args: argparse.Namespace, pretrained: Any, forward: Any) -> tuple
 
 
 def _open_dataset(args: argparse.Namespace, pretrained: Any) -> Any:
-    from vit_jax.data.datasets import open_evaluation
-    from vit_jax.evaluate import class_difference
+    from vit_jax.data import classes
+    from vit_jax.data.datasets import open_evaluation, relabel
 
     source = open_evaluation(args.dataset, data_dir=args.data_dir, split=args.split)
-    classes = pretrained.model["num_classes"], pretrained.class_names
-    if difference := class_difference(*classes, source.class_names):
+    own = pretrained.model["num_classes"], pretrained.class_names
+    labels = classes.match(*own, source.class_names)
+    if labels is None:
+        difference = classes.difference(*own, source.class_names)
         raise UserError(f"{difference}: use --data, which takes any photographs")
-    return source
+    return relabel(source, labels, pretrained.class_names or source.class_names)
 
 
 def _to_onnx(

@@ -1,0 +1,87 @@
+"""Class names: their order in a folder, and which classes of two lists are the same."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from vit_jax.data.imagenet import comparable, readable
+
+
+def are_numbers(names: Iterable[str]) -> bool:
+    """Whether all names are numbers, such as 0 ... 999, which do not say what a class is."""
+    return all(re.fullmatch(r"[0-9]+", name) for name in names)
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Names in the order of their labels: numbers by their value, others by their characters."""
+    names = sorted(names)
+    return tuple(sorted(names, key=int) if are_numbers(names) else names)
+
+
+def match(
+    num_classes: int, class_names: Sequence[str] | None, data_names: Sequence[str]
+) -> tuple[int, ...] | None:
+    """The class of a model that each class of a data set is; None if that cannot be told.
+
+    Without names the i-th is the i-th. Names may be in another order, and those of the data set
+    only some of the model's, unless they are numbers: 0 ... 9 of one data set need not be those of
+    another with more. They are compared as they are, and if that finds nothing without case and
+    punctuation, ImageNet's WordNet ids by what they stand for.
+
+    Args:
+        num_classes: of the model.
+        class_names: of the model, or None if they are not known.
+        data_names: of the data set.
+    """
+    same_number = num_classes == len(data_names)
+    if class_names is None:
+        return tuple(range(num_classes)) if same_number else None
+    if not same_number and are_numbers(data_names):
+        return None
+    for form in (str, comparable):
+        own, other = list(map(form, class_names)), list(map(form, data_names))
+        if own == other:
+            return tuple(range(num_classes))
+        if all(Counter(own)[name] == 1 for name in other) and len(set(other)) == len(other):
+            return tuple(map(own.index, other))
+    return None
+
+
+def difference(
+    num_classes: int, class_names: Sequence[str] | None, data_names: Sequence[str]
+) -> str:
+    """What tells the classes of a model from those of a data set, in one phrase.
+
+    Args:
+        num_classes: as in `match`, which has found none.
+        class_names: likewise.
+        data_names: likewise.
+    """
+    if not num_classes:
+        return "the checkpoint has no head, so it knows no classes"
+    if num_classes != len(data_names):
+        return f"the checkpoint has {num_classes} classes and the data set {len(data_names)}"
+    index, own, other = next(
+        (index, own, other)
+        for index, (own, other) in enumerate(zip(class_names, data_names, strict=True))
+        if comparable(own) != comparable(other)
+    )
+    return f"class {index} is {own!r} in the checkpoint and {other!r} in the data set"
+
+
+def positions_may_agree(class_names: Sequence[str], data_names: Sequence[str]) -> bool:
+    """Whether class i may be class i under another name.
+
+    Not where a name, or its first synonym, is that of another class in the other list, nor where
+    numbers do not go up: they count nothing then.
+    """
+
+    def places(names: Sequence[str]) -> dict[str, int]:
+        return {comparable(readable(name).split(",")[0]): i for i, name in enumerate(names)}
+
+    own, other = places(class_names), places(data_names)
+    if any(own[name] != other[name] for name in own.keys() & other.keys()):
+        return False
+    return all(
+        tuple(names) == in_order(names) for names in (class_names, data_names) if are_numbers(names)
+    )
