@@ -7,6 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from vit_jax.config import (
+    ADDED_KEYS,
     check_config,
     count_steps,
     get_config,
@@ -14,6 +15,7 @@ from vit_jax.config import (
     parse_shots,
     parse_subset,
     to_dict,
+    with_added_keys,
 )
 from vit_jax.errors import UserError
 from vit_jax.recipes import get_config as recipe
@@ -76,6 +78,7 @@ def test_a_missing_key_raises():
         ("fewshot", "shots", (1, 5), "config.fewshot.shots is (1, 5): it must be of type str"),
         ("", "patience", -1, "config.patience is -1: it must not be negative"),
         ("", "augment", "strong3", "augment 'strong3' is not understood: use none, light1, light2"),
+        ("dataset", "jpeg_dct", "best", "config.dataset.jpeg_dct is 'best': use accurate or fast"),
         ("dataset", "subset", "half", "dataset.subset 'half' is not understood: use a number of"),
         ("dataset", "subset_seed", -1, "config.dataset.subset_seed is -1: it must not be neg"),
         ("fewshot", "shots", "few", "shots 'few' are not positive numbers, each once"),
@@ -225,6 +228,18 @@ def test_config_json_gives_the_config_back(model, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(to_dict(config)))
     assert to_dict(get_config(str(path))) == to_dict(config)
+    check_config(get_config(str(path)))
+
+
+@pytest.mark.parametrize("key", ADDED_KEYS)
+def test_a_config_json_from_before_a_key_has_what_runs_did_then(key, tmp_path):
+    config = to_dict(recipe("ViT-B/16"))
+    section, _, name = key.rpartition(".")
+    del (config[section] if section else config)[name]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    assert get_config(str(path)).to_dict() == with_added_keys(config)
+    assert get_config(str(path))[section][name] == ADDED_KEYS[key]
     check_config(get_config(str(path)))
 
 

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from vit_jax import recipes
+from vit_jax.data.protocols import JPEG_DCTS
 from vit_jax.errors import UserError
 from vit_jax.models import DTYPES, masked, model_keys
 from vit_jax.models.positions import check_positions
@@ -52,6 +53,12 @@ NOT_NEGATIVE = {
     "optimizer.clip_norm",
     "schedule.base_lr",
     "schedule.end_lr",
+}
+
+# Keys that configs did not have from the beginning, and what runs did without them: the value that
+# a saved config without the key has.
+ADDED_KEYS = {
+    "dataset.jpeg_dct": "accurate",
 }
 
 
@@ -119,6 +126,11 @@ def _check_ranges(config: ConfigDict) -> None:
     _check_objective(values)
     parse_shots(values["fewshot.shots"])
     parse_augment(values["augment"])
+    if values["dataset.jpeg_dct"] not in JPEG_DCTS:
+        raise UserError(
+            f"config.dataset.jpeg_dct is {values['dataset.jpeg_dct']!r}: use "
+            f"{' or '.join(JPEG_DCTS)}"
+        )
     if values["dataset.subset"]:
         parse_subset(values["dataset.subset"])
     if "model.position_embedding" in values:
@@ -255,9 +267,15 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json())
 
 
+def with_added_keys(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved config in full: what it lacks of `ADDED_KEYS` it was written before."""
+    values = flatten_dict(dict(saved), keep_empty_nodes=True, sep=".")
+    return unflatten_dict(ADDED_KEYS | values, sep=".")
+
+
 def get_config(path: str) -> ConfigDict:
     """The config of a run's config.json: `--config runs/x/config.json` runs it again."""
     try:
-        return ConfigDict(json.loads(pathlib.Path(path).read_text()))
-    except (OSError, ValueError) as error:
+        return ConfigDict(with_added_keys(json.loads(pathlib.Path(path).read_text())))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"config {path} cannot be read: {error}") from error

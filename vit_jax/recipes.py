@@ -371,6 +371,9 @@ def base(model: str, dataset: str) -> ConfigDict:
                 "subset_seed": 0,
                 "image_size": 0,
                 "protocol": "",
+                # Of decoding JPEG: accurate, as PIL, or fast, TensorFlow's default, which Google's
+                # checkpoints saw. They are about a grey level apart.
+                "jpeg_dct": "accurate",
                 "random_crop": True,
                 "random_flip": True,
                 "cache": "auto",

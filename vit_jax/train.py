@@ -25,7 +25,14 @@ from vit_jax.analysis import flops
 from vit_jax.checkpoints.pretrained import load_pretrained, with_usual_inputs
 from vit_jax.checkpoints.training import CheckpointStore, config_differences
 from vit_jax.checkpoints.transfer import print_report, transfer
-from vit_jax.config import check_config, count_steps, parse_augment, parse_shots, to_dict
+from vit_jax.config import (
+    check_config,
+    count_steps,
+    parse_augment,
+    parse_shots,
+    to_dict,
+    with_added_keys,
+)
 from vit_jax.data import datasets, pipeline
 from vit_jax.data.protocols import evaluation
 from vit_jax.data.subset import take_subset
@@ -139,7 +146,8 @@ def _make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
 def _refuse_another_run(config: ConfigDict, workdir: pathlib.Path, store: CheckpointStore) -> None:
     saved = store.latest_metadata()
     if saved is not None:
-        differences = config_differences(saved["config"], to_dict(config), RESUMABLE_CHANGES)
+        before = with_added_keys(saved["config"])
+        differences = config_differences(before, to_dict(config), RESUMABLE_CHANGES)
         if differences:
             raise UserError(
                 f"{workdir} holds a run of another config ({'; '.join(differences)}): "

@@ -23,6 +23,9 @@ PROTOCOLS = ("inception", "bit", "pretrain", "pad")
 # BiT resizes to 448 and crops 384.
 BIT_RESIZE = 448 / 384
 
+# libjpeg's inverse transforms: the one of PIL, and the one that TensorFlow takes unless told.
+JPEG_DCTS = ("accurate", "fast")
+
 INTERPOLATIONS = ("bilinear", "bicubic")
 
 
