@@ -91,7 +91,7 @@ def of_run(metadata: dict[str, Any]) -> Known:
     data = config["dataset"]
     return Known(
         {key: x for key, x in config["model"].items() if key not in TRAINING_FIELDS},
-        evaluation(data["protocol"], data["image_size"]),
+        evaluation(data["protocol"], data["image_size"], data["jpeg_dct"]),
         names,
         config["loss"],
     )

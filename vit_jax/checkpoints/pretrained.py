@@ -160,7 +160,7 @@ def _assemble(arrays: Arrays, known: Known, overrides: dict[str, Any], source: s
     preprocessing = known.preprocessing
     if preprocessing is None:
         # A hidden layer before the head is pre-training's, which evaluates on a central crop.
-        protocol = "pretrain" if model.get("representation_size") else "inception"
+        protocol = "big_vision" if model.get("representation_size") else "inception"
         downsampling = models.create_model(model).downsampling
         preprocessing = evaluation(protocol, infer.infer_image_size(arrays, downsampling))
     params = unflatten_dict(arrays, sep="/")

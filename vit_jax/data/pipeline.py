@@ -31,6 +31,7 @@ def train_batches(
     random_flip: bool,
     seed: int,
     shuffle_buffer: int,
+    jpeg_dct: str = "accurate",
     num_operations: int = 0,
     magnitude: float = 0,
     first_step: int = 0,
@@ -53,6 +54,7 @@ def train_batches(
         seed: of the order and the augmentation.
         shuffle_buffer: encoded images to shuffle among when they are streamed. Files are shuffled
             too. What is in memory is shuffled as a whole.
+        jpeg_dct: one of `protocols.JPEG_DCTS`.
         num_operations: of RandAugment for each image; 0 for none.
         magnitude: of RandAugment.
         first_step: the batch to begin with. What comes before is skipped without decoding.
@@ -70,7 +72,7 @@ def train_batches(
             an image is broken, with its name.
     """
     rows = _rows_per_process(batch_size, process_count)
-    evaluation(protocol, image_size)  # Checks both.
+    evaluation(protocol, image_size, jpeg_dct)  # Checks all three.
     if cache not in ("auto", "memory", "disk"):
         raise UserError(f"cache {cache!r} is unknown: use auto, memory or disk")
     in_memory = cache == "memory" or (cache == "auto" and source.num_bytes < _CACHE_LIMIT)
@@ -95,6 +97,7 @@ def train_batches(
             tf.stack([tf.constant(seed, tf.int64), position]),
             image_size=image_size,
             protocol=protocol,
+            jpeg_dct=jpeg_dct,
             random_crop=random_crop,
             random_flip=random_flip,
             num_operations=num_operations,
