@@ -66,6 +66,12 @@ LOSSLESS = {
     "gif of two frames": encode(PALETTE, "GIF", save_all=True, append_images=[GREY]),
     "bmp": encode(COLOUR, "BMP"),
     "bmp with alpha": encode(RGBA, "BMP"),
+    "bmp with a palette": encode(PALETTE, "BMP"),
+    "bilevel bmp": encode(GREY.convert("1"), "BMP"),
+    "webp": encode(COLOUR, "WEBP", lossless=True),
+    "webp of two frames": encode(
+        COLOUR, "WEBP", lossless=True, save_all=True, append_images=[COLOUR.rotate(180)]
+    ),
 }
 JPEG = {
     "rgb jpeg": encode(COLOUR, "JPEG", quality=95),

@@ -323,10 +323,26 @@ RGB, GREY = noise_image(20, 24), noise_image(20, 24, 1)
         encode(RGB, "PNG", "P"),
         encode(RGB, "BMP"),
         encode(RGB, "BMP", "RGBA"),
+        encode(RGB, "BMP", "P"),
+        encode(RGB, "BMP", "1"),
+        encode(RGB, "WEBP", lossless=True),
         encode(RGB, "GIF"),
         encode(RGB, "JPEG", "CMYK"),
     ],
-    ids=["grey png", "grey jpeg", "la", "rgba", "palette", "bmp", "bmp32", "gif", "cmyk"],
+    ids=[
+        "grey png",
+        "grey jpeg",
+        "la",
+        "rgba",
+        "palette",
+        "bmp",
+        "bmp32",
+        "bmp palette",
+        "bmp 1",
+        "webp",
+        "gif",
+        "cmyk",
+    ],
 )
 def test_every_colour_type_becomes_rgb_as_in_pil(encoded):
     view = preprocess.view(encoded, SEED, image_size=20, protocol="inception")

@@ -4,6 +4,7 @@
 more; `preprocess` resamples as its `eval_view` does. Of JPEG, PIL has the accurate transform only.
 """
 
+import io
 import math
 import os
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vit_jax.data.protocols import Preprocessing, eval_box, whole_pixels
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, first_line
 
 # Only these of PIL's readers: others start programs (EPS runs Ghostscript). First those that are
 # imported at once; one beyond them makes PIL import every reader it has.
@@ -68,6 +69,20 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     except Exception as error:  # PIL's readers have no class for damage: anything may come out
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{path} is damaged ({reason}): fetch it again") from error
+
+
+def decode(encoded: bytes) -> np.ndarray:
+    """Returns the image in the bytes of a file as `read_image` does, uint8 [height, width, 3].
+
+    Raises:
+        UserError: they are no image of `FORMATS`, or a damaged one.
+    """
+    Image.preinit()
+    try:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            return _to_rgb(image, "the image")
+    except Exception as error:  # as above
+        raise UserError(f"the image is damaged ({first_line(error)}): replace it") from error
 
 
 def preprocess(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:

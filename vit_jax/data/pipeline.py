@@ -255,7 +255,7 @@ def _name_broken_image(records, example):
     for position, record in records:
         try:
             example(position, record)
-        except tf.errors.InvalidArgumentError as error:
+        except (tf.errors.InvalidArgumentError, UserError) as error:  # TensorFlow's or PIL's
             name = record["id"].numpy().decode()
             raise UserError(
                 f"image {name} cannot be decoded: it is cut off or damaged; replace or remove it"

@@ -39,8 +39,8 @@ def view(
     """Returns one view of an image, float32 [image_size, image_size, 3] in [-1, 1].
 
     Args:
-        encoded: scalar string; a JPEG, PNG, BMP or GIF (its first frame) of any colour type.
-            Grey becomes RGB, transparency is dropped.
+        encoded: scalar string; a JPEG, PNG, BMP, GIF or WebP (of animations the first frame) of
+            any colour type. Grey becomes RGB, transparency is dropped.
         seed: int64 [2], the source of all randomness; not read where nothing is random.
         image_size: of the view, in pixels.
         protocol: one of `protocols.PROTOCOLS`.
@@ -239,7 +239,16 @@ def _decode_jpeg(encoded, choose, jpeg_dct):
 
 
 def _decode_other(encoded, choose):
-    image = tf.io.decode_image(encoded, expand_animations=False)
+    # TensorFlow 2.21 takes the indices of a BMP's palette for grey, and writes all frames of an
+    # animated WebP where there is room for one, beyond its memory.
+    by_pil = (tf.strings.substr(encoded, 0, 2) == "BM") | (
+        tf.strings.substr(encoded, 0, 4) == "RIFF"
+    )
+    image = tf.cond(
+        by_pil,
+        lambda: tf.ensure_shape(tf.numpy_function(images.decode, [encoded], tf.uint8), [None] * 3),
+        lambda: tf.io.decode_image(encoded, expand_animations=False),
+    )
     height, width, channels = tf.unstack(tf.shape(image))
     image = tf.cond(channels < 3, lambda: tf.repeat(image[..., :1], 3, -1), lambda: image)
     box, window = choose(height, width)
