@@ -345,7 +345,7 @@ RGB, GREY = noise_image(20, 24), noise_image(20, 24, 1)
     ],
 )
 def test_every_colour_type_becomes_rgb_as_in_pil(encoded):
-    view = preprocess.view(encoded, SEED, image_size=20, protocol="inception")
+    view = preprocess.view(tf.constant(encoded), SEED, image_size=20, protocol="inception")
     rgb = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
     expected = bilinear(rgb, (0, 0, 20, 24), 20)
     np.testing.assert_allclose(pixels(view), expected, atol=1.5)

@@ -238,15 +238,20 @@ def _decode_jpeg(encoded, choose, jpeg_dct):
     return pixels[:, x - left : x - left + w], box, window
 
 
+def _by_pil(encoded):
+    # Outside of a graph the bytes come in an array.
+    return images.decode(encoded if isinstance(encoded, bytes) else encoded.item())
+
+
 def _decode_other(encoded, choose):
     # TensorFlow 2.21 takes the indices of a BMP's palette for grey, and writes all frames of an
     # animated WebP where there is room for one, beyond its memory.
-    by_pil = (tf.strings.substr(encoded, 0, 2) == "BM") | (
+    is_for_pil = (tf.strings.substr(encoded, 0, 2) == "BM") | (
         tf.strings.substr(encoded, 0, 4) == "RIFF"
     )
     image = tf.cond(
-        by_pil,
-        lambda: tf.ensure_shape(tf.numpy_function(images.decode, [encoded], tf.uint8), [None] * 3),
+        is_for_pil,
+        lambda: tf.ensure_shape(tf.numpy_function(_by_pil, [encoded], tf.uint8), [None] * 3),
         lambda: tf.io.decode_image(encoded, expand_animations=False),
     )
     height, width, channels = tf.unstack(tf.shape(image))
