@@ -83,7 +83,7 @@ def test_images(config: ConfigDict) -> Iterator[np.ndarray]:
 
     data = config.dataset
     _, source = datasets.open_dataset(data.name, data_dir=data.data_dir)
-    preprocessing = evaluation(data.protocol, data.image_size)
+    preprocessing = evaluation(data.protocol, data.image_size, data.jpeg_dct)
     for batch in pipeline.eval_batches(source, batch_size=1000, preprocessing=preprocessing):
         yield batch["image"][batch["mask"] > 0]
 

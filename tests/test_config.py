@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from vit_jax import models
 from vit_jax.config import (
+    ADDED_KEYS,
     check_config,
     count_steps,
     get_config,
@@ -18,6 +20,7 @@ from vit_jax.config import (
     parse_shots,
     parse_subset,
     to_dict,
+    with_added_keys,
 )
 from vit_jax.errors import UserError
 from vit_jax.recipes import ADOPTED
@@ -83,6 +86,7 @@ def test_a_missing_key_raises():
         ("", "patience", -1, "config.patience is -1: it must not be negative"),
         ("", "augment", "strong3", "augment 'strong3' is not understood: use none, light1, light2"),
         ("", "augment_contrast", "mean", "config.augment_contrast is 'mean': use augreg or pil"),
+        ("dataset", "jpeg_dct", "best", "config.dataset.jpeg_dct is 'best': use accurate or fast"),
         ("dataset", "subset", "half", "dataset.subset 'half' is not understood: use a number of"),
         ("dataset", "subset_seed", -1, "config.dataset.subset_seed is -1: it must not be neg"),
         ("fewshot", "shots", "few", "shots 'few' are not positive numbers, each once"),
@@ -248,14 +252,17 @@ def test_what_a_config_json_leaves_to_the_weights_can_be_given_by_flags(tmp_path
             assert read.model.get_ref(key).get_type() is kind
 
 
-def test_a_config_json_of_before_a_key_was_added_does_what_it_did(tmp_path):
-    config = recipe("ViT-B/16")
-    assert config.augment_contrast == "augreg"
-    saved = to_dict(config)
-    del saved["augment_contrast"]
+@pytest.mark.parametrize("key", ADDED_KEYS)
+def test_a_config_json_from_before_a_key_has_what_runs_did_then(key, tmp_path):
+    config = to_dict(recipe("ViT-B/16"))
+    section, _, name = key.rpartition(".")
+    del (config[section] if section else config)[name]
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(saved))
-    assert to_dict(get_config(str(path))) == saved | {"augment_contrast": "pil"}
+    path.write_text(json.dumps(config))
+    assert get_config(str(path)).to_dict() == with_added_keys(config)
+    values = flatten_dict(to_dict(get_config(str(path))), sep=".")
+    assert values[key] == ADDED_KEYS[key]
+    check_config(get_config(str(path)))
 
 
 def test_a_broken_config_json_is_refused(tmp_path):

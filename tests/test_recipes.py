@@ -217,7 +217,7 @@ def test_masked_patch_prediction_is_appendix_b12():
     assert (optimizer.name, optimizer.b1, optimizer.b2) == ("adam", 0.9, 0.999)
     # Silent there; Table 3 has these on JFT.
     assert (optimizer.weight_decay, optimizer.clip_norm) == (0.1, 0.0)
-    assert (config.dataset.image_size, config.dataset.protocol) == (224, "pretrain")
+    assert (config.dataset.image_size, config.dataset.protocol) == (224, "big_vision")
     assert (config.model.dropout_rate, config.model.representation_size) == (0.0, 0)
     assert (config.loss, config.init_from) == ("softmax", "")
 

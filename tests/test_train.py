@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from vit_jax import metrics, predict, recipes, train
 from vit_jax.checkpoints.pretrained import Pretrained, abstract_params, load_pretrained
 from vit_jax.checkpoints.save import save_pretrained
-from vit_jax.config import check_config, to_dict
+from vit_jax.config import ADDED_KEYS, check_config, to_dict, with_added_keys
 from vit_jax.data import classes, datasets, pipeline
 from vit_jax.data.protocols import evaluation
 from vit_jax.errors import UserError
@@ -183,6 +183,19 @@ def test_another_config_is_refused_with_what_differs(finished, tiny_config):
     assert "schedule.base_lr: 0.01 in the checkpoint, 0.5 now" in str(error.value)
     assert "model.num_layers: 1 in the checkpoint, 3 now" in str(error.value)
     assert "log_every" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ADDED_KEYS)
+def test_a_run_from_before_a_key_goes_on_with_what_it_did_then(tiny_config, tmp_path, key):
+    saved = to_dict(tiny_config(augment="light1"))
+    section, _, name = key.rpartition(".")
+    del (saved[section] if section else saved)[name]
+    saved = with_added_keys(saved)
+    config = tiny_config(**{"augment": "light1", key: ADDED_KEYS[key]})
+    train._refuse_another_run(config, tmp_path, saved)
+    config.update_from_flattened_dict({key: "another"})
+    with pytest.raises(UserError, match=f"{key}: {ADDED_KEYS[key]} in the checkpoint, another now"):
+        train._refuse_another_run(config, tmp_path, saved)
 
 
 def test_another_config_is_refused_by_the_checkpoint_itself(finished, tiny_config, tmp_path):

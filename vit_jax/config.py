@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict, config_dict
 
 from vit_jax import recipes
+from vit_jax.data.protocols import JPEG_DCTS
 from vit_jax.errors import UserError
 from vit_jax.models import DTYPES, masked, model_keys
 from vit_jax.models.positions import check_positions
@@ -43,7 +44,7 @@ FRACTIONS = {
     "optimizer.b2",
     "optimizer.momentum",
 }
-CHOICES = {"augment_contrast": ("augreg", "pil")}
+CHOICES = {"augment_contrast": ("augreg", "pil"), "dataset.jpeg_dct": JPEG_DCTS}
 NOT_NEGATIVE = {
     "patience",
     "dataset.subset_seed",
@@ -60,6 +61,7 @@ _ADOPTED = {f"model.{key}" for key in recipes.ADOPTED}
 # a saved config without the key has.
 ADDED_KEYS = {
     "augment_contrast": "pil",
+    "dataset.jpeg_dct": "accurate",
 }
 
 

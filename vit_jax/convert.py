@@ -60,8 +60,12 @@ def _differences(source: Pretrained, layout: str) -> list[str]:
             notes += [f"timm's LayerNorm epsilon is 1e-6, here {model['layer_norm_epsilon']:g}"]
     if layout == "official" and model.get("gelu") == "erf":
         notes += ["Google's code has the tanh form of GELU, these weights the exact one"]
-    if layout != "official" and not source.preprocessing.antialias:
-        notes += ["timm and Hugging Face resize with antialiasing, these weights were used without"]
+    if layout != "official" and source.preprocessing.resize != layout:
+        resize, antialias = source.preprocessing.resize, source.preprocessing.antialias
+        notes += [
+            f"{layout} resizes with PIL, with antialiasing and to whole pixels; these weights saw "
+            f"images by resize {resize}" + ", without antialiasing" * (not antialias)
+        ]
     return notes
 
 

@@ -4,7 +4,8 @@ Section 4.1 of the paper ("few-shot accuracies are obtained by solving a regular
 regression problem that maps the (frozen) representation of a subset of training images to
 {-1, 1}^K target vectors"). It gives no regularisation and no seeds; those, and the procedure in
 detail, are of the later reference: features standardised with the mean and standard deviation of
-the support set, a constant feature 100 as the bias, lambda = 2^10, three seeds.
+the support set, a constant feature 100 as the bias, lambda = 2^10, three seeds, images resized to
+256 x 256 whatever their aspect and cropped to the central 224 x 224.
 """
 
 import dataclasses
@@ -21,14 +22,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_jax.data.datasets import Source
 from vit_jax.data.pipeline import EvalBatches, eval_batches
-from vit_jax.data.protocols import Preprocessing
+from vit_jax.data.protocols import Preprocessing, fewshot_view
 from vit_jax.evaluate import ApplyFn, Batches, make_apply_fn, outputs
 from vit_jax.sharding import Mesh, to_devices
 
 L2 = 2.0**10
 BIAS = 100.0
 SEEDS = (0, 1, 2)
-CENTER_CROP = 224 / 256  # resized to 256, central 224
 
 _SHUFFLE_LIMIT = 256 * 2**20  # bytes of encoded images to shuffle among
 _ROWS = 4096  # of the support set that are in float64 at a time
@@ -160,8 +160,8 @@ def create_fewshot(
         train: where the support sets are taken from, see `support`.
         test: the images to recognise.
         shots: numbers of images per class.
-        preprocessing: of the model; the central 224/256 of the shorter side is looked at, whatever
-            its own crop.
+        preprocessing: of the model; what is looked at is `protocols.fewshot_view`, whatever its own
+            crop.
         batch_size: of all devices together.
         mesh: the devices.
         report: receives a line if a class has fewer images than shots.
@@ -176,7 +176,7 @@ def create_fewshot(
         return eval_batches(
             source,
             batch_size=batch_size,
-            preprocessing=dataclasses.replace(preprocessing, center_crop=CENTER_CROP),
+            preprocessing=fewshot_view(preprocessing),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )

@@ -192,7 +192,7 @@ def pretrain(model: str, dataset: str) -> ConfigDict:
     config.batch_size = PRETRAIN_BATCH_SIZE
     config.duration = f"{max(row.epochs)} epochs"
     config.dataset.image_size = PRETRAIN_IMAGE_SIZE
-    config.dataset.protocol = "pretrain"
+    config.dataset.protocol = "big_vision"
     # Section 3.1: the pre-training head has one hidden layer; its width D is the published code's.
     if "representation_size" in config.model:
         config.model.representation_size = config.model.hidden_size
@@ -303,7 +303,7 @@ def masked(model: str, dataset: str) -> ConfigDict:
     config.batch_size = MASKED_BATCH_SIZE
     config.duration = f"{MASKED_STEPS} steps"
     config.dataset.image_size = PRETRAIN_IMAGE_SIZE
-    config.dataset.protocol = "pretrain"
+    config.dataset.protocol = "big_vision"
     config.optimizer = _adam(MASKED_WEIGHT_DECAY, clip_norm=0.0)
     config.schedule.base_lr = MASKED_LR
     config.schedule.decay = "cosine"
@@ -393,6 +393,9 @@ def base(model: str, dataset: str) -> ConfigDict:
                 "subset_seed": 0,
                 "image_size": 0,
                 "protocol": "",
+                # Of decoding JPEG: accurate, as PIL, or fast, TensorFlow's default, which Google's
+                # checkpoints saw. They are about a grey level apart.
+                "jpeg_dct": "accurate",
                 "random_crop": True,
                 "random_flip": True,
                 "cache": "auto",

@@ -35,7 +35,7 @@ from vit_jax.config import (
     with_added_keys,
 )
 from vit_jax.data import datasets, pipeline
-from vit_jax.data.protocols import evaluation
+from vit_jax.data.protocols import Preprocessing, evaluation
 from vit_jax.data.subset import take_subset
 from vit_jax.errors import UserError
 from vit_jax.evaluate import evaluate
@@ -322,11 +322,16 @@ def _prepare_fewshot(config: ConfigDict, mesh: Mesh) -> Callable:
         support,
         test,
         shots=parse_shots(data.shots),
-        preprocessing=evaluation(config.dataset.protocol, config.dataset.image_size),
+        preprocessing=_preprocessing(config),
         batch_size=config.batch_size // config.accumulate_steps,
         mesh=mesh,
         report=_say,
     )
+
+
+def _preprocessing(config: ConfigDict) -> Preprocessing:
+    data = config.dataset
+    return evaluation(data.protocol, data.image_size, data.jpeg_dct)
 
 
 def _start(
@@ -473,7 +478,7 @@ def _compile(run: Run, state: TrainState) -> tuple[Callable, Callable]:
     batches = pipeline.eval_batches(
         run.eval_source,
         batch_size=config.batch_size // config.accumulate_steps,
-        preprocessing=evaluation(config.dataset.protocol, size),
+        preprocessing=_preprocessing(config),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -488,6 +493,7 @@ def _train_batches(run: Run, first_step: int) -> Iterator[dict[str, Any]]:
         batch_size=run.config.batch_size,
         image_size=data.image_size,
         protocol=data.protocol,
+        jpeg_dct=data.jpeg_dct,
         random_crop=data.random_crop,
         random_flip=data.random_flip,
         num_operations=augmentation.num_operations,

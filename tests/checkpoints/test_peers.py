@@ -3,16 +3,20 @@
 import dataclasses
 import inspect
 import json
+import pathlib
 
 import numpy as np
 import pytest
 from flax.serialization import to_bytes
 from flax.traverse_util import unflatten_dict
+from PIL import Image
 
 from vit_jax import models
-from vit_jax.checkpoints import fields
+from vit_jax.checkpoints import fields, peers
 from vit_jax.checkpoints.pretrained import load_pretrained
 from vit_jax.checkpoints.save import save_pretrained
+from vit_jax.data.images import preprocess
+from vit_jax.data.protocols import Preprocessing, resized_side
 from vit_jax.errors import UserError
 
 PEERS = "needs the peers extra: pip install -e '.[peers]'"
@@ -186,9 +190,94 @@ def test_the_processor_travels_both_ways(tmp_path):
     ours, _ = transformers_round_trip(tmp_path, transformer(32), processor)
     assert ours.preprocessing.mean == (0.485, 0.456, 0.406)
     assert ours.preprocessing.interpolation == "bicubic" and ours.preprocessing.antialias
+    assert ours.preprocessing.resize == "huggingface"
     again = transformers.ViTImageProcessor.from_pretrained(tmp_path / "folder")
     for key in ("size", "image_mean", "image_std", "resample", "do_normalize"):
         assert getattr(again, key) == getattr(processor, key)
+
+
+def photograph(height, width):
+    """Noise over patches of colour: any pixel out of place shows."""
+    rng = np.random.default_rng(height * width)
+    patches = Image.fromarray(rng.integers(0, 256, (7, 9, 3), np.uint8)).resize((width, height))
+    noise = rng.integers(-60, 61, (height, width, 3))
+    return Image.fromarray(np.clip(np.asarray(patches) + noise, 0, 255).astype(np.uint8))
+
+
+# Resized to 256 or 248, the longer sides of some leave an odd number of pixels to crop.
+PHOTOGRAPHS = [(375, 500), (500, 333), (224, 224), (248, 251), (100, 1000), (301, 303), (256, 259)]
+
+
+def assert_same_view(preprocessing, shape, theirs):
+    """Against [3, height, width] of a peer; that evaluate sees the same, tests/data tells."""
+    picture = photograph(*shape)
+    ours = preprocess(np.asarray(picture), preprocessing)
+    np.testing.assert_allclose(ours, theirs(picture).transpose(1, 2, 0), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", PHOTOGRAPHS)
+@pytest.mark.parametrize(
+    "told",
+    [
+        {},
+        {"crop_pct": 0.875, "interpolation": "bilinear"},
+        {"crop_pct": 1.0},
+        {"crop_mode": "squash", "crop_pct": 0.9},
+        {"crop_mode": "squash", "crop_pct": 1.0, "mean": (0.48, 0.45, 0.4), "std": (0.2, 0.3, 0.1)},
+    ],
+    ids=["default", "bilinear", "whole", "squash", "squash whole"],
+)
+def test_what_a_model_of_timm_sees_is_what_timm_shows_it(told, shape):
+    module = timm.create_model("vit_tiny_patch16_224", **TINY)
+    config = timm.data.resolve_data_config({}, pretrained_cfg={**module.default_cfg, **told})
+    transform = timm.data.create_transform(**config)
+    ours = peers.describe(pathlib.Path("a.npz"), "timm", {"architecture": "vit"}, 224).preprocessing
+    if told:
+        ours = peers._timm_preprocessing(224, **{**module.default_cfg, **told})
+    assert_same_view(ours, shape, lambda picture: transform(picture).numpy())
+
+
+@pytest.mark.parametrize("shape", PHOTOGRAPHS)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("ViTImageProcessorPil", {"size": {"height": 224, "width": 224}}),
+        ("ViTImageProcessorPil", {"size": {"height": 224, "width": 224}, "resample": 3}),
+        ("CLIPImageProcessorPil", {"size": {"shortest_edge": 256}, "crop_size": 224}),
+        ("CLIPImageProcessorPil", {"size": {"height": 256, "width": 256}, "crop_size": 224}),
+    ],
+    ids=["bilinear", "bicubic", "crop", "squash and crop"],
+)
+def test_what_a_model_of_transformers_sees_is_what_pil_shows_it(kind, options, shape, tmp_path):
+    processor = getattr(transformers, kind, None)
+    if processor is None:  # The 4th version has no others under this name.
+        processor = getattr(transformers, kind.removesuffix("Pil"))
+    processor(**options).save_pretrained(tmp_path)
+    ours = peers.describe(tmp_path, "huggingface", {"architecture": "vit"}, 224).preprocessing
+
+    def theirs(picture):
+        return np.asarray(processor(**options)(picture, return_tensors="np")["pixel_values"][0])
+
+    assert_same_view(ours, shape, theirs)
+
+
+@pytest.mark.parametrize("squash", [False, True])
+@pytest.mark.parametrize("layout", ["timm", "huggingface"])
+@pytest.mark.parametrize("side", [224, 248, 257])
+def test_a_crop_is_told_to_peers_by_the_same_sides(layout, side, squash, tmp_path):
+    module = randomise(timm.create_model("vit_tiny_patch16_224", img_size=224, **TINY))
+    safetensors_torch.save_file(module.state_dict(), tmp_path / "theirs.safetensors")
+    ours = load_pretrained(tmp_path / "theirs.safetensors", num_heads=2)
+    crop = None if side == 224 else 224 / side
+    told = Preprocessing(
+        224, crop, "bicubic", True, resize="huggingface", squash=squash and side != 224
+    )
+    save_pretrained(dataclasses.replace(ours, preprocessing=told), tmp_path / "folder", layout)
+    assert load_pretrained(tmp_path / "folder").preprocessing == told
+    (tmp_path / "folder" / "vit_jax.json").unlink()
+    again = load_pretrained(tmp_path / "folder", num_heads=2).preprocessing
+    assert again.resize == layout and resized_side(again) == side
+    assert (again.squash or again.center_crop is None) == (told.squash or crop is None)
 
 
 def test_a_vit_model_without_a_head_is_read_with_its_pooler(tmp_path):
@@ -237,7 +326,7 @@ def test_the_configuration_that_timm_writes_is_read(tmp_path):
     (tmp_path / "hub/config.json").write_text(json.dumps(config))
     ours = load_pretrained(tmp_path / "hub", num_heads=2)
     assert ours.class_names == tuple("abcde")
-    assert ours.preprocessing.center_crop == 32 / 33  # 33 = floor(32 / 0.95)
+    assert ours.preprocessing.center_crop == 0.95 and ours.preprocessing.resize == "timm"
     assert ours.preprocessing.std == (0.25,) * 3 and ours.preprocessing.interpolation == "bilinear"
 
 

@@ -1,6 +1,7 @@
 """The NumPy view against TensorFlow's, the resize of PIL, and files that are no images."""
 
 import io
+import itertools
 import os
 import resource
 import struct
@@ -14,8 +15,8 @@ import tensorflow as tf
 from PIL import Image
 
 from vit_jax.data import preprocess as tf_preprocess
-from vit_jax.data.images import MAX_PIXELS, preprocess, read_image
-from vit_jax.data.protocols import Preprocessing
+from vit_jax.data.images import MAX_PIXELS, preprocess, read_image, resize_and_crop
+from vit_jax.data.protocols import Preprocessing, evaluation
 from vit_jax.errors import UserError
 
 
@@ -65,6 +66,12 @@ LOSSLESS = {
     "gif of two frames": encode(PALETTE, "GIF", save_all=True, append_images=[GREY]),
     "bmp": encode(COLOUR, "BMP"),
     "bmp with alpha": encode(RGBA, "BMP"),
+    "bmp with a palette": encode(PALETTE, "BMP"),
+    "bilevel bmp": encode(GREY.convert("1"), "BMP"),
+    "webp": encode(COLOUR, "WEBP", lossless=True),
+    "webp of two frames": encode(
+        COLOUR, "WEBP", lossless=True, save_all=True, append_images=[COLOUR.rotate(180)]
+    ),
 }
 JPEG = {
     "rgb jpeg": encode(COLOUR, "JPEG", quality=95),
@@ -166,6 +173,39 @@ def test_preprocess_is_the_evaluation_view_of_tensorflow(
     np.testing.assert_allclose(view, expected, atol=1e-4)
 
 
+RULES = {
+    "squashed box": {"squash": True},
+    "big_vision": {"resize": "big_vision", "interpolation": "area"},
+    "timm": {"resize": "timm", "interpolation": "bicubic", "antialias": True},
+    "huggingface": {"resize": "huggingface", "antialias": True},
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("squash", [False, True])
+@pytest.mark.parametrize("center_crop", [None, 0.875, 0.9])
+@pytest.mark.parametrize("shape", [(8, 8), (37, 91), (300, 200), (1500, 2000), (1, 5), (700, 7)])
+def test_every_rule_of_resizing_gives_the_view_of_tensorflow(shape, center_crop, squash, rule):
+    image = noise(*shape, 3)
+    preprocessing = Preprocessing(56, center_crop, **{"squash": squash, **RULES[rule]})
+    view = preprocess(image, preprocessing)
+    assert (view.dtype, view.shape) == (np.float32, (56, 56, 3))
+    expected = tf_preprocess.eval_view(tf.io.encode_png(image), preprocessing)
+    np.testing.assert_allclose(view, expected, atol=5e-4)
+
+
+@pytest.mark.parametrize("level", [1, 77, 200, 255])
+@pytest.mark.parametrize("shape", [(375, 500), (1001, 667), (300, 4000)])
+def test_means_over_areas_round_as_those_of_tensorflow(shape, level):
+    # A mean of equal values that a float rounds down is cut down to one level less.
+    image = np.full((*shape, 3), level, np.uint8)
+    sides = [round(256 * side / min(shape)) for side in shape]
+    whole = tf.cast(tf.image.resize(image, sides, method="area"), tf.uint8).numpy()
+    y, x = ((side - 224) // 2 for side in sides)
+    view = resize_and_crop(image, evaluation("big_vision", 224))
+    np.testing.assert_array_equal(view, whole[y : y + 224, x : x + 224])
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("shape", [(300, 375), (375, 300), (40, 32), (3, 400), (400, 3)])
 def test_antialias_is_the_resize_of_pil(shape, interpolation):
@@ -181,9 +221,12 @@ def test_a_strip_is_preprocessed_in_bounded_memory():
     # Rows first would need 20 GB.
     strip = np.broadcast_to(np.uint8([10, 20, 30]), (2, 8_000_000, 3))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for image in (strip, strip.swapaxes(0, 1)):
-        view = preprocess(image, Preprocessing(224, None, "bicubic", antialias=True))
-        np.testing.assert_allclose(view[100, 100] * 127.5 + 127.5, [10, 20, 30], atol=0.01)
+    for image, rule, crop in itertools.product(
+        (strip, strip.swapaxes(0, 1)), RULES.values(), (None, 0.875)
+    ):
+        view = preprocess(image, Preprocessing(224, crop, **rule))
+        level = 1 if rule.get("resize") == "big_vision" else 0.01
+        np.testing.assert_allclose(view[100, 100] * 127.5 + 127.5, [10, 20, 30], atol=level)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # KiB
 
 

@@ -177,6 +177,37 @@ def test_broken_record_is_named(cache):
         take(damaged(tiny_source(9), [5]), 2, cache=cache)
 
 
+def of_bytes(encoded):
+    def records(seed=None):  # noqa: ARG001
+        record = {"image": encoded, "label": np.int64(0), "id": "the one"}
+        return tf.data.Dataset.from_tensors(record)
+
+    return Source("tiny", "train", ("a",), 1, len(encoded), records)
+
+
+@pytest.mark.parametrize(
+    "encoded", [b"BM", b"BM" + bytes(200), b"RIFF\0\0\0\0WEBPVP8X" + bytes(40)]
+)
+def test_a_broken_image_that_pil_decodes_is_named(encoded):
+    with pytest.raises(UserError, match="image the one cannot be decoded"):
+        list(eval_batches(of_bytes(encoded), batch_size=1, **EVAL))
+
+
+def test_the_dct_of_the_config_is_that_of_training():
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    source = of_bytes(tf.io.encode_jpeg(noise, quality=80).numpy())
+    options = {"random_crop": False, "random_flip": False}
+    for jpeg_dct, dct_method in (("accurate", "INTEGER_ACCURATE"), ("fast", "INTEGER_FAST")):
+        (batch,) = take(source, 1, 1, jpeg_dct=jpeg_dct, **options)
+        decoded = tf.io.decode_jpeg(source_bytes(source), dct_method=dct_method)
+        (expected,) = take(of_bytes(tf.io.encode_png(decoded).numpy()), 1, 1, **options)
+        np.testing.assert_array_equal(batch["image"], expected["image"])
+
+
+def source_bytes(source):
+    return next(iter(source.records()))["image"]
+
+
 def test_imagenet_streams_under_mock_data():
     with tfds.testing.mock_data(num_examples=5):
         train, _ = open_dataset("imagenet2012")

@@ -8,7 +8,7 @@ import tensorflow as tf
 from PIL import Image
 
 from vit_jax.data import preprocess
-from vit_jax.data.protocols import Preprocessing, eval_box
+from vit_jax.data.protocols import Preprocessing, eval_box, evaluation, fewshot_view
 from vit_jax.data.randaugment import randaugment
 from vit_jax.errors import UserError
 
@@ -69,6 +69,77 @@ def test_pretrain_evaluation_equals_resizing_to_256_and_cropping_224():
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("shape", [(256, 512), (375, 300), (64, 40)])
+def test_fewshot_resizes_to_256_whatever_the_aspect_and_crops_224(shape, interpolation):
+    image = noise_image(*shape)
+    for model in (Preprocessing(224, None, interpolation), Preprocessing(224, 0.5, interpolation)):
+        view = preprocess.eval_view(encode(image, "PNG"), fewshot_view(model))
+        resized = tf.image.resize(image, [256, 256], method=interpolation)
+        np.testing.assert_allclose(pixels(view), resized[16:240, 16:240], atol=0.1)
+
+
+def big_vision(image, resized, size):
+    """Its ops resize_small and central_crop, on an image of 8 bits."""
+    height, width = image.shape[:2]
+    factor = tf.constant(resized, tf.float32) / tf.constant(min(height, width), tf.float32)
+    sides = [tf.cast(tf.round(tf.cast(x, tf.float32) * factor), tf.int32) for x in (height, width)]
+    whole = tf.image.resize(image, sides, method="area", antialias=False)
+    whole = tf.cast(tf.clip_by_value(whole, 0, 255), tf.uint8)
+    y, x = (sides[0] - size) // 2, (sides[1] - size) // 2
+    return tf.image.crop_to_bounding_box(whole, y, x, size, size).numpy()
+
+
+@pytest.mark.parametrize("size, resized", [(224, 256), (56, 64), (384, 439)])
+@pytest.mark.parametrize("shape", [(375, 500), (501, 334), (256, 256), (33, 90), (700, 3)])
+def test_big_vision_evaluation_is_resize_small_and_central_crop(shape, size, resized):
+    image = noise_image(*shape)
+    view = preprocess.view(encode(image, "PNG"), SEED, image_size=size, protocol="big_vision")
+    np.testing.assert_allclose(pixels(view), big_vision(image, resized, size), atol=1e-4)
+
+
+def test_few_shot_images_of_a_big_vision_model_are_bilinear():
+    image = noise_image(300, 400)
+    model = evaluation("big_vision", 224)
+    view = preprocess.eval_view(encode(image, "PNG"), fewshot_view(model))
+    resized = tf.image.resize(image, [256, 256])[16:240, 16:240]
+    np.testing.assert_allclose(pixels(view), resized, atol=0.1)
+
+
+@pytest.mark.parametrize("resize, left", [("timm", 2), ("huggingface", 1)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_images_of_pil_are_resized_and_cropped_by_pil(resize, left, interpolation):
+    image = noise_image(80, 84)
+    kind = Image.Resampling[interpolation.upper()]
+    # The longer side becomes 62 * 84 / 80 = 65.1. Half of the 3 columns too many is rounded to even
+    # by torchvision, down by Transformers.
+    resized = np.asarray(Image.fromarray(image).resize((65, 62), kind))
+    preprocessing = Preprocessing(62, 1.0, interpolation, antialias=True, resize=resize)
+    view = preprocess.eval_view(encode(image, "PNG"), preprocessing)
+    np.testing.assert_allclose(pixels(view), resized[:, left : left + 62], atol=1e-4)
+    squashed = np.asarray(Image.fromarray(image).resize((64, 64), kind))[4:60, 4:60]
+    fewshot = fewshot_view(Preprocessing(56, None, interpolation, antialias=True, resize=resize))
+    view = preprocess.eval_view(encode(image, "PNG"), fewshot)
+    np.testing.assert_allclose(pixels(view), squashed, atol=1e-4)
+
+
+@pytest.mark.parametrize("protocol", ["inception", "bit", "pretrain", "big_vision", "pad"])
+def test_the_dct_of_jpeg_is_the_one_that_is_asked_for(protocol):
+    encoded = encode(noise_image(64, 64), "JPEG", quality=80)
+    views = {}
+    for jpeg_dct, dct_method in (("accurate", "INTEGER_ACCURATE"), ("fast", "")):  # "": its default
+        decoded = tf.io.decode_jpeg(encoded, channels=3, dct_method=dct_method)
+        png = tf.io.encode_png(decoded)
+        for random_crop in (False, True):
+            options = {"image_size": 24, "protocol": protocol, "random_crop": random_crop}
+            view = preprocess.view(encoded, SEED, jpeg_dct=jpeg_dct, **options)
+            np.testing.assert_array_equal(view, preprocess.view(png, SEED, **options))
+            views[jpeg_dct, random_crop] = view
+    for random_crop in (False, True):
+        accurate, fast = pixels(views["accurate", random_crop]), pixels(views["fast", random_crop])
+        assert 0 < np.abs(accurate - fast).max() < 10
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("shape", [(300, 375), (40, 32)])
 def test_antialiased_evaluation_is_the_resize_and_crop_of_pil(shape, interpolation):
     # Smooth, because PIL rounds to whole values between its two passes.
@@ -95,6 +166,12 @@ def test_mean_and_std_are_those_of_pixels_from_0_to_1():
         ({"image_size": 0}, "image_size 0"),
         ({"center_crop": 1.5}, "center_crop 1.5"),
         ({"interpolation": "lanczos"}, "interpolation 'lanczos' is none of bilinear, bicubic"),
+        ({"interpolation": "area"}, "interpolation 'area' does not go with resize 'box'"),
+        ({"resize": "big_vision"}, "interpolation 'bilinear' does not go with resize 'big_vision'"),
+        ({"resize": "pil"}, "resize 'pil' is none of box, big_vision, timm, huggingface"),
+        ({"resize": "timm"}, "resize 'timm' has antialias true only: set it so"),
+        ({"squash": "yes"}, "squash 'yes' is none of False, True"),
+        ({"jpeg_dct": "best"}, "jpeg_dct 'best' is none of accurate, fast"),
         ({"std": (0.5, 0.0, 0.5)}, "is not positive"),
         ({"mean": (0.5,)}, "is not three numbers"),
     ],
@@ -150,7 +227,7 @@ def test_pad_training_crops_the_image_padded_by_an_eighth_with_black():
     assert {y for y, _ in offsets} == {x for _, x in offsets} == set(range(5))
 
 
-@pytest.mark.parametrize("protocol", ["inception", "pretrain"])
+@pytest.mark.parametrize("protocol", ["inception", "pretrain", "big_vision"])
 def test_inception_training_is_the_published_crop_then_resize(protocol):
     image = noise_image(120, 90)
     for seed in range(10):
@@ -185,7 +262,7 @@ def test_inception_crops_cover_5_to_100_percent_at_3_4_to_4_3():
 
 
 @pytest.mark.parametrize("subsampling", [0, 2])  # 4:4:4 and 4:2:0
-@pytest.mark.parametrize("protocol", ["inception", "bit", "pretrain"])
+@pytest.mark.parametrize("protocol", ["inception", "bit", "pretrain", "big_vision"])
 def test_jpeg_decoded_in_its_window_equals_full_decode(subsampling, protocol):
     image = noise_image(201, 323)
     jpeg = encode(image, "JPEG", quality=90, subsampling=subsampling)
@@ -246,13 +323,29 @@ RGB, GREY = noise_image(20, 24), noise_image(20, 24, 1)
         encode(RGB, "PNG", "P"),
         encode(RGB, "BMP"),
         encode(RGB, "BMP", "RGBA"),
+        encode(RGB, "BMP", "P"),
+        encode(RGB, "BMP", "1"),
+        encode(RGB, "WEBP", lossless=True),
         encode(RGB, "GIF"),
         encode(RGB, "JPEG", "CMYK"),
     ],
-    ids=["grey png", "grey jpeg", "la", "rgba", "palette", "bmp", "bmp32", "gif", "cmyk"],
+    ids=[
+        "grey png",
+        "grey jpeg",
+        "la",
+        "rgba",
+        "palette",
+        "bmp",
+        "bmp32",
+        "bmp palette",
+        "bmp 1",
+        "webp",
+        "gif",
+        "cmyk",
+    ],
 )
 def test_every_colour_type_becomes_rgb_as_in_pil(encoded):
-    view = preprocess.view(encoded, SEED, image_size=20, protocol="inception")
+    view = preprocess.view(tf.constant(encoded), SEED, image_size=20, protocol="inception")
     rgb = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
     expected = bilinear(rgb, (0, 0, 20, 24), 20)
     np.testing.assert_allclose(pixels(view), expected, atol=1.5)
@@ -265,10 +358,15 @@ def test_16_bit_png_keeps_its_high_byte():
 
 
 def test_eval_box_takes_ints_and_tensors():
-    assert eval_box(None, 30, 40) == (0, 0, 30, 40)
-    assert eval_box(0.875, 256, 320) == (16, 48, 224, 224)
-    box = eval_box(0.875, tf.constant(320.0), tf.constant(256.0))
+    assert eval_box(Preprocessing(224), 30, 40) == (0, 0, 30, 40)
+    central = Preprocessing(224, 0.875)
+    assert eval_box(central, 256, 320) == (16, 48, 224, 224)
+    box = eval_box(central, tf.constant(320.0), tf.constant(256.0))
     assert [float(edge) for edge in box] == [48, 16, 224, 224]
+    squashed = Preprocessing(224, 0.875, squash=True)
+    assert eval_box(squashed, 256, 512) == (16, 32, 224, 448)
+    box = eval_box(squashed, tf.constant(512.0), tf.constant(256.0))
+    assert [float(edge) for edge in box] == [32, 16, 448, 224]
 
 
 def test_randaugment_comes_after_crop_and_flip_on_8_bits():

@@ -17,6 +17,7 @@ from vit_jax.export.to_tensorrt import build, parse_batch
 from . import fake_tensorrt
 
 onnx = pytest.importorskip("onnx", reason="needs the export extra", exc_type=ImportError)
+PREPROCESSING = Preprocessing(4, 0.875, "bicubic", True, resize="timm", squash=True)
 NAMES = ["rose", 'the "other" one', "água"]
 
 
@@ -106,7 +107,7 @@ def directory(tmp_path):
             [onnx.numpy_helper.from_array(np.ones((2, 2)).astype(weights), "weights")],
         )
         model = helper.make_model(graph)
-        metadata = {"preprocessing": json.dumps(dataclasses.asdict(Preprocessing(4)))}
+        metadata = {"preprocessing": json.dumps(dataclasses.asdict(PREPROCESSING))}
         if names:
             metadata["class_names"] = json.dumps(names)
         helper.set_model_props(model, metadata)
@@ -163,6 +164,8 @@ def test_a_fixed_batch_is_no_dynamic_one(directory):
 
 def test_pixels_and_external_data_and_no_class_names(directory):
     target = write_deploy(directory(dtype="UINT8", external=True, names=None))
+    told = json.loads(re.search("Preprocessing: `(.*)`", (target / "README.md").read_text())[1])
+    assert told["resize"] == "timm" and told["squash"] is True
     model = target / "models/vit_onnx"
     config = read_config(model / "config.pbtxt")
     assert config.input[0].data_type == 2

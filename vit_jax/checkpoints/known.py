@@ -86,10 +86,14 @@ def of_run(metadata: dict[str, Any]) -> Known:
     names = None if names is None else tuple(names)
     if config is None:
         return Known(class_names=names)
+    # Here because it takes the optimizers along, which no other weights need.
+    from vit_jax.config import with_added_keys
+
+    config = with_added_keys(config)
     data = config["dataset"]
     return Known(
         {key: x for key, x in config["model"].items() if key not in TRAINING_FIELDS},
-        evaluation(data["protocol"], data["image_size"]),
+        evaluation(data["protocol"], data["image_size"], data["jpeg_dct"]),
         names,
         config["loss"],
     )

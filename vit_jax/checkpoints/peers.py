@@ -14,7 +14,7 @@ from typing import Any
 from vit_jax.checkpoints import fields
 from vit_jax.checkpoints.known import Known, read_json
 from vit_jax.data import imagenet
-from vit_jax.data.protocols import Preprocessing
+from vit_jax.data.protocols import Preprocessing, resized_side
 from vit_jax.errors import UserError, first_line
 from vit_jax.models import SIZES
 
@@ -162,28 +162,36 @@ def _of_huggingface(config: dict[str, Any], processor: dict[str, Any], image_siz
 def _huggingface_preprocessing(processor: dict[str, Any], size: Any) -> Preprocessing:
     if not processor.get("do_resize", True) or not processor.get("do_rescale", True):
         raise UserError("do_resize or do_rescale is false: images must be resized and rescaled")
-    crop = None
-    if isinstance(size, dict) and "shortest_edge" in size:
-        crop_size = processor.get("crop_size", size["shortest_edge"])
-        height, width = _sides(crop_size)
-        if not processor.get("do_center_crop", True):
-            raise UserError("size has shortest_edge without a center crop: images must be square")
-        crop = height / size["shortest_edge"]
+    squash = not (isinstance(size, dict) and "shortest_edge" in size)
+    side = _square("size", size if squash else size["shortest_edge"])
+    if processor.get("do_center_crop", not squash):
+        image_size = _square("crop_size", processor.get("crop_size", side))
+    elif squash:
+        image_size = side
     else:
-        height, width = _sides(size)
-    if height != width:
-        raise UserError(f"size is {height} x {width}: only square images are supported")
+        raise UserError("size has shortest_edge without a center crop: images must be square")
+    if image_size > side:
+        raise UserError(f"crop_size {image_size} is above size {side}: padding is not supported")
     normalised = processor.get("do_normalize", True)
     if processor.get("rescale_factor", 1 / 255) != 1 / 255:
         raise UserError(f"rescale_factor {processor['rescale_factor']!r} is not 1/255")
     return Preprocessing(
-        height,
-        crop,
+        image_size,
+        None if squash and image_size == side else image_size / side,
         _look_up(_INTERPOLATION, processor.get("resample", 2), "resample"),
         antialias=True,
         mean=tuple(processor.get("image_mean", (0.5,) * 3)) if normalised else (0.0,) * 3,
         std=tuple(processor.get("image_std", (0.5,) * 3)) if normalised else (1.0,) * 3,
+        resize="huggingface",
+        squash=squash and image_size != side,
     )
+
+
+def _square(name: str, size: Any) -> int:
+    height, width = _sides(size)
+    if height != width:
+        raise UserError(f"{name} is {height} x {width}: only square images are supported")
+    return height
 
 
 def _sides(size: Any) -> tuple[int, int]:
@@ -229,7 +237,7 @@ def huggingface_files(known: Known) -> dict[str, dict[str, Any]]:
         "image_mean": list(preprocessing.mean),
         "image_processor_type": "ViTImageProcessor",
         "image_std": list(preprocessing.std),
-        "resample": _RESAMPLE[preprocessing.interpolation],
+        "resample": _RESAMPLE[_kernel(preprocessing)],
         "rescale_factor": 1 / 255,
         "size": {"height": size, "width": size},
     }
@@ -238,9 +246,27 @@ def huggingface_files(known: Known) -> dict[str, dict[str, Any]]:
             "crop_size": {"height": size, "width": size},
             "do_center_crop": True,
             "image_processor_type": "CLIPImageProcessor",
-            "size": {"shortest_edge": round(size / preprocessing.center_crop)},
+            "size": {"shortest_edge": resized_side(preprocessing)},
         }
+        if preprocessing.squash:
+            side = resized_side(preprocessing)
+            processor["size"] = {"height": side, "width": side}
     return {"config.json": config, "preprocessor_config.json": processor}
+
+
+def _kernel(preprocessing: Preprocessing) -> str:
+    # Where an image shrinks, PIL's bilinear comes nearest to the mean over areas, which has no name
+    # in these files.
+    if preprocessing.interpolation == "area":
+        return "bilinear"
+    return preprocessing.interpolation
+
+
+def _crop_pct(preprocessing: Preprocessing) -> float:
+    size, side = preprocessing.image_size, resized_side(preprocessing)
+    told = preprocessing.center_crop or 1.0
+    # timm takes the floor, which a quotient of whole numbers may miss by its rounding.
+    return told if math.floor(size / told) == side else size / (side + 0.5)
 
 
 def _of_timm(config: dict[str, Any], sizes: dict[str, Any], image_size: int) -> Known:
@@ -297,14 +323,17 @@ def _timm_preprocessing(
     if crop_mode not in ("center", "squash"):
         raise UserError(f"crop_mode {crop_mode!r} is none of center, squash")
     crop_pct = crop_pct or (0.9 if image_size < 384 else 1.0)
-    resized = math.floor(image_size / crop_pct)
+    squash = crop_mode == "squash"
+    whole = squash and math.floor(image_size / crop_pct) == image_size
     return Preprocessing(
         image_size,
-        image_size / resized if crop_mode == "center" else None,
+        None if whole else crop_pct,
         _look_up(_INTERPOLATION, interpolation, "interpolation"),
         antialias=True,
         mean=tuple(mean),
         std=tuple(std),
+        resize="timm",
+        squash=squash and not whole,
     )
 
 
@@ -349,11 +378,11 @@ def timm_files(known: Known) -> dict[str, dict[str, Any]]:
         arguments |= {"class_token": False, "fc_norm": False, "global_pool": "avg"}
     pretrained = {
         "classifier": "head",
-        "crop_mode": "squash" if crop is None else "center",
-        "crop_pct": crop or 1.0,
+        "crop_mode": "squash" if crop is None or preprocessing.squash else "center",
+        "crop_pct": _crop_pct(preprocessing),
         "first_conv": "patch_embed.proj",
         "input_size": [3, size, size],
-        "interpolation": preprocessing.interpolation,
+        "interpolation": _kernel(preprocessing),
         "mean": list(preprocessing.mean),
         "num_classes": model["num_classes"],
         "std": list(preprocessing.std),

@@ -188,7 +188,7 @@ def _assemble(arrays: Arrays, known: Known, overrides: dict[str, Any], source: s
         # A hidden layer before the head is pre-training's, which evaluates on a central crop.
         # So does the code that computes positions, of "Better plain ViT baselines".
         is_pretraining = model.get("representation_size") or not has_positions
-        protocol = "pretrain" if is_pretraining else "inception"
+        protocol = "big_vision" if is_pretraining else "inception"
         preprocessing = evaluation(protocol, image_size)
     params = unflatten_dict(arrays, sep="/")
     of_masked = {name: params.pop(name) for name in masked.PARAMETERS if name in params}

@@ -32,7 +32,7 @@ class Source:
         num_bytes: of all encoded images, about; 0 if unknown.
         records: `records(seed=None)` reads the split once as {"image": scalar string, encoded;
             "label": int64, of `open_real` int64 [classes]; "id": scalar string, names the record;
-            of a folder also "tensorflow_reads": bool, see `folder.decodable`}.
+            of a folder also "tensorflow_reads": bool, see `headers.tensorflow_reads`}.
             The order is fixed; with an int64 scalar `seed`, which may be a tensor, it is another
             one (TFDS: of whole files) and a pure function of the seed.
         border: pixels of every side of an image that evaluation cuts off.

@@ -2,18 +2,14 @@
 
 import dataclasses
 import hashlib
-import io
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from PIL import Image
 
 from vit_jax.data import classes
 from vit_jax.data.headers import tensorflow_reads
-from vit_jax.data.images import read_image
 from vit_jax.errors import UserError
 
 _SPLITS = {
@@ -98,7 +94,7 @@ def open_folder(path: str) -> Folder:
 def records(files: tuple[File, ...], seed: tf.Tensor | None = None) -> tf.data.Dataset:
     """Returns {"image", "label", "id", "tensorflow_reads"} of every file.
 
-    The image is as it lies on the disk, the id its path; see `decodable`.
+    The image is as it lies on the disk, the id its path.
 
     Args:
         files: what to read, in this order.
@@ -117,32 +113,6 @@ def records(files: tuple[File, ...], seed: tf.Tensor | None = None) -> tf.data.D
         lambda file: {"image": tf.io.read_file(file["id"]), **file},
         num_parallel_calls=tf.data.AUTOTUNE,
     )
-
-
-def decodable(record: Mapping[str, tf.Tensor]) -> tf.Tensor:
-    """The image of a record as TensorFlow decodes it to what is meant to be seen, still encoded.
-
-    What it would not read so, `images.read_image` decodes and a BMP holds: the pixels stay the
-    same, and no time is lost by compressing them. Where even that cannot be read it is "".
-    """
-    if "tensorflow_reads" not in record:
-        return record["image"]
-
-    def convert() -> tf.Tensor:
-        image = tf.py_function(_to_bmp, [record["id"], record["image"]], tf.string)
-        return tf.ensure_shape(image, [])
-
-    return tf.cond(record["tensorflow_reads"], lambda: record["image"], convert)
-
-
-def _to_bmp(path, encoded):
-    buffer = io.BytesIO()
-    try:
-        pixels = read_image(path.numpy().decode(), encoded.numpy())
-        Image.fromarray(pixels).save(buffer, "BMP")
-    except UserError:  # An exception that passes through TensorFlow is no longer itself.
-        return b""
-    return buffer.getvalue()
 
 
 def visible(directory: Path) -> list[Path]:

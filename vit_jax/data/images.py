@@ -1,7 +1,7 @@
 """Evaluation's view of an image in NumPy and PIL, for programs that need no TensorFlow.
 
 `read_image` decodes what `vit_jax.data.preprocess` decodes to the same pixels, and a few formats
-more; `preprocess` resamples as its `eval_view` does.
+more; `preprocess` resamples as its `eval_view` does. Of JPEG, PIL has the accurate transform only.
 """
 
 import io
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vit_jax.data.protocols import Preprocessing, eval_box
+from vit_jax.data.protocols import Preprocessing, eval_box, whole_pixels
 from vit_jax.errors import UserError
 
 # Only these of PIL's readers: others start programs (EPS runs Ghostscript). First those that are
@@ -27,6 +27,9 @@ SUFFIXES = frozenset(
 
 # PIL's own limit, which it only has while nobody moves Image.MAX_IMAGE_PIXELS.
 MAX_PIXELS = 178_956_970
+
+# What may lie between two passes of a resize, in pixels.
+_MAX_BETWEEN = 2**26
 
 _ORIENTATION = 0x0112  # the EXIF tag
 
@@ -74,16 +77,103 @@ def read_image(path: str | os.PathLike[str], encoded: bytes | None = None) -> np
 def preprocess(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     """Returns what evaluation sees of an image, float32 [image_size, image_size, 3].
 
-    The box is resampled with half-pixel centres and a separable kernel, whose weights are
-    normalised where it reaches beyond the image: TensorFlow's ScaleAndTranslate, and with
-    `antialias` PIL's resize without its rounding.
-
     Args:
         image: uint8 [height, width, 3].
         preprocessing: of the model.
     """
+    see = _sample_box if preprocessing.resize == "box" else resize_and_crop
+    mean, std = (
+        np.array([255 * x for x in values], np.float32)
+        for values in (preprocessing.mean, preprocessing.std)
+    )
+    return (see(image, preprocessing) - mean) / std
+
+
+def resize_and_crop(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """Returns what evaluation sees by a rule of whole pixels, uint8 [image_size, image_size, 3].
+
+    Args:
+        image: uint8 [height, width, 3].
+        preprocessing: of the model; its resize is not box.
+    """
+    resized = whole_pixels(preprocessing, *image.shape[:2])
+    if preprocessing.resize == "big_vision":
+        return _area(image, resized, preprocessing.image_size)
+    return _by_pil(image, resized, preprocessing)
+
+
+def _by_pil(
+    image: np.ndarray, resized: tuple[int, int, int, int], preprocessing: Preprocessing
+) -> np.ndarray:
+    height, width, top, left = resized
     size = preprocessing.image_size
-    y, x, height, width = eval_box(preprocessing.center_crop, *image.shape[:2])
+    kernel = Image.Resampling[preprocessing.interpolation.upper()]
+    if height * width > _MAX_BETWEEN:
+        # Of a long strip only what is kept, which PIL may round otherwise here and there.
+        y, x = image.shape[0] / height, image.shape[1] / width
+        box = (left * x, top * y, (left + size) * x, (top + size) * y)
+        return np.asarray(Image.fromarray(image).resize((size, size), kernel, box))
+    if image.shape[0] * width > _MAX_BETWEEN:  # A tall one: columns first, likewise.
+        turned = image.swapaxes(0, 1)
+        return _by_pil(turned, (width, height, left, top), preprocessing).swapaxes(0, 1)
+    pixels = np.asarray(Image.fromarray(image).resize((width, height), kernel))
+    return pixels[top : top + size, left : left + size]
+
+
+def _area(image: np.ndarray, resized: tuple[int, int, int, int], size: int) -> np.ndarray:
+    """TensorFlow's ResizeArea and a crop, cut down to 8 bits, in the order of its operations.
+
+    A mean of equal values may be one place of a float short of them, and is cut down to one less:
+    so the order matters.
+    """
+    height, width, top, left = resized
+    rows, of_rows, row_scale = _areas(image.shape[0], height, top, size)
+    columns, of_columns, column_scale = _areas(image.shape[1], width, left, size)
+    output = np.empty((size, size, 3), np.float32)
+    # Of a tall strip what lies in between would be huge.
+    parts = 1 + (rows[-1, -1] - rows[0, 0]) // 4096
+    for part in np.array_split(np.arange(size), min(parts, size)):
+        first = rows[part[0], 0]
+        source = image[first : rows[part[-1], -1] + 1]
+        between = source[:, columns[:, 0]] * of_columns[:, 0, None]
+        for tap in range(1, columns.shape[1]):
+            between += source[:, columns[:, tap]] * of_columns[:, tap, None]
+        for row in part:
+            terms = between[rows[row] - first] * of_rows[row, :, None, None]
+            output[row] = np.add.reduce(terms, 0)
+    scale = np.float32(1) / (row_scale * column_scale)
+    return (output * scale).astype(np.uint8)
+
+
+def _areas(
+    length: int, resized: int, first: int, size: int
+) -> tuple[np.ndarray, np.ndarray, np.float32]:
+    """Of `size` output pixels of one axis: source pixels and their shares, both [size, taps]."""
+    # Beyond 2^24 a float tells pixels no longer apart; TensorFlow could not hold such an image.
+    kind = np.float32 if resized < 2**24 else np.float64
+    scale = kind(length) / kind(resized)
+    position = np.arange(first, first + size + 1).astype(kind)
+    begin, end = position[:-1, None] * scale, position[1:, None] * scale
+    start = np.floor(begin).astype(int)
+    source = start + np.arange((np.ceil(end).astype(int) - start).max())
+    at = source.astype(kind)
+    shares = np.where(
+        at < begin,
+        np.where(at + 1 > end, scale, at + 1 - begin),
+        np.where(at + 1 > end, end - at, 1),
+    )
+    shares = np.where(source < np.ceil(end), shares, 0).astype(np.float32)
+    return np.clip(source, 0, length - 1), shares, np.float32(scale)
+
+
+def _sample_box(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """Samples the box with half-pixel centres, float32 [image_size, image_size, 3].
+
+    The kernel is separable, its weights normalised where it reaches beyond the image: TensorFlow's
+    ScaleAndTranslate, and with `antialias` PIL's resize without its rounding.
+    """
+    size = preprocessing.image_size
+    y, x, height, width = eval_box(preprocessing, *image.shape[:2])
     rows = _taps(y, height, image.shape[0], preprocessing)
     columns = _taps(x, width, image.shape[1], preprocessing)
     # Rows first, as they lie in memory; but of a long strip what lies in between would be huge.
@@ -91,11 +181,7 @@ def preprocess(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
         pixels = _resample(image.swapaxes(0, 1), columns, rows).swapaxes(0, 1)
     else:
         pixels = _resample(image, rows, columns)
-    mean, std = (
-        np.array([255 * x for x in values], np.float32)
-        for values in (preprocessing.mean, preprocessing.std)
-    )
-    return ((pixels - mean) / std).reshape(size, size, 3)
+    return pixels.reshape(size, size, 3)
 
 
 def _to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> np.ndarray:

@@ -14,7 +14,6 @@ import numpy as np
 import tensorflow as tf
 
 from vit_jax.data.datasets import Source
-from vit_jax.data.folder import decodable
 from vit_jax.data.images import read_image
 from vit_jax.data.preprocess import eval_view, view
 from vit_jax.data.protocols import Preprocessing, evaluation
@@ -33,6 +32,7 @@ def train_batches(
     random_flip: bool,
     seed: int,
     shuffle_buffer: int,
+    jpeg_dct: str = "accurate",
     num_operations: int = 0,
     magnitude: float = 0,
     contrast: str = "augreg",
@@ -56,6 +56,7 @@ def train_batches(
         seed: of the order and the augmentation.
         shuffle_buffer: encoded images to shuffle among when they are streamed. Files are shuffled
             too. What is in memory is shuffled as a whole.
+        jpeg_dct: one of `protocols.JPEG_DCTS`.
         num_operations: of RandAugment for each image; 0 for none.
         magnitude: of RandAugment.
         contrast: of RandAugment, one of `randaugment.CONTRASTS`.
@@ -74,7 +75,7 @@ def train_batches(
             an image is broken, with its name.
     """
     rows = _rows_per_process(batch_size, process_count)
-    evaluation(protocol, image_size)  # Checks both.
+    evaluation(protocol, image_size, jpeg_dct)  # Checks all three.
     if cache not in ("auto", "memory", "disk"):
         raise UserError(f"cache {cache!r} is unknown: use auto, memory or disk")
     in_memory = cache == "memory" or (cache == "auto" and source.num_bytes < _CACHE_LIMIT)
@@ -95,15 +96,17 @@ def train_batches(
 
     def example(position, record):
         image = view(
-            decodable(record),
+            record["image"],
             tf.stack([tf.constant(seed, tf.int64), position]),
             image_size=image_size,
             protocol=protocol,
+            jpeg_dct=jpeg_dct,
             random_crop=random_crop,
             random_flip=random_flip,
             num_operations=num_operations,
             magnitude=magnitude,
             contrast=contrast,
+            by_pil=_by_pil(record),
         )
         return {"image": image, "label": tf.cast(record["label"], tf.int32)}
 
@@ -167,12 +170,18 @@ def eval_batches(
 
     def example(position, record):
         del position
-        image = eval_view(decodable(record), preprocessing, border=source.border)
+        image = eval_view(
+            record["image"], preprocessing, border=source.border, by_pil=_by_pil(record)
+        )
         return {"image": image, "label": tf.cast(record["label"], tf.int32)}
 
     records = _own_rows(source.records().enumerate(), batch_size, rows, process_index)
     num_batches = -(-source.num_examples // batch_size)
     return EvalBatches(num_batches, records, example, rows, preprocessing.image_size)
+
+
+def _by_pil(record):
+    return ~record["tensorflow_reads"] if "tensorflow_reads" in record else False
 
 
 def _rows_per_process(batch_size, process_count):
@@ -257,7 +266,7 @@ def _name_broken_image(records, example):
     for position, record in records:
         try:
             example(position, record)
-        except tf.errors.InvalidArgumentError as error:
+        except (tf.errors.InvalidArgumentError, UserError) as error:  # TensorFlow's or PIL's
             name = record["id"].numpy().decode()
             if not record.get("tensorflow_reads", True):
                 read_image(name, record["image"].numpy())  # says what is wrong

@@ -2,16 +2,26 @@
 
 The protocol chooses a box (see `protocols`); only the window of the image that covers the box is
 decoded, and one resampling takes exactly that box to the output. Augmentation is drawn with
-stateless operations, so a view is a pure function of the image and its seed.
+stateless operations, so a view is a pure function of the image and its seed. Evaluation may follow
+another rule of resizing, with PIL's images by PIL itself.
 """
+
+import functools
 
 import tensorflow as tf
 
-from vit_jax.data.protocols import BIT_RESIZE, Preprocessing, eval_box, evaluation
+from vit_jax.data import images
+from vit_jax.data.protocols import BIT_RESIZE, Preprocessing, eval_box, evaluation, resized_side
 from vit_jax.data.randaugment import randaugment
 
 # The kernels of ScaleAndTranslate, and how far they reach in pixels of the coarser grid.
 _KERNELS = {"bilinear": ("triangle", 1), "bicubic": ("keyscubic", 2)}
+
+_DCT = {"accurate": "INTEGER_ACCURATE", "fast": "INTEGER_FAST"}
+
+# Of an image that is longer than this many times its width, all of it at the size that it is to be
+# resized to would be huge.
+_LONG = 16
 
 
 def view(
@@ -20,35 +30,41 @@ def view(
     *,
     image_size: int,
     protocol: str,
+    jpeg_dct: str = "accurate",
     random_crop: bool = False,
     random_flip: bool = False,
     num_operations: int = 0,
     magnitude: float = 0,
     contrast: str = "augreg",
+    by_pil: tf.Tensor | bool = False,
 ) -> tf.Tensor:
     """Returns one view of an image, float32 [image_size, image_size, 3] in [-1, 1].
 
     Args:
-        encoded: scalar string; a JPEG, PNG, BMP or GIF (its first frame) of any colour type.
-            Grey becomes RGB, transparency is dropped.
+        encoded: scalar string; a JPEG, PNG, BMP, GIF or WebP (of animations the first frame) of
+            any colour type. Grey becomes RGB, transparency is dropped.
         seed: int64 [2], the source of all randomness; not read where nothing is random.
         image_size: of the view, in pixels.
         protocol: one of `protocols.PROTOCOLS`.
+        jpeg_dct: one of `protocols.JPEG_DCTS`.
         random_crop: look at a random box, as the protocol does in training.
         random_flip: mirror every other view.
         num_operations: of RandAugment. It comes last, after crop and flip (as in AugReg's code), on
             the view in 8 bits, whatever the size of the source image.
         magnitude: of RandAugment.
         contrast: of RandAugment, one of `randaugment.CONTRASTS`.
+        by_pil: scalar bool; decode with PIL what TensorFlow could decode, too: PIL alone turns an
+            image as its EXIF orientation says.
 
     Raises:
         tf.errors.InvalidArgumentError: when run on bytes that cannot be decoded.
     """
     crop_seed, flip_seed = tf.unstack(tf.random.split(seed, 2))
-    preprocessing = evaluation(protocol, image_size)
     if not random_crop:
-        image = eval_view(encoded, preprocessing)
+        preprocessing = evaluation(protocol, image_size, jpeg_dct)
+        image = eval_view(encoded, preprocessing, by_pil=by_pil)
     else:
+        preprocessing = Preprocessing(image_size, jpeg_dct=jpeg_dct)
 
         def choose(height, width):
             if protocol == "bit":
@@ -61,7 +77,7 @@ def view(
                 return tf.cast(window, tf.float32), window
             return _with_window(box, height, width, preprocessing)
 
-        image = _look(encoded, choose, preprocessing)
+        image = _look(encoded, choose, preprocessing, by_pil)
     if random_flip:
         mirrored = tf.random.stateless_uniform([], flip_seed) < 0.5
         image = tf.cond(mirrored, lambda: image[:, ::-1], lambda: image)
@@ -79,13 +95,20 @@ def view(
     return image
 
 
-def eval_view(encoded: tf.Tensor, preprocessing: Preprocessing, *, border: int = 0) -> tf.Tensor:
+def eval_view(
+    encoded: tf.Tensor,
+    preprocessing: Preprocessing,
+    *,
+    border: int = 0,
+    by_pil: tf.Tensor | bool = False,
+) -> tf.Tensor:
     """Returns what evaluation sees of an image, float32 [image_size, image_size, 3].
 
     Args:
         encoded: as in `view`.
         preprocessing: of the model.
         border: pixels to be cut off every side first.
+        by_pil: as in `view`.
 
     Raises:
         tf.errors.InvalidArgumentError: when run on bytes that cannot be decoded.
@@ -93,22 +116,30 @@ def eval_view(encoded: tf.Tensor, preprocessing: Preprocessing, *, border: int =
 
     def choose(height, width):
         height, width = height - 2 * border, width - 2 * border
-        sides = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
-        box = eval_box(preprocessing.center_crop, *sides)
-        box, window = _with_window(box, height, width, preprocessing)
+        if preprocessing.resize == "box":
+            sides = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
+            box, window = _with_window(
+                eval_box(preprocessing, *sides), height, width, preprocessing
+            )
+        else:  # To whole pixels goes the whole image.
+            window = tf.stack([0, 0, height, width])
+            box = tf.cast(window, tf.float32)
         return box + [border, border, 0, 0], window + [border, border, 0, 0]
 
-    return _look(encoded, choose, preprocessing)
+    return _look(encoded, choose, preprocessing, by_pil)
 
 
-def _look(encoded, choose, preprocessing):
+def _look(encoded, choose, preprocessing, by_pil):
     """The box that `choose` returns, with the window to decode for it, as a model is fed it."""
     pixels, box, window = tf.cond(
-        tf.io.is_jpeg(encoded),
-        lambda: _decode_jpeg(encoded, choose),
-        lambda: _decode_other(encoded, choose),
+        tf.io.is_jpeg(encoded) & ~tf.convert_to_tensor(by_pil),
+        lambda: _decode_jpeg(encoded, choose, preprocessing.jpeg_dct),
+        lambda: _decode_other(encoded, choose, by_pil),
     )
-    image = _resample(pixels, box, window, preprocessing)
+    if preprocessing.resize == "box":
+        image = _resample(pixels, box, window, preprocessing)
+    else:
+        image = tf.cast(_resize_and_crop(pixels, preprocessing), tf.float32)
     mean, std = (
         tf.constant([255 * x for x in values], tf.float32)
         for values in (preprocessing.mean, preprocessing.std)
@@ -184,22 +215,57 @@ def _resample(pixels, box, window, preprocessing):
     return tf.cond(is_whole, lambda: tf.image.resize(pixels, size), sample_box)
 
 
-def _decode_jpeg(encoded, choose):
+def _resize_and_crop(pixels, preprocessing):
+    """Evaluation by a rule of whole pixels, uint8 [image_size, image_size, 3]."""
+
+    def in_numpy():
+        function = functools.partial(images.resize_and_crop, preprocessing=preprocessing)
+        return tf.numpy_function(function, [pixels], tf.uint8)
+
+    def in_tensorflow():  # Where Python's lock does not slow down many at a time.
+        size, side = preprocessing.image_size, resized_side(preprocessing)
+        resized = tf.constant([side, side])
+        if not (preprocessing.squash or preprocessing.center_crop is None):
+            resized = tf.cast(tf.round(sides * (side / shorter)), tf.int32)
+        y, x = tf.unstack((resized - size) // 2)
+        levels = tf.image.resize(pixels, resized, method="area")[y : y + size, x : x + size]
+        return tf.cast(levels, tf.uint8)  # which cuts off, as there
+
+    if preprocessing.resize != "big_vision":
+        return in_numpy()
+    sides = tf.cast(tf.shape(pixels)[:2], tf.float32)
+    shorter = tf.reduce_min(sides)
+    return tf.cond(tf.reduce_max(sides) > _LONG * shorter, in_numpy, in_tensorflow)
+
+
+def _decode_jpeg(encoded, choose, jpeg_dct):
     height, width, _ = tf.unstack(tf.io.extract_jpeg_shape(encoded))
     box, window = choose(height, width)
     # The decoder interpolates chroma from both sides, but not beyond what it is asked for: a
-    # column more on either side, to be dropped. The accurate DCT is what PIL uses.
+    # column more on either side, to be dropped.
     y, x, h, w = tf.unstack(window)
     left = tf.maximum(x - 1, 0)
     right = tf.minimum(x + w + 1, width)
     pixels = tf.io.decode_and_crop_jpeg(
-        encoded, tf.stack([y, left, h, right - left]), channels=3, dct_method="INTEGER_ACCURATE"
+        encoded, tf.stack([y, left, h, right - left]), channels=3, dct_method=_DCT[jpeg_dct]
     )
     return pixels[:, x - left : x - left + w], box, window
 
 
-def _decode_other(encoded, choose):
-    image = tf.io.decode_image(encoded, expand_animations=False)
+def _read_image(encoded):
+    return images.read_image("the image", encoded.numpy())
+
+
+def _decode_other(encoded, choose, by_pil):
+    # TensorFlow 2.21 takes the indices of a BMP's palette for grey, writes all frames of an
+    # animated WebP where there is room for one, beyond its memory, and knows no other formats.
+    is_png = tf.strings.substr(encoded, 0, 4) == b"\x89PNG"
+    is_gif = tf.strings.substr(encoded, 0, 4) == b"GIF8"
+    image = tf.cond(
+        (is_png | is_gif) & ~tf.convert_to_tensor(by_pil),
+        lambda: tf.io.decode_image(encoded, expand_animations=False),
+        lambda: tf.ensure_shape(tf.py_function(_read_image, [encoded], tf.uint8), [None] * 3),
+    )
     height, width, channels = tf.unstack(tf.shape(image))
     image = tf.cond(channels < 3, lambda: tf.repeat(image[..., :1], 3, -1), lambda: image)
     box, window = choose(height, width)

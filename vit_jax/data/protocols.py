@@ -1,29 +1,54 @@
 """Which part of an image a model is shown, and how: plain arithmetic, without TensorFlow.
 
-A view of an image is a box in source pixels, a float (y, x, height, width), that is resized to
-`image_size` x `image_size`. A protocol is a rule for that box:
+A view of an image is a box in source pixels, a float (y, x, height, width), that is resampled once
+to `image_size` x `image_size`. A protocol is a rule for that box:
 
-    inception  the published fine-tuning code: inception crop; evaluation on the whole image
-    bit        the paper's text (Sec. 4.1, as BiT): resize and random crop; evaluation on the
-               whole image
-    pretrain   later Google configs: inception crop; evaluation on the central 224/256 of the
-               shorter side
-    pad        small images from scratch, as usual on CIFAR (He et al., 2016, Sec. 4.2): a shift by
-               up to an eighth of the side, black beyond the edge; evaluation on the whole image
+    inception   the published fine-tuning code: inception crop; evaluation on the whole image
+    bit         the paper's text (Sec. 4.1, as BiT): resize and random crop; evaluation on the
+                whole image
+    big_vision  later Google configs, `decode_jpeg_and_inception_crop(224)` and
+                `resize_small(256)|central_crop(224)`: inception crop; evaluation as in `RESIZES`
+    pretrain    inception crop; evaluation on the central 224/256 of the shorter side
+    pad         small images from scratch, as usual on CIFAR (He et al., 2016, Sec. 4.2): a shift by
+                up to an eighth of the side, black beyond the edge; evaluation on the whole image
+
+New pre-training runs take big_vision: the accuracies published for pre-training, which a run is
+compared with, were measured so. The bilinear kernel of `pretrain` skips pixels of an image that
+shrinks and lets fine texture alias, where the mean over areas does not. Earlier runs have pretrain
+in their config and keep it.
+
+Evaluation has a rule of resizing of its own, which travels with the weights:
+
+    box          a box of fractions of pixels, sampled once, not rounded; the protocols but one
+    big_vision   big_vision's `resize_small` and `central_crop`: means over areas, of whole pixels,
+                 cut down to 8 bits
+    timm         torchvision's Resize and CenterCrop on PIL's images, which timm evaluates with
+    huggingface  Transformers' processors on PIL's images (ViTImageProcessorPil, and the crop of
+                 CLIPImageProcessorPil): timm's, but for half a pixel in the place of the crop
+
+All but box resize the image to whole pixels in 8 bits and then cut out the centre.
 """
 
 import dataclasses
 import math
 from typing import Any
 
+import numpy as np
+
 from vit_jax.errors import UserError
 
-PROTOCOLS = ("inception", "bit", "pretrain", "pad")
+PROTOCOLS = ("inception", "bit", "big_vision", "pretrain", "pad")
 
 # BiT resizes to 448 and crops 384.
 BIT_RESIZE = 448 / 384
 
-INTERPOLATIONS = ("bilinear", "bicubic")
+# libjpeg's inverse transforms: the one of PIL, and the one that TensorFlow takes unless told.
+JPEG_DCTS = ("accurate", "fast")
+
+RESIZES = ("box", "big_vision", "timm", "huggingface")
+INTERPOLATIONS = ("bilinear", "bicubic", "area")
+
+_CENTRAL = 224 / 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +59,19 @@ class Preprocessing:
         image_size: side of the model's square input, in pixels.
         center_crop: None to look at the whole image, its aspect ratio given up; a fraction f to
             look at the central square of f times the shorter side.
-        interpolation: "bilinear" or "bicubic" (Keys, a = -0.5).
+        interpolation: "bilinear" or "bicubic" (Keys, a = -0.5), or with resize big_vision "area".
         antialias: whether the kernel widens where the image shrinks. PIL's does (timm and Hugging
             Face), that of TensorFlow, with which the official checkpoints were trained, does not.
         mean: of each channel, of pixels in [0, 1]; is subtracted.
         std: of each channel; what remains is divided by it.
+        resize: the rule of resizing, one of `RESIZES`; see above.
+        squash: with a center_crop f, make the whole image a square first, its aspect ratio given
+            up, and look at the central f x f of that.
+        jpeg_dct: "accurate" or "fast". PIL knows accurate only: `vit_jax.predict` decodes so in
+            either case, about a grey level from fast.
 
     Raises:
-        UserError: a value is out of its range.
+        UserError: a value is out of its range, or goes with no such rule of resizing.
     """
 
     image_size: int
@@ -50,24 +80,44 @@ class Preprocessing:
     antialias: bool = False
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    # Those that came later: where they are not told, images were seen as by these defaults.
+    resize: str = "box"
+    squash: bool = False
+    jpeg_dct: str = "accurate"
 
     def __post_init__(self):
         if not 1 <= self.image_size <= 10_000:
             raise UserError(f"image_size {self.image_size} is not from 1 to 10000")
         if self.center_crop is not None and not 0 < self.center_crop <= 1:
             raise UserError(f"center_crop {self.center_crop} is not above 0 and at most 1")
-        if self.interpolation not in INTERPOLATIONS:
-            raise UserError(
-                f"interpolation {self.interpolation!r} is none of {', '.join(INTERPOLATIONS)}"
-            )
+        for name, choices in (
+            ("interpolation", INTERPOLATIONS),
+            ("resize", RESIZES),
+            ("jpeg_dct", JPEG_DCTS),
+            ("squash", (False, True)),
+        ):
+            if getattr(self, name) not in choices:
+                listed = ", ".join(map(str, choices))
+                raise UserError(f"{name} {getattr(self, name)!r} is none of {listed}")
+        self._check_kernel()
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != 3 or not all(map(math.isfinite, values)):
                 raise UserError(f"{name} {values} is not three numbers")
         if min(self.std) <= 0:
             raise UserError(f"std {self.std} is not positive")
 
+    def _check_kernel(self):
+        if (self.interpolation == "area") != (self.resize == "big_vision"):
+            raise UserError(
+                f"interpolation {self.interpolation!r} does not go with resize {self.resize!r}: "
+                "area belongs to big_vision, and no other to it"
+            )
+        if self.resize != "box" and self.antialias != (self.resize != "big_vision"):
+            fixed = str(not self.antialias).lower()
+            raise UserError(f"resize {self.resize!r} has antialias {fixed} only: set it so")
 
-def evaluation(protocol: str, image_size: int) -> Preprocessing:
+
+def evaluation(protocol: str, image_size: int, jpeg_dct: str = "accurate") -> Preprocessing:
     """How a run of this project evaluates under one of `PROTOCOLS`.
 
     Raises:
@@ -75,19 +125,75 @@ def evaluation(protocol: str, image_size: int) -> Preprocessing:
     """
     if protocol not in PROTOCOLS:
         raise UserError(f"protocol {protocol!r} is none of {', '.join(PROTOCOLS)}")
-    return Preprocessing(image_size, center_crop=224 / 256 if protocol == "pretrain" else None)
+    view = Preprocessing(image_size, jpeg_dct=jpeg_dct)
+    if protocol == "big_vision":
+        return dataclasses.replace(
+            view, center_crop=_CENTRAL, interpolation="area", resize="big_vision"
+        )
+    return dataclasses.replace(view, center_crop=_CENTRAL) if protocol == "pretrain" else view
 
 
-def eval_box(center_crop: float | None, height: Any, width: Any) -> tuple[Any, Any, Any, Any]:
+def fewshot_view(preprocessing: Preprocessing) -> Preprocessing:
+    """How few-shot evaluation sees the images of a model, whatever the model's own crop.
+
+    The reference resizes to 256 x 256, whatever the aspect, and cuts out the central 224 x 224; of
+    other sizes that is the central 7/8. It resamples as TensorFlow does without antialiasing; a
+    model that was made for the images of PIL keeps those.
+    """
+    if preprocessing.resize == "big_vision":  # There few-shot alone is `resize`, which is bilinear.
+        preprocessing = dataclasses.replace(preprocessing, resize="box", interpolation="bilinear")
+    return dataclasses.replace(preprocessing, center_crop=_CENTRAL, squash=True)
+
+
+def resized_side(preprocessing: Preprocessing) -> int:
+    """The side that an image is resized to before its centre is cut out, in whole pixels."""
+    if preprocessing.center_crop is None:
+        return preprocessing.image_size
+    side = preprocessing.image_size / preprocessing.center_crop
+    # To timm the fraction is what is told; elsewhere it comes from two sides of whole pixels.
+    return math.floor(side) if preprocessing.resize == "timm" else round(side)
+
+
+def whole_pixels(
+    preprocessing: Preprocessing, height: int, width: int
+) -> tuple[int, int, int, int]:
+    """What an image is resized to, and where the crop begins: (height, width, top, left).
+
+    Args:
+        preprocessing: whose resize is not box.
+        height: of the image, in pixels.
+        width: likewise.
+    """
+    size, side = preprocessing.image_size, resized_side(preprocessing)
+    sides = np.array([height, width])
+    if preprocessing.squash or preprocessing.center_crop is None:
+        resized = [side, side]
+    elif preprocessing.resize == "big_vision":  # In 32 bits there, rounding half to even.
+        factor = np.float32(side) / np.float32(sides.min())
+        resized = np.round(sides.astype(np.float32) * factor).astype(int).tolist()
+    else:
+        resized = [int(side * x / min(height, width)) for x in (height, width)]
+    if preprocessing.resize == "timm":  # Half to even, too.
+        top, left = (round((x - size) / 2) for x in resized)
+    else:
+        top, left = ((x - size) // 2 for x in resized)
+    return *resized, top, left
+
+
+def eval_box(preprocessing: Preprocessing, height: Any, width: Any) -> tuple[Any, Any, Any, Any]:
     """Returns the box (y, x, height, width) that evaluation looks at, in source pixels.
 
     Args:
-        center_crop: as in `Preprocessing`.
+        preprocessing: whose resize is box.
         height: of the image, in pixels; an int, or a scalar tensor or array of any framework.
         width: likewise.
     """
+    center_crop = preprocessing.center_crop
     if center_crop is None:
         return 0, 0, height, width
+    if preprocessing.squash:
+        margin = (1 - center_crop) / 2
+        return height * margin, width * margin, height * center_crop, width * center_crop
     # The smaller of the two without min(), which a symbolic tensor does not have.
     side = (height + width - abs(height - width)) / 2 * center_crop
     return (height - side) / 2, (width - side) / 2, side, side

@@ -223,6 +223,7 @@ def _readme(
     ]
     if preprocessing:
         lines += ["", f"Preprocessing: `{json.dumps(preprocessing)}`"]
+        lines += ["Each field is explained in `vit_jax/data/protocols.py`, resize's rules on top."]
         if image.type == "UINT8":
             lines += ["mean and std are in the graph: it takes cropped and resized pixels."]
     lines += [
