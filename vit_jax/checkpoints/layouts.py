@@ -19,7 +19,7 @@ POSITIONS = "Transformer/posembed_input/pos_embedding"
 # `resnet/`, as bit_pytorch/models.py there reads it.
 BIT_ROOT = "resnet/root_block/standardized_conv2d/kernel"
 # Of an AxialResNet, which is this project's alone.
-AXIAL_UNIT = "block1/unit1/row/kernel"
+AXIAL_UNIT = "block1/unit1/height/kernel"
 _LAYER = "Transformer/encoderblock_"
 
 
