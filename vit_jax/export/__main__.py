@@ -61,14 +61,18 @@ class _Report:
         self.failures: list[str] = []
         self.hops: list[dict[str, Any]] = []
 
-    def add(self, name: str, predict: Any, precision: str, timed: bool = True) -> None:
-        """Measures a model; `precision` is the entry of `parity.THRESHOLDS` to hold it to."""
+    def add(self, name: str, predict: Any, precision: str, emulation: Any = None) -> None:
+        """Measures a model; `precision` is the entry of `parity.THRESHOLDS` to hold it to.
+
+        An `emulation` tells its largest numbers, and its times would say nothing.
+        """
         reference = self.reference
         row = parity.compare(reference, parity.in_batches(predict, reference.images))
+        row |= emulation.range() if emulation else {}
         found = parity.failures(row, precision, reference)
         self.failures += [f"{name}: {failure}" for failure in found]
         hop = {"name": name, "precision": precision, "images": len(reference.images), **row}
-        if timed and self.seconds:
+        if self.seconds and not emulation:
             image = reference.images[0]
             hop["latency"] = parity.latency(predict, image, self.batch_sizes, self.seconds)
         self.hops = [old for old in self.hops if old["name"] != name] + [hop]
@@ -163,12 +167,12 @@ def _to_onnx(
     operators = ", ".join(f"{number} {name}" for name, number in count.most_common())
     _print_stage(start, f"{path}: {sum(count.values())} nodes ({operators})")
     name = f"ONNX {args.precision}"
-    if args.precision == "bf16":
-        # Of bf16 onnxruntime has no products on a CPU.
-        report.add(f"{name}, emulated", precision.emulated(path), args.precision, timed=False)
-    else:
+    if args.precision != "bf16":  # Of which onnxruntime has no products on a CPU.
         with runtime.load(path) as model:
             report.add(name, model.predict, args.precision)
+    if args.precision in precision.HALF:
+        emulation = precision.Emulation(path)
+        report.add(f"{name}, emulated", emulation.predict, args.precision, emulation)
     write_deploy(report.directory, batch=args.batch)
 
 
