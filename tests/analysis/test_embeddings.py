@@ -37,15 +37,23 @@ def test_filters_as_pixels_keep_zero_at_grey():
     assert np.all(pixels[2] == 0.5)
 
 
-def test_a_hybrid_shows_the_convolution_that_sees_the_image():
-    root = RNG.normal(2, 3, (7, 7, 3, 16)).astype(np.float32)
+@pytest.mark.parametrize("scale", [3, 1e-5])
+def test_a_hybrid_or_resnet_shows_the_convolution_that_sees_the_image(scale):
+    root = RNG.normal(2, scale, (7, 7, 3, 16)).astype(np.float32) - np.float32(2)
+    centred = np.float64(root) - np.float64(root).mean((0, 1, 2))
+    deviation = np.sqrt(np.square(centred).mean((0, 1, 2)))
     params = {"embedding": {"kernel": np.zeros((1, 1, 64, 8))}, "conv_root": {"kernel": root}}
     filters = embeddings.rgb_filters(params)
-    for i in range(16):
-        expected = (root[..., i] - root[..., i].mean()) / root[..., i].std()
-        np.testing.assert_allclose(filters[..., i], expected, atol=1e-4)
-    of_resnet = {"resnet": {"root_block": {"standardized_conv2d": {"kernel": root}}}}
-    np.testing.assert_array_equal(embeddings.rgb_filters(of_resnet), filters)
+    np.testing.assert_allclose(filters, centred / (deviation + 1e-5), atol=1e-4)
+    # The other networks' epsilon: that of BiT, and of AxialResNet.
+    expected = centred / np.sqrt(deviation**2 + 1e-10)
+    of_bit = {"resnet": {"root_block": {"standardized_conv2d": {"kernel": root}}}}
+    of_axial = {"conv_root": {"kernel": root}, "head": {"kernel": np.zeros((64, 8))}}
+    for params in (of_bit, of_axial):
+        np.testing.assert_allclose(embeddings.rgb_filters(params), expected, atol=1e-4)
+
+
+def test_a_vit_shows_its_patch_embedding():
     np.testing.assert_array_equal(embeddings.rgb_filters({"embedding": {"kernel": KERNEL}}), KERNEL)
 
 

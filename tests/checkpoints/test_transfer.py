@@ -1,4 +1,6 @@
+import itertools
 import re
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +68,28 @@ def test_resized_grid_equals_scipy_zoom(old, new):
     resized = resize_grid(grid, new)
     assert resized.dtype == np.float32
     np.testing.assert_allclose(resized, zoomed(grid, new), rtol=0, atol=1e-6)
+
+
+def test_resized_sides_are_bilinear_and_scipys_where_it_does_not_step_over_the_edge():
+    beyond = []
+    for old, new in itertools.product(range(1, 41), repeat=2):
+        line = np.random.default_rng(0).uniform(1, 2, (old, 3))
+        resized = resize_grid(line[:, None], (new, 1))[:, 0]
+        columns = resize_grid(line[None], (1, new))[0]
+        np.testing.assert_array_equal(columns, resized)
+        exact = [Fraction(i * (old - 1), max(new - 1, 1)) for i in range(new)]
+        lower = [min(int(x), max(old - 2, 0)) for x in exact]
+        upper = [min(i + 1, old - 1) for i in lower]
+        share = np.array([float(x - i) for x, i in zip(exact, lower, strict=True)])[:, None]
+        expected = (1 - share) * line[lower] + share * line[upper]
+        np.testing.assert_allclose(resized, expected, rtol=0, atol=1e-12)
+        found = scipy.ndimage.zoom(line, (new / old, 1), order=1)
+        if new > 1 and (new - 1) * ((old - 1) / (new - 1)) > old - 1:  # In float64.
+            beyond.append((old, new))
+            assert not found[-1].any() and (resized[-1] >= 1).all()
+            found, resized = found[:-1], resized[:-1]
+        np.testing.assert_allclose(resized, found, rtol=0, atol=1e-12)
+    assert (28, 14) in beyond and len(beyond) == 22
 
 
 def test_fine_tuning_takes_the_body_and_a_fresh_head():

@@ -7,6 +7,7 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from vit_jax import models
+from vit_jax.export.to_tf import can_serialize_graphs
 
 for module in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(module, reason="needs the export extra: pip install -e '.[export]'")
@@ -56,11 +57,24 @@ def test_every_stage_is_written_compared_and_timed(export, tmp_path):
     assert (out / "model.onnx").is_file()
     assert (out / "deploy").is_dir()
     report = json.loads((out / "parity.json").read_text())
-    assert [hop["name"] for hop in report["hops"]] == ["SavedModel", "ONNX fp16"]
+    names = [hop["name"] for hop in report["hops"]]
+    assert names == ["SavedModel", "ONNX fp16", "ONNX fp16, emulated"]
     assert report["hops"][0]["relative_difference"] < 1e-5
     assert 1e-6 < report["hops"][1]["relative_difference"] < 1e-2
     assert [row["batch"] for row in report["hops"][1]["latency"]] == [1, 2, 3]
+    assert 1e-6 < report["hops"][2]["relative_difference"] < 1e-2
+    assert 0 < report["hops"][2]["largest"] < 65504 and "latency" not in report["hops"][2]
     assert "| ONNX fp16 |" in output
+
+
+@pytest.mark.usefixtures("converter")
+def test_without_flags_it_makes_what_this_environment_can(export, tmp_path):
+    code, output = export()
+    assert code == 0, output
+    assert (tmp_path / "out" / "model.onnx").is_file()
+    made = (tmp_path / "out" / "saved_model").exists()
+    lines = [line for line in output.splitlines() if line.startswith("left out: the SavedModel")]
+    assert made == can_serialize_graphs() and len(lines) == (not made)
 
 
 def test_onnx_alone_goes_by_either_converter(export, converter, tmp_path):

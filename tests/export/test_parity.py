@@ -39,6 +39,22 @@ def test_thresholds_of_a_precision_fail_what_is_beyond_them():
     assert parity.failures(far, "fp16", expected) == []
 
 
+def test_an_overflow_is_told_where_it_makes_a_failure_and_not_where_it_does_none():
+    expected = reference([[1.0, 0.5]])
+    ranges = {"largest": 1e5, "largest_at": "b/Add", "overflow_at": "a/MatMul"}
+    lost = parity.compare(expected, np.array([[np.nan, 0.5]], np.float32)) | ranges
+    (failure,) = parity.failures(lost, "fp16", expected)
+    assert failure.startswith("a/MatMul is beyond 65504") and "--precision bf16" in failure
+    assert (
+        parity.failures(parity.compare(expected, expected.outputs) | ranges, "fp16", expected) == []
+    )
+    lines = parity.table(
+        [{"name": "x", **lost}, {"name": "y", **lost, "largest": 7.0}]
+    ).splitlines()
+    assert lines[0].endswith("| largest, of 65504 |") and lines[2].endswith("| 1e+05 at b/Add |")
+    assert {line.count("|") for line in lines} == {8}
+
+
 def test_outputs_that_are_not_finite_fail():
     expected = reference([[1.0, 0.5]])
     row = parity.compare(expected, np.array([[np.nan, 0.5]], np.float32))

@@ -1,10 +1,12 @@
 import functools
+import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax.analysis.intermediates import attention_weights, layer_tokens
 from vit_jax.checkpoints.pretrained import load_pretrained, resize
@@ -265,22 +267,29 @@ def test_position_sensitive_attention_is_its_equation():
         np.testing.assert_allclose(found[index], expected, rtol=0, atol=5e-5)
 
 
+def unit_values(module, params, x):
+    """What the modules of a module return, by their names."""
+    _, state = module.apply(
+        {"params": params}, x, capture_intermediates=True, mutable="intermediates"
+    )
+    return {
+        name: value["__call__"][0]
+        for name, value in state["intermediates"].items()
+        if "__call__" in value
+    }
+
+
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_unit_attends_along_rows_then_columns_and_then_averages(stride):
+def test_a_unit_attends_along_height_then_width_and_then_averages(stride):
     x = random(2, 4, 6, 64)
     module = AxialUnit(64, stride, 1e-4)
     params = random_params(module, x)
-    _, state = jax.jit(
-        lambda p: module.apply(
-            {"params": p}, x, capture_intermediates=True, mutable="intermediates"
-        )
-    )(params)
-    captured = state["intermediates"]
-    y = np.maximum(np.float64(captured["gn1"]["__call__"][0]), 0)
-    for name in ("row", "column"):
+    captured = jax.jit(functools.partial(unit_values, module))(params, x)
+    y = np.maximum(np.float64(captured["gn1"]), 0)
+    for name in ("height", "width"):
         result = np.zeros(y.shape)
-        for b, i in np.ndindex(2, y.shape[1] if name == "row" else y.shape[2]):
-            line = (b, i) if name == "row" else (b, slice(None), i)
+        for b, i in np.ndindex(2, y.shape[1] if name == "width" else y.shape[2]):
+            line = (b, i) if name == "width" else (b, slice(None), i)
             result[line] = position_sensitive_reference(y[line], params[name])
         y = result
     pooled = np.zeros((2, 4 // stride, 6 // stride, 64))
@@ -288,9 +297,86 @@ def test_a_unit_attends_along_rows_then_columns_and_then_averages(stride):
         window = y[:, r * stride : (r + 1) * stride, c * stride : (c + 1) * stride]
         pooled[:, r, c] = window.mean((1, 2))
     kernel = np.float64(params["conv3"]["kernel"][0, 0])
-    kernel = (kernel - kernel.mean(0)) / (kernel.std(0) + 1e-5)
+    kernel = (kernel - kernel.mean(0)) / np.sqrt(kernel.var(0) + 1e-10)
     expected = np.maximum(pooled, 0) @ kernel
-    np.testing.assert_allclose(captured["conv3"]["__call__"][0], expected, rtol=0, atol=5e-4)
+    np.testing.assert_allclose(captured["conv3"], expected, rtol=0, atol=5e-4)
+
+
+def test_the_first_attention_of_a_unit_is_along_the_height_as_in_scenic():
+    module = AxialUnit(64)
+    params = random_params(module, random(1, 3, 4, 64))
+
+    def attended(x):
+        """What each attention returns if x comes out of the norm before them, which sees all."""
+
+        def instead(method, args, kwargs, context):
+            return x if context.module.name == "gn1" else method(*args, **kwargs)
+
+        with nn.intercept_methods(instead):
+            return unit_values(module, params, x)
+
+    first = seen_from(jax.jit(lambda x: attended(x)["height"].swapaxes(1, 2)), (3, 4, 64), 1, 2)
+    second = seen_from(jax.jit(lambda x: attended(x)["width"]), (3, 4, 64), 1, 2)
+    np.testing.assert_array_equal(first, np.arange(4) == np.full((3, 1), 2))
+    assert second.all()
+
+
+def test_kernels_of_axial_resnet_are_standardised_with_scenics_epsilon():
+    # As small as the square root of 1e-10: 1e-5 added to the deviation, as in the hybrids, differs.
+    def small(module, x):
+        return jax.tree.map(lambda leaf: leaf * np.float32(1e-5), random_params(module, x))
+
+    def standardised(kernel):
+        kernel = np.float64(kernel) - np.float64(kernel).mean((0, 1, 2))
+        return kernel / np.sqrt(np.square(kernel).mean((0, 1, 2)) + 1e-10)
+
+    unit, x = AxialUnit(64), random(2, 3, 4, 64)
+    params = small(unit, x)
+    found = jax.jit(functools.partial(unit_values, unit))(params, x)
+    for name in ("conv1", "conv_proj"):
+        expected = x @ standardised(params[name]["kernel"])[0, 0]
+        np.testing.assert_allclose(found[name], expected, rtol=0, atol=1e-4)
+
+    model = create_model(TINY_RESNET, resnet_layers=())
+    params = small(model, RESNET_IMAGES)
+    root = jax.jit(functools.partial(unit_values, model))(params, RESNET_IMAGES)["conv_root"]
+    kernel = standardised(params["conv_root"]["kernel"])
+    # Of a stride of 2 and even sides TensorFlow's SAME pads 2 before and 3 after.
+    padded = np.pad(np.float64(RESNET_IMAGES), ((0, 0), (2, 3), (2, 3), (0, 0)))
+    for r, c in np.ndindex(8, 12):
+        window = padded[:, 2 * r : 2 * r + 7, 2 * c : 2 * c + 7]
+        expected = np.einsum("bijc,ijcd->bd", window, kernel)
+        np.testing.assert_allclose(root[:, r, c], expected, rtol=0, atol=1e-4)
+
+
+def test_axial_resnet_starts_as_scenics():
+    init = jax.jit(create_model(TINY_RESNET).init)(jax.random.key(0), RESNET_IMAGES)
+    tested = set()
+    for path, x in flatten_dict(init["params"], sep="/").items():
+        *_, module, kind = path.split("/")
+        if module in ("height", "width"):  # Embeddings are 2 head_dim wide.
+            scale = 1 / len(x) if kind == "kernel" else 2 / x.shape[-1]
+        elif kind == "kernel" and module != "head":
+            scale = np.prod(x.shape[:3]) ** -0.5  # flax.linen.Conv's default.
+        else:
+            ones = kind == "scale" and module != "gn3"
+            np.testing.assert_array_equal(x, np.full(x.shape, float(ones)), path)
+            continue
+        tested.add((module, kind))
+        assert x.std() == pytest.approx(scale, rel=5 / (2 * x.size) ** 0.5), path
+        assert abs(x.mean()) < 5 * scale / x.size**0.5, path
+    assert {("height", "kernel"), ("width", "axial_embedding"), ("conv_proj", "kernel")} <= tested
+
+
+def test_axial_resnets_of_before_are_refused():
+    params = random_params(create_model(TINY_RESNET), RESNET_IMAGES)
+    old = {
+        re.sub("/height/", "/row/", re.sub("/width/", "/column/", name)): x
+        for name, x in flatten_dict(params, sep="/").items()
+    }
+    with pytest.raises(UserError, match="column/axial_embedding is not in the model") as error:
+        transfer(params, unflatten_dict(old, sep="/"), keep_head=True)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("along", ["row", "column"])
@@ -432,8 +518,8 @@ def test_embeddings_fit_another_resolution_axis_by_axis():
         random_params(create_model(TINY_RESNET), jnp.zeros((1, side, side, 3))) for side in (16, 32)
     )
     params, report = transfer(large, small)
-    found = params["block1"]["unit1"]["row"]["axial_embedding"]
-    old = small["block1"]["unit1"]["row"]["axial_embedding"]
+    found = params["block1"]["unit1"]["height"]["axial_embedding"]
+    old = small["block1"]["unit1"]["height"]["axial_embedding"]
     assert (old.shape, found.shape) == ((1, 7, 16), (1, 15, 16))
     for channel in range(16):
         expected = np.interp(np.linspace(0, 6, 15), np.arange(7), old[0, :, channel])

@@ -7,7 +7,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from vit_jax.errors import UserError
-from vit_jax.models.resnet import standardize
+from vit_jax.models.resnet import standardize, standardize_bit
 
 
 def rgb_filters(params: Mapping[str, Any]) -> np.ndarray:
@@ -24,7 +24,10 @@ def rgb_filters(params: Mapping[str, Any]) -> np.ndarray:
     """
     for name, kernel in flatten_dict(params, sep="/").items():
         if kernel.ndim == 4 and kernel.shape[2] == 3:
-            return np.asarray(kernel if name == "embedding/kernel" else standardize(kernel))
+            if name == "embedding/kernel":
+                return np.asarray(kernel)
+            # Only a hybrid has an embedding beside it; the other ResNets are standardised as BiT.
+            return np.asarray((standardize if "embedding" in params else standardize_bit)(kernel))
     raise UserError("this model has no filters of three channels")
 
 

@@ -21,7 +21,7 @@ BIT_ROOT = "resnet/root_block/standardized_conv2d/kernel"
 # What big_vision calls an encoder layer's MLP, as newer Linen does.
 _NEWER_MLP = "MlpBlock_0/"
 # Of an AxialResNet, which is this project's alone.
-AXIAL_UNIT = "block1/unit1/row/kernel"
+AXIAL_UNIT = "block1/unit1/height/kernel"
 _LAYER = "Transformer/encoderblock_"
 
 

@@ -122,7 +122,9 @@ def check_fit(wanted: dict[str, Any], found: dict[str, Any]) -> None:
 def resize_grid(embeddings: np.ndarray, grid: Grid) -> np.ndarray:
     """Resizes embeddings [rows, columns, features] bilinearly to `grid`, the corners kept in place.
 
-    This is `scipy.ndimage.zoom(order=1)`, which the official code uses.
+    This is what the official code uses `scipy.ndimage.zoom(order=1)` for, and equal to it but for
+    the last row or column of some pairs of sides, 22 of those up to 40, such as 28 to 14: there
+    SciPy's rounding puts the last sample beyond the edge, where it takes zeros.
     """
     rows, columns = (
         _interpolation(old, new) for old, new in zip(embeddings.shape[:2], grid, strict=True)

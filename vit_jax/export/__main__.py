@@ -24,15 +24,16 @@ from vit_jax.errors import UserError
 from vit_jax.export import parity, runtime
 from vit_jax.export.deploy import write_deploy
 from vit_jax.export.onnx_file import read_onnx
+from vit_jax.export.stages import CONVERTERS, STAGES, missing_packages, obstacles, resolve
 from vit_jax.export.to_tensorrt import build, parse_batch, summary
 
-STAGES = ("tf", "onnx", "tensorrt")
 OUTPUTS = ("logits", "probabilities", "features")
 _CALIBRATION = 64  # images
 _EPILOG = """exit codes:
   0  every stage ran, and is as close to Flax as its precision allows
   1  every stage ran, but one is not close enough
-  2  a flag, the checkpoint or this machine does not allow a stage; those before it are written"""
+  2  a flag, the checkpoint or this machine does not allow a stage; those before it are written
+     (without --stages, one that this machine has not the packages for is named and left out)"""
 
 
 def main() -> int:
@@ -41,7 +42,7 @@ def main() -> int:
     report = _Report(Path(args.output), args.latency_seconds, args.batch)
     if args.stages != ["tensorrt"]:
         _convert(args, report)
-    if "tensorrt" in args.stages:
+    if "tensorrt" in (args.stages or ()):
         _build(args, report)
     for failure in report.failures:
         print(f"error: {failure}; see {report.directory / 'parity.json'}", file=sys.stderr)
@@ -60,14 +61,18 @@ class _Report:
         self.failures: list[str] = []
         self.hops: list[dict[str, Any]] = []
 
-    def add(self, name: str, predict: Any, precision: str, timed: bool = True) -> None:
-        """Measures a model; `precision` is the entry of `parity.THRESHOLDS` to hold it to."""
+    def add(self, name: str, predict: Any, precision: str, emulation: Any = None) -> None:
+        """Measures a model; `precision` is the entry of `parity.THRESHOLDS` to hold it to.
+
+        An `emulation` tells its largest numbers, and its times would say nothing.
+        """
         reference = self.reference
         row = parity.compare(reference, parity.in_batches(predict, reference.images))
+        row |= emulation.range() if emulation else {}
         found = parity.failures(row, precision, reference)
         self.failures += [f"{name}: {failure}" for failure in found]
         hop = {"name": name, "precision": precision, "images": len(reference.images), **row}
-        if timed and self.seconds:
+        if self.seconds and not emulation:
             image = reference.images[0]
             hop["latency"] = parity.latency(predict, image, self.batch_sizes, self.seconds)
         self.hops = [old for old in self.hops if old["name"] != name] + [hop]
@@ -77,10 +82,11 @@ class _Report:
 
 def _convert(args: argparse.Namespace, report: _Report) -> None:
     """The stages in which JAX takes part."""
+    import jax
     from absl import logging
 
     from vit_jax.export.forward import make_forward
-    from vit_jax.export.to_tf import can_serialize_graphs, check_graph_serialization, to_tf
+    from vit_jax.export.to_tf import can_serialize_graphs, to_tf
 
     # TensorFlow warns that gradients of the SavedModel are missing, which nobody asks for.
     logging.set_verbosity(logging.ERROR)
@@ -90,21 +96,24 @@ def _convert(args: argparse.Namespace, report: _Report) -> None:
     forward = make_forward(
         pretrained, outputs=args.outputs, include_preprocessing=args.include_preprocessing
     )
-    converter = args.converter or ("jax2tf" if can_serialize_graphs() else "jax2onnx")
-    if "tf" in args.stages or converter == "jax2tf":
-        check_graph_serialization()
-    if "onnx" in args.stages:
-        _import_to_onnx()
+    stages, converter, left_out = resolve(
+        args.stages,
+        args.converter,
+        obstacles(jax.__version__, can_serialize_graphs(), missing_packages()),
+        needs_onnx=args.precision != "fp32",
+    )
     report.reference, calibration = _reference(args, pretrained, forward)
     report.directory.mkdir(parents=True, exist_ok=True)
     parity.save_reference(report.reference, report.directory)
-    if "tf" in args.stages:
+    for line in left_out:
+        print(line, flush=True)
+    if "tf" in stages:
         start = time.perf_counter()
         path = to_tf(forward, report.directory)
         _print_stage(start, f"{path}: SavedModel")
         with runtime.load(path) as model:
             report.add("SavedModel", model.predict, "fp32")
-    if "onnx" in args.stages:
+    if "onnx" in stages:
         _to_onnx(args, report, forward, converter, calibration)
 
 
@@ -149,9 +158,9 @@ def _open_dataset(args: argparse.Namespace, pretrained: Any) -> Any:
 def _to_onnx(
     args: argparse.Namespace, report: _Report, forward: Any, converter: str, calibration: Any
 ) -> None:
-    from vit_jax.export import precision
+    from vit_jax.export import precision, to_onnx
 
-    to_onnx, start = _import_to_onnx(), time.perf_counter()
+    start = time.perf_counter()
     model = to_onnx.to_model(forward, converter)
     if args.precision in precision.HALF:
         precision.to_half(model, args.precision)
@@ -162,12 +171,12 @@ def _to_onnx(
     operators = ", ".join(f"{number} {name}" for name, number in count.most_common())
     _print_stage(start, f"{path}: {sum(count.values())} nodes ({operators})")
     name = f"ONNX {args.precision}"
-    if args.precision == "bf16":
-        # Of bf16 onnxruntime has no products on a CPU.
-        report.add(f"{name}, emulated", precision.emulated(path), args.precision, timed=False)
-    else:
+    if args.precision != "bf16":  # Of which onnxruntime has no products on a CPU.
         with runtime.load(path) as model:
             report.add(name, model.predict, args.precision)
+    if args.precision in precision.HALF:
+        emulation = precision.Emulation(path)
+        report.add(f"{name}, emulated", emulation.predict, args.precision, emulation)
     write_deploy(report.directory, batch=args.batch)
 
 
@@ -190,14 +199,6 @@ def _print_stage(start: float, text: str) -> None:
     print(f"{text} ({time.perf_counter() - start:.0f} s)", flush=True)
 
 
-def _import_to_onnx() -> Any:
-    try:
-        from vit_jax.export import to_onnx
-    except ImportError as error:
-        raise UserError(f"stage onnx needs {error.name}: pip install -e '.[export]'") from error
-    return to_onnx
-
-
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = command.Parser(prog="python -m vit_jax.export", description=__doc__, epilog=_EPILOG)
     flags.add_flags(parser, required=False)
@@ -206,7 +207,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--stages",
         type=_stages,
         metavar="S,...",
-        help=f"of {', '.join(STAGES)} [tf,onnx; with jax2onnx: onnx]",
+        help=f"of {', '.join(STAGES)} [tf,onnx, or what this machine has the packages for]",
     )
     parser.add_argument(
         "--precision",
@@ -223,8 +224,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--outputs", choices=OUTPUTS, default="logits", help="[logits]")
     parser.add_argument(
         "--converter",
-        choices=("jax2tf", "jax2onnx"),
-        help="jax2tf for JAX 0.7.1, jax2onnx for newer ones [what this JAX can]",
+        choices=CONVERTERS,
+        help="jax2tf for JAX 0.7.1, jax2onnx for newer ones, to the ONNX file alone [what is "
+        "installed]",
     )
     parser.add_argument(
         "--include_preprocessing",
@@ -257,15 +259,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="how long to time each batch size; 0 for not at all [2]",
     )
     args = parser.parse_args(argv)
-    if args.stages is None:
-        args.stages = ["onnx"] if args.converter == "jax2onnx" else ["tf", "onnx"]
     if args.checkpoint is None and args.stages != ["tensorrt"]:
         raise UserError("--checkpoint is missing: only --stages tensorrt goes without")
     if args.data and args.dataset:
         raise UserError(f"--data {args.data} and --dataset {args.dataset}: give one of them")
     if args.dataset and args.outputs == "features":
         raise UserError("--outputs features have no accuracy: use --data in place of --dataset")
-    if args.precision == "int8" and not (args.data or args.dataset) and "onnx" in args.stages:
+    makes_onnx = args.stages is None or "onnx" in args.stages
+    if args.precision == "int8" and not (args.data or args.dataset) and makes_onnx:
         raise UserError(
             "--precision int8 needs photographs to take its scales from: add --data DIR"
         )

@@ -27,6 +27,7 @@ THRESHOLDS = {
     "int8": {"relative_difference": 1.0, "cosine": 0.9, "top1_agreement": 0.8},
 }
 _ENOUGH = 200
+LARGEST_FP16 = 65504
 SYNTHETIC = "synthetic"
 _PERCENTILES = (50, 90, 99)
 _REFERENCE, _REPORT = "parity_reference.npz", "parity.json"
@@ -169,7 +170,7 @@ def failures(row: Mapping[str, float], precision: str, reference: Reference) -> 
     """What is beyond the thresholds of a precision, one phrase each; none if all is well.
 
     Args:
-        row: from `compare`.
+        row: from `compare`, and of an emulation what its `range` tells.
         precision: of the model, a key of `THRESHOLDS`.
         reference: what was compared with; of few or synthetic images the first class says little.
     """
@@ -187,6 +188,11 @@ def failures(row: Mapping[str, float], precision: str, reference: Reference) -> 
     for name in names:
         if not row[name] >= limits[name]:
             found.append(f"{name} {row[name]:.5g} is below {limits[name]:g}")
+    if found and row.get("overflow_at"):
+        return [
+            f"{row['overflow_at']} is beyond {LARGEST_FP16}, the largest number of fp16, and what "
+            f"comes after it is lost ({found[0]}): use --precision bf16"
+        ]
     return found
 
 
@@ -223,9 +229,10 @@ def latency(
 
 def table(hops: Sequence[Mapping[str, Any]]) -> str:
     """The hops as two Markdown tables: the differences, and the times if any were taken."""
-    accuracy = any("accuracy" in hop for hop in hops)
+    accuracy, ranged = (any(name in hop for hop in hops) for name in ("accuracy", "largest"))
     lines = ["| | max | mean | relative | cosine | top-1 agreement |" + " accuracy |" * accuracy]
-    lines.append("|-|-|-|-|-|-|" + "-|" * accuracy)
+    lines[0] += f" largest, of {LARGEST_FP16} |" * ranged
+    lines.append("|-|-|-|-|-|-|" + "-|" * (accuracy + ranged))
     for hop in hops:
         cells = [
             f"{hop['name']}",
@@ -235,6 +242,8 @@ def table(hops: Sequence[Mapping[str, Any]]) -> str:
         ]
         if accuracy:
             cells.append(f"{hop['accuracy']:.2%} (Flax {hop['reference_accuracy']:.2%})")
+        if ranged:
+            cells.append(f"{hop['largest']:.4g} at {hop['largest_at']}" if "largest" in hop else "")
         lines.append(f"| {' | '.join(cells)} |")
     if timed := [(hop, row) for hop in hops for row in hop.get("latency", ())]:
         lines += ["", "| | batch | p50 ms | p90 ms | p99 ms | images/s |", "|-|-|-|-|-|-|"]

@@ -9,7 +9,7 @@ whoever runs the model need not know.
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -103,25 +103,106 @@ def _cast(graph: ir.Graph, node: ir.Node, value: ir.Value, dtype: ir.DataType) -
     return cast.outputs[0]
 
 
-def emulated(path: str | os.PathLike[str]) -> Callable[[np.ndarray], np.ndarray]:
-    """Loads a file for `emulate` and onnxruntime on the CPU: images to outputs."""
-    import onnxruntime
+class Emulation:
+    """A graph run as `emulate` rounds it, by onnxruntime on the CPU, and how large its numbers get.
 
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    with tempfile.TemporaryDirectory() as directory:
-        copy = os.path.join(directory, "model.onnx")
-        ir.save(emulate(ir.load(path)), copy, external_data="model.data")
-        session = onnxruntime.InferenceSession(copy, options, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(None, {"images": images})[0]
+    Attributes:
+        largest: the largest magnitude of every fp16 value so far, before it is rounded, by the name
+            of the node that it comes from, in the order of the graph. What only reaches a tanh or
+            an erf is left out: they take infinity as they take any large number.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        import onnxruntime
+
+        model = emulate(ir.load(path))
+        self._names = _watch(model.graph)  # That of a Split once for each of its results.
+        self.largest = dict.fromkeys(self._names, 0.0)
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        with tempfile.TemporaryDirectory() as directory:
+            copy = os.path.join(directory, "model.onnx")
+            ir.save(model, copy, external_data="model.data")
+            self._session = onnxruntime.InferenceSession(
+                copy, options, providers=["CPUExecutionProvider"]
+            )
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """Maps images [batch, height, width, 3] to outputs [batch, outputs]."""
+        outputs, *largest = self._session.run(None, {"images": images})
+        for name, value in zip(self._names, largest, strict=True):
+            self.largest[name] = np.fmax(self.largest[name], value).item()
+        return outputs
+
+    def range(self) -> dict[str, Any]:
+        """The `largest` of all, `largest_at` which node, and the first that fp16 makes infinite.
+
+        The last is `overflow_at` a node, or None. Empty without values in fp16.
+        """
+        if not self.largest:
+            return {}
+        with np.errstate(over="ignore"):
+            beyond = [name for name, x in self.largest.items() if np.isinf(np.float16(x))]
+        where = max(self.largest, key=self.largest.__getitem__)
+        overflow = beyond[0] if beyond else None
+        return {"largest": self.largest[where], "largest_at": where, "overflow_at": overflow}
+
+
+def _watch(graph: ir.Graph) -> list[str]:
+    """Adds the largest magnitude of every value that becomes fp16 to the outputs."""
+    saturating: set[ir.Value] = set()
+    for node in reversed(list(graph)):
+        users = [use.node for use in node.outputs[0].uses()]
+        if users and all(
+            user.op_type in ("Tanh", "Erf")
+            or (
+                user.op_type in ("Cast", "Mul", "Div", "Add", "Pow")
+                and user.outputs[0] in saturating
+            )
+            for user in users
+        ):
+            saturating.add(node.outputs[0])
+    names = []
+    for node in list(graph):
+        if node.op_type != "Cast" or node.attributes["to"].as_int() != HALF["fp16"]:
+            continue
+        value = node.inputs[0]
+        if value in saturating:
+            continue
+        magnitude = ir.Node("", "Abs", [value])
+        largest = ir.Node("", "ReduceMax", magnitude.outputs, [ir.AttrInt64("keepdims", 0)])
+        graph.insert_after(node, [magnitude, largest])
+        largest.outputs[0].name = f"{value.name}/largest"
+        largest.outputs[0].type, largest.outputs[0].shape = ir.TensorType(_FLOAT), ir.Shape([])
+        graph.outputs.append(largest.outputs[0])
+        names.append(value.producer().name)
+    return names
+
+
+def _saturating(graph: ir.Graph) -> set[ir.Value]:
+    """Values of which only a tanh or an erf is used, such as the cube in GELU."""
+    found: set[ir.Value] = set()
+
+    def saturates(user: ir.Node) -> bool:
+        passed_on = user.op_type in ("Cast", "Mul", "Div", "Add", "Pow")
+        return user.op_type in ("Tanh", "Erf") or (passed_on and user.outputs[0] in found)
+
+    for node in reversed(list(graph)):
+        users = [use.node for use in node.outputs[0].uses()]
+        if users and all(map(saturates, users)):
+            found.add(node.outputs[0])
+    return found
 
 
 def emulate(model: ir.Model) -> ir.Model:
     """A float32 graph that rounds to 16 bits wherever the given graph does.
 
-    For checking a graph on a machine without 16-bit arithmetic: products are summed in float32 and
-    rounded once, as GPUs do, and what leaves the range becomes infinite. To be run without graph
-    optimizations, which would take the rounding out.
+    For checking a graph on a machine without 16-bit arithmetic, where onnxruntime computes fp16 in
+    float32 and rounds at the end of what it has fused. Here every 16-bit result of every node is
+    rounded, and what leaves the range becomes infinite. Within a node all is float32: a product is
+    summed in it and rounded once, as tensor cores do, and so are a Softmax, a Tanh and an Erf. An
+    engine that fuses nodes rounds less often. To be run without graph optimizations, which would
+    take the rounding out.
     """
     model = model.clone()
     graph = model.graph

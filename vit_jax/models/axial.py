@@ -1,8 +1,8 @@
 """The axial models of Appendix D.6: Axial-ViT and AxialResNet.
 
-Axial attention looks along one axis of the image at a time, first along its row, then along its
-column (Ho et al., 2019, arXiv 1912.12180), so that its cost grows with the sides of the grid and
-not with its area.
+Axial attention looks along one axis of the image at a time (Ho et al., 2019, arXiv 1912.12180), so
+that its cost grows with the sides of the grid and not with its area: Axial-ViT first along the row
+of a token, then along its column; AxialResNet first along the height, then along the width.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from vit_jax.models.vit import EncoderBlock, VisionTransformer, linear_head
 
 Array = jax.Array
 
-# Of AxialResNet, in github.com/csrhddlam/axial-deeplab, which the paper's is based on.
+# Of AxialResNet, in scenic's config and in axial-deeplab.
 NUM_HEADS = 8
 
 
@@ -117,8 +117,12 @@ class PositionSensitiveAttention(nn.Module):
     Queries, keys and values each meet a learned embedding of the offset to the other token:
     y_o = sum_p softmax_p(q_o k_p + q_o r^q_(p-o) + k_p r^k_(p-o)) (v_p + r^v_(p-o)).
     As in their code queries and keys have half the width of the values, the heads share the
-    embeddings, and norms around the attention stand in for scaled logits and an output projection;
-    the norm of the logits is left out, as in the authors' own port, scenic's `axial_resnet`.
+    embeddings, and norms around the attention stand in for scaled logits and an output projection.
+
+    As in scenic's `axial_resnet` the norm of the logits is left out, the kernel starts with a
+    standard deviation of 1 / channels and the embeddings with 1 / head_dim. (axial-deeplab takes
+    the square roots of both.) Unlike there the third term has the key of the other token, k_p, as
+    the equation and axial-deeplab have it: scenic's lacks a transpose and takes the token's own.
     """
 
     epsilon: float
@@ -129,7 +133,8 @@ class PositionSensitiveAttention(nn.Module):
         """Maps x [batch, sequences, tokens, channels] to the same shape."""
         batch, sequences, tokens, channels = x.shape
         head_dim = channels // NUM_HEADS
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (channels, 2 * channels))
+        init = nn.initializers.normal(stddev=1 / channels)
+        kernel = self.param("kernel", init, (channels, 2 * channels))
         qkv = x @ kernel.astype(self.dtype)
         qkv = SequenceNorm(self.epsilon, dtype=self.dtype, name="gn_qkv")(qkv)
         qkv = qkv.reshape(batch, sequences, tokens, NUM_HEADS, 2 * head_dim).swapaxes(2, 3)
@@ -148,7 +153,7 @@ class PositionSensitiveAttention(nn.Module):
 
     def _offsets(self, tokens: int, head_dim: int) -> Array:
         """The embeddings of p - o of q, k and v side by side, [tokens o, tokens p, 2 head_dim]."""
-        init = nn.initializers.normal(stddev=head_dim**-0.5)
+        init = nn.initializers.normal(stddev=1 / head_dim)
         shape = (1, 2 * tokens - 1, 2 * head_dim)
         embedding = self.param("axial_embedding", init, shape)[0].astype(self.dtype)
         o, p = np.indices((tokens, tokens))
@@ -156,17 +161,19 @@ class PositionSensitiveAttention(nn.Module):
 
 
 class AxialUnit(resnet.BottleneckUnit):
-    """A bottleneck that attends along its rows and columns in place of its 3 x 3 convolution.
+    """A bottleneck that attends along height and width in place of its 3 x 3 convolution.
 
     Where the convolution has a stride of 2, the mean of 2 x 2 positions follows.
     """
+
+    standardize = staticmethod(resnet.standardize_bit)
 
     def _mix(self, x: Array) -> Array:
         def attend(name: str) -> PositionSensitiveAttention:
             return PositionSensitiveAttention(self.group_norm_epsilon, self.dtype, name=name)
 
-        x = attend("row")(x)
-        x = attend("column")(x.swapaxes(1, 2)).swapaxes(1, 2)
+        x = attend("height")(x.swapaxes(1, 2)).swapaxes(1, 2)
+        x = attend("width")(x)
         if self.stride == 1:
             return x
         batch, height, width, channels = x.shape
@@ -178,9 +185,11 @@ class AxialUnit(resnet.BottleneckUnit):
 class AxialResNet(nn.Module):
     """AxialResNet (Wang et al., 2020): a ResNet whose 3 x 3 convolutions are axial attention.
 
-    As the authors of the paper published it later (scenic's `axial_resnet`, after
-    github.com/csrhddlam/axial-deeplab): the hybrids' post-activation units, with the width of
-    ResNet50 and a convolution as its root. Its offset embeddings are of one resolution.
+    As the authors of the paper published it later (google-research/scenic,
+    projects/baselines/axial_resnet.py, after github.com/csrhddlam/axial-deeplab): the hybrids'
+    post-activation units with BiT's standardisation, the width of ResNet50 and a convolution as its
+    root; one term of the attention is the equation's, see `PositionSensitiveAttention`. Its offset
+    embeddings are of one resolution.
 
     Attributes:
         num_classes: width of the head; 0 leaves the head out, and features are returned.

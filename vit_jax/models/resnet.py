@@ -24,7 +24,8 @@ NUM_GROUPS = 32
 ROOT_WIDTH = 64
 # A unit's output has this many times the channels of its 3 x 3 convolution.
 EXPANSION = 4
-# Of weight standardisation. The hybrids' is added to the standard deviation, BiT's to the variance.
+# Of weight standardisation. The hybrids' is added to the standard deviation, that of BiT (and of
+# AxialResNet) to the variance.
 STANDARDIZE_EPSILON = 1e-5
 BIT_STANDARDIZE_EPSILON = 1e-10
 
@@ -116,6 +117,9 @@ class GroupNorm(nn.Module):
 class BottleneckUnit(nn.Module):
     """A post-activation bottleneck: 1 x 1, 3 x 3 and 1 x 1 convolutions beside a shortcut."""
 
+    # Of the kernels of the units, and of the root before them.
+    standardize = staticmethod(standardize)
+
     features: int
     stride: int = 1
     group_norm_epsilon: float = 1e-6
@@ -139,7 +143,9 @@ class BottleneckUnit(nn.Module):
         return self._norm("gn2")(self._conv(self.features, 3, self.stride, "conv2")(x))
 
     def _conv(self, features: int, kernel_size: int, stride: int, name: str) -> StdConv:
-        return StdConv(features, kernel_size, stride, self.dtype, name=name)
+        return StdConv(
+            features, kernel_size, stride, self.dtype, standardize=self.standardize, name=name
+        )
 
     def _norm(self, name: str, **options: Any) -> GroupNorm:
         return GroupNorm(self.group_norm_epsilon, dtype=self.dtype, name=name, **options)
@@ -194,7 +200,8 @@ def resnet_features(
         [batch, height', width', channels]: the sides are divided by `downsampling(layers)`; 256
         channels after the first stage and twice as many after each further one, 64 after the root.
     """
-    x = StdConv(ROOT_WIDTH, 7, 2, dtype, name="conv_root")(images.astype(dtype))
+    root = StdConv(ROOT_WIDTH, 7, 2, dtype, standardize=unit.standardize, name="conv_root")
+    x = root(images.astype(dtype))
     x = nn.relu(GroupNorm(group_norm_epsilon, dtype=dtype, name="gn_root")(x))
     x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding="SAME")
     for s, num_units in enumerate(layers):
