@@ -30,6 +30,10 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
+with contextlib.suppress(ImportError):
+    # timm imports it, which ends the process where TensorFlow has been loaded before.
+    import triton  # noqa: F401
+
 import jax
 import numpy as np
 import onnx

@@ -1,9 +1,14 @@
+import contextlib
 import gc
 import json
 import os
 import pathlib
 import subprocess
 import sys
+
+with contextlib.suppress(ImportError):
+    # timm imports it, which ends the process where TensorFlow has been loaded before.
+    import triton  # noqa: F401
 
 import jax
 import pytest

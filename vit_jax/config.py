@@ -273,10 +273,11 @@ def adopt(config: ConfigDict, model: Mapping[str, Any]) -> ConfigDict:
         config: of a run.
         model: the `model` section of its weights, which is asked for what the config has as None.
     """
+    left = [key for key in recipes.ADOPTED if config.model.get(key, "") is None]
+    if not left:
+        return config
     adopted = config.copy_and_resolve_references()
-    for key in recipes.ADOPTED.keys() & config.model.keys():
-        if config.model[key] is None:
-            adopted.model[key] = model.get(key)
+    adopted.model.update({key: model.get(key) for key in left})
     return adopted
 
 
