@@ -378,6 +378,15 @@ def test_a_head_for_other_classes_is_refused_but_few_shots_need_none(
     assert lines[1].startswith("1-shot accuracy")
 
 
+def test_a_head_of_zeros_scores_nothing(data_dir, tmp_path, monkeypatch):
+    pretrained = save_random(tmp_path / "trunk.npz", None)
+    pretrained.params["head"] = jax.tree.map(np.zeros_like, pretrained.params["head"])
+    save_pretrained(pretrained, str(tmp_path / "trunk.npz"), "official")
+    arguments = ["--checkpoint", str(tmp_path / "trunk.npz"), "--dataset", "digits"]
+    with pytest.raises(UserError, match="trunk.npz has a head of zeros, as before training"):
+        run_main(monkeypatch, *arguments, "--data_dir", data_dir)
+
+
 def test_class_names_in_another_order_are_matched_by_name(data_dir, tmp_path, monkeypatch, capsys):
     names = "5678901234"
     path = str(tmp_path / "other.npz")

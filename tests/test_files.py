@@ -39,3 +39,14 @@ def test_a_full_disk_is_one_line(tmp_path):
     ):
         full.write("x")
     assert not os.listdir(tmp_path)
+
+
+def test_numbers_that_are_not_finite_are_null_for_every_reader(tmp_path):
+    path = tmp_path / "parity.json"
+    write_json(path, {"hops": [{"max": float("nan"), "cosine": float("inf"), "mean": 0.5}]})
+
+    def refuse(text):
+        raise ValueError(text)
+
+    read = json.loads(path.read_text(), parse_constant=refuse)
+    assert read == {"hops": [{"max": None, "cosine": None, "mean": 0.5}]}

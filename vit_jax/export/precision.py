@@ -150,18 +150,7 @@ class Emulation:
 
 def _watch(graph: ir.Graph) -> list[str]:
     """Adds the largest magnitude of every value that becomes fp16 to the outputs."""
-    saturating: set[ir.Value] = set()
-    for node in reversed(list(graph)):
-        users = [use.node for use in node.outputs[0].uses()]
-        if users and all(
-            user.op_type in ("Tanh", "Erf")
-            or (
-                user.op_type in ("Cast", "Mul", "Div", "Add", "Pow")
-                and user.outputs[0] in saturating
-            )
-            for user in users
-        ):
-            saturating.add(node.outputs[0])
+    saturating = _saturating(graph)
     names = []
     for node in list(graph):
         if node.op_type != "Cast" or node.attributes["to"].as_int() != HALF["fp16"]:
