@@ -231,7 +231,9 @@ def test_what_a_model_of_timm_sees_is_what_timm_shows_it(told, shape):
     module = timm.create_model("vit_tiny_patch16_224", **TINY)
     config = timm.data.resolve_data_config({}, pretrained_cfg={**module.default_cfg, **told})
     transform = timm.data.create_transform(**config)
-    ours = peers.describe(pathlib.Path("a.npz"), "timm", {"architecture": "vit"}, 224).preprocessing
+    ours = peers.describe(
+        pathlib.Path("a.npz"), "timm", {"architecture": "vit", "classifier": "token"}, 224
+    ).preprocessing
     if told:
         ours = peers._timm_preprocessing(224, **{**module.default_cfg, **told})
     assert_same_view(ours, shape, lambda picture: transform(picture).numpy())
@@ -253,7 +255,9 @@ def test_what_a_model_of_transformers_sees_is_what_pil_shows_it(kind, options, s
     if processor is None:  # The 4th version has no others under this name.
         processor = getattr(transformers, kind.removesuffix("Pil"))
     processor(**options).save_pretrained(tmp_path)
-    ours = peers.describe(tmp_path, "huggingface", {"architecture": "vit"}, 224).preprocessing
+    ours = peers.describe(
+        tmp_path, "huggingface", {"architecture": "vit", "classifier": "token"}, 224
+    ).preprocessing
 
     def theirs(picture):
         return np.asarray(processor(**options)(picture, return_tensors="np")["pixel_values"][0])
@@ -498,7 +502,7 @@ def converted(tmp_path, layout):
     """A folder that we wrote, of a model of which the sidecar says more than its files can."""
     transformers.ViTForImageClassification(transformer(32)).save_pretrained(tmp_path / "theirs")
     ours = load_pretrained(tmp_path / "theirs")
-    preprocessing = dataclasses.replace(ours.preprocessing, antialias=False)
+    preprocessing = dataclasses.replace(ours.preprocessing, resize="box", antialias=False)
     ours = dataclasses.replace(
         ours, class_names=("a", "b"), loss="sigmoid", preprocessing=preprocessing
     )
@@ -522,6 +526,15 @@ def test_new_class_names_in_a_folder_that_we_wrote_are_seen(tmp_path, layout):
     # What nobody changed is as the sidecar says it.
     assert after.loss == "sigmoid" and not after.preprocessing.antialias
     assert after.model == before.model | {"gelu": "tanh"}
+
+
+def test_another_resampling_in_a_folder_that_we_wrote_is_seen(tmp_path):
+    folder, _ = converted(tmp_path, "huggingface")
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"resample": 3}))
+    seen = load_pretrained(folder).preprocessing
+    # Of a folder's own preprocessing nothing is left to the sidecar, with which it may not go.
+    assert (seen.interpolation, seen.resize, seen.antialias) == ("bicubic", "huggingface", True)
 
 
 def test_a_folder_that_transformers_saved_anew_is_what_transformers_reads(tmp_path):

@@ -120,15 +120,15 @@ def reconcile(
         written = _described(written, layout, sizes, image_size)
     model = {key: x for key, x in sidecar.model.items() if key not in shapes}
     changed = said.model.items() - written.model.items()
-    preprocessing = {
-        field.name: getattr(said.preprocessing, field.name)
-        for field in dataclasses.fields(Preprocessing)
-        if getattr(said.preprocessing, field.name) != getattr(written.preprocessing, field.name)
-    }
+
+    def as_told(field: str) -> Any:
+        same = getattr(said, field) == getattr(written, field)
+        return getattr(sidecar if same else said, field)
+
     return Known(
         model | dict(changed),
-        dataclasses.replace(sidecar.preprocessing, **preprocessing),
-        sidecar.class_names if said.class_names == written.class_names else said.class_names,
+        as_told("preprocessing"),
+        as_told("class_names"),
         said.loss or sidecar.loss,
     )
 
