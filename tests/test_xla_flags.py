@@ -84,13 +84,39 @@ for _ in range(2):
     lines = run(code).stdout.splitlines()
     assert len(lines) == 2
     assert all("before vit_jax was imported" in line for line in lines)
-    assert all(f"set XLA_FLAGS={WITHOUT_XNNPACK}" in line for line in lines)
+    assert all(f"start it with XLA_FLAGS={WITHOUT_XNNPACK}" in line for line in lines)
+
+
+@only_faulty
+def test_a_flag_that_comes_too_late_does_not_hide_the_fault():
+    code = f"""
+import jax, os; jax.devices()
+os.environ["XLA_FLAGS"] = "{WITHOUT_XNNPACK}"
+try:
+    import vit_jax
+except ValueError as error:
+    print(error)
+"""
+    assert "before vit_jax was imported" in run(code).stdout
 
 
 @only_faulty
 def test_who_has_set_the_flag_may_import_at_any_time():
     done = run("import jax; jax.devices(); import vit_jax" + PRODUCT, flags=WITHOUT_XNNPACK)
     assert max(map(float, done.stdout.split())) < 1e-5
+
+
+@only_faulty
+def test_the_last_word_on_xnnpack_is_no():
+    flags = f"{WITHOUT_XNNPACK} {WITHOUT_XNNPACK.replace('false', 'true')}"
+    done = run("import vit_jax" + PRODUCT, flags)
+    assert max(map(float, done.stdout.split())) < 1e-5
+
+
+def test_a_file_of_flags_is_read(tmp_path):
+    (tmp_path / "flags").write_text("--xla_force_host_platform_device_count=3\n")
+    code = "import vit_jax, jax; print(jax.device_count())"
+    assert run(code, str(tmp_path / "flags")).stdout.split() == ["3"]
 
 
 def test_other_flags_are_kept():

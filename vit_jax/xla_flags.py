@@ -7,10 +7,12 @@ and nothing says so. Measured: 0.7.1, 0.7.2 and 0.8.1 are wrong; 0.8.2, 0.8.3, 0
 0.10.2 and 0.12.0.1 are right.
 """
 
+import contextlib
 import importlib.metadata
 import os
 import re
 import sys
+from pathlib import Path
 
 from vit_jax.errors import UserError
 
@@ -31,21 +33,32 @@ def avoid_stale_weights() -> None:
         version = importlib.metadata.version("jaxlib")
     except importlib.metadata.PackageNotFoundError:  # `export.runtime` needs none.
         return
-    flags = os.environ.get("XLA_FLAGS", "").split()
-    if not has_stale_weights(version) or WITHOUT_XNNPACK in flags:
+    if not has_stale_weights(version):
         return
-    if _computes_on_cpu():
+    if not _computes_on_cpu():
+        os.environ["XLA_FLAGS"] = without_xnnpack(os.environ.get("XLA_FLAGS", ""))
+    elif _multiplies_by_stale_weights():  # Whatever the environment says by now.
         raise UserError(
             f"jaxlib {version} was started before vit_jax was imported, and multiplies by weights "
             "that are no longer there: restart Python and import vit_jax before anything is "
-            f"computed, or set XLA_FLAGS={WITHOUT_XNNPACK}, or install jax 0.8.2 or newer"
+            f"computed, or start it with XLA_FLAGS={WITHOUT_XNNPACK}, or install jax 0.8.2 or newer"
         )
-    os.environ["XLA_FLAGS"] = " ".join([*flags, WITHOUT_XNNPACK])
 
 
 def has_stale_weights(version: str) -> bool:
     """Whether a version of jaxlib, such as "0.7.1", has the fault."""
     return tuple(map(int, re.findall(r"\d+", version)[:3])) < _FIRST_RIGHT
+
+
+def without_xnnpack(flags: str) -> str:
+    """XLA_FLAGS with `WITHOUT_XNNPACK` as the last word on XNNPACK; a file of flags is read."""
+    if flags.strip() and not flags.lstrip().startswith("-"):
+        with contextlib.suppress(OSError):  # XLA says that it cannot read it.
+            flags = Path(flags).read_text()
+    words = flags.split()
+    name = WITHOUT_XNNPACK.partition("=")[0]
+    said = [word for word in words if word.partition("=")[0] == name]
+    return " ".join(words if said[-1:] == [WITHOUT_XNNPACK] else [*words, WITHOUT_XNNPACK])
 
 
 def _computes_on_cpu() -> bool:
@@ -55,3 +68,14 @@ def _computes_on_cpu() -> bool:
     from jax._src import xla_bridge
 
     return xla_bridge.backends_are_initialized() and xla_bridge.default_backend() == "cpu"
+
+
+def _multiplies_by_stale_weights() -> bool:
+    import jax
+    import numpy as np
+
+    product = jax.jit(lambda a, w: a @ w)
+    double = jax.jit(lambda w: 2 * w, donate_argnums=0)
+    a, w = (jax.device_put(np.ones(shape, np.float32)) for shape in ((64, 768), (768, 1000)))
+    before = np.asarray(product(a, w))
+    return not np.array_equal(product(a, double(w)), 2 * before)

@@ -479,6 +479,58 @@ def test_the_gelu_of_timms_architectures_is_that_of_timm():
         assert tanh == (name in fields.TIMM_TANH), name
 
 
+def test_the_heads_of_timms_architectures_are_those_of_timm(tmp_path):
+    with torch.device("meta"):
+        plain = {"vit_base_patch16_gap_224", "vit_base_patch16_224", "vit_small_patch16_224"}
+        modules = {name: timm.create_model(name, depth=1) for name in plain}
+    for name, module in modules.items():
+        usual = module.embed_dim // 64
+        assert module.blocks[0].attn.num_heads == fields.TIMM_NUM_HEADS.get(name, usual), name
+    module = timm.create_model("vit_base_patch16_gap_224", depth=1, img_size=32, num_classes=3)
+    timm.models.save_for_hf(randomise(module), tmp_path, safe_serialization=True)
+    assert "num_heads" not in json.loads((tmp_path / "config.json").read_text())["model_args"]
+    ours = load_pretrained(tmp_path)
+    x = images(32)
+    assert_close(logits_of(ours, x), logits_of_torch(module, x))
+
+
+@pytest.mark.parametrize("change", [{"_attn_implementation_autoset": True}, {"_num_labels": 3},
+                                    {"auto_map": {}}])  # fmt: skip
+def test_what_older_transformers_wrote_is_read(tmp_path, change):
+    transformers.ViTForImageClassification(transformer(32)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    assert load_pretrained(tmp_path).model["num_heads"] == config["num_attention_heads"]
+
+
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        (
+            {"image_processor_type": "ConvNextImageProcessor", "crop_pct": 0.875},
+            "crop_pct is 0.875",
+        ),
+        ({"image_processor_type": "ConvNextImageProcessor"}, "is 'ConvNextImageProcessor': only"),
+        ({"do_flip_channel_order": True}, "do_flip_channel_order is True: only models with False"),
+        ({"do_pad": True}, "do_pad is True"),
+        ({"offset": True}, "offset is True"),
+        ({"sharpen": 2}, "sharpen is 2, and nothing is known of this field"),
+    ],
+)
+def test_a_processor_that_shows_other_pixels_is_refused(tmp_path, processor, message):
+    transformers.ViTForImageClassification(transformer(32)).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    with pytest.raises(UserError, match=message):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ViT", "CLIP", "DeiT", "Bit"])
+def test_every_field_of_the_processors_that_are_read_is_known(name):
+    processor = getattr(transformers, f"{name}ImageProcessor")().to_dict()
+    assert processor["image_processor_type"] in fields.PROCESSORS
+    assert processor.keys() <= {*fields.PROCESSOR_FIXED, *fields.PROCESSOR_KNOWN}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -191,3 +191,11 @@ def test_the_report_holds_all_hops_and_the_table_their_times(tmp_path):
     assert lines[-1].startswith("| ONNX fp32 | 8 |")
     (tmp_path / "parity.json").write_text("{")
     assert parity.load_report(tmp_path) == []
+
+
+def test_a_head_of_zeros_is_as_close_as_can_be_or_lost():
+    zeros = reference(np.zeros((3, 5)))
+    same = parity.compare(zeros, np.zeros((3, 5)))
+    assert (same["relative_difference"], same["cosine"]) == (0, 1)
+    other = parity.compare(zeros, np.full((3, 5), 1e-9))
+    assert parity.failures(other, "fp32", zeros)

@@ -12,6 +12,7 @@ from vit_jax.errors import UserError
 
 # What has one value, None being as good as silence.
 HUGGINGFACE_FIXED = {
+    "auto_map": {},
     "num_channels": 3,
     "pooler_act": "tanh",
     "pruned_heads": {},
@@ -30,6 +31,7 @@ HUGGINGFACE_SHAPES = (
 # models, which no ViT reads.
 HUGGINGFACE_HARMLESS = (
     *("attention_probs_dropout_prob", "encoder_stride", "hidden_dropout_prob", "initializer_range"),
+    *("_attn_implementation_autoset", "_num_labels"),
     *("_attn_implementation", "_commit_hash", "_name_or_path", "architectures", "label2id"),
     *("attn_implementation", "dtype", "torch_dtype", "torchscript", "transformers_version"),
     *("add_cross_attention", "bad_words_ids", "begin_suppress_tokens", "bos_token_id"),
@@ -44,6 +46,29 @@ HUGGINGFACE_HARMLESS = (
     *("sep_token_id", "suppress_tokens", "task_specific_params", "temperature"),
     *("tf_legacy_loss", "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "top_k"),
     *("top_p", "transformers.js_config", "typical_p", "use_bfloat16", "use_cache"),
+)
+
+# Of preprocessor_config.json, and the processors that read it as `peers` does.
+PROCESSORS = tuple(
+    name + kind
+    for name in ("ViT", "CLIP", "DeiT", "Bit")
+    for kind in ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
+)
+PROCESSOR_FIXED = {
+    "auto_map": {},
+    "crop_pct": None,
+    "do_flip_channel_order": False,
+    "do_pad": False,
+    "offset": False,
+    "pad_size": None,
+    "size_divisor": None,
+}
+PROCESSOR_KNOWN = (
+    *("crop_size", "do_center_crop", "do_normalize", "do_rescale", "do_resize", "image_mean"),
+    *("image_processor_type", "feature_extractor_type", "image_std", "resample", "rescale_factor"),
+    *("size", "_processor_class", "_valid_processor_keys", "data_format", "default_to_square"),
+    *("device", "disable_grouping", "do_convert_rgb", "do_grayscale", "image_seq_length"),
+    *("input_data_format", "processor_class", "return_tensors"),
 )
 
 TIMM_FIXED = {
@@ -90,6 +115,10 @@ TIMM_TANH = frozenset(
 )
 
 
+# Those of timm's plain ViTs whose heads are not of the usual size, as no file says.
+TIMM_NUM_HEADS = {"vit_base_patch16_gap_224": 16}
+
+
 def check_fields(values: Mapping[str, Any], fixed: Mapping[str, Any], known: Iterable[str]) -> None:
     """Checks that a configuration says nothing that is not understood.
 
@@ -109,7 +138,7 @@ def check_fields(values: Mapping[str, Any], fixed: Mapping[str, Any], known: Ite
                 raise UserError(f"{said}: only models with {fixed[key]!r} are read, as the paper's")
         elif key not in known:
             raise UserError(
-                f"{said}, and nothing is known of this field: take it out of config.json if "
+                f"{said}, and nothing is known of this field: take it out of the file if "
                 "predictions do not depend on it"
             )
 

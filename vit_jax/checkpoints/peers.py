@@ -160,6 +160,12 @@ def _of_huggingface(config: dict[str, Any], processor: dict[str, Any], image_siz
 
 
 def _huggingface_preprocessing(processor: dict[str, Any], size: Any) -> Preprocessing:
+    fields.check_fields(processor, fields.PROCESSOR_FIXED, fields.PROCESSOR_KNOWN)
+    for key in ("image_processor_type", "feature_extractor_type"):
+        if processor.get(key, fields.PROCESSORS[0]) not in fields.PROCESSORS:
+            raise UserError(
+                f"{key} is {processor[key]!r}: only {', '.join(fields.PROCESSORS)} are read"
+            )
     if not processor.get("do_resize", True) or not processor.get("do_rescale", True):
         raise UserError("do_resize or do_rescale is false: images must be resized and rescaled")
     squash = not (isinstance(size, dict) and "shortest_edge" in size)
@@ -281,8 +287,9 @@ def _of_timm(config: dict[str, Any], sizes: dict[str, Any], image_size: int) -> 
     }
     if sizes["architecture"] == "hybrid":
         model["group_norm_epsilon"] = TIMM_GROUP_NORM_EPSILON
-    if "num_heads" in arguments:
-        model["num_heads"] = int(arguments["num_heads"])
+    num_heads = arguments.get("num_heads", fields.TIMM_NUM_HEADS.get(config.get("architecture")))
+    if num_heads is not None:
+        model["num_heads"] = int(num_heads)
     # The size of the position embeddings; a model that takes several may be used at another.
     size = arguments.get("img_size")
     size = (3, *_sides(size)) if size else pretrained.get("input_size", (3, *_sides(image_size)))

@@ -152,12 +152,15 @@ def compare(reference: Reference, outputs: np.ndarray) -> dict[str, float]:
     outputs = outputs.astype(np.float64)
     difference = np.abs(outputs - expected)
     norms = np.linalg.norm(outputs, axis=1) * np.linalg.norm(expected, axis=1)
+    cosines = (outputs * expected).sum(1) / np.where(norms, norms, 1)
+    # Of a head of zeros nothing differs, and there is no largest output to divide by.
+    same = not difference.any()
     first, expected_first = outputs.argmax(1), expected.argmax(1)
     row = {
         "max_difference": difference.max(),
         "mean_difference": difference.mean(),
-        "relative_difference": difference.max() / np.abs(expected).max(),
-        "cosine": ((outputs * expected).sum(1) / norms).min(),
+        "relative_difference": 0.0 if same else difference.max() / np.abs(expected).max(),
+        "cosine": 1.0 if same else cosines.min(),
         "top1_agreement": (first == expected_first).mean(),
     }
     if reference.labels is not None:
