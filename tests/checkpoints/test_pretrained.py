@@ -87,7 +87,7 @@ def test_what_a_tree_has_and_has_not_tells_the_rest(tmp_path, options, inferred)
 
 def test_a_pre_training_head_goes_with_the_central_crop_of_pre_training(tmp_path):
     path = save_npz(tmp_path / "a.npz", make_params(representation_size=16))
-    assert load_pretrained(path).preprocessing == evaluation("pretrain", 16)
+    assert load_pretrained(path).preprocessing == evaluation("big_vision", 16)
 
 
 def renamed(flat, **changes):
@@ -214,7 +214,7 @@ def test_a_run_says_itself_what_its_weights_cannot(tmp_path, params, tiny_config
     pretrained = load_pretrained(tmp_path)
     assert pretrained.model["gelu"] == "erf" and pretrained.model["layer_norm_epsilon"] == 1e-5
     assert pretrained.model["num_classes"] == 3 and "dropout_rate" not in pretrained.model
-    assert pretrained.preprocessing == evaluation("pretrain", 16)
+    assert pretrained.preprocessing == evaluation("big_vision", 16)
     assert pretrained.loss == "sigmoid"
 
 
