@@ -214,7 +214,7 @@ def test_a_run_says_itself_what_its_weights_cannot(tmp_path, params, tiny_config
     pretrained = load_pretrained(tmp_path)
     assert pretrained.model["gelu"] == "erf" and pretrained.model["layer_norm_epsilon"] == 1e-5
     assert pretrained.model["num_classes"] == 3 and "dropout_rate" not in pretrained.model
-    assert pretrained.preprocessing == evaluation("big_vision", 16)
+    assert pretrained.preprocessing == evaluation("pretrain", 16)
     assert pretrained.loss == "sigmoid"
 
 
