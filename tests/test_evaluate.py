@@ -379,7 +379,7 @@ def test_a_head_for_other_classes_is_refused_but_few_shots_need_none(
 
 
 def test_a_head_of_zeros_scores_nothing(data_dir, tmp_path, monkeypatch):
-    pretrained = save_random(tmp_path / "trunk.npz", None)
+    pretrained = save_random(tmp_path / "trained.npz", None)
     pretrained.params["head"] = jax.tree.map(np.zeros_like, pretrained.params["head"])
     save_pretrained(pretrained, str(tmp_path / "trunk.npz"), "official")
     arguments = ["--checkpoint", str(tmp_path / "trunk.npz"), "--dataset", "digits"]
