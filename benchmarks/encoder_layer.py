@@ -17,7 +17,7 @@ import onnx
 from onnx_cpu import ours, random_forward, stock_jax2onnx, stock_tf2onnx, timm_torch
 
 # What a deployment engine looks for, and what multiplies weights.
-COLOURS = {
+COLORS = {
     "LayerNormalization": "#8dd3c7",
     "Softmax": "#fdb462",
     "Erf": "#bebada",
@@ -82,8 +82,8 @@ def cluster(index: int, title: str, nodes: list[onnx.NodeProto]) -> list[str]:
     names = {id(node): f"n{index}_{i}" for i, node in enumerate(nodes)}
     producer = {name: names[id(node)] for node in nodes for name in node.output}
     for node in nodes:
-        colour = COLOURS.get(node.op_type, "#f4f4f4")
-        lines.append(f'{names[id(node)]} [label="{node.op_type}" fillcolor="{colour}"];')
+        color = COLORS.get(node.op_type, "#f4f4f4")
+        lines.append(f'{names[id(node)]} [label="{node.op_type}" fillcolor="{color}"];')
     lines.append("}")
     for node in nodes:
         sources = dict.fromkeys(producer[name] for name in node.input if name in producer)

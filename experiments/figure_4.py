@@ -15,7 +15,7 @@ from vit_jax import recipes
 from vit_jax.config import parse_subset
 from vit_jax.errors import UserError
 
-# Silent: the paper gives no patience. These 5 evaluations are a tenth of a full run's 50.
+# Not in the paper: the paper gives no patience. These 5 evaluations are a tenth of a full run's 50.
 PATIENCE = 5
 EVALUATIONS = 50
 

@@ -28,7 +28,7 @@ from vit_jax import command, recipes
 from vit_jax.models import masked
 
 NAMES = {"scratch": "from scratch", "finetune": "after masked patch prediction"}
-COLOURS = {"masked": "#0b6bcb", "scratch": "#9aa5b1", "finetune": "#0b6bcb"}
+COLORS = {"masked": "#0b6bcb", "scratch": "#9aa5b1", "finetune": "#0b6bcb"}
 
 
 def masked_config(args: argparse.Namespace) -> ConfigDict:
@@ -42,9 +42,9 @@ def masked_config(args: argparse.Namespace) -> ConfigDict:
 
 
 def classification_config(args: argparse.Namespace, init_from: str = "") -> ConfigDict:
-    """Training on the labelled part: the recipe of cifar10_from_scratch.py, wherever from."""
+    """Training on the labeled part: the recipe of cifar10_from_scratch.py, wherever from."""
     config = _small(recipes.get_config("ViT-Ti/4", "pretrain,cifar10"), args)
-    config.dataset.train_split = f"train[:{args.labelled}]"
+    config.dataset.train_split = f"train[:{args.labeled}]"
     config.duration = f"{args.finetune_steps} steps"
     config.schedule.warmup = f"{max(args.finetune_steps // 10, 1)} steps"
     config.eval_every = f"{max(args.finetune_steps // 6, 1)} steps"
@@ -91,28 +91,28 @@ def test_images(config: ConfigDict) -> Iterator[np.ndarray]:
 def trivial_loss(config: ConfigDict) -> float:
     """The least loss of a prediction that is the same for every patch, on the test images.
 
-    It is the entropy of how often each colour is the target.
+    It is the entropy of how often each color is the target.
     """
-    counts = np.zeros(masked.NUM_COLOURS, np.int64)
+    counts = np.zeros(masked.NUM_COLORS, np.int64)
     for images in test_images(config):
-        colours = masked.TARGETS[config.masking.target](images, config.model.patch_size)
-        counts += np.bincount(np.ravel(colours), minlength=masked.NUM_COLOURS)
+        colors = masked.TARGETS[config.masking.target](images, config.model.patch_size)
+        counts += np.bincount(np.ravel(colors), minlength=masked.NUM_COLORS)
     return entropy(counts)
 
 
 def draw(workdir: pathlib.Path, trivial: float, output: pathlib.Path) -> None:
     """Draws the loss of pre-training, and the accuracies of both classifiers."""
     figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    colour = COLOURS["masked"]
+    color = COLORS["masked"]
     loss.plot(
         *read_curve(workdir / "masked" / "metrics.jsonl", "loss"),
-        color=colour,
+        color=color,
         alpha=0.4,
         label="training",
     )
     loss.plot(
         *read_curve(workdir / "masked" / "metrics.jsonl", "eval_loss"),
-        color=colour,
+        color=color,
         marker="o",
         ms=3,
         label="test",
@@ -121,7 +121,7 @@ def draw(workdir: pathlib.Path, trivial: float, output: pathlib.Path) -> None:
     loss.set(xlabel="step", ylabel="loss, nats a patch", title="masked patch prediction")
     for run, name in NAMES.items():
         curve = read_curve(workdir / run / "metrics.jsonl", "eval_accuracy")
-        accuracy.plot(*curve, color=COLOURS[run], marker="o", ms=3, label=name)
+        accuracy.plot(*curve, color=COLORS[run], marker="o", ms=3, label=name)
     accuracy.set(xlabel="step", ylabel="test accuracy", title="classification")
     for axes in (loss, accuracy):
         axes.spines[["top", "right"]].set_visible(False)
@@ -175,7 +175,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pretrain_steps", type=command.positive, default=2000, metavar="N")
     parser.add_argument("--finetune_steps", type=command.positive, default=600, metavar="N")
     parser.add_argument(
-        "--labelled", type=command.positive, default=5000, metavar="N", help="images [5000]"
+        "--labeled", type=command.positive, default=5000, metavar="N", help="images [5000]"
     )
     return parser.parse_args(argv)
 

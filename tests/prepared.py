@@ -80,8 +80,8 @@ def dsprites(count, noise):
 
 
 def clevr(count, noise):
-    """CLEVR's format: three to ten grey or coloured discs and squares on a light ground."""
-    colours = np.array(
+    """CLEVR's format: three to ten gray or colored discs and squares on a light ground."""
+    colors = np.array(
         [
             [87, 87, 87],
             [42, 75, 215],
@@ -101,15 +101,15 @@ def clevr(count, noise):
         objects = []
         for cell in noise.permutation(len(cells))[: noise.integers(3, 11)]:
             y, x = cells[cell]
-            colour, shape, size = (int(noise.integers(n)) for n in (8, 3, 2))
+            color, shape, size = (int(noise.integers(n)) for n in (8, 3, 2))
             radius = 4 + 2 * size
             across, down = abs(columns - x), abs(rows - y)
             disc = across**2 + down**2 < radius**2
-            image[disc if shape else np.maximum(across, down) < radius] = colours[colour]
+            image[disc if shape else np.maximum(across, down) < radius] = colors[color]
             depth = 14.0 - y / 8
             objects.append(
                 {
-                    "color": colour,
+                    "color": color,
                     "material": 0,
                     "shape": shape,
                     "size": size,

@@ -16,11 +16,11 @@ from vit_jax.config import (
     check_config,
     count_steps,
     get_config,
+    migrate,
     parse_augment,
     parse_shots,
     parse_subset,
     to_dict,
-    with_added_keys,
 )
 from vit_jax.errors import UserError
 from vit_jax.recipes import ADOPTED
@@ -96,7 +96,7 @@ def test_a_missing_key_raises():
         ("", "objective", "contrastive", "config.objective 'contrastive' is unknown: use classifi"),
         ("masking", "rate", 0.0, "config.masking.rate is 0.0: it must be above 0 and at most 1"),
         ("masking", "rate", 1.1, "config.masking.rate is 1.1: it must be above 0 and at most 1"),
-        ("masking", "target", "colour", "config.masking.target 'colour' is unknown: use mean_colo"),
+        ("masking", "target", "color", "config.masking.target 'color' is unknown: use mean_colo"),
         ("", "accumulate_steps", 0, "config.accumulate_steps is 0: it must be at least 1"),
         ("", "keep_checkpoints", 0, "config.keep_checkpoints is 0: it must be at least 1"),
         ("model", "patch_size", 0, "config.model.patch_size is 0: it must be at least 1"),
@@ -252,6 +252,12 @@ def test_what_a_config_json_leaves_to_the_weights_can_be_given_by_flags(tmp_path
             assert read.model.get_ref(key).get_type() is kind
 
 
+def test_a_value_of_before_is_called_as_today():
+    config = to_dict(recipe("ViT-B/16", "masked,imagenet2012"))
+    config["masking"]["target"] = "mean_colour"
+    assert migrate(config)["masking"]["target"] == "mean_color"
+
+
 @pytest.mark.parametrize("key", ADDED_KEYS)
 def test_a_config_json_from_before_a_key_has_what_runs_did_then(key, tmp_path):
     config = to_dict(recipe("ViT-B/16"))
@@ -259,7 +265,7 @@ def test_a_config_json_from_before_a_key_has_what_runs_did_then(key, tmp_path):
     del (config[section] if section else config)[name]
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
-    assert get_config(str(path)).to_dict() == with_added_keys(config)
+    assert get_config(str(path)).to_dict() == migrate(config)
     values = flatten_dict(to_dict(get_config(str(path))), sep=".")
     assert values[key] == ADDED_KEYS[key]
     check_config(get_config(str(path)))
@@ -383,7 +389,7 @@ def without_effect(values, keys, result, changed=None):
 
 
 def program(architecture):
-    """The program that initialises a model and applies it in training, or why there is none."""
+    """The program that initializes a model and applies it in training, or why there is none."""
 
     def of(fields):
         module_class = models.ARCHITECTURES[architecture]

@@ -25,9 +25,9 @@ from vit_jax.evaluate import (
     make_apply_fn,
     match_classes,
     measure,
+    multilabel_accuracy,
     parse_arguments,
     real_accuracy,
-    several_label_accuracy,
 )
 from vit_jax.models import create_model
 from vit_jax.sharding import make_mesh
@@ -469,8 +469,8 @@ def test_imagenet_is_scored_on_its_own_labels_and_on_real(run_imagenet):
     result = run_imagenet()
     assert (result["split"], result["examples"]) == ("validation", 6)
     with tfds.testing.mock_data(num_examples=6):
-        labelled = [bool(r["label"].numpy().any()) for r in datasets.open_real().records()]
-    assert result["real_examples"] == sum(labelled)
+        labeled = [bool(r["label"].numpy().any()) for r in datasets.open_real().records()]
+    assert result["real_examples"] == sum(labeled)
     assert 0 <= result["real_accuracy"] <= 1
 
 
@@ -581,11 +581,11 @@ def test_several_label_accuracy_is_that_of_a_loop_at_any_batch_size():
         top1 += right[ranking[0]]
         top5 += right[ranking[:5]].any()
     for batch_size in (1, 7, 64):
-        found = scored(logits, labels, batch_size, several_label_accuracy)
+        found = scored(logits, labels, batch_size, multilabel_accuracy)
         assert found == {"examples": 53, "accuracy": top1 / 53, "top5_accuracy": top5 / 53}
     logits[3, 2] = np.nan
     with pytest.raises(UserError, match="not finite"):
-        scored(logits, labels, 8, several_label_accuracy)
+        scored(logits, labels, 8, multilabel_accuracy)
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path):

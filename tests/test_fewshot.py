@@ -25,7 +25,7 @@ def problem(examples, width, classes=4):
     return features.astype(np.float32), labels
 
 
-def standardise(features):
+def standardize(features):
     """Support features as the paper's reference feeds them to the solver, in float64."""
     x = features.astype(np.float64)
     x = (x - x.mean(0)) / (x.std(0) + 1e-5)
@@ -42,7 +42,7 @@ def test_the_solution_is_that_of_scikit_learns_ridge(examples, width, l2):
     features, labels = problem(examples, width)
     head = fewshot.fit(features, labels, 4, l2)
     ridge = Ridge(alpha=l2, fit_intercept=False, solver="svd")
-    ridge.fit(standardise(features), targets(labels))
+    ridge.fit(standardize(features), targets(labels))
     np.testing.assert_allclose(head.kernel, ridge.coef_[:, :-1].T, rtol=1e-6, atol=1e-10)
     np.testing.assert_allclose(head.bias, 100 * ridge.coef_[:, -1], rtol=1e-6, atol=1e-10)
 
@@ -51,7 +51,7 @@ def test_the_solution_is_that_of_scikit_learns_ridge(examples, width, l2):
 def test_the_solution_satisfies_the_normal_equations(examples, width):
     features, labels = problem(examples, width)
     head = fewshot.fit(features, labels, 4)
-    x = standardise(features)
+    x = standardize(features)
     expected = np.linalg.solve(
         x.T @ x + 1024 * np.eye(width + 1), x.T @ targets(labels)
     )  # lambda = 2^10

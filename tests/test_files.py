@@ -4,7 +4,7 @@ import os
 import pytest
 
 from vit_jax.errors import UserError
-from vit_jax.files import replacing, write_json
+from vit_jax.files import atomic_write, write_json
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
@@ -24,7 +24,7 @@ def test_a_folder_that_is_missing_is_named(tmp_path):
 def test_what_is_interrupted_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as temporary:
         temporary.write_text("ne")
         raise KeyboardInterrupt
     assert path.read_text() == "old"
@@ -34,7 +34,7 @@ def test_what_is_interrupted_leaves_the_old_file_and_no_other(tmp_path):
 def test_a_full_disk_is_one_line(tmp_path):
     with (
         pytest.raises(UserError, match="No space left on device; free the disk"),
-        replacing(tmp_path / "a.txt"),
+        atomic_write(tmp_path / "a.txt"),
         open("/dev/full", "w") as full,
     ):
         full.write("x")

@@ -212,10 +212,10 @@ def test_masked_patch_prediction_is_appendix_b12():
     assert (config.duration, config.batch_size) == ("1000000 steps", 4096)
     assert (config.schedule.base_lr, config.schedule.decay) == (2e-4, "cosine")
     assert (config.schedule.warmup, config.schedule.end_lr) == ("10000 steps", 0.0)
-    assert (config.masking.rate, config.masking.target) == (0.5, "mean_colour")
+    assert (config.masking.rate, config.masking.target) == (0.5, "mean_color")
     optimizer = config.optimizer
     assert (optimizer.name, optimizer.b1, optimizer.b2) == ("adam", 0.9, 0.999)
-    # Silent there; Table 3 has these on JFT.
+    # Not in the paper; Table 3 has these on JFT.
     assert (optimizer.weight_decay, optimizer.clip_norm) == (0.1, 0.0)
     assert (config.dataset.image_size, config.dataset.protocol) == (224, "big_vision")
     assert (config.model.dropout_rate, config.model.representation_size) == (0.0, 0)
@@ -259,9 +259,9 @@ def test_a_model_without_a_row_is_refused():
 @pytest.mark.parametrize("model", ["ViT-B/16", "R50+ViT-B/16", "R50x1", "AxialResNet50"])
 def test_finetuning_leaves_to_the_weights_what_travels_with_them(model):
     finetune, pretrain = (get_config(model, f"{recipe},cifar10").model for recipe in RECIPES)
-    travelling = {key for key in finetune if finetune[key] is None}
-    assert travelling == recipes.ADOPTED.keys() & set(finetune)
-    assert travelling >= {"group_norm_epsilon"} if "R" in model else travelling >= {"gelu"}
+    traveling = {key for key in finetune if finetune[key] is None}
+    assert traveling == recipes.ADOPTED.keys() & set(finetune)
+    assert traveling >= {"group_norm_epsilon"} if "R" in model else traveling >= {"gelu"}
     assert all(value is not None for value in pretrain.values())
 
 

@@ -174,14 +174,14 @@ class FixedPredictions:
 
 def test_the_loss_of_masked_patches_is_of_the_corrupted_ones_only():
     model = FixedPredictions()
-    objective = masked_patches(model, 0.5, "mean_colour")
+    objective = masked_patches(model, 0.5, "mean_color")
     found = objective({}, BATCH, jax.random.key(5))
     assert model.train and set(model.rngs) == {"dropout"}
     chosen = np.asarray(model.corruption.chosen)
     assert chosen.shape == (8, 2)  # Half of 2 x 2 patches.
-    colours = np.asarray(masked.mean_colour(BATCH["image"], 4))[..., 0]
+    colors = np.asarray(masked.mean_color(BATCH["image"], 4))[..., 0]
     log_p = np.asarray(jax.nn.log_softmax(model.predictions))
-    expected = [[-log_p[i, j, colours[i, j]] for j in row] for i, row in enumerate(chosen)]
+    expected = [[-log_p[i, j, colors[i, j]] for j in row] for i, row in enumerate(chosen)]
     np.testing.assert_allclose(found["loss"], np.mean(expected, axis=1), rtol=1e-5)
 
     def brightened(patches):
@@ -199,7 +199,7 @@ def test_the_loss_of_masked_patches_is_of_the_corrupted_ones_only():
 
 def test_training_draws_another_corruption_each_time_and_evaluation_always_the_same():
     model = FixedPredictions()
-    objective = masked_patches(model, 0.5, "mean_colour")
+    objective = masked_patches(model, 0.5, "mean_color")
 
     def drawn(rng):
         objective({}, BATCH, rng)
@@ -212,7 +212,7 @@ def test_training_draws_another_corruption_each_time_and_evaluation_always_the_s
     assert len(np.unique(drawn(None), axis=0)) > 1  # Images are not corrupted alike.
 
 
-@pytest.mark.parametrize("target", ["mean_colour", "pixels"])
+@pytest.mark.parametrize("target", ["mean_color", "pixels"])
 def test_padding_counts_for_nothing_in_the_evaluation_of_masked_patches(target):
     model = masked.predictor(create_model({**TINY, "num_classes": 0}), target)
     params = model.init(jax.random.key(0), BATCH["image"])["params"]

@@ -21,7 +21,7 @@ from vit_jax import metrics, predict, recipes, train
 from vit_jax.checkpoints import integrity
 from vit_jax.checkpoints.pretrained import Pretrained, abstract_params, load_pretrained
 from vit_jax.checkpoints.save import save_pretrained
-from vit_jax.config import ADDED_KEYS, check_config, to_dict, with_added_keys
+from vit_jax.config import ADDED_KEYS, check_config, migrate, to_dict
 from vit_jax.data import classes, datasets, pipeline
 from vit_jax.data.protocols import evaluation
 from vit_jax.errors import UserError
@@ -192,7 +192,7 @@ def test_a_run_from_before_a_key_goes_on_with_what_it_did_then(tiny_config, tmp_
     saved = to_dict(tiny_config(augment="light1"))
     section, _, name = key.rpartition(".")
     del (saved[section] if section else saved)[name]
-    saved = with_added_keys(saved)
+    saved = migrate(saved)
     config = tiny_config(**{"augment": "light1", key: ADDED_KEYS[key]})
     train._refuse_another_run(config, tmp_path, saved)
     config.update_from_flattened_dict({key: "another"})
@@ -550,14 +550,14 @@ def masked_run(masked_config, masked_workdir):
 
 def test_masked_patch_prediction_leaves_what_classification_does(masked_run):
     records = read_metrics(masked_run)
-    # The head starts at zero, so that every one of the 512 colours has the same probability.
+    # The head starts at zero, so that every one of the 512 colors has the same probability.
     assert records[0]["loss"] == pytest.approx(math.log(512), rel=1e-5)
     assert {"loss", "accuracy", "grad_norm", "learning_rate", "exaflops"} < records[0].keys()
     assert [r["step"] for r in records if "eval_accuracy" in r] == [4, 6]
     final = json.loads((masked_run / "metrics.json").read_text())
     assert final["examples"] == 355
     assert final["best"]["accuracy"] >= final["accuracy"]
-    # 16 patches and the class token; the head predicts 512 colours of half of them.
+    # 16 patches and the class token; the head predicts 512 colors of half of them.
     layer = 17 * 16 * (4 * 16 + 2 * 32) + 2 * 17**2 * 16
     multiply_adds = 16 * (3 * 2**2) * 16 + layer + 8 * 16 * 512
     assert records[0]["exaflops"] == pytest.approx(6 * multiply_adds * 32 / 1e18, rel=1e-9)
@@ -615,7 +615,7 @@ def test_pixels_have_no_accuracy_and_the_best_has_the_lowest_loss(masked_config,
     assert [p.name for p in (tmp_path / "run/best").glob("[0-9]*")] == [str(best)]
 
 
-def test_masked_patch_prediction_learns_more_than_how_often_colours_are(masked_config, tmp_path):
+def test_masked_patch_prediction_learns_more_than_how_often_colors_are(masked_config, tmp_path):
     config = masked_config(
         duration="150 steps",
         batch_size=64,
@@ -628,7 +628,7 @@ def test_masked_patch_prediction_learns_more_than_how_often_colours_are(masked_c
     # The best that can be done without looking, on the test images, is the entropy of the targets.
     _, source = datasets.open_dataset("digits", data_dir=config.dataset.data_dir)
     (batch,) = pipeline.eval_batches(source, batch_size=355, preprocessing=evaluation("pad", 8))
-    means = batch["image"][..., 0].reshape(355, 4, 2, 4, 2).mean((2, 4))  # The digits are grey.
+    means = batch["image"][..., 0].reshape(355, 4, 2, 4, 2).mean((2, 4))  # The digits are gray.
     _, counts = np.unique(np.minimum(np.floor((means + 1) * 4), 7), return_counts=True)
     shares = counts / counts.sum()
     assert final["loss"] < -0.9 * np.sum(shares * np.log(shares))

@@ -63,6 +63,8 @@ ADDED_KEYS = {
     "augment_contrast": "pil",
     "dataset.jpeg_dct": "accurate",
 }
+# Values that were once called otherwise.
+RENAMED_VALUES = {"masking.target": {"mean_colour": "mean_color"}}
 
 
 def check_config(config: ConfigDict) -> None:
@@ -286,16 +288,19 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json())
 
 
-def with_added_keys(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved config in full: what it lacks of `ADDED_KEYS` it was written before."""
+def migrate(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved config as it would be written today, see `ADDED_KEYS` and `RENAMED_VALUES`."""
     values = flatten_dict(dict(saved), keep_empty_nodes=True, sep=".")
+    for key, renamed in RENAMED_VALUES.items():
+        if key in values:
+            values[key] = renamed.get(values[key], values[key])
     return unflatten_dict(ADDED_KEYS | values, sep=".")
 
 
 def get_config(path: str) -> ConfigDict:
     """The config of a run's config.json: `--config runs/x/config.json` runs it again."""
     try:
-        config = ConfigDict(with_added_keys(json.loads(pathlib.Path(path).read_text())))
+        config = ConfigDict(migrate(json.loads(pathlib.Path(path).read_text())))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"config {path} cannot be read: {error}") from error
     for key, kind in recipes.ADOPTED.items():

@@ -23,7 +23,7 @@ from vit_jax.checkpoints import flags
 from vit_jax.config import parse_shots
 from vit_jax.data import classes, imagenet
 from vit_jax.errors import UserError
-from vit_jax.files import replacing, write_json
+from vit_jax.files import atomic_write, write_json
 from vit_jax.sharding import Mesh, make_mesh, state_sharding, to_devices
 
 TOP_K = 5
@@ -95,7 +95,7 @@ def outputs(
 
 
 @dataclasses.dataclass(frozen=True)
-class Measures:
+class ClassificationMetrics:
     """What `measure` finds.
 
     Attributes:
@@ -133,7 +133,7 @@ class Measures:
 
 def measure(
     apply_fn: ApplyFn, params: Any, batches: Batches, mesh: Mesh, loss: str = "softmax"
-) -> Measures:
+) -> ClassificationMetrics:
     """Measures a classifier in full, every image counted exactly once; sums are in float64.
 
     Args:
@@ -159,7 +159,7 @@ def measure(
         all_labels.append(labels)
         all_predicted.append(predicted.astype(np.int32))
     labels, predicted = np.concatenate(all_labels), np.concatenate(all_predicted)
-    return Measures(
+    return ClassificationMetrics(
         accuracy=float(np.mean(labels == predicted)),
         top5_accuracy=float(top_k / len(labels)),
         loss=float(loss_sum / len(labels)),
@@ -196,13 +196,13 @@ _LOSSES = {"softmax": _softmax, "sigmoid": _sigmoid}
 
 
 def _rank(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many classes come before the labelled one; of equal logits the first does."""
+    """How many classes come before the labeled one; of equal logits the first does."""
     own = np.take_along_axis(logits, labels[:, None], 1)
     earlier = np.arange(logits.shape[1]) < labels[:, None]
     return ((logits > own) | ((logits == own) & earlier)).sum(1)
 
 
-def several_label_accuracy(
+def multilabel_accuracy(
     apply_fn: ApplyFn, params: Any, batches: Batches, mesh: Mesh
 ) -> dict[str, Any]:
     """Accuracy where several classes are right for an image; of equal logits the first counts.
@@ -246,22 +246,22 @@ def real_accuracy(
     Raises:
         UserError: a logit is not finite, or no image has a label.
     """
-    hits, labelled = _hits(apply_fn, params, batches, mesh)
-    if not labelled.any():
+    hits, labeled = _hits(apply_fn, params, batches, mesh)
+    if not labeled.any():
         raise UserError("no image of the split has a label of ReaL: choose another split")
-    return float(hits[labelled, 0].mean()), int(labelled.sum())
+    return float(hits[labeled, 0].mean()), int(labeled.sum())
 
 
 def _hits(
     apply_fn: ApplyFn, params: Any, batches: Batches, mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray]:
     """Whether each of the highest logits is of a right class [images, TOP_K]; who has labels."""
-    hits, labelled = [], []
+    hits, labeled = [], []
     for logits, labels in _finite(outputs(apply_fn, params, batches, mesh)):
         highest = np.argsort(-logits, axis=1, kind="stable")[:, :TOP_K]
         hits.append(np.take_along_axis(labels, highest, 1) > 0)
-        labelled.append(labels.any(1))
-    return np.concatenate(hits), np.concatenate(labelled)
+        labeled.append(labels.any(1))
+    return np.concatenate(hits), np.concatenate(labeled)
 
 
 def match_classes(
@@ -421,13 +421,13 @@ def _evaluate_classes(
     from vit_jax.data import datasets
 
     try:
-        labelled, labels = checkpoint.label(source, args)
+        labeled, labels = checkpoint.label(source, args)
     except UserError as error:
         if not args.fewshot:
             raise
         print(f"the head is left out: {error}")
         return {}
-    found = checkpoint.run(measure, labelled, loss=checkpoint.pretrained.loss)
+    found = checkpoint.run(measure, labeled, loss=checkpoint.pretrained.loss)
     result = {
         "examples": len(found.labels),
         "accuracy": found.accuracy,
@@ -452,15 +452,15 @@ def _evaluate_classes(
         ]
         _print_per_class(result["per_class"])
     if args.confusion:
-        _write_confusion(args.confusion, found.confusion(), labelled.class_names)
+        _write_confusion(args.confusion, found.confusion(), labeled.class_names)
     return result
 
 
 def _evaluate_real(
     checkpoint: _Checkpoint, source: Any, args: argparse.Namespace
 ) -> dict[str, Any]:
-    labelled, _ = checkpoint.label(source, args)
-    accuracy, examples = checkpoint.run(real_accuracy, labelled)
+    labeled, _ = checkpoint.label(source, args)
+    accuracy, examples = checkpoint.run(real_accuracy, labeled)
     result = {"real_accuracy": accuracy, "real_examples": examples}
     _print_rows(result)
     return result
@@ -482,11 +482,11 @@ def _evaluate_objectnet(args: argparse.Namespace) -> dict[str, Any]:
             f"the checkpoint has {num_classes} classes and ObjectNet is scored by ImageNet's "
             f"{len(source.class_names)}: give a checkpoint that was fine-tuned on imagenet2012"
         )
-    labelled, _ = checkpoint.label(source, args)
+    labeled, _ = checkpoint.label(source, args)
     expected = len(objectnet.classes())
     print(f"{found} of the {expected} classes of ObjectNet that ImageNet has, too")
     print(f"{passed_over} directories of other classes are passed over", flush=True)
-    result = checkpoint.run(several_label_accuracy, labelled)
+    result = checkpoint.run(multilabel_accuracy, labeled)
     _print_rows(result)
     return {"split": source.split, "classes": found, "passed_over": passed_over} | result
 
@@ -530,7 +530,7 @@ def _print_per_class(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _write_confusion(path: str, matrix: np.ndarray, class_names: Sequence[str]) -> None:
-    with replacing(pathlib.Path(path)) as temporary:
+    with atomic_write(pathlib.Path(path)) as temporary:
         if path.endswith(".npz"):
             with temporary.open("wb") as file:
                 np.savez_compressed(file, confusion=matrix, class_names=np.array(class_names))

@@ -2,8 +2,8 @@
 
 Section 4.1 of the paper ("few-shot accuracies are obtained by solving a regularized least-squares
 regression problem that maps the (frozen) representation of a subset of training images to
-{-1, 1}^K target vectors"). It gives no regularisation and no seeds; those, and the procedure in
-detail, are of the later reference: features standardised with the mean and standard deviation of
+{-1, 1}^K target vectors"). It gives no regularization and no seeds; those, and the procedure in
+detail, are of the later reference: features standardized with the mean and standard deviation of
 the support set, a constant feature 100 as the bias, lambda = 2^10, three seeds, images resized to
 256 x 256 whatever their aspect and cropped to the central 224 x 224.
 """
@@ -44,9 +44,9 @@ class LinearHead(NamedTuple):
 
 
 def fit(features: np.ndarray, labels: np.ndarray, num_classes: int, l2: float = L2) -> LinearHead:
-    """Solves the regularised least squares in float64.
+    """Solves the regularized least squares in float64.
 
-    The bias is the weight of a constant feature and so is regularised too, as in the reference.
+    The bias is the weight of a constant feature and so is regularized too, as in the reference.
 
     Args:
         features: [examples, D], of the support set.
@@ -158,7 +158,7 @@ def create_fewshot(
     Args:
         model: whose head, if it has one, is left out.
         train: where the support sets are taken from, see `support`.
-        test: the images to recognise.
+        test: the images to recognize.
         shots: numbers of images per class.
         preprocessing: of the model; what is looked at is `protocols.fewshot_view`, whatever its own
             crop.

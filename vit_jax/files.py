@@ -13,7 +13,7 @@ from vit_jax.errors import UserError, first_line
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside, which takes the place of `path` if all goes well.
 
     Raises:
@@ -47,7 +47,7 @@ def write_json(path: Path, value: Any) -> None:
         UserError: the file cannot be written.
     """
     text = json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from clu import metric_writers
 
-from vit_jax.files import replacing
+from vit_jax.files import atomic_write
 
 
 class JsonlWriter(metric_writers.MetricWriter):
@@ -26,7 +26,7 @@ class JsonlWriter(metric_writers.MetricWriter):
     def __init__(self, path: pathlib.Path, last_step: int):
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if _step(line) <= last_step]
-        with replacing(path) as part:
+        with atomic_write(path) as part:
             part.write_text("".join(kept))
         self._file = path.open("a")
 

@@ -18,7 +18,7 @@ from vit_jax.data import imagenet
 from vit_jax.data.images import SUFFIXES, preprocess, read_image
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
-from vit_jax.files import replacing
+from vit_jax.files import atomic_write
 
 if TYPE_CHECKING:
     from vit_jax.checkpoints.pretrained import Pretrained
@@ -50,7 +50,7 @@ def main() -> int:
     if not done:
         return 2
     if args.logits:
-        with replacing(Path(args.logits)) as temporary, temporary.open("wb") as file:
+        with atomic_write(Path(args.logits)) as temporary, temporary.open("wb") as file:
             np.savez(file, files=np.array(done), logits=np.stack(rows))
     return 0 if len(done) == len(files) else 1
 

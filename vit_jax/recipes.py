@@ -1,7 +1,7 @@
 """The paper's training recipes: every hyperparameter once, with its source.
 
 Tables and sections are those of "An Image is Worth 16x16 Words" (Dosovitskiy et al., ICLR 2021).
-What the paper leaves open is marked "silent", with the choice and its reason.
+What the paper leaves open is marked "not in the paper", with the choice and its reason.
 """
 
 import difflib
@@ -26,7 +26,7 @@ class Pretraining(NamedTuple):
 
 
 class FineTuning(NamedTuple):
-    """A row of Table 4, with the warm-up (silent; published code and later configs)."""
+    """A row of Table 4, with the warm-up (not in the paper; published code and later configs)."""
 
     steps: int
     base_lrs: tuple[float, ...]
@@ -55,7 +55,7 @@ TABLE_3 = {
     ("ViT-L/32", "imagenet21k"): Pretraining((30, 90), 1e-3, "linear", 0.03, 0.1),
     ("ViT-*", "imagenet2012"): Pretraining((300,), 3e-3, "cosine", 0.3, 0.1),
 }
-# Silent: how these were pre-trained on JFT, but for the epochs of R200x3 in Table 6.
+# Not in the paper: how these were pre-trained on JFT, but for the epochs of R200x3 in Table 6.
 WIDEST_RESNETS = {"R152x4": (7,), "R200x3": (14,)}
 ADAM_BETAS = (0.9, 0.999)
 PRETRAIN_BATCH_SIZE = 4096
@@ -64,23 +64,24 @@ PRETRAIN_DATASETS = ("jft", "imagenet21k", "imagenet2012")
 OTHER_WARMUP_EPOCHS = 32  # 10,000 steps of 4,096 images are 32 epochs of ImageNet.
 PRETRAIN_IMAGE_SIZE = 224
 IMAGENET_CLIP_NORM = 1.0  # Table 3's caption: gradient clipping only on ImageNet.
-# Silent: linear decay ends at 1e-5, and the multi-label data sets (JFT and, by its hierarchy,
-# ImageNet-21k) take the sigmoid loss with the head's bias starting at -10, as in later code.
+# Not in the paper: linear decay ends at 1e-5, and the multi-label data sets (JFT and, by its
+# hierarchy, ImageNet-21k) take the sigmoid loss with the head's bias starting at -10, as in later
+# code.
 LINEAR_END_LR = 1e-5
 SIGMOID_DATASETS = ("jft", "imagenet21k")
 SIGMOID_HEAD_BIAS = -10.0
 
 # Masked patch prediction (Appendix B.1.2), of ViT-B/16 on JFT: 1M steps of 4,096 images, Adam, base
 # learning rate 2e-4, 10k warm-up steps, cosine decay, half of the patch embeddings corrupted.
-# Silent: Adam's betas, resolution and crops; they are those of Table 3.
+# Not in the paper: Adam's betas, resolution and crops; they are those of Table 3.
 MASKED_STEPS = 1_000_000
 MASKED_BATCH_SIZE = 4096
 MASKED_LR = 2e-4
 MASKED_WARMUP_STEPS = 10_000
 MASKED_RATE = 0.5
-MASKED_TARGET = "mean_colour"  # of the three that were tried, the one that was kept
-# Silent: weight decay as in Table 3 on JFT, which Section 4.1 has for all models; dropout and
-# clipping off, as there.
+MASKED_TARGET = "mean_color"  # of the three that were tried, the one that was kept
+# Not in the paper: weight decay as in Table 3 on JFT, which Section 4.1 has for all models; dropout
+# and clipping off, as there.
 MASKED_WEIGHT_DECAY = 0.1
 
 # Table 4. The same for all: SGD with momentum 0.9, cosine decay, batch 512, no weight decay,
@@ -97,10 +98,10 @@ MOMENTUM = 0.9
 FINETUNE_BATCH_SIZE = 512
 FINETUNE_CLIP_NORM = 1.0
 FINETUNE_IMAGE_SIZE = 384
-# Silent: the paper chooses the rate on held-out data. The published code's is the default where
-# Table 4 tried it.
+# Not in the paper: the paper chooses the rate on held-out data. The published code's is the default
+# where Table 4 tried it.
 FINETUNE_LR = 0.03
-# Silent: dropout in fine-tuning. It is the published code's, on every data set: in
+# Not in the paper: dropout in fine-tuning. It is the published code's, on every data set: in
 # google-research/vision_transformer vit_jax/configs/models.py sets 0.1 for these, 0 for its others.
 FINETUNE_DROPOUT = {"ViT-L/16": 0.1, "ViT-H/14": 0.1, "R50+ViT-B/16": 0.1, "R50+ViT-L/32": 0.1}
 # Table 2's ImageNet rows are fine-tuned at 512 pixels (L/16) and 518 (H/14), with Polyak averaging
@@ -177,8 +178,8 @@ def _table_name(dataset: str) -> str:
 def pretrain(model: str, dataset: str) -> ConfigDict:
     """Table 3: pre-training from scratch.
 
-    The longest of a row's durations is taken. Silent: Ti, S, b and the shapes of Appendix D.2 take
-    the row of B, and H on ImageNet-21k that of L; R26 and R take the row of R50 and, on
+    The longest of a row's durations is taken. Not in the paper: Ti, S, b and the shapes of Appendix
+    D.2 take the row of B, and H on ImageNet-21k that of L; R26 and R take the row of R50 and, on
     ImageNet-21k, every hybrid that of its ViT; a data set that the paper did not pre-train on takes
     ImageNet's row, with the warm-up in epochs. Table 3 has the ResNets on JFT only: there R152x4
     and R200x3 take the row of R152x2 (R200x3 for the 14 epochs of Table 6); elsewhere all take the
@@ -217,8 +218,8 @@ def _adam(weight_decay: float, clip_norm: float) -> ConfigDict:
             "name": "adam",
             "b1": ADAM_BETAS[0],
             "b2": ADAM_BETAS[1],
-            # Silent: decoupled (AdamW: each step subtracts lr * weight_decay * p), on every
-            # parameter, as published later. "kernels" spares biases, norms and positions.
+            # Not in the paper: decoupled (AdamW: each step subtracts lr * weight_decay * p), on
+            # every parameter, as published later. "kernels" spares biases, norms and positions.
             "weight_decay": weight_decay,
             "decay": "all",
             "mu_dtype": "float32",
@@ -258,10 +259,10 @@ def pretraining_row(model: str, dataset: str) -> Pretraining:
 def finetune(model: str, dataset: str) -> ConfigDict:
     """Table 4: fine-tuning at a higher resolution.
 
-    Silent: dropout is that of `FINETUNE_DROPOUT`, by the model alone, for VTAB too; a model that
-    the published code does not have is fine-tuned without. The tasks of VTAB share one row; some
-    are not cropped or not mirrored, where the label would not survive it. What travels with
-    weights is left to them, see `ADOPTED`.
+    Not in the paper: dropout is that of `FINETUNE_DROPOUT`, by the model alone, for VTAB too; a
+    model that the published code does not have is fine-tuned without. The tasks of VTAB share one
+    row; some are not cropped or not mirrored, where the label would not survive it. What travels
+    with weights is left to them, see `ADOPTED`.
     """
     row = finetuning_row(dataset)
     config = base(model, dataset)
@@ -314,8 +315,8 @@ def masked(model: str, dataset: str) -> ConfigDict:
 def finetuning_row(dataset: str) -> FineTuning:
     """The row of Table 4 for a data set.
 
-    Silent: one that Table 4 does not have takes the row of Pets and Flowers, which are of the size
-    that people fine-tune on.
+    Not in the paper: one that Table 4 does not have takes the row of Pets and Flowers, which are of
+    the size that people fine-tune on.
     """
     return TABLE_4.get(_table_name(dataset), TABLE_4["oxford_flowers102"])
 
@@ -368,12 +369,12 @@ def base(model: str, dataset: str) -> ConfigDict:
             "init_from": "",
             "objective": "classification",  # or masked_patches
             # Of masked patch prediction: the share of patches to corrupt, and what is predicted of
-            # them: mean_colour, downsized or pixels.
+            # them: mean_color, downsized or pixels.
             "masking": {"rate": MASKED_RATE, "target": MASKED_TARGET},
             "loss": "softmax",
             "label_smoothing": 0.0,
             "augment": "none",  # of AUGREG, or for example "randaugment(2,15)+mixup(0.2)"
-            # The grey that RandAugment's Contrast goes from, of a name of AUGREG and in words:
+            # The gray that RandAugment's Contrast goes from, of a name of AUGREG and in words:
             # augreg, as in that code, or pil, the image's mean.
             "augment_contrast": "augreg",
             "ema_decay": 0.0,
@@ -394,7 +395,7 @@ def base(model: str, dataset: str) -> ConfigDict:
                 "image_size": 0,
                 "protocol": "",
                 # Of decoding JPEG: accurate, as PIL, or fast, TensorFlow's default, which Google's
-                # checkpoints saw. They are about a grey level apart.
+                # checkpoints saw. They are about a gray level apart.
                 "jpeg_dct": "accurate",
                 "random_crop": True,
                 "random_flip": True,

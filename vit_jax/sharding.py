@@ -31,7 +31,7 @@ def state_sharding(state: Any, mesh: Mesh, mode: str) -> Any:
     Args:
         state: tree of arrays or shapes.
         mesh: from `make_mesh`.
-        mode: "replicated" (data parallel) or "fsdp": parameters, their average and the optimiser's
+        mode: "replicated" (data parallel) or "fsdp": parameters, their average and the optimizer's
             moments are split along their longest axis that divides evenly over the devices.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The train state, and the optimiser and schedule that a config describes."""
+"""The train state, and the optimizer and schedule that a config describes."""
 
 import inspect
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ class TrainState:
     Attributes:
         step: int32 scalar, the number of updates done.
         params: the parameters, float32, in the official tree.
-        opt_state: of the optax optimiser.
+        opt_state: of the optax optimizer.
         ema_params: Polyak average of params, or None.
         rng: typed PRNG key; step k draws from `fold_in(rng, k)`.
     """
@@ -125,7 +125,7 @@ OPTIMIZERS = {"adam": adam, "sgd": sgd}
 
 
 def optimizer_keys(name: str) -> set[str]:
-    """The keys that an optimiser's config may have: the arguments of its function."""
+    """The keys that an optimizer's config may have: the arguments of its function."""
     if name not in OPTIMIZERS:
         raise UserError(f"optimizer.name {name!r} is unknown: use {' or '.join(OPTIMIZERS)}")
     parameters = inspect.signature(OPTIMIZERS[name]).parameters
@@ -135,7 +135,7 @@ def optimizer_keys(name: str) -> set[str]:
 def create_optimizer(
     config: Mapping[str, Any], schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    """Builds the optimiser that a config's `optimizer` section describes."""
+    """Builds the optimizer that a config's `optimizer` section describes."""
     config = dict(config)
     return OPTIMIZERS[config.pop("name")](schedule, **config)
 
@@ -152,7 +152,7 @@ def init_train_state(
 
     Args:
         model: maps images [batch, image_size, image_size, 3] to logits.
-        optimizer: whose state is initialised.
+        optimizer: whose state is initialized.
         seed: of the parameters and of the run's randomness.
         image_size: in pixels.
         average: whether to keep a Polyak average.

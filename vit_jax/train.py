@@ -22,17 +22,17 @@ from ml_collections import ConfigDict
 
 from vit_jax import fewshot, metrics, recipes
 from vit_jax.analysis import flops
-from vit_jax.checkpoints.pretrained import Pretrained, load_pretrained, with_usual_inputs
+from vit_jax.checkpoints.pretrained import Pretrained, fold_normalization, load_pretrained
 from vit_jax.checkpoints.training import CheckpointStore, config_differences
 from vit_jax.checkpoints.transfer import print_report, transfer
 from vit_jax.config import (
     adopt,
     check_config,
     count_steps,
+    migrate,
     parse_augment,
     parse_shots,
     to_dict,
-    with_added_keys,
 )
 from vit_jax.data import datasets, pipeline
 from vit_jax.data.protocols import Preprocessing, evaluation
@@ -113,7 +113,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     with _sigterm() as terminated, _full_disk(workdir), contextlib.closing(store):
         saved = store.latest_metadata()
         if saved is not None:
-            saved_config = with_added_keys(saved["config"])
+            saved_config = migrate(saved["config"])
             config = adopt(config, saved_config["model"])
             _refuse_another_run(config, workdir, saved_config)
         if finished.exists():
@@ -191,7 +191,7 @@ def _read_weights(config: ConfigDict) -> tuple[ConfigDict, dict[str, Any]]:
     pretrained = load_pretrained(config.init_from)
     _check_weights(config.model, pretrained)
     adopted = adopt(config, pretrained.model)
-    weights = {**with_usual_inputs(pretrained), **pretrained.masked}
+    weights = {**fold_normalization(pretrained), **pretrained.masked}
     model, *_ = _prepare_objective(adopted, num_classes=1)
     size = config.dataset.image_size
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
@@ -365,12 +365,12 @@ def _start(
         return state, metadata["progress"]
     state = jax.jit(init, out_shardings=sharding)()
     if weights is not None:
-        state = _initialise_from(weights, state)
+        state = _initialize_from(weights, state)
     progress = {"window": {}, "evaluation": {}, "best": {}, "evaluations_since_best": 0}
     return state, progress | {"seconds": 0.0}
 
 
-def _initialise_from(weights: dict[str, Any], state: TrainState) -> TrainState:
+def _initialize_from(weights: dict[str, Any], state: TrainState) -> TrainState:
     fresh = multihost_utils.process_allgather(state.params, tiled=True)
     params, report = transfer(fresh, weights)
     if jax.process_index() == 0:

@@ -58,18 +58,18 @@ def test_attention_distance_is_that_of_loops(tokens, patch_size):
     result = attention.attention_distance(weights, GRID, patch_size)
     rows, columns = GRID
     before = tokens - rows * columns
-    centres = [
+    centers = [
         ((row + 0.5) * patch_size, (column + 0.5) * patch_size)
         for row in range(rows)
         for column in range(columns)
     ]
     for image, layer, head in np.ndindex(2, 3, 4):
         total = 0.0
-        for i, query in enumerate(centres):
-            for j, key in enumerate(centres):
+        for i, query in enumerate(centers):
+            for j, key in enumerate(centers):
                 weight = weights[image, layer, head, before + i, before + j]
                 total += weight * math.dist(query, key)
-        expected = total / len(centres)
+        expected = total / len(centers)
         assert result[image, layer, head] == pytest.approx(expected, rel=1e-5)
 
 
@@ -108,7 +108,7 @@ def test_a_mask_is_the_map_enlarged_with_its_maximum_at_one():
     maps = np.array([[[0.1, 0.2, 0.4], [0.0, 0.2, 0.1]]], np.float32)
     mask = np.asarray(attention.to_mask(maps, (8, 12)))[0]
     assert mask.shape == (8, 12)
-    # Half-pixel centres by hand: pixel x lies at (x + 0.5) / 4 - 0.5 patches, held at the edges.
+    # Half-pixel centers by hand: pixel x lies at (x + 0.5) / 4 - 0.5 patches, held at the edges.
     for y, x in np.ndindex(8, 12):
         v, u = min(max((y + 0.5) / 4 - 0.5, 0), 1), min(max((x + 0.5) / 4 - 0.5, 0), 2)
         left = min(int(u), 1)

@@ -28,7 +28,7 @@ def test_there_are_no_more_components_than_values_or_filters():
     assert len(embeddings.principal_filters(KERNEL[:1, :1])[0]) == 3
 
 
-def test_filters_as_pixels_keep_zero_at_grey():
+def test_filters_as_pixels_keep_zero_at_gray():
     filters = np.stack([KERNEL[..., 0], -3 * KERNEL[..., 0], np.zeros((4, 4, 3))])
     pixels = embeddings.to_rgb(filters)
     assert pixels.min() >= 0 and pixels.max() <= 1
@@ -40,13 +40,13 @@ def test_filters_as_pixels_keep_zero_at_grey():
 @pytest.mark.parametrize("scale", [3, 1e-5])
 def test_a_hybrid_or_resnet_shows_the_convolution_that_sees_the_image(scale):
     root = RNG.normal(2, scale, (7, 7, 3, 16)).astype(np.float32) - np.float32(2)
-    centred = np.float64(root) - np.float64(root).mean((0, 1, 2))
-    deviation = np.sqrt(np.square(centred).mean((0, 1, 2)))
+    centered = np.float64(root) - np.float64(root).mean((0, 1, 2))
+    deviation = np.sqrt(np.square(centered).mean((0, 1, 2)))
     params = {"embedding": {"kernel": np.zeros((1, 1, 64, 8))}, "conv_root": {"kernel": root}}
     filters = embeddings.rgb_filters(params)
-    np.testing.assert_allclose(filters, centred / (deviation + 1e-5), atol=1e-4)
+    np.testing.assert_allclose(filters, centered / (deviation + 1e-5), atol=1e-4)
     # The other networks' epsilon: that of BiT, and of AxialResNet.
-    expected = centred / np.sqrt(deviation**2 + 1e-10)
+    expected = centered / np.sqrt(deviation**2 + 1e-10)
     of_bit = {"resnet": {"root_block": {"standardized_conv2d": {"kernel": root}}}}
     of_axial = {"conv_root": {"kernel": root}, "head": {"kernel": np.zeros((64, 8))}}
     for params in (of_bit, of_axial):

@@ -129,7 +129,7 @@ def test_all_writes_every_picture_and_its_numbers(checkpoint, photos, expected, 
         assert found["mask"].shape == (3, 16, 16)
         np.testing.assert_allclose(found["mask"].max(axis=(1, 2)), 1, rtol=1e-5)
     with np.load(output / "distance.npz") as found:
-        # Four patches of 8 pixels: neighbours are 8 apart, opposite corners 8 * 2^0.5.
+        # Four patches of 8 pixels: neighbors are 8 apart, opposite corners 8 * 2^0.5.
         far = 8 * np.array([[0, 1, 1, 2**0.5], [1, 0, 2**0.5, 1]])
         far = np.concatenate([far, far[::-1, ::-1]])
         each = (weights[..., 1:, 1:] * far).sum(-1).mean(-1)

@@ -136,7 +136,7 @@ def refusal(path, content=None, read=read_arrays):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["weights", "weights.pth"])
-def test_a_file_is_recognised_by_its_content(tmp_path, kind, name):
+def test_a_file_is_recognized_by_its_content(tmp_path, kind, name):
     (tmp_path / name).write_bytes(KINDS[kind](example()))
     assert_equal(read_arrays(tmp_path / name), example())
 
@@ -426,7 +426,7 @@ def test_pickled_objects_in_an_npz_are_never_loaded(tmp_path, monkeypatch):
 def test_a_pickle_under_any_name_is_never_loaded(tmp_path, monkeypatch, suffix, protocol):
     monkeypatch.chdir(tmp_path)
     message = refusal(tmp_path / f"a{suffix}", pickle.dumps({"a": Executed()}, protocol))
-    # The first two protocols have no mark to be recognised by.
+    # The first two protocols have no mark to be recognized by.
     assert ("is a pickle, which may hold code" if protocol >= 2 else "or not a") in message
     assert os.listdir(tmp_path) == [f"a{suffix}"]
 

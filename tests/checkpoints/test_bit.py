@@ -6,7 +6,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from vit_jax import convert
-from vit_jax.checkpoints.pretrained import load_pretrained, resize, with_usual_inputs
+from vit_jax.checkpoints.pretrained import fold_normalization, load_pretrained, resize
 from vit_jax.checkpoints.save import save_pretrained
 from vit_jax.checkpoints.transfer import transfer
 from vit_jax.data.protocols import evaluation
@@ -134,7 +134,7 @@ def test_other_channel_statistics_are_refused(tmp_path):
     preprocessing = '{"image_size": 224, "mean": [0, 0, 0], "std": [1, 1, 1]}'
     (tmp_path / "a.npz.json").write_text(f'{{"preprocessing": {preprocessing}}}')
     with pytest.raises(UserError, match="others from images in .-1, 1."):
-        with_usual_inputs(load_pretrained(path))
+        fold_normalization(load_pretrained(path))
 
 
 def test_a_resnet_is_trained_and_fine_tuned_from_its_run(data_dir, tmp_path):

@@ -12,9 +12,9 @@ from flax.traverse_util import flatten_dict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vit_jax.checkpoints import layouts, peers
+from vit_jax.checkpoints import foreign_configs, layouts
 from vit_jax.checkpoints.arrays import write_safetensors
-from vit_jax.checkpoints.known import Known
+from vit_jax.checkpoints.model_info import ModelInfo
 from vit_jax.checkpoints.pretrained import abstract_params, load_pretrained
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
@@ -32,10 +32,10 @@ MODEL = {
     "gelu": "erf",
     "layer_norm_epsilon": 1e-6,
 }
-KNOWN = Known(MODEL, Preprocessing(16, 0.875), ("a", "b", "c"))
+KNOWN = ModelInfo(MODEL, Preprocessing(16, 0.875), ("a", "b", "c"))
 FILES = {
-    "timm": peers.timm_files(KNOWN),
-    "huggingface": peers.huggingface_files(KNOWN),
+    "timm": foreign_configs.timm_files(KNOWN),
+    "huggingface": foreign_configs.huggingface_files(KNOWN),
     "official": {"vit_jax.json": {"model": MODEL, "loss": "softmax", "class_names": list("abc")}},
 }
 SIDECAR = {"vit_jax.json": FILES["official"]["vit_jax.json"]}

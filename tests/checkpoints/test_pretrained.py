@@ -8,9 +8,9 @@ import scipy.ndimage
 from flax.serialization import to_bytes
 from flax.traverse_util import flatten_dict
 
-from vit_jax.checkpoints.known import Known, sidecar, to_json
 from vit_jax.checkpoints.layouts import POSITIONS
-from vit_jax.checkpoints.pretrained import load_pretrained, with_usual_inputs
+from vit_jax.checkpoints.model_info import ModelInfo, sidecar, to_json
+from vit_jax.checkpoints.pretrained import fold_normalization, load_pretrained
 from vit_jax.checkpoints.save import save_pretrained
 from vit_jax.checkpoints.training import CheckpointStore
 from vit_jax.config import to_dict
@@ -125,7 +125,7 @@ VARIANTS = {
     "original": lambda flat: flat,
     "newer Linen names": newer_linen,
     "under params/": lambda flat: {f"params/{name}": x for name, x in flat.items()},
-    "under opt/target/, beside the optimiser's state": lambda flat: {
+    "under opt/target/, beside the optimizer's state": lambda flat: {
         **{f"opt/target/{name}": x for name, x in flat.items()},
         **{f"opt/state/param_states/{name}/grad_ema": x for name, x in flat.items()},
     },
@@ -276,7 +276,7 @@ def test_weights_that_are_not_one_whole_vit_are_refused_by_name(tmp_path, params
 
 def test_a_sidecar_says_what_the_file_cannot(tmp_path, params):
     path = save_npz(tmp_path / "a.npz", params)
-    known = Known({"gelu": "erf"}, Preprocessing(16, 0.875), ("x", "y", "z"), "sigmoid")
+    known = ModelInfo({"gelu": "erf"}, Preprocessing(16, 0.875), ("x", "y", "z"), "sigmoid")
     sidecar(path).write_text(to_json(known))
     pretrained = load_pretrained(path)
     assert pretrained.model["gelu"] == "erf" and pretrained.class_names == ("x", "y", "z")
@@ -350,7 +350,7 @@ def test_other_channel_statistics_move_into_the_patch_embedding(tmp_path, params
     pixels = np.random.default_rng(0).uniform(0, 1, (2, 16, 16, 3)).astype(np.float32)
     model = create_model(pretrained.model)
     expected = model.apply({"params": params}, (pixels - np.float32(mean)) / np.float32(std))
-    folded = model.apply({"params": with_usual_inputs(pretrained)}, 2 * pixels - 1)
+    folded = model.apply({"params": fold_normalization(pretrained)}, 2 * pixels - 1)
     np.testing.assert_allclose(folded, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -94,8 +94,8 @@ def test_numbered_classes_are_in_the_order_of_their_numbers(tmp_path):
     train, _ = open_dataset(f"folder:{tmp_path}", eval_split="train")
     assert train.class_names == tuple(str(number) for number in range(12))
     (batch,) = eval_batches(train, batch_size=12, preprocessing=evaluation("pad", 4))
-    colours = np.rint((batch["image"][:, 0, 0, 0] + 1) * 127.5)
-    np.testing.assert_array_equal(batch["label"], colours)
+    colors = np.rint((batch["image"][:, 0, 0, 0] + 1) * 127.5)
+    np.testing.assert_array_equal(batch["label"], colors)
 
 
 def test_hidden_files_are_ignored(image_folder):
@@ -210,17 +210,17 @@ def test_photographs_are_turned_as_exif_says(tmp_path, file_format, cache):
 
 
 def test_every_format_that_predict_reads_can_be_trained_on(tmp_path):
-    colour = Image.fromarray(PIXELS)
-    smooth = colour.resize((3, 3)).resize((SIDE, SIDE))
-    palette = colour.quantize(16)
+    color = Image.fromarray(PIXELS)
+    smooth = color.resize((3, 3)).resize((SIDE, SIDE))
+    palette = color.quantize(16)
     files = {
-        "webp": (colour, {"lossless": True}, 1e-4),
-        "tiff": (colour, {"compression": "tiff_lzw"}, 1e-4),
-        "ppm": (colour, {}, 1e-4),
-        "jp2": (colour, {"irreversible": False}, 1e-4),
-        "j2k": (colour, {"irreversible": False}, 1e-4),
+        "webp": (color, {"lossless": True}, 1e-4),
+        "tiff": (color, {"compression": "tiff_lzw"}, 1e-4),
+        "ppm": (color, {}, 1e-4),
+        "jp2": (color, {"irreversible": False}, 1e-4),
+        "j2k": (color, {"irreversible": False}, 1e-4),
         "bmp": (palette, {}, 1e-4),
-        "png": (colour, {}, 1e-4),
+        "png": (color, {}, 1e-4),
         "avif": (smooth, {"quality": 95}, 12),
     }
     if not Image.registered_extensions().get(".avif"):

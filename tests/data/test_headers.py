@@ -13,11 +13,11 @@ from vit_jax.data.images import read_image
 from vit_jax.errors import UserError
 
 RGB = np.random.default_rng(0).integers(0, 256, (12, 9, 3), np.uint8)
-COLOUR = Image.fromarray(RGB)
+COLOR = Image.fromarray(RGB)
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="%d"/></x:xmpmeta>'
 
 
-def encode(file_format, image=COLOUR, **options):
+def encode(file_format, image=COLOR, **options):
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
     return buffer.getvalue()
@@ -47,27 +47,27 @@ PLAIN = {
     "progressive jpeg": encode("JPEG", progressive=True),
     "jpeg, upright by exif": encode("JPEG", exif=exif(1)),
     "jpeg with other exif": encode("JPEG", exif=Image.Exif()),
-    "jpeg with a colour profile of 100 KiB": encode("JPEG", icc_profile=bytes(100 * 1024)),
+    "jpeg with a color profile of 100 KiB": encode("JPEG", icc_profile=bytes(100 * 1024)),
     "jpeg with a comment": jpeg_segment(0xFE, b"Exif\0\0 is not what this is"),
     "jpeg, upright by xmp": jpeg_segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + XMP % 1),
     "png": encode("PNG"),
     "png with a text": encode("PNG", pnginfo=png_text("Software", "a camera")),
-    "gif": encode("GIF", COLOUR.quantize(8)),
+    "gif": encode("GIF", COLOR.quantize(8)),
     "bmp": encode("BMP"),
 }
 OTHER = {
     **{f"jpeg, {i} by exif": encode("JPEG", exif=exif(i)) for i in range(2, 9)},
-    "jpeg, exif after a colour profile": encode("JPEG", exif=exif(6), icc_profile=bytes(100_000)),
+    "jpeg, exif after a color profile": encode("JPEG", exif=exif(6), icc_profile=bytes(100_000)),
     "jpeg, turned by xmp": jpeg_segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + XMP % 6),
     **{f"png, {i} by exif": encode("PNG", exif=exif(i)) for i in range(2, 9)},
     "png, turned by xmp": encode("PNG", pnginfo=png_text("XML:com.adobe.xmp", str(XMP % 6))),
     "png, turned by exif after its pixels": None,
-    "palette bmp": encode("BMP", COLOUR.quantize(8)),
-    "bilevel bmp": encode("BMP", COLOUR.convert("1")),
+    "palette bmp": encode("BMP", COLOR.quantize(8)),
+    "bilevel bmp": encode("BMP", COLOR.convert("1")),
     "webp": encode("WEBP", exif=exif(6)),  # Upright ones are read by the newest TensorFlow.
     "tiff": encode("TIFF"),
     "ppm": encode("PPM"),
-    "pgm": encode("PPM", COLOUR.convert("L")),
+    "pgm": encode("PPM", COLOR.convert("L")),
     "jpeg 2000": encode("JPEG2000"),
     "jpeg 2000 without a container": encode("JPEG2000", no_jp2=True),
     "avif": encode("AVIF"),

@@ -25,9 +25,9 @@ def noise(*shape):
 
 
 RGB, ALPHA = noise(20, 24, 3), noise(20, 24)
-COLOUR, GREY = Image.fromarray(RGB), Image.fromarray(noise(20, 24))
+COLOR, GRAY = Image.fromarray(RGB), Image.fromarray(noise(20, 24))
 RGBA = Image.fromarray(np.dstack([RGB, ALPHA]))
-PALETTE = COLOUR.quantize(16)
+PALETTE = COLOR.quantize(16)
 DEEP = noise(20, 24, 4, 2).view(np.uint16)[..., 0]
 
 
@@ -48,42 +48,42 @@ def write(tmp_path):
 
 # What TensorFlow decodes to the same pixels.
 LOSSLESS = {
-    "rgb png": encode(COLOUR, "PNG"),
-    "grey png": encode(GREY, "PNG"),
-    "bilevel png": encode(GREY.convert("1"), "PNG"),
+    "rgb png": encode(COLOR, "PNG"),
+    "gray png": encode(GRAY, "PNG"),
+    "bilevel png": encode(GRAY.convert("1"), "PNG"),
     "palette png": encode(PALETTE, "PNG"),
     "rgba png": encode(RGBA, "PNG"),
-    "grey and alpha png": encode(RGBA.convert("LA"), "PNG"),
+    "gray and alpha png": encode(RGBA.convert("LA"), "PNG"),
     "palette png, one transparent": encode(PALETTE, "PNG", transparency=3),
     "palette png, all half transparent": encode(PALETTE, "PNG", transparency=bytes(range(16))),
-    "grey png, one transparent": encode(GREY, "PNG", transparency=int(np.asarray(GREY)[0, 0])),
-    "16-bit grey png": tf.io.encode_png(DEEP[..., :1]).numpy(),
-    "16-bit grey and alpha png": tf.io.encode_png(DEEP[..., :2]).numpy(),
+    "gray png, one transparent": encode(GRAY, "PNG", transparency=int(np.asarray(GRAY)[0, 0])),
+    "16-bit gray png": tf.io.encode_png(DEEP[..., :1]).numpy(),
+    "16-bit gray and alpha png": tf.io.encode_png(DEEP[..., :2]).numpy(),
     "16-bit rgb png": tf.io.encode_png(DEEP[..., :3]).numpy(),
     "16-bit rgba png": tf.io.encode_png(DEEP).numpy(),
     "gif": encode(PALETTE, "GIF"),
     "gif, one transparent": encode(PALETTE, "GIF", transparency=3),
-    "gif of two frames": encode(PALETTE, "GIF", save_all=True, append_images=[GREY]),
-    "bmp": encode(COLOUR, "BMP"),
+    "gif of two frames": encode(PALETTE, "GIF", save_all=True, append_images=[GRAY]),
+    "bmp": encode(COLOR, "BMP"),
     "bmp with alpha": encode(RGBA, "BMP"),
     "bmp with a palette": encode(PALETTE, "BMP"),
-    "bilevel bmp": encode(GREY.convert("1"), "BMP"),
-    "webp": encode(COLOUR, "WEBP", lossless=True),
+    "bilevel bmp": encode(GRAY.convert("1"), "BMP"),
+    "webp": encode(COLOR, "WEBP", lossless=True),
     "webp of two frames": encode(
-        COLOUR, "WEBP", lossless=True, save_all=True, append_images=[COLOUR.rotate(180)]
+        COLOR, "WEBP", lossless=True, save_all=True, append_images=[COLOR.rotate(180)]
     ),
 }
 JPEG = {
-    "rgb jpeg": encode(COLOUR, "JPEG", quality=95),
-    "rgb jpeg 4:4:4": encode(COLOUR, "JPEG", subsampling=0),
-    "progressive jpeg": encode(COLOUR, "JPEG", progressive=True),
-    "grey jpeg": encode(GREY, "JPEG"),
-    "cmyk jpeg": encode(COLOUR.convert("CMYK"), "JPEG"),
+    "rgb jpeg": encode(COLOR, "JPEG", quality=95),
+    "rgb jpeg 4:4:4": encode(COLOR, "JPEG", subsampling=0),
+    "progressive jpeg": encode(COLOR, "JPEG", progressive=True),
+    "gray jpeg": encode(GRAY, "JPEG"),
+    "cmyk jpeg": encode(COLOR.convert("CMYK"), "JPEG"),
 }
 
 
 @pytest.mark.parametrize("encoded", LOSSLESS.values(), ids=LOSSLESS)
-def test_every_colour_type_gives_the_view_of_tensorflow(encoded, write):
+def test_every_color_type_gives_the_view_of_tensorflow(encoded, write):
     preprocessing = Preprocessing(16, 0.9)
     view = preprocess(read_image(write(encoded)), preprocessing)
     expected = tf_preprocess.eval_view(encoded, preprocessing)
@@ -91,7 +91,7 @@ def test_every_colour_type_gives_the_view_of_tensorflow(encoded, write):
 
 
 @pytest.mark.parametrize("encoded", JPEG.values(), ids=JPEG)
-def test_jpeg_pixels_are_those_of_tensorflow_within_a_grey_level(encoded, write):
+def test_jpeg_pixels_are_those_of_tensorflow_within_a_gray_level(encoded, write):
     pixels = read_image(write(encoded, "image.jpg")).astype(int)
     expected = tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
     assert np.abs(pixels - expected.numpy()).max() <= 1
@@ -101,11 +101,11 @@ def test_jpeg_pixels_are_those_of_tensorflow_within_a_grey_level(encoded, write)
     "encoded",
     [
         encode(RGBA, "WEBP", lossless=True, exact=True),
-        encode(COLOUR, "TIFF"),
+        encode(COLOR, "TIFF"),
         encode(RGBA, "TIFF", compression="tiff_lzw"),
-        encode(COLOUR, "PPM"),
+        encode(COLOR, "PPM"),
         encode(PALETTE.convert("RGB"), "GIF"),
-        encode(COLOUR, "JPEG2000", irreversible=False),
+        encode(COLOR, "JPEG2000", irreversible=False),
     ],
     ids=["webp", "tiff", "tiff with alpha", "ppm", "gif", "jpeg 2000"],
 )
@@ -115,7 +115,7 @@ def test_formats_beyond_tensorflow_keep_their_pixels(encoded, write):
 
 
 def test_avif_is_read_about_as_it_was(write):
-    smooth = COLOUR.resize((5, 4)).resize((64, 48))
+    smooth = COLOR.resize((5, 4)).resize((64, 48))
     if not Image.registered_extensions().get(".avif"):
         pytest.skip("this Pillow has no AVIF")
     pixels = read_image(write(encode(smooth, "AVIF", quality=95), "image.avif"))
@@ -147,12 +147,12 @@ def test_exif_orientation_is_respected(orientation, file_format, write):
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if file_format == "WEBP" else {}
-    pixels = read_image(write(encode(COLOUR, file_format, exif=exif, **options)))
+    pixels = read_image(write(encode(COLOR, file_format, exif=exif, **options)))
     np.testing.assert_array_equal(pixels, UPRIGHT[orientation](RGB))
 
 
 def test_damaged_exif_does_not_cost_the_image(write):
-    broken = encode(COLOUR, "PNG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff\x01\x02")
+    broken = encode(COLOR, "PNG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff\x01\x02")
     np.testing.assert_array_equal(read_image(write(broken)), RGB)
 
 
@@ -231,7 +231,7 @@ def test_a_strip_is_preprocessed_in_bounded_memory():
 
 
 def bomb(width, height):
-    """A sound PNG of one grey level, a few MB for any size."""
+    """A sound PNG of one gray level, a few MB for any size."""
 
     def chunk(name, data):
         checksum = zlib.crc32(name + data)
@@ -320,8 +320,8 @@ def test_a_file_without_permission_is_one_line(write, monkeypatch):
         LOSSLESS["gif of two frames"],
         LOSSLESS["bmp"],
         JPEG["rgb jpeg"],
-        encode(COLOUR, "WEBP"),
-        encode(COLOUR, "TIFF"),
+        encode(COLOR, "WEBP"),
+        encode(COLOR, "TIFF"),
     ],
     ids=["png", "gif", "bmp", "jpeg", "webp", "tiff"],
 )

@@ -115,7 +115,7 @@ def test_nothing_of_the_border_is_seen(tmp_path, center_crop, suffix):
     preprocessing = Preprocessing(16, center_crop=center_crop)
     path = tmp_path / "bordered" / "wok" / f"0.{suffix}"
     write(path, pixels, suffix=suffix)
-    if suffix == "jpeg":  # Its colours run.
+    if suffix == "jpeg":  # Its colors run.
         pixels = tf.io.decode_jpeg(path.read_bytes(), dct_method="INTEGER_ACCURATE")[2:-2, 2:-2]
     source, *_ = objectnet.open_objectnet(f"objectnet:{tmp_path / 'bordered'}")
     (batch,) = eval_batches(source, batch_size=1, preprocessing=preprocessing)

@@ -24,7 +24,7 @@ EVAL = {"preprocessing": evaluation("inception", image_size=8)}
 
 
 def tiny_source(count):
-    """Images of which each is one grey value, its label."""
+    """Images of which each is one gray value, its label."""
     images = [
         tf.io.encode_png(np.full((3, 4, 1), label, np.uint8)).numpy() for label in range(count)
     ]

@@ -32,11 +32,11 @@ def pixels(view):
 
 
 def bilinear(image, box, size):
-    """Samples `box` with half-pixel centres in float64, clamped to the image."""
+    """Samples `box` with half-pixel centers in float64, clamped to the image."""
 
     def matrix(begin, extent, length):
-        centres = np.clip(begin + (np.arange(size) + 0.5) * extent / size - 0.5, 0, length - 1)
-        return np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(length)))
+        centers = np.clip(begin + (np.arange(size) + 0.5) * extent / size - 0.5, 0, length - 1)
+        return np.maximum(0, 1 - np.abs(centers[:, None] - np.arange(length)))
 
     y, x, h, w = (float(edge) for edge in box)
     rows, columns = matrix(y, h, image.shape[0]), matrix(x, w, image.shape[1])
@@ -52,7 +52,7 @@ def test_evaluation_resizes_the_whole_image(shape, protocol):
 
 
 @pytest.mark.parametrize("shape", [(96, 64), (50, 123)])
-def test_pretrain_evaluation_crops_the_centre_of_the_resized_image(shape):
+def test_pretrain_evaluation_crops_the_center_of_the_resized_image(shape):
     image = noise_image(*shape)
     view = preprocess.view(encode(image, "PNG"), SEED, image_size=56, protocol="pretrain")
     scale = 64 / min(shape)  # 56 * 256 / 224
@@ -310,15 +310,15 @@ def test_values_reach_from_minus_one_to_one():
     np.testing.assert_array_equal(view[3], 1)
 
 
-RGB, GREY = noise_image(20, 24), noise_image(20, 24, 1)
+RGB, GRAY = noise_image(20, 24), noise_image(20, 24, 1)
 
 
 @pytest.mark.parametrize(
     "encoded",
     [
-        encode(GREY, "PNG"),
-        encode(GREY, "JPEG"),
-        encode(GREY, "PNG", "LA"),
+        encode(GRAY, "PNG"),
+        encode(GRAY, "JPEG"),
+        encode(GRAY, "PNG", "LA"),
         encode(RGB, "PNG", "RGBA"),
         encode(RGB, "PNG", "P"),
         encode(RGB, "BMP"),
@@ -330,8 +330,8 @@ RGB, GREY = noise_image(20, 24), noise_image(20, 24, 1)
         encode(RGB, "JPEG", "CMYK"),
     ],
     ids=[
-        "grey png",
-        "grey jpeg",
+        "gray png",
+        "gray jpeg",
         "la",
         "rgba",
         "palette",
@@ -344,7 +344,7 @@ RGB, GREY = noise_image(20, 24), noise_image(20, 24, 1)
         "cmyk",
     ],
 )
-def test_every_colour_type_becomes_rgb_as_in_pil(encoded):
+def test_every_color_type_becomes_rgb_as_in_pil(encoded):
     view = preprocess.view(tf.constant(encoded), SEED, image_size=20, protocol="inception")
     rgb = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
     expected = bilinear(rgb, (0, 0, 20, 24), 20)

@@ -93,15 +93,15 @@ def test_enhancements_are_pils(name, magnitude, factor):
 # What AugReg's code takes for the mean of an image: its pixels over the 256 bins of a histogram, as
 # an 8-bit number. 224 x 224 / 256 is 196.
 @pytest.mark.parametrize(
-    ("height", "width", "grey"), [(224, 224, 196), (384, 384, 255), (40, 56, 8), (15, 17, 0)]
+    ("height", "width", "gray"), [(224, 224, 196), (384, 384, 255), (40, 56, 8), (15, 17, 0)]
 )
 @pytest.mark.parametrize(("magnitude", "factor"), [(0, 0.1), (10, 1.9), (15, 2.8)])
-def test_the_contrast_of_augreg_goes_from_one_grey_for_every_image(
-    height, width, grey, magnitude, factor
+def test_the_contrast_of_augreg_goes_from_one_gray_for_every_image(
+    height, width, gray, magnitude, factor
 ):
     image = photo(height, width)
-    difference = image.astype(np.float32) - np.float32(grey)
-    expected = np.trunc(np.clip(grey + np.float32(factor) * difference, 0, 255))
+    difference = image.astype(np.float32) - np.float32(gray)
+    expected = np.trunc(np.clip(gray + np.float32(factor) * difference, 0, 255))
     np.testing.assert_array_equal(apply("Contrast", magnitude, image), expected)
 
 
@@ -139,7 +139,7 @@ def test_a_positive_angle_is_counterclockwise():
 @pytest.mark.parametrize("axis", "XY")
 def test_shear_is_pils_in_both_directions(axis, magnitude, shear):
     def transform(image, s):
-        # PIL's coordinates are of a pixel's corner: its centre is half a pixel further.
+        # PIL's coordinates are of a pixel's corner: its center is half a pixel further.
         matrix = (1, s, -s / 2, 0, 1, 0) if axis == "X" else (1, 0, 0, s, 1, -s / 2)
         return image.transform(image.size, Image.Transform.AFFINE, matrix, fillcolor=(128,) * 3)
 
@@ -153,7 +153,7 @@ def test_translate_is_in_pixels_of_224(axis, magnitude, pixels):
     image = photo(224, 224)
     expected = []
     for sign in (1, -1):
-        # NumPy: what moved in from beyond the edge is grey.
+        # NumPy: what moved in from beyond the edge is gray.
         moved = np.roll(image, sign * pixels, 1 if axis == "X" else 0).astype(int)
         empty = slice(0, pixels) if sign > 0 else slice(-pixels, None)
         moved[(slice(None), empty) if axis == "X" else (empty, slice(None))] = 128
@@ -172,9 +172,9 @@ def test_cutout_is_a_square_around_a_point_of_the_image(magnitude, size):
     image = np.full((224, 224, 3), 9, np.uint8)
     places = set()
     for seed in SEEDS:
-        grey = (apply("Cutout", magnitude, image, seed) == 128).all(-1)
-        rows, columns = np.flatnonzero(grey.any(1)), np.flatnonzero(grey.any(0))
-        assert grey.sum() == len(rows) * len(columns)
+        gray = (apply("Cutout", magnitude, image, seed) == 128).all(-1)
+        rows, columns = np.flatnonzero(gray.any(1)), np.flatnonzero(gray.any(0))
+        assert gray.sum() == len(rows) * len(columns)
         assert len(rows) <= 2 * size and len(columns) <= 2 * size
         # The point is inside: at least half of each side is, but at the very edge.
         assert len(rows) >= size and len(columns) >= size

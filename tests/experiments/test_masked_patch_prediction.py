@@ -34,7 +34,7 @@ def test_the_trivial_loss_is_that_of_the_best_constant_prediction(args, data_dir
     config.dataset.update({"name": "digits", "data_dir": data_dir, "image_size": 8})
     config.model.patch_size = 8
     _, test = datasets.open_dataset("digits", data_dir=data_dir)
-    # Patches as large as the image: the mean of 355 grey images, in 8 levels.
+    # Patches as large as the image: the mean of 355 gray images, in 8 levels.
     means = []
     for batch in experiment.test_images(config):
         means += [image.mean() for image in batch]

@@ -23,12 +23,12 @@ DEVICE = {"name": "NVIDIA Fake", "compute_capability": "9.0", "driver": "12.4"}
 _NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "UINT8": np.uint8}
 
 
-def fake_tensorrt(version: str, **behaviour):
+def fake_tensorrt(version: str, **behavior):
     """The module `tensorrt` of a version.
 
     Args:
         version: one of `VERSIONS`.
-        **behaviour: inputs: of the parsed network, a list of (name, dtype, shape); parser_errors:
+        **behavior: inputs: of the parsed network, a list of (name, dtype, shape); parser_errors:
             a list; layers: (dtype of the output, LayerType) of the parsed network; inspected: the
             layers of the inspector's JSON; build_fails; device_fails; cache_fits.
     """
@@ -134,19 +134,19 @@ def fake_tensorrt(version: str, **behaviour):
         def parse_from_file(self, model):
             assert isinstance(model, str)
             record("OnnxParser.parse_from_file", model)
-            errors = behaviour.get("parser_errors", [])
+            errors = behavior.get("parser_errors", [])
             object.__setattr__(self, "num_errors", len(errors))
-            inputs = behaviour.get("inputs", [("images", "FLOAT", (-1, 4, 4, 3))])
+            inputs = behavior.get("inputs", [("images", "FLOAT", (-1, 4, 4, 3))])
             self._network._inputs = [Tensor(n, trt.DataType[t], s) for n, t, s in inputs]
             self._network._layers = [
-                Layer(trt.DataType[t], trt.LayerType[k]) for t, k in behaviour.get("layers", [])
+                Layer(trt.DataType[t], trt.LayerType[k]) for t, k in behavior.get("layers", [])
             ]
             object.__setattr__(self._network, "num_inputs", len(inputs))
             object.__setattr__(self._network, "num_layers", len(self._network._layers))
             return not errors
 
         def get_error(self, index):
-            return behaviour["parser_errors"][index]
+            return behavior["parser_errors"][index]
 
     @real("IOptimizationProfile")
     class Profile:
@@ -187,7 +187,7 @@ def fake_tensorrt(version: str, **behaviour):
             return TimingCache(serialized_timing_cache)
 
         def set_timing_cache(self, cache, ignore_mismatch):
-            fits = not cache._data or ignore_mismatch or behaviour.get("cache_fits", True)
+            fits = not cache._data or ignore_mismatch or behavior.get("cache_fits", True)
             if fits:
                 self._cache = cache
                 record("IBuilderConfig.set_timing_cache", cache._data)
@@ -197,7 +197,7 @@ def fake_tensorrt(version: str, **behaviour):
     class Builder:
         def __init__(self, logger):
             self._logger = logger
-            if behaviour.get("device_fails"):
+            if behavior.get("device_fails"):
                 logger.log(ILogger.ERROR, "CUDA initialization failure\nwith error: 35")
                 raise TypeError("pybind11::init(): factory function returned nullptr")
 
@@ -221,7 +221,7 @@ def fake_tensorrt(version: str, **behaviour):
                 if not going_on:
                     record("Builder.stopped")
                     return None
-            if behaviour.get("build_fails"):
+            if behavior.get("build_fails"):
                 self._logger.log(ILogger.ERROR, "no implementation for node X")
                 return None
             tensor = network._inputs[0]
@@ -237,7 +237,7 @@ def fake_tensorrt(version: str, **behaviour):
     class Inspector:
         def get_engine_information(self, format):
             assert format is trt.LayerInformationFormat.JSON
-            return json.dumps({"Layers": behaviour.get("inspected", [])})
+            return json.dumps({"Layers": behavior.get("inspected", [])})
 
     @real("IExecutionContext")
     class Context:
@@ -471,9 +471,9 @@ class FakeDriver:
 CUDA = FakeCuda()
 
 
-def install(monkeypatch, version, **behaviour):
+def install(monkeypatch, version, **behavior):
     """Puts the fakes where the package looks for TensorRT, the driver and the CUDA runtime."""
-    trt = fake_tensorrt(version, **behaviour)
+    trt = fake_tensorrt(version, **behavior)
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: {"libcuda.so.1": FakeDriver()}[name])
     bindings = types.ModuleType("cuda.bindings")

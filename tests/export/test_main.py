@@ -57,7 +57,7 @@ def test_every_stage_is_written_compared_and_timed(export, tmp_path):
     assert (out / "model.onnx").is_file()
     assert (out / "deploy").is_dir()
     report = json.loads((out / "parity.json").read_text())
-    names = [hop["name"] for hop in report["hops"]]
+    names = [stage["name"] for stage in report["hops"]]
     assert names == ["SavedModel", "ONNX fp16", "ONNX fp16, emulated"]
     assert report["hops"][0]["relative_difference"] < 1e-5
     assert 1e-6 < report["hops"][1]["relative_difference"] < 1e-2
@@ -81,8 +81,8 @@ def test_onnx_alone_goes_by_either_converter(export, converter, tmp_path):
     arguments = ["--stages", "onnx", "--converter", converter, "--precision", "bf16"]
     code, output = export(*arguments, "--include_preprocessing", "--outputs", "probabilities")
     assert code == 0, output
-    (hop,) = json.loads((tmp_path / "out" / "parity.json").read_text())["hops"]
-    assert hop["name"] == "ONNX bf16, emulated"
+    (stage,) = json.loads((tmp_path / "out" / "parity.json").read_text())["hops"]
+    assert stage["name"] == "ONNX bf16, emulated"
     assert not (tmp_path / "out" / "saved_model").exists()
 
 
@@ -96,9 +96,9 @@ def test_accuracy_is_told_on_a_data_set_of_the_models_classes(export, converter,
     arguments = ["--stages", "onnx", "--converter", converter]
     code, output = export(*arguments, "--dataset", f"folder:{tmp_path / 'data'}")
     assert code == 0, output
-    (hop,) = json.loads((tmp_path / "out" / "parity.json").read_text())["hops"]
+    (stage,) = json.loads((tmp_path / "out" / "parity.json").read_text())["hops"]
     # The same two photographs in every class: one of three is right.
-    assert hop["accuracy"] == hop["reference_accuracy"] == pytest.approx(1 / 3)
+    assert stage["accuracy"] == stage["reference_accuracy"] == pytest.approx(1 / 3)
 
     for split in ("train", "test"):
         (tmp_path / "data" / split / "c").rename(tmp_path / f"no longer in {split}")
@@ -117,9 +117,9 @@ def test_int8_takes_its_scales_from_other_photographs_than_it_is_compared_on(
     arguments = ["--stages", "onnx", "--converter", converter, "--precision", "int8"]
     code, output = export(*arguments, "--data", str(tmp_path / "photos"))
     assert code == 0, output
-    (hop,) = json.loads((tmp_path / "out" / "parity.json").read_text())["hops"]
-    assert hop["images"] == 5
-    assert 1e-5 < hop["relative_difference"] < 0.3
+    (stage,) = json.loads((tmp_path / "out" / "parity.json").read_text())["hops"]
+    assert stage["images"] == 5
+    assert 1e-5 < stage["relative_difference"] < 0.3
 
 
 def test_without_tensorrt_or_a_gpu_the_onnx_file_stays(export, converter, tmp_path):

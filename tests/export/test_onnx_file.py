@@ -57,7 +57,7 @@ def test_the_precision_is_that_of_most_weights(tmp_path, dtype, precision):
     assert found.weight_types == {"fp32", precision}
 
 
-def test_bfloat16_is_recognised(tmp_path):
+def test_bfloat16_is_recognized(tmp_path):
     ml_dtypes = pytest.importorskip("ml_dtypes")
     assert read_onnx(save(tmp_path / "m.onnx", dtype=ml_dtypes.bfloat16)).precision == "bf16"
 

@@ -64,7 +64,7 @@ def check_scale_on_q(model: ir.Model, num_layers: int) -> None:
 
 
 def gelus(model: ir.Model, form: str) -> list[list[ir.Node]]:
-    """The chains of operators that engines recognise as GELU."""
+    """The chains of operators that engines recognize as GELU."""
     chain, with_x = {
         "erf": (["Div", "Erf", "Add", "Mul", "Mul"], [3]),
         "tanh": (["Pow", "Mul", "Add", "Mul", "Tanh", "Add", "Mul", "Mul"], [2, 6]),

@@ -47,7 +47,7 @@ def onnx_file(tmp_path):
 
 @pytest.fixture
 def fake(monkeypatch):
-    return lambda version, **behaviour: fake_tensorrt.install(monkeypatch, version, **behaviour)
+    return lambda version, **behavior: fake_tensorrt.install(monkeypatch, version, **behavior)
 
 
 def run(path, output):

@@ -321,12 +321,12 @@ def test_the_first_attention_of_a_unit_is_along_the_height_as_in_scenic():
     assert second.all()
 
 
-def test_kernels_of_axial_resnet_are_standardised_with_scenics_epsilon():
+def test_kernels_of_axial_resnet_are_standardized_with_scenics_epsilon():
     # As small as the square root of 1e-10: 1e-5 added to the deviation, as in the hybrids, differs.
     def small(module, x):
         return jax.tree.map(lambda leaf: leaf * np.float32(1e-5), random_params(module, x))
 
-    def standardised(kernel):
+    def standardized(kernel):
         kernel = np.float64(kernel) - np.float64(kernel).mean((0, 1, 2))
         return kernel / np.sqrt(np.square(kernel).mean((0, 1, 2)) + 1e-10)
 
@@ -334,13 +334,13 @@ def test_kernels_of_axial_resnet_are_standardised_with_scenics_epsilon():
     params = small(unit, x)
     found = jax.jit(functools.partial(unit_values, unit))(params, x)
     for name in ("conv1", "conv_proj"):
-        expected = x @ standardised(params[name]["kernel"])[0, 0]
+        expected = x @ standardized(params[name]["kernel"])[0, 0]
         np.testing.assert_allclose(found[name], expected, rtol=0, atol=1e-4)
 
     model = create_model(TINY_RESNET, resnet_layers=())
     params = small(model, RESNET_IMAGES)
     root = jax.jit(functools.partial(unit_values, model))(params, RESNET_IMAGES)["conv_root"]
-    kernel = standardised(params["conv_root"]["kernel"])
+    kernel = standardized(params["conv_root"]["kernel"])
     # Of a stride of 2 and even sides TensorFlow's SAME pads 2 before and 3 after.
     padded = np.pad(np.float64(RESNET_IMAGES), ((0, 0), (2, 3), (2, 3), (0, 0)))
     for r, c in np.ndindex(8, 12):

@@ -157,7 +157,7 @@ def test_a_unit_is_the_pre_activation_bottleneck(channels, stride, projects):
     assert_close(module.apply({"params": params}, x), unit_reference(x, params, stride))
 
 
-def test_a_kernel_is_standardised_by_its_variance_and_epsilon():
+def test_a_kernel_is_standardized_by_its_variance_and_epsilon():
     # So small that it matters where epsilon is added.
     kernel = 1e-5 * np.random.default_rng(0).normal(1, 1, (3, 3, 4, 2))
     expected = (kernel - kernel.mean((0, 1, 2))) / np.sqrt(kernel.var((0, 1, 2)) + 1e-10)

@@ -42,30 +42,30 @@ def patches_of(image, size):
     ]
 
 
-def colour_of(value):
+def color_of(value):
     """8 levels of equal width from -1 to 1, a channel after the other."""
     edges = np.linspace(-1, 1, 9)[1:-1]
     red, green, blue = (int(np.sum(x >= edges)) for x in value)
     return 64 * red + 8 * green + blue
 
 
-def test_the_mean_colour_is_that_of_each_patch():
-    expected = [[[colour_of(p.mean((0, 1)))] for p in patches_of(x, 4)] for x in IMAGES]
-    np.testing.assert_array_equal(masked.mean_colour(IMAGES, 4), expected)
+def test_the_mean_color_is_that_of_each_patch():
+    expected = [[[color_of(p.mean((0, 1)))] for p in patches_of(x, 4)] for x in IMAGES]
+    np.testing.assert_array_equal(masked.mean_color(IMAGES, 4), expected)
 
 
 @pytest.mark.parametrize(
     ("value", "level"), [(-1, 0), (-0.7501, 0), (-0.75, 1), (0, 4), (0.7499, 6), (0.75, 7), (1, 7)]
 )
-def test_a_colour_has_eight_levels_a_channel(value, level):
+def test_a_color_has_eight_levels_a_channel(value, level):
     pixel = np.array([[value, -1, 1]], np.float32)
-    assert masked.colours(pixel).tolist() == [64 * level + 7]
+    assert masked.colors(pixel).tolist() == [64 * level + 7]
 
 
 def test_a_patch_is_downsized_by_the_means_of_its_parts():
     images = IMAGES[:, :, :16]
     expected = [
-        [[colour_of(part.mean((0, 1))) for part in patches_of(p, 2)] for p in patches_of(x, 8)]
+        [[color_of(part.mean((0, 1))) for part in patches_of(p, 2)] for p in patches_of(x, 8)]
         for x in images
     ]
     np.testing.assert_array_equal(masked.downsized(images, 8), expected)
@@ -84,7 +84,7 @@ def test_the_pixels_are_those_of_each_patch():
 
 
 @pytest.mark.parametrize(
-    ("target", "outputs"), [("mean_colour", 512), ("downsized", 16 * 512), ("pixels", 256 * 3)]
+    ("target", "outputs"), [("mean_color", 512), ("downsized", 16 * 512), ("pixels", 256 * 3)]
 )
 def test_the_outputs_are_those_of_the_paper_for_patches_of_16(target, outputs):
     assert masked.num_outputs(target, 16) == outputs
@@ -149,7 +149,7 @@ def test_embeddings_become_the_masks_or_another_patchs_or_stay():
 @pytest.mark.parametrize("name", TRUNKS)
 def test_the_parameters_are_those_of_the_trunk_and_two_more(name):
     trunk = create_model(TRUNKS[name])
-    model = predictor(trunk, "mean_colour")
+    model = predictor(trunk, "mean_color")
     init = [jax.jit(m.init)(jax.random.key(3), IMAGES)["params"] for m in (trunk, model)]
     expected, found = (flatten_dict(tree, sep="/") for tree in init)
     added = {key: found.pop(key) for key in found.keys() - expected.keys()}
@@ -168,7 +168,7 @@ def test_the_parameters_are_those_of_the_trunk_and_two_more(name):
 @pytest.mark.parametrize("name", TRUNKS)
 def test_nothing_but_the_corruption_differs_from_the_trunk(name):
     trunk = create_model(TRUNKS[name])
-    model = predictor(trunk, "mean_colour")
+    model = predictor(trunk, "mean_color")
     params = random_params(model)
     patches = 24 if name != "hybrid" else 6
     predictions, state = model.apply(
@@ -194,7 +194,7 @@ def test_nothing_but_the_corruption_differs_from_the_trunk(name):
 
 
 def test_a_masked_patch_is_not_seen():
-    model = predictor(create_model(VIT), "mean_colour")
+    model = predictor(create_model(VIT), "mean_color")
     params = random_params(model)
     corruption = masked.Corruption(
         chosen=np.array([[7, 8, 9]]),
@@ -218,7 +218,7 @@ def test_a_masked_patch_is_not_seen():
     assert np.abs(moved - plain).max() > 1e-3
 
 
-def test_the_scores_of_colours():
+def test_the_scores_of_colors():
     rng = np.random.default_rng(2)
     predictions = rng.standard_normal((2, 3, 2 * 512)).astype(np.float32)
     targets = rng.integers(0, 512, (2, 3, 2))
@@ -246,13 +246,13 @@ def test_models_without_patch_embeddings_are_refused():
     resnet = {"architecture": "resnet", "resnet_layers": (1,), "width_factor": 1,
               "group_norm_epsilon": 1e-5, "num_classes": 0}  # fmt: skip
     with pytest.raises(UserError, match="masked_patches is for ViTs and hybrids: a ResNet has no"):
-        predictor(create_model(resnet), "mean_colour")
+        predictor(create_model(resnet), "mean_color")
 
 
 def test_the_multiply_adds_with_the_head_are_those_that_xla_counts():
     config = {**VIT, "hidden_size": 192, "mlp_dim": 768, "num_heads": 3, "classifier": "token",
               "representation_size": 0}  # fmt: skip
-    model = predictor(create_model(config), "mean_colour")
+    model = predictor(create_model(config), "mean_color")
     images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     corruption = jax.eval_shape(lambda key: draw_corruption(key, 2, 64, 0.5), jax.random.key(0))
@@ -263,16 +263,16 @@ def test_the_multiply_adds_with_the_head_are_those_that_xla_counts():
 
 @pytest.mark.parametrize(
     ("trunk", "target"),
-    [(VIT, "mean_colour"), (VIT, "downsized"), (VIT, "pixels"), (HYBRID, "mean_colour")],
+    [(VIT, "mean_color"), (VIT, "downsized"), (VIT, "pixels"), (HYBRID, "mean_color")],
 )
 def test_training_moves_every_parameter_and_lowers_the_loss(trunk, target):
     model, optimizer = predictor(create_model(trunk), target), optax.adam(1e-2)
     init = jax.jit(lambda: init_train_state(model, optimizer, seed=0, image_size=16, average=False))
     state = init()
     start = state.params
-    # Every image of one colour, which its other patches tell.
-    colour = np.array([[-0.9, 0.1, 0.9], [0.9, -0.9, 0.1], [0.1, 0.9, -0.9]], np.float32)
-    images = np.broadcast_to(colour[:, None, None], (3, 16, 16, 3))
+    # Every image of one color, which its other patches tell.
+    color = np.array([[-0.9, 0.1, 0.9], [0.9, -0.9, 0.1], [0.1, 0.9, -0.9]], np.float32)
+    images = np.broadcast_to(color[:, None, None], (3, 16, 16, 3))
     batch = {"image": images, "label": np.full(3, -1)}
     objective = masked_patches(model, 0.5, target)
     step = jax.jit(lambda state: train_step(state, batch, objective=objective, optimizer=optimizer))

@@ -10,7 +10,7 @@ RNG = np.random.default_rng(0)
 
 
 def conv_reference(x, kernel, stride):
-    """SAME padding, one window at a time; the kernel standardised over all but its outputs."""
+    """SAME padding, one window at a time; the kernel standardized over all but its outputs."""
     kernel = np.asarray(kernel, np.float64)
     flat = kernel.reshape(-1, kernel.shape[-1])
     kernel = ((flat - flat.mean(0)) / (flat.std(0) + 1e-5)).reshape(kernel.shape)
@@ -60,7 +60,7 @@ def assert_close(actual, expected):
 
 
 @pytest.mark.parametrize(("size", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
-def test_a_convolution_is_standardised_and_padded_to_the_same_size(size, stride):
+def test_a_convolution_is_standardized_and_padded_to_the_same_size(size, stride):
     module = resnet.StdConv(5, size, stride)
     x = RNG.standard_normal((2, 8, 11, 3)).astype(np.float32)  # Even and odd sides.
     # So small that it matters where epsilon is added.
@@ -119,7 +119,7 @@ class Features(nn.Module):
         return resnet.resnet_features(images, self.layers, group_norm_epsilon=1e-3)
 
 
-def test_the_root_convolves_normalises_and_pools():
+def test_the_root_convolves_normalizes_and_pools():
     module = Features(())
     images = RNG.standard_normal((2, 12, 16, 3)).astype(np.float32)
     params = random_like(module.init(jax.random.key(0), images)["params"])

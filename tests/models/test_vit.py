@@ -183,7 +183,7 @@ def test_scanned_layers_start_different_from_each_other():
     assert not np.allclose(kernels[1], kernels[2])
 
 
-def test_initialisation_is_the_published_one():
+def test_initialization_is_the_published_one():
     config = architecture("ViT-S/16") | {"num_layers": 1}
     model = create_model(config, num_classes=7, representation_size=384, head_bias_init=-10.0)
     params = model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]

@@ -15,7 +15,7 @@ from vit_jax import command
 from vit_jax.checkpoints import flags
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
-from vit_jax.files import replacing
+from vit_jax.files import atomic_write
 from vit_jax.predict import find_images, read_batches
 
 if TYPE_CHECKING:
@@ -74,9 +74,9 @@ class _Saver:
 
     def __call__(self, name: str, figure: "Figure", **arrays: Any) -> None:
         png, npz = (self._directory / f"{name}.{suffix}" for suffix in ("png", "npz"))
-        with replacing(npz) as temporary, temporary.open("wb") as file:
+        with atomic_write(npz) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
-        with replacing(png) as temporary:
+        with atomic_write(png) as temporary:
             figure.savefig(temporary, format="png", dpi=self._dpi)
         for path in (png, npz):
             print(str(path) if str(path).isprintable() else ascii(str(path)), flush=True)
@@ -231,8 +231,8 @@ def _intermediates(
     from vit_jax.analysis import plots
 
     patches = tokens[:, -grid[0] * grid[1] :].reshape(len(tokens), *grid, -1)
-    title = "Patches after every layer: the first three principal components as colours"
-    save(name, plots.layer_colours(picture, patches, title), image=np.array(file), tokens=tokens)
+    title = "Patches after every layer: the first three principal components as colors"
+    save(name, plots.layer_colors(picture, patches, title), image=np.array(file), tokens=tokens)
 
 
 def _to_pixels(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:

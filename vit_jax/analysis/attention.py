@@ -61,14 +61,14 @@ def to_mask(maps: Array, image_size: tuple[int, int]) -> Array:
 
 
 def patch_distances(grid: tuple[int, int], patch_size: int) -> np.ndarray:
-    """Euclidean distance between the centres of any two patches in pixels, [patches, patches].
+    """Euclidean distance between the centers of any two patches in pixels, [patches, patches].
 
     Args:
         grid: rows and columns of patches.
         patch_size: side in pixels of what becomes one token: `model.downsampling`.
     """
-    centres = np.stack(np.indices(grid), -1).reshape(-1, 2) * patch_size
-    return np.linalg.norm(centres[:, None] - centres, axis=-1)
+    centers = np.stack(np.indices(grid), -1).reshape(-1, 2) * patch_size
+    return np.linalg.norm(centers[:, None] - centers, axis=-1)
 
 
 def attention_distance(weights: Array, grid: tuple[int, int], patch_size: int) -> Array:

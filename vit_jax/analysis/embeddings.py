@@ -14,7 +14,7 @@ def rgb_filters(params: Mapping[str, Any]) -> np.ndarray:
     """The filters that see the image, [height, width, 3, filters].
 
     Those of the patch embedding; of a hybrid, which embeds the patches of a feature map, or a
-    ResNet those of the first convolution, standardised as it uses them.
+    ResNet those of the first convolution, standardized as it uses them.
 
     Args:
         params: of a model.
@@ -26,7 +26,7 @@ def rgb_filters(params: Mapping[str, Any]) -> np.ndarray:
         if kernel.ndim == 4 and kernel.shape[2] == 3:
             if name == "embedding/kernel":
                 return np.asarray(kernel)
-            # Only a hybrid has an embedding beside it; the other ResNets are standardised as BiT.
+            # Only a hybrid has an embedding beside it; the other ResNets are standardized as BiT.
             return np.asarray((standardize if "embedding" in params else standardize_bit)(kernel))
     raise UserError("this model has no filters of three channels")
 
@@ -55,7 +55,7 @@ def principal_filters(kernel: np.ndarray, count: int = 28) -> tuple[np.ndarray, 
 
 
 def to_rgb(filters: np.ndarray) -> np.ndarray:
-    """Filters as pixels in [0, 1]: 0 is mid-grey, and each one's largest value black or white.
+    """Filters as pixels in [0, 1]: 0 is mid-gray, and each one's largest value black or white.
 
     Args:
         filters: [..., height, width, 3].

@@ -48,7 +48,7 @@ def head_maps(image: np.ndarray, maps: np.ndarray, title: str) -> Figure:
 
     Args:
         image: [height, width, 3] in [0, 1].
-        maps: [layers, heads, rows, columns]; one colour scale for all.
+        maps: [layers, heads, rows, columns]; one color scale for all.
         title: above the maps.
     """
     num_layers, num_heads = maps.shape[:2]
@@ -68,8 +68,8 @@ def head_maps(image: np.ndarray, maps: np.ndarray, title: str) -> Figure:
     return figure
 
 
-def layer_colours(image: np.ndarray, tokens: np.ndarray, title: str) -> Figure:
-    """An image, and every layer's patches coloured by their first three principal components.
+def layer_colors(image: np.ndarray, tokens: np.ndarray, title: str) -> Figure:
+    """An image, and every layer's patches colored by their first three principal components.
 
     Args:
         image: [height, width, 3] in [0, 1].
@@ -240,8 +240,8 @@ def _three_components(tokens: np.ndarray) -> np.ndarray:
     flat = tokens.reshape(-1, tokens.shape[-1]).astype(np.float64)
     flat = flat - flat.mean(axis=0)
     left, scales, _ = np.linalg.svd(flat, full_matrices=False)
-    colours = np.zeros((len(flat), 3))
+    colors = np.zeros((len(flat), 3))
     count = min(3, len(scales))
-    colours[:, :count] = (left * scales)[:, :count]
-    low, high = np.quantile(colours, 0.02), np.quantile(colours, 0.98)
-    return np.clip((colours - low) / max(high - low, 1e-12), 0, 1).reshape(*tokens.shape[:2], 3)
+    colors[:, :count] = (left * scales)[:, :count]
+    low, high = np.quantile(colors, 0.02), np.quantile(colors, 0.98)
+    return np.clip((colors - low) / max(high - low, 1e-12), 0, 1).reshape(*tokens.shape[:2], 3)

@@ -32,7 +32,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
 from vit_jax.errors import UserError, first_line, shortlist
-from vit_jax.files import replacing
+from vit_jax.files import atomic_write
 
 MAX_BYTES = 16 << 30
 MAX_ARRAYS = 10_000  # ViT-H/14 has 400
@@ -89,7 +89,7 @@ Kind = Literal["npz", "safetensors", "torch", "legacy torch", "flax"]
 
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Reads every array of a file, whose format is recognised from its content.
+    """Reads every array of a file, whose format is recognized from its content.
 
     Args:
         path: NumPy's `.npz`, `.safetensors`, or a state dict saved by `torch.save`, which needs
@@ -178,7 +178,7 @@ def write_npz(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
         UserError: the file cannot be written, or `read_arrays` would refuse the names.
     """
     arrays = _writable(path, arrays)
-    with replacing(Path(path)) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+    with atomic_write(Path(path)) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for name, array in arrays.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
@@ -193,7 +193,7 @@ def write_safetensors(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -
         UserError: the file cannot be written, or `read_arrays` would refuse the names.
     """
     arrays = _writable(path, arrays)
-    with replacing(Path(path)) as temporary:
+    with atomic_write(Path(path)) as temporary:
         # transformers refuses a file that does not name the framework of its layouts.
         try:
             safetensors.numpy.save_file(arrays, temporary, metadata={"format": "pt"})

@@ -159,7 +159,7 @@ def _fingerprint(x: jax.Array) -> jax.Array:
     # 64-bit values become pairs of 32-bit words.
     bits = min(x.dtype.itemsize * 8, 32)
     words = lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}")).astype(jnp.uint32)
-    stride = 0x9E3779B9  # 2**32 over the golden ratio: neighbours get unrelated offsets
+    stride = 0x9E3779B9  # 2**32 over the golden ratio: neighbors get unrelated offsets
     for axis in reversed(range(words.ndim)):
         position = lax.broadcasted_iota(jnp.uint32, words.shape, axis)
         words += position * np.uint32(stride % 2**32)

@@ -25,7 +25,7 @@ AXIAL_UNIT = "block1/unit1/height/kernel"
 _LAYER = "Transformer/encoderblock_"
 
 
-class Kind(NamedTuple):
+class Rearrangement(NamedTuple):
     """How an array of the official layout becomes PyTorch's, and back, given num_heads."""
 
     to_torch: Callable[[np.ndarray], np.ndarray]
@@ -37,15 +37,17 @@ def _split_heads(x: np.ndarray, num_heads: int) -> np.ndarray:
     return x.reshape(*x.shape[:-1], num_heads, -1)
 
 
-SAME = Kind(lambda x: x, lambda x, _: x)
-DENSE = Kind(lambda x: x.T, lambda x, _: x.T)
+SAME = Rearrangement(lambda x: x, lambda x, _: x)
+DENSE = Rearrangement(lambda x: x.T, lambda x, _: x.T)
 # [height, width, in, out] and [out, in, height, width].
-CONVOLUTION = Kind(lambda x: x.transpose(3, 2, 0, 1), lambda x, _: x.transpose(2, 3, 1, 0))
+CONVOLUTION = Rearrangement(lambda x: x.transpose(3, 2, 0, 1), lambda x, _: x.transpose(2, 3, 1, 0))
 # [D, heads, head_dim] and [D, D]; PyTorch's rows are the outputs.
-PROJECTION = Kind(lambda x: x.reshape(len(x), -1).T, lambda x, heads: _split_heads(x.T, heads))
-PROJECTION_BIAS = Kind(lambda x: x.reshape(-1), _split_heads)
+PROJECTION = Rearrangement(
+    lambda x: x.reshape(len(x), -1).T, lambda x, heads: _split_heads(x.T, heads)
+)
+PROJECTION_BIAS = Rearrangement(lambda x: x.reshape(-1), _split_heads)
 # [heads, head_dim, D] and [D, D].
-JOIN = Kind(
+JOIN = Rearrangement(
     lambda x: x.reshape(-1, x.shape[-1]).T,
     lambda x, heads: x.T.reshape(heads, -1, x.shape[0]),
 )
@@ -57,11 +59,11 @@ class Name(NamedTuple):
     official: str
     timm: str | None
     huggingface: str | None
-    kind: Kind = SAME
+    rearrangement: Rearrangement = SAME
 
 
 def _affine(official: str, timm: str | None, huggingface: str | None) -> list[Name]:
-    """The names of a normalisation's scale and bias."""
+    """The names of a normalization's scale and bias."""
     torch = {"scale": "weight", "bias": "bias"}
     return [
         Name(f"{official}/{ours}", timm and f"{timm}.{x}", huggingface and f"{huggingface}.{x}")
@@ -73,8 +75,8 @@ def _linear(
     official: str,
     timm: str,
     huggingface: str,
-    kernel: Kind = DENSE,
-    bias: Kind = SAME,
+    kernel: Rearrangement = DENSE,
+    bias: Rearrangement = SAME,
 ) -> list[Name]:
     return [
         Name(f"{official}/kernel", f"{timm}.weight", f"{huggingface}.weight", kernel),
@@ -163,7 +165,7 @@ def names(present: Iterable[str]) -> Iterator[Name]:
 
 
 def to_official(arrays: Arrays, layout: str, num_heads: int) -> Arrays:
-    """Brings arrays of a layout that `recognise` told to the official names and shapes.
+    """Brings arrays of a layout that `detect_format` told to the official names and shapes.
 
     Args:
         arrays: by parameter name.
@@ -246,7 +248,7 @@ def _from_torch(arrays: Arrays, layout: str, num_heads: int) -> Arrays:
             continue  # What is missing is told by whoever knows the model.
         x = arrays.pop(theirs)
         try:
-            result[name.official] = name.kind.from_torch(x, num_heads)
+            result[name.official] = name.rearrangement.from_torch(x, num_heads)
         except (ValueError, IndexError) as error:
             raise UserError(
                 f"{theirs} has shape {x.shape}, which no ViT with num_heads {num_heads} has: "
@@ -268,7 +270,7 @@ def _to_torch(arrays: Arrays, layout: str) -> Arrays:
             "use --format official"
         )
     return {
-        getattr(name, layout): np.ascontiguousarray(name.kind.to_torch(arrays[official]))
+        getattr(name, layout): np.ascontiguousarray(name.rearrangement.to_torch(arrays[official]))
         for official, name in by_name.items()
         if official in arrays
     }
@@ -300,7 +302,7 @@ def _join_qkv(arrays: Arrays) -> Arrays:
     return result
 
 
-# The encoder layer of newer Linen code counts its submodules by kind.
+# The encoder layer of newer Linen code counts its submodules by rearrangement.
 _NEWER = {
     "LayerNorm_1": "LayerNorm_2",
     "MultiHeadDotProductAttention_0": "MultiHeadDotProductAttention_1",
@@ -313,7 +315,7 @@ def _from_official(arrays: Arrays) -> Arrays:
     """Brings the variants of Google's names to those on the disk of the original checkpoints.
 
     Read are: the original names; newer Linen names (`MlpBlock_0`); the parameters under `params/`
-    or `opt/target/`, the optimiser's state beside them being passed over; big_vision's
+    or `opt/target/`, the optimizer's state beside them being passed over; big_vision's
     `pos_embedding`, at the top or in the encoder, its position-less class token, and its layers
     stacked in one `encoderblock`; GroupNorm parameters of shape [1, 1, 1, channels].
     """
@@ -405,7 +407,7 @@ _OTHERS = {
     r"dist_token|distillation_token|head_dist": "a distilled DeiT, with a second class token",
     r"reg_token|register_tokens": "a ViT with register tokens",
     r"attn_pool\.|MAPHead_0|(?:^|\.)head\.probe": "a ViT with attention pooling",
-    r"[qk]_norm\.|norm_[qk]\.": "a ViT that normalises queries and keys",
+    r"[qk]_norm\.|norm_[qk]\.": "a ViT that normalizes queries and keys",
     r"layers\.\d+\.blocks": "a Swin Transformer",
     r"\bls[12]\b|gamma_[12]|lambda_[12]|layer_scale": "a ViT with LayerScale, as DeiT III or BEiT",
     r"relative_position|rel_pos": "a ViT with relative positions as BEiT has them",
@@ -413,7 +415,7 @@ _OTHERS = {
     r"mlp\.norm\.|attn\.norm\.": "a ViT with more norms in its layers",
     r"norm_pre\.|pre_layernorm|pre_layrnorm|ln_pre|class_embedding": "a ViT with a norm before its "
     "layers, as CLIP",
-    r"fc_norm\.": "a ViT that normalises after its pooling",
+    r"fc_norm\.": "a ViT that normalizes after its pooling",
     r"mask_token|decoder": "an autoencoder of masked images",
     r"text_model\.|^transformer\.resblocks|token_embedding": "a model of text and images",
     r"\.running_mean": "a network with BatchNorm",
@@ -435,7 +437,7 @@ def other_model(present: Iterable[str]) -> str | None:
     return None
 
 
-def recognise(present: Iterable[str]) -> str | None:
+def detect_format(present: Iterable[str]) -> str | None:
     """Tells "official", "timm" or "huggingface" by parameter names, None if it is none of them."""
     present = set(present)
     roots = {f"{prefix}embedding/kernel" for prefix in ("", *_PREFIXES)}

@@ -10,10 +10,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax import models
-from vit_jax.checkpoints import infer, layouts, peers, remote
+from vit_jax.checkpoints import foreign_configs, infer, layouts, remote
 from vit_jax.checkpoints.arrays import read_arrays, read_sharded
-from vit_jax.checkpoints.known import Known, of_run, read_sidecar, sidecar
 from vit_jax.checkpoints.layouts import Arrays
+from vit_jax.checkpoints.model_info import ModelInfo, of_run, read_sidecar, sidecar
 from vit_jax.checkpoints.transfer import check_fit, transfer
 from vit_jax.data import imagenet
 from vit_jax.data.protocols import Preprocessing, evaluation
@@ -73,7 +73,7 @@ class Pretrained:
 
 
 def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretrained:
-    """Reads a model from any format, which is recognised from what is there.
+    """Reads a model from any format, which is recognized from what is there.
 
     The architecture is read off the shapes. What shapes cannot tell comes from the configuration
     beside the weights: a run's, Hugging Face's, timm's, or the JSON file that `vit_jax.convert`
@@ -124,14 +124,14 @@ def resize(pretrained: Pretrained, image_size: int) -> Pretrained:
     return dataclasses.replace(pretrained, params=params, preprocessing=preprocessing)
 
 
-def with_usual_inputs(pretrained: Pretrained) -> dict[str, Any]:
+def fold_normalization(pretrained: Pretrained) -> dict[str, Any]:
     """The parameters of the same model for images in [-1, 1], as training here feeds them.
 
     Weights made for other channel means and standard deviations get the difference put into their
     patch embedding, which is linear: E (x - mean) / std + b = E' (2x - 1) + b'.
 
     Raises:
-        UserError: the model is a hybrid or a ResNet with such statistics: its root is normalised.
+        UserError: the model is a hybrid or a ResNet with such statistics: its root is normalized.
     """
     preprocessing = pretrained.preprocessing
     mean, std = np.float64(preprocessing.mean), np.float64(preprocessing.std)
@@ -160,7 +160,9 @@ def abstract_params(model: dict[str, Any], image_size: int) -> dict[str, Any]:
     return jax.eval_shape(module.init, key, images)["params"]
 
 
-def _assemble(arrays: Arrays, known: Known, overrides: dict[str, Any], source: str) -> Pretrained:
+def _assemble(
+    arrays: Arrays, known: ModelInfo, overrides: dict[str, Any], source: str
+) -> Pretrained:
     """Checks that the arrays are one whole model."""
     sizes = infer.infer_model(arrays)
     if other := sorted(overrides.keys() - models.model_keys(sizes["architecture"])):
@@ -202,11 +204,11 @@ def _assemble(arrays: Arrays, known: Known, overrides: dict[str, Any], source: s
     return Pretrained(params, model, preprocessing, names, loss, source, of_masked)
 
 
-def _read_weights(path: Path, overrides: dict[str, Any]) -> tuple[Arrays, Known]:
+def _read_weights(path: Path, overrides: dict[str, Any]) -> tuple[Arrays, ModelInfo]:
     """The arrays of a file or folder under official names, and what is known of them."""
     weights = _weights_of(path)
     arrays = read_sharded(weights) if weights.suffix == ".json" else read_arrays(weights)
-    arrays, layout = _recognise(weights, arrays)
+    arrays, layout = _detect_format(weights, arrays)
     # PyTorch's layouts do not tell the heads: one is as good as any to learn the other sizes.
     official = layouts.to_official(arrays, layout, num_heads=1)
     sizes = infer.infer_model(official)
@@ -226,12 +228,12 @@ def _read_weights(path: Path, overrides: dict[str, Any]) -> tuple[Arrays, Known]
     return layouts.to_official(arrays, layout, num_heads), known
 
 
-def _recognise(path: Path, arrays: Arrays) -> tuple[Arrays, str]:
+def _detect_format(path: Path, arrays: Arrays) -> tuple[Arrays, str]:
     """The arrays without what a model may be wrapped in, and their layout."""
     what = layouts.other_model(arrays)
     if what is None:
         arrays = layouts.unwrap(arrays)
-        layout = layouts.recognise(arrays)
+        layout = layouts.detect_format(arrays)
         if layout is not None:
             return arrays, layout
         names = shortlist(sorted(arrays), 2)
@@ -242,13 +244,15 @@ def _recognise(path: Path, arrays: Arrays) -> tuple[Arrays, str]:
     )
 
 
-def _known(path: Path, layout: str, sizes: dict[str, Any], image_size: int) -> Known:
+def _known(path: Path, layout: str, sizes: dict[str, Any], image_size: int) -> ModelInfo:
     """What is said of weights: by the sidecar of a file, by the files of their folder, by both."""
-    folder = peers.find_folder(path, layout)
-    said = peers.describe(folder, layout, sizes, image_size)
+    folder = foreign_configs.find_folder(path, layout)
+    said = foreign_configs.describe(folder, layout, sizes, image_size)
     if folder is None or layout == "official" or (path != folder and sidecar(path).is_file()):
         return read_sidecar(path, said)
-    return peers.reconcile(said, read_sidecar(folder, said), folder, layout, sizes, image_size)
+    return foreign_configs.reconcile(
+        said, read_sidecar(folder, said), folder, layout, sizes, image_size
+    )
 
 
 # The first of these in a folder is read, the safe formats first.
@@ -260,7 +264,7 @@ def _weights_of(path: Path) -> Path:
     return next((path / name for name in names if (path / name).is_file()), path)
 
 
-def _read_run(path: Path) -> tuple[Path, Arrays, Known]:
+def _read_run(path: Path) -> tuple[Path, Arrays, ModelInfo]:
     # Orbax takes a second to import.
     from vit_jax.checkpoints import integrity
     from vit_jax.checkpoints.training import saved_steps

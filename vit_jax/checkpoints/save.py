@@ -10,12 +10,12 @@ from pathlib import Path
 
 from flax.traverse_util import flatten_dict
 
-from vit_jax.checkpoints import layouts, peers
+from vit_jax.checkpoints import foreign_configs, layouts
 from vit_jax.checkpoints.arrays import write_npz, write_safetensors
-from vit_jax.checkpoints.known import Known, sidecar, to_json
+from vit_jax.checkpoints.model_info import ModelInfo, sidecar, to_json
 from vit_jax.checkpoints.pretrained import Pretrained
 from vit_jax.errors import UserError
-from vit_jax.files import replacing
+from vit_jax.files import atomic_write
 
 FORMATS = ("official", "timm", "huggingface")
 _WRITERS = {".npz": write_npz, ".safetensors": write_safetensors}
@@ -25,7 +25,7 @@ _SUFFIXES = {"official": (".npz",), "timm": ("", ".safetensors", ".npz"), "huggi
 def save_pretrained(pretrained: Pretrained, path: str | os.PathLike[str], layout: str) -> None:
     """Writes a model so that `load_pretrained` gives back the same, and others can read it too.
 
-    What the format has no place for goes to a JSON file beside it, see `checkpoints.known`.
+    What the format has no place for goes to a JSON file beside it, see `checkpoints.model_info`.
 
     Args:
         pretrained: the model.
@@ -52,15 +52,15 @@ def save_pretrained(pretrained: Pretrained, path: str | os.PathLike[str], layout
             f"{places[0]} ones, {places[1]}: use --format official"
         )
     arrays = layouts.from_official(flatten_dict(pretrained.params, sep="/"), layout)
-    known = Known(
+    known = ModelInfo(
         pretrained.model, pretrained.preprocessing, pretrained.class_names, pretrained.loss
     )
     if suffix:
-        with replacing(sidecar(path)) as temporary:
+        with atomic_write(sidecar(path)) as temporary:
             temporary.write_text(to_json(known))
         _WRITERS[suffix](path, arrays)
         return
-    files = peers.timm_files if layout == "timm" else peers.huggingface_files
+    files = foreign_configs.timm_files if layout == "timm" else foreign_configs.huggingface_files
     documents = {name: json.dumps(x, indent=2) + "\n" for name, x in files(known).items()}
     with _storage_errors(path), _new_folder(path) as folder:
         for name, text in documents.items():

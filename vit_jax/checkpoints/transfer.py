@@ -1,4 +1,4 @@
-"""Puts pretrained parameters into a freshly initialised model (Sec. 3.2 of the paper)."""
+"""Puts pretrained parameters into a freshly initialized model (Sec. 3.2 of the paper)."""
 
 import math
 import re
@@ -31,7 +31,7 @@ def transfer(
 ) -> tuple[dict[str, Any], list[Row]]:
     """Replaces the parameters of a fresh model by pretrained ones.
 
-    For fine-tuning the whole head of pre-training is removed: `head` stays as initialised (zero),
+    For fine-tuning the whole head of pre-training is removed: `head` stays as initialized (zero),
     `pre_logits` is dropped where the model has none. Position embeddings are interpolated to the
     model's grid, those of "2d" and of an AxialResNet's offsets each along its axis; those of
     "relative" are refused where it has another number of patches. Everything else must be the same

@@ -95,7 +95,7 @@ def open_dataset(
             validation images of a VTAB task).
 
     Raises:
-        UserError: if the data set is unknown, not prepared or not one of labelled images, or if a
+        UserError: if the data set is unknown, not prepared or not one of labeled images, or if a
             split does not exist or is empty.
     """
     if development and (train_split or eval_split):
@@ -154,14 +154,14 @@ def relabel(source: Source, labels: Sequence[int], class_names: Sequence[str]) -
             return tf.scatter_nd(table[:, None], label, [len(class_names)])
         return tf.where(label < 0, label, tf.gather(table, tf.maximum(label, 0)))
 
-    def relabelled(records: Callable[..., tf.data.Dataset]) -> Callable[..., tf.data.Dataset]:
+    def relabeled(records: Callable[..., tf.data.Dataset]) -> Callable[..., tf.data.Dataset]:
         return lambda seed=None: records(seed).map(lambda r: r | {"label": new_label(r["label"])})
 
-    select = source.select and (lambda chosen: relabelled(source.select(chosen)))
+    select = source.select and (lambda chosen: relabeled(source.select(chosen)))
     return dataclasses.replace(
         source,
         class_names=tuple(class_names),
-        records=relabelled(source.records),
+        records=relabeled(source.records),
         select=select,
     )
 

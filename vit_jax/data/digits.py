@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-    """1,797 grey 8x8 images of handwritten digits (UCI ML repository) that scikit-learn ships.
+    """1,797 gray 8x8 images of handwritten digits (UCI ML repository) that scikit-learn ships.
 
     The source has no test split. Every fifth image of each digit, in scikit-learn's order, is
     the test split here: 355 images, and 1,442 to train on. The split is by digit because the

@@ -145,7 +145,7 @@ def _list_files(directory, class_names):
 
 
 def check_image(path: Path, label: int) -> File:
-    """The file of an image, recognised by its first bytes.
+    """The file of an image, recognized by its first bytes.
 
     Raises:
         UserError: it is not one.

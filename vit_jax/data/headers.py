@@ -40,7 +40,7 @@ def tensorflow_reads(path: str | os.PathLike[str]) -> bool:
             if head.startswith(_BMP) and len(head) == 34:
                 return _BMP_HEADER.unpack(head) == _PLAIN_BMP
         Image.init()
-        # PIL answers with a sentence where it was built without a format that it recognises.
+        # PIL answers with a sentence where it was built without a format that it recognizes.
         if any(Image.OPEN[name][1](head) is True for name in FORMATS if name in Image.OPEN):
             return False
     raise UserError(f"{path} is not an image ({', '.join(FORMATS)}): convert it or remove it")

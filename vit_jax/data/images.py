@@ -37,13 +37,13 @@ _ORIENTATION = 0x0112  # the EXIF tag
 def read_image(path: str | os.PathLike[str], encoded: bytes | None = None) -> np.ndarray:
     """Returns an image as it is meant to be seen, uint8 [height, width, 3], RGB.
 
-    Grey becomes RGB, palettes and CMYK are converted, of 16 bits the high byte is kept, of an
-    animation the first frame. Transparency is dropped and the colour beneath it shown, as
+    Gray becomes RGB, palettes and CMYK are converted, of 16 bits the high byte is kept, of an
+    animation the first frame. Transparency is dropped and the color beneath it shown, as
     TensorFlow does; in a GIF there is none beneath, and black is shown. The image is turned as its
     EXIF orientation says, which TensorFlow does not do.
 
     Args:
-        path: of a file in one of `FORMATS`, recognised by its content.
+        path: of a file in one of `FORMATS`, recognized by its content.
         encoded: the content, where it has been read already.
 
     Raises:
@@ -167,9 +167,9 @@ def _areas(
 
 
 def _sample_box(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """Samples the box with half-pixel centres, float32 [image_size, image_size, 3].
+    """Samples the box with half-pixel centers, float32 [image_size, image_size, 3].
 
-    The kernel is separable, its weights normalised where it reaches beyond the image: TensorFlow's
+    The kernel is separable, its weights normalized where it reaches beyond the image: TensorFlow's
     ScaleAndTranslate, and with `antialias` PIL's resize without its rounding.
     """
     size = preprocessing.image_size
@@ -247,12 +247,12 @@ def _taps(
     origin = max(math.floor(begin) - math.ceil(reach), 0)
     step, offset = np.float32(extent / size), np.float32(begin - origin)
     taps = []
-    for centre in (np.arange(size, dtype=np.float32) + np.float32(0.5)) * step + offset:
-        centre = origin + float(centre)
-        # Source pixel i has its centre at i + 0.5.
-        first = max(math.ceil(centre - reach - 0.5), 0)
-        last = min(math.floor(centre + reach - 0.5), length - 1)
-        weights = kernel(np.abs(np.arange(first, last + 1) + 0.5 - centre) / scale)
+    for center in (np.arange(size, dtype=np.float32) + np.float32(0.5)) * step + offset:
+        center = origin + float(center)
+        # Source pixel i has its center at i + 0.5.
+        first = max(math.ceil(center - reach - 0.5), 0)
+        last = min(math.floor(center + reach - 0.5), length - 1)
+        weights = kernel(np.abs(np.arange(first, last + 1) + 0.5 - center) / scale)
         taps.append((slice(first, last + 1), (weights / weights.sum()).astype(np.float32)))
     return taps
 

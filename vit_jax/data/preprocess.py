@@ -42,7 +42,7 @@ def view(
 
     Args:
         encoded: scalar string; a JPEG, PNG, BMP, GIF or WebP (of animations the first frame) of
-            any colour type. Grey becomes RGB, transparency is dropped.
+            any color type. Gray becomes RGB, transparency is dropped.
         seed: int64 [2], the source of all randomness; not read where nothing is random.
         image_size: of the view, in pixels.
         protocol: one of `protocols.PROTOCOLS`.
@@ -257,7 +257,7 @@ def _read_image(encoded):
 
 
 def _decode_other(encoded, choose, by_pil):
-    # TensorFlow 2.21 takes the indices of a BMP's palette for grey, writes all frames of an
+    # TensorFlow 2.21 takes the indices of a BMP's palette for gray, writes all frames of an
     # animated WebP where there is room for one, beyond its memory, and knows no other formats.
     is_png = tf.strings.substr(encoded, 0, 4) == b"\x89PNG"
     is_gif = tf.strings.substr(encoded, 0, 4) == b"GIF8"

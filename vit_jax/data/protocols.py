@@ -26,7 +26,7 @@ Evaluation has a rule of resizing of its own, which travels with the weights:
     huggingface  Transformers' processors on PIL's images (ViTImageProcessorPil, and the crop of
                  CLIPImageProcessorPil): timm's, but for half a pixel in the place of the crop
 
-All but box resize the image to whole pixels in 8 bits and then cut out the centre.
+All but box resize the image to whole pixels in 8 bits and then cut out the center.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ class Preprocessing:
         squash: with a center_crop f, make the whole image a square first, its aspect ratio given
             up, and look at the central f x f of that.
         jpeg_dct: "accurate" or "fast". PIL knows accurate only: `vit_jax.predict` decodes so in
-            either case, about a grey level from fast.
+            either case, about a gray level from fast.
 
     Raises:
         UserError: a value is out of its range, or goes with no such rule of resizing.
@@ -146,7 +146,7 @@ def fewshot_view(preprocessing: Preprocessing) -> Preprocessing:
 
 
 def resized_side(preprocessing: Preprocessing) -> int:
-    """The side that an image is resized to before its centre is cut out, in whole pixels."""
+    """The side that an image is resized to before its center is cut out, in whole pixels."""
     if preprocessing.center_crop is None:
         return preprocessing.image_size
     side = preprocessing.image_size / preprocessing.center_crop

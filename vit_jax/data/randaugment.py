@@ -13,7 +13,7 @@ import math
 
 import tensorflow as tf
 
-GREY = 128  # of what a geometric operation or Cutout leaves empty
+GRAY = 128  # of what a geometric operation or Cutout leaves empty
 OPERATIONS = (
     "AutoContrast",
     "Equalize",
@@ -32,13 +32,13 @@ OPERATIONS = (
     "Cutout",
     "SolarizeAdd",
 )
-CONTRASTS = ("augreg", "pil")  # towards which grey Contrast goes, see `enhance`
+CONTRASTS = ("augreg", "pil")  # towards which gray Contrast goes, see `enhance`
 _ENHANCE = ("Color", "Contrast", "Brightness", "Sharpness")
 _MAX_MAGNITUDE = 10
 _MAX_DEGREES = 30.0
 _MAX_SHEAR = 0.3
 _MAX_TRANSLATION = 100 / 224  # of the side
-_MAX_CUTOUT = 40 / 224  # of the side, from the centre to the edge
+_MAX_CUTOUT = 40 / 224  # of the side, from the center to the edge
 
 
 def randaugment(
@@ -168,17 +168,17 @@ def enhance(name: str, image: tf.Tensor, factor: float, contrast: str = "augreg"
     """Goes from what an image is without a property, at factor 0, through the image, at factor 1.
 
     Args:
-        name: "Color" (without: grey), "Contrast" (one grey), "Brightness" (black), "Sharpness"
+        name: "Color" (without: gray), "Contrast" (one gray), "Brightness" (black), "Sharpness"
             (smoothed).
         image: int32 [height, width, 3].
         factor: beyond 1 the property becomes stronger.
-        contrast: which grey is without contrast. "augreg": height * width / 256, at most 255, the
+        contrast: which gray is without contrast. "augreg": height * width / 256, at most 255, the
             same for every image: the published code sums a histogram, which is the number of
             pixels, and divides by its bins. At 224 pixels it is 196. "pil": the image's mean.
     """
     without = {
-        "Color": _grey,
-        "Contrast": {"augreg": _histogram_grey, "pil": _mean_grey}[contrast],
+        "Color": _gray,
+        "Contrast": {"augreg": _histogram_gray, "pil": _mean_gray}[contrast],
         "Brightness": tf.zeros_like,
         "Sharpness": _smooth,
     }[name](image)
@@ -186,18 +186,18 @@ def enhance(name: str, image: tf.Tensor, factor: float, contrast: str = "augreg"
     return tf.cast(tf.clip_by_value(start + factor * (end - start), 0.0, 255.0), tf.int32)
 
 
-def _grey(image):
+def _gray(image):
     # ITU-R 601-2 in 16-bit fixed point.
     weights = tf.constant([19595, 38470, 7471])
     return (tf.reduce_sum(image * weights, -1, keepdims=True) + 2**15) // 2**16
 
 
-def _histogram_grey(image):
+def _histogram_gray(image):
     return tf.minimum(tf.size(image[..., 0]) // 256, 255)
 
 
-def _mean_grey(image):
-    return tf.cast(tf.reduce_mean(tf.cast(_grey(image), tf.float32)) + 0.5, tf.int32)
+def _mean_gray(image):
+    return tf.cast(tf.reduce_mean(tf.cast(_gray(image), tf.float32)) + 0.5, tf.int32)
 
 
 def _smooth(image):
@@ -206,13 +206,13 @@ def _smooth(image):
     pixels = tf.cast(image, tf.float32)[None]
     total = tf.nn.depthwise_conv2d(pixels, kernel, [1, 1, 1, 1], "VALID")[0]
     inner = (tf.cast(total, tf.int32) + 6) // 13
-    # The pixels at the border have no neighbours there: they stay.
+    # The pixels at the border have no neighbors there: they stay.
     inside = tf.pad(tf.ones_like(inner, tf.bool), [[1, 1], [1, 1], [0, 0]])
     return tf.where(inside, tf.pad(inner, [[1, 1], [1, 1], [0, 0]]), image)
 
 
 def rotate(image: tf.Tensor, degrees: tf.Tensor) -> tf.Tensor:
-    """Rotates counterclockwise about the centre."""
+    """Rotates counterclockwise about the center."""
     cos, sin = tf.cos(degrees * (math.pi / 180)), tf.sin(degrees * (math.pi / 180))
     last = tf.cast(tf.shape(image)[:2] - 1, tf.float32)
     y, x = last[0] / 2, last[1] / 2
@@ -220,7 +220,7 @@ def rotate(image: tf.Tensor, degrees: tf.Tensor) -> tf.Tensor:
 
 
 def affine(image: tf.Tensor, matrix: list[tf.Tensor | float]) -> tf.Tensor:
-    """Takes each pixel from the nearest one to where a matrix says, grey from beyond the edge.
+    """Takes each pixel from the nearest one to where a matrix says, gray from beyond the edge.
 
     Args:
         image: int32 [height, width, 3].
@@ -234,12 +234,12 @@ def affine(image: tf.Tensor, matrix: list[tf.Tensor | float]) -> tf.Tensor:
         output_shape=tf.shape(image)[:2],
         interpolation="NEAREST",
         fill_mode="CONSTANT",
-        fill_value=float(GREY),
+        fill_value=float(GRAY),
     )[0]
 
 
 def cutout(image: tf.Tensor, seed: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
-    """Makes a square grey: `size` pixels to each side of a point that may be anywhere in the image.
+    """Makes a square gray: `size` pixels to each side of a point that may be anywhere in the image.
 
     Args:
         image: int32 [height, width, 3].
@@ -247,10 +247,10 @@ def cutout(image: tf.Tensor, seed: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
         size: int32 scalar; the square has 2 * size pixels a side.
     """
     shape = tf.shape(image)
-    centre = tf.random.stateless_uniform([2], seed, dtype=tf.float32)
-    y, x = tf.unstack(tf.cast(centre * tf.cast(shape[:2], tf.float32), tf.int32))
+    center = tf.random.stateless_uniform([2], seed, dtype=tf.float32)
+    y, x = tf.unstack(tf.cast(center * tf.cast(shape[:2], tf.float32), tf.int32))
     rows, columns = tf.range(shape[0]), tf.range(shape[1])
     in_rows = (rows >= y - size) & (rows < y + size)
     in_columns = (columns >= x - size) & (columns < x + size)
     inside = (in_rows[:, None] & in_columns)[..., None]
-    return tf.where(inside, GREY, image)
+    return tf.where(inside, GRAY, image)

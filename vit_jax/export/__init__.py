@@ -1,1 +1,1 @@
-"""From a checkpoint to an engine: `to_tf`, `to_onnx`, `to_tensorrt`; `parity` checks each hop."""
+"""From a checkpoint to an engine: `to_tf`, `to_onnx`, `to_tensorrt`; `parity` checks each stage."""

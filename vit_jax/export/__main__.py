@@ -59,7 +59,7 @@ class _Report:
         self.batch_sizes = sorted(sizes)
         self.reference: Any = None
         self.failures: list[str] = []
-        self.hops: list[dict[str, Any]] = []
+        self.stages: list[dict[str, Any]] = []
 
     def add(self, name: str, predict: Any, precision: str, emulation: Any = None) -> None:
         """Measures a model; `precision` is the entry of `parity.THRESHOLDS` to hold it to.
@@ -71,13 +71,13 @@ class _Report:
         row |= emulation.range() if emulation else {}
         found = parity.failures(row, precision, reference)
         self.failures += [f"{name}: {failure}" for failure in found]
-        hop = {"name": name, "precision": precision, "images": len(reference.images), **row}
+        stage = {"name": name, "precision": precision, "images": len(reference.images), **row}
         if self.seconds and not emulation:
             image = reference.images[0]
-            hop["latency"] = parity.latency(predict, image, self.batch_sizes, self.seconds)
-        self.hops = [old for old in self.hops if old["name"] != name] + [hop]
-        parity.save_report(reference, self.hops, self.directory)
-        print(parity.table([hop]), flush=True)
+            stage["latency"] = parity.latency(predict, image, self.batch_sizes, self.seconds)
+        self.stages = [old for old in self.stages if old["name"] != name] + [stage]
+        parity.save_report(reference, self.stages, self.directory)
+        print(parity.table([stage]), flush=True)
 
 
 def _convert(args: argparse.Namespace, report: _Report) -> None:
@@ -184,7 +184,7 @@ def _build(args: argparse.Namespace, report: _Report) -> None:
     """The stage that needs TensorRT and a GPU, and neither JAX nor TensorFlow."""
     if report.reference is None:
         report.reference = parity.load_reference(report.directory)
-        report.hops = parity.load_report(report.directory)
+        report.stages = parity.load_report(report.directory)
     path = report.directory / "model.onnx"
     description = build(path, report.directory, batch=args.batch)
     print(summary(description), flush=True)

@@ -16,7 +16,7 @@ ENGINE, DESCRIPTION = "model.engine", "engine.json"
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """A deserialised engine; `logger` and `runtime` must outlive `cuda_engine`."""
+    """A deserialized engine; `logger` and `runtime` must outlive `cuda_engine`."""
 
     trt: Any
     logger: Any
@@ -26,7 +26,7 @@ class Engine:
 
 
 def load_engine(path: str | os.PathLike[str]) -> Engine:
-    """Deserialises an engine, and says first whether it can run here.
+    """Deserializes an engine, and says first whether it can run here.
 
     Args:
         path: an engine file, or the directory that `build` wrote. `engine.json` is looked for

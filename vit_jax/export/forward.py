@@ -49,7 +49,7 @@ class Forward:
         return self.apply(jax.tree.unflatten(jax.tree.structure(self.params), weights), images)
 
     def jitted(self) -> Callable[[np.ndarray], np.ndarray]:
-        """The Flax model as it is, in float32: what every hop is compared with."""
+        """The Flax model as it is, in float32: what every stage is compared with."""
         apply, params = jax.jit(self.apply), jax.device_put(self.params)
         return lambda images: np.asarray(apply(params, images))
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
-from vit_jax.files import replacing, write_json
+from vit_jax.files import atomic_write, write_json
 
 Predict = Callable[[np.ndarray], np.ndarray]
 
@@ -110,7 +110,7 @@ def read_dataset(
 
 
 def synthetic_images(number: int, preprocessing: Preprocessing) -> np.ndarray:
-    """Coloured blotches, as smooth as photographs are, the same each time.
+    """Colored blotches, as smooth as photographs are, the same each time.
 
     Returns:
         float32 [number, image_size, image_size, 3] with the channel statistics of the model.
@@ -141,7 +141,7 @@ def in_batches(predict: Predict, images: np.ndarray, batch_size: int = 16) -> np
 
 
 def compare(reference: Reference, outputs: np.ndarray) -> dict[str, float]:
-    """Measures of the difference between two models on the same images.
+    """Metrics of the difference between two models on the same images.
 
     Returns:
         `max_difference` and `mean_difference` of the outputs; `relative_difference`, the former by
@@ -230,30 +230,32 @@ def latency(
     return rows
 
 
-def table(hops: Sequence[Mapping[str, Any]]) -> str:
-    """The hops as two Markdown tables: the differences, and the times if any were taken."""
-    accuracy, ranged = (any(name in hop for hop in hops) for name in ("accuracy", "largest"))
+def table(stages: Sequence[Mapping[str, Any]]) -> str:
+    """The stages as two Markdown tables: the differences, and the times if any were taken."""
+    accuracy, ranged = (any(name in stage for stage in stages) for name in ("accuracy", "largest"))
     lines = ["| | max | mean | relative | cosine | top-1 agreement |" + " accuracy |" * accuracy]
     lines[0] += f" largest, of {LARGEST_FP16} |" * ranged
     lines.append("|-|-|-|-|-|-|" + "-|" * (accuracy + ranged))
-    for hop in hops:
+    for stage in stages:
         cells = [
-            f"{hop['name']}",
-            *(f"{hop[f'{kind}_difference']:.1e}" for kind in ("max", "mean", "relative")),
-            f"{hop['cosine']:.6f}",
-            f"{hop['top1_agreement']:.2%}",
+            f"{stage['name']}",
+            *(f"{stage[f'{kind}_difference']:.1e}" for kind in ("max", "mean", "relative")),
+            f"{stage['cosine']:.6f}",
+            f"{stage['top1_agreement']:.2%}",
         ]
         if accuracy:
-            cells.append(f"{hop['accuracy']:.2%} (Flax {hop['reference_accuracy']:.2%})")
+            cells.append(f"{stage['accuracy']:.2%} (Flax {stage['reference_accuracy']:.2%})")
         if ranged:
-            cells.append(f"{hop['largest']:.4g} at {hop['largest_at']}" if "largest" in hop else "")
+            cells.append(
+                f"{stage['largest']:.4g} at {stage['largest_at']}" if "largest" in stage else ""
+            )
         lines.append(f"| {' | '.join(cells)} |")
-    if timed := [(hop, row) for hop in hops for row in hop.get("latency", ())]:
+    if timed := [(stage, row) for stage in stages for row in stage.get("latency", ())]:
         lines += ["", "| | batch | p50 ms | p90 ms | p99 ms | images/s |", "|-|-|-|-|-|-|"]
-        for hop, row in timed:
+        for stage, row in timed:
             times = " | ".join(f"{row[f'p{p}_ms']:.2f}" for p in _PERCENTILES)
             speed = f"{row['images_per_second']:.1f}"
-            lines.append(f"| {hop['name']} | {row['batch']} | {times} | {speed} |")
+            lines.append(f"| {stage['name']} | {row['batch']} | {times} | {speed} |")
     return "\n".join(lines)
 
 
@@ -266,7 +268,7 @@ def save_reference(reference: Reference, directory: Path, number: int = 64) -> N
     }
     if reference.labels is not None:
         arrays["labels"] = reference.labels[:number]
-    with replacing(directory / _REFERENCE) as temporary, temporary.open("wb") as file:
+    with atomic_write(directory / _REFERENCE) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
 
 
@@ -288,19 +290,19 @@ def load_reference(directory: Path) -> Reference:
 
 
 def load_report(directory: Path) -> list[dict[str, Any]]:
-    """The hops in `parity.json`; none where there is no such file, or it is damaged."""
+    """The stages in `parity.json`; none where there is no such file, or it is damaged."""
     try:
         return json.loads((directory / _REPORT).read_text())["hops"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
 
-def save_report(reference: Reference, hops: Sequence[Mapping[str, Any]], directory: Path) -> None:
+def save_report(reference: Reference, stages: Sequence[Mapping[str, Any]], directory: Path) -> None:
     """Writes `parity.json`."""
     report = {
         "compared_with": "the Flax model in float32",
         "data": reference.data,
         "thresholds": THRESHOLDS,
-        "hops": hops,
+        "hops": stages,
     }
     write_json(directory / _REPORT, report)

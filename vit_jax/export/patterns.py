@@ -276,13 +276,13 @@ class _LayerNorm(RewriteRuleClassBase):
     """scale * (x - mean) / sqrt(variance + epsilon) + bias over the last axis."""
 
     def pattern(self, op, x, scale, bias, epsilon):
-        centred = op.Sub(x, op.ReduceMean(x, _outputs=["mean"]))
-        variance = op.ReduceMean(op.Mul(centred, centred), _outputs=["variance"])
+        centered = op.Sub(x, op.ReduceMean(x, _outputs=["mean"]))
+        variance = op.ReduceMean(op.Mul(centered, centered), _outputs=["variance"])
         inverse = op.Reciprocal(op.Sqrt(op.Add(variance, epsilon)))
         scaled = OrValue(
             [
-                op.Mul(centred, op.Mul(inverse, scale)),
-                op.Mul(op.Mul(centred, inverse), scale),
+                op.Mul(centered, op.Mul(inverse, scale)),
+                op.Mul(op.Mul(centered, inverse), scale),
             ]
         )
         return op.Add(scaled, bias)
@@ -310,10 +310,10 @@ class _GroupNorm(RewriteRuleClassBase):
 
     def pattern(self, op, x, grouping, ungrouping, scale, bias, epsilon):
         grouped = op.Reshape(x, grouping, _outputs=["grouped"])
-        centred = op.Sub(grouped, op.ReduceMean(grouped, _outputs=["mean"]))
-        variance = op.ReduceMean(op.Mul(centred, centred), _outputs=["variance"])
+        centered = op.Sub(grouped, op.ReduceMean(grouped, _outputs=["mean"]))
+        variance = op.ReduceMean(op.Mul(centered, centered), _outputs=["variance"])
         inverse = op.Reciprocal(op.Sqrt(op.Add(variance, epsilon)))
-        y = op.Reshape(op.Mul(centred, inverse), ungrouping, _outputs=["y"])
+        y = op.Reshape(op.Mul(centered, inverse), ungrouping, _outputs=["y"])
         return op.Add(op.Mul(y, scale), bias)
 
     def check(self, _context, x, grouped, y, scale, bias, epsilon, mean, variance, **_):

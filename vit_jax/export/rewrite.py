@@ -1,4 +1,4 @@
-"""Turns the graph that a converter emits into the one that a deployment engine recognises.
+"""Turns the graph that a converter emits into the one that a deployment engine recognizes.
 
 The converters trace the model at a fixed batch size, so every shape is known here; the batch
 becomes symbolic at the end. In between, LayerNormalization, Softmax and GELU, which the converters

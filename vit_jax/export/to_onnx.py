@@ -1,4 +1,4 @@
-"""To one ONNX file, by either converter, in the form that deployment engines recognise.
+"""To one ONNX file, by either converter, in the form that deployment engines recognize.
 
 The weights are inputs of the traced function and are bound to the graph afterwards: the converters
 only ever see a graph of a few hundred small nodes, which is what makes them fast and lets models
@@ -19,7 +19,7 @@ import vit_jax
 from vit_jax.errors import UserError
 from vit_jax.export.forward import Forward
 from vit_jax.export.rewrite import TRACED_BATCH, rewrite
-from vit_jax.files import replacing
+from vit_jax.files import atomic_write
 
 OPSET = 17  # The first with LayerNormalization, and one that TensorRT 8.6 to 11 read.
 _EXTERNAL_ABOVE = 2**31 - 2**20  # bytes; protobuf's limit is 2**31.
@@ -109,7 +109,7 @@ def save(model: ir.Model, directory: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise UserError(f"--output {path.parent} cannot be made ({error.strerror})") from error
     try:
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             ir.save(model, temporary, external_data=data)
             onnx.checker.check_model(temporary, full_check=True)
     except BaseException:

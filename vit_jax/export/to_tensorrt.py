@@ -42,7 +42,7 @@ HARDWARE_COMPATIBILITY = ("none", "ampere_plus", "same_compute_capability")
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """The batch sizes that one optimisation profile covers; kernels are chosen for `opt`."""
+    """The batch sizes that one optimization profile covers; kernels are chosen for `opt`."""
 
     min: int
     opt: int
@@ -89,7 +89,7 @@ def build(
     Args:
         onnx_path: the ONNX file; it is not changed.
         output: the directory, see above for what it gets.
-        batch: the optimisation profiles, see `parse_batch`. Narrow ones give faster engines.
+        batch: the optimization profiles, see `parse_batch`. Narrow ones give faster engines.
         workspace_mib: upper limit of the scratch memory of a layer, in MiB; None: the GPU's memory.
         optimization_level: 0 to 5; higher builds take longer and may give faster engines.
         version_compatible: the engine also runs with later versions of TensorRT.

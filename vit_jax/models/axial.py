@@ -73,7 +73,8 @@ class AxialVisionTransformer(VisionTransformer):
     """Axial-ViT: every layer of a ViT is an `AxialBlock`, so twice as many attend and have an MLP.
 
     Attributes:
-        classifier: "gap". Silent: a class token is in no row and no column, so the representation
+        classifier: "gap". Not in the paper: a class token is in no row and no column, so the
+        representation
             is the mean over the patches, which Appendix D.3 found as good.
 
     The other attributes are those of `VisionTransformer`; num_layers counts the pairs, and the two
@@ -187,7 +188,7 @@ class AxialResNet(nn.Module):
 
     As the authors of the paper published it later (google-research/scenic,
     projects/baselines/axial_resnet.py, after github.com/csrhddlam/axial-deeplab): the hybrids'
-    post-activation units with BiT's standardisation, the width of ResNet50 and a convolution as its
+    post-activation units with BiT's standardization, the width of ResNet50 and a convolution as its
     root; one term of the attention is the equation's, see `PositionSensitiveAttention`. Its offset
     embeddings are of one resolution.
 

@@ -21,9 +21,9 @@ Array = jax.Array
 # Of the corrupted patches 80% become the mask embedding, 10% another patch's, and 10% stay.
 MASKED_SHARE = 0.8
 MOVED_SHARE = 0.1
-# A 3-bit colour has 8 levels a channel.
+# A 3-bit color has 8 levels a channel.
 LEVELS = 8
-NUM_COLOURS = LEVELS**3
+NUM_COLORS = LEVELS**3
 DOWNSIZED_SIDE = 4
 
 
@@ -100,7 +100,7 @@ class MaskedVisionTransformer(VisionTransformer):
         outputs: width of the head.
     """
 
-    outputs: int = NUM_COLOURS
+    outputs: int = NUM_COLORS
 
     @nn.compact
     def __call__(
@@ -171,8 +171,8 @@ def cut_patches(images: Array, size: int) -> Array:
     return x.reshape(batch, rows * columns, size, size, channels)
 
 
-def colours(x: Array) -> Array:
-    """The 3-bit colour of every pixel: 8 levels of equal width a channel, red counting most.
+def colors(x: Array) -> Array:
+    """The 3-bit color of every pixel: 8 levels of equal width a channel, red counting most.
 
     Args:
         x: [..., 3], values in [-1, 1].
@@ -185,13 +185,13 @@ def colours(x: Array) -> Array:
     return (red * LEVELS + green) * LEVELS + blue
 
 
-def mean_colour(images: Array, size: int) -> Array:
-    """The colour of each patch's mean, int32 [batch, patches, 1]; see `colours` for the images."""
-    return colours(cut_patches(images, size).mean(axis=(2, 3)))[..., None]
+def mean_color(images: Array, size: int) -> Array:
+    """The color of each patch's mean, int32 [batch, patches, 1]; see `colors` for the images."""
+    return colors(cut_patches(images, size).mean(axis=(2, 3)))[..., None]
 
 
 def downsized(images: Array, size: int) -> Array:
-    """The colours of each patch at 4 x 4 pixels, int32 [batch, patches, 16], by rows.
+    """The colors of each patch at 4 x 4 pixels, int32 [batch, patches, 16], by rows.
 
     Each of the 4 x 4 is the mean over the part of the patch that it covers, pixels that it covers
     in part counting as much as they are covered; so patches of 14 can be downsized too.
@@ -204,7 +204,7 @@ def downsized(images: Array, size: int) -> Array:
     patches = cut_patches(images, size)
     precise = jax.lax.Precision.HIGHEST  # Else a GPU rounds pixels to ten bits.
     small = jnp.einsum("ip,jq,bnpqc->bnijc", weights, weights, patches, precision=precise)
-    return colours(small).reshape(*patches.shape[:2], DOWNSIZED_SIDE**2)
+    return colors(small).reshape(*patches.shape[:2], DOWNSIZED_SIDE**2)
 
 
 def pixels(images: Array, size: int) -> Array:
@@ -214,14 +214,14 @@ def pixels(images: Array, size: int) -> Array:
 
 
 # Each maps images [batch, height, width, 3] in [-1, 1] and a patch's side to [batch, patches, n].
-TARGETS = {"mean_colour": mean_colour, "downsized": downsized, "pixels": pixels}
+TARGETS = {"mean_color": mean_color, "downsized": downsized, "pixels": pixels}
 
 
 def num_outputs(target: str, size: int) -> int:
-    """How many numbers are predicted for a patch of a side: 512 logits a colour, or the values."""
+    """How many numbers are predicted for a patch of a side: 512 logits a color, or the values."""
     patch = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     wanted = jax.eval_shape(lambda patch: TARGETS[target](patch, size), patch)
-    each = NUM_COLOURS if jnp.issubdtype(wanted.dtype, jnp.integer) else 1
+    each = NUM_COLORS if jnp.issubdtype(wanted.dtype, jnp.integer) else 1
     return wanted.shape[-1] * each
 
 
@@ -230,16 +230,16 @@ def scores(predictions: Array, targets: Array) -> dict[str, Array]:
 
     Args:
         predictions: [batch, corrupted, outputs].
-        targets: of the same patches: int32 [batch, corrupted, colours], whose outputs are logits,
-            colour by colour; or float32 [batch, corrupted, outputs].
+        targets: of the same patches: int32 [batch, corrupted, colors], whose outputs are logits,
+            color by color; or float32 [batch, corrupted, outputs].
 
     Returns:
         "loss" [batch], the mean over all that is predicted of an image: of the cross-entropy in
-        nats, or of the squared error; and of colours "correct" [batch], the share that was right.
+        nats, or of the squared error; and of colors "correct" [batch], the share that was right.
     """
     if not jnp.issubdtype(targets.dtype, jnp.integer):
         return {"loss": jnp.mean((predictions - targets) ** 2, axis=(1, 2))}
-    logits = predictions.reshape(*targets.shape, NUM_COLOURS)
+    logits = predictions.reshape(*targets.shape, NUM_COLORS)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     correct = jnp.mean(jnp.argmax(logits, -1) == targets, axis=(1, 2))
     return {"loss": losses.mean(axis=(1, 2)), "correct": correct}

@@ -112,7 +112,7 @@ class RelativePositionBias(nn.Module):
     """Relative embeddings of Appendix D.4: a second attention gives the first one's bias.
 
     Every offset p_q - p_k of two patches in the sequence has a learned embedding per head, which
-    the content of the query meets as its key. Silent: each layer has its own.
+    the content of the query meets as its key. Not in the paper: each layer has its own.
     """
 
     positions: Positions

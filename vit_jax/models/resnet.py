@@ -1,4 +1,4 @@
-"""Residual networks with GroupNorm and standardised convolutions, in Flax Linen.
+"""Residual networks with GroupNorm and standardized convolutions, in Flax Linen.
 
 Two of them, each with the names and shapes of its published checkpoints:
 
@@ -24,7 +24,7 @@ NUM_GROUPS = 32
 ROOT_WIDTH = 64
 # A unit's output has this many times the channels of its 3 x 3 convolution.
 EXPANSION = 4
-# Of weight standardisation. The hybrids' is added to the standard deviation, that of BiT (and of
+# Of weight standardization. The hybrids' is added to the standard deviation, that of BiT (and of
 # AxialResNet) to the variance.
 STANDARDIZE_EPSILON = 1e-5
 BIT_STANDARDIZE_EPSILON = 1e-10
@@ -33,7 +33,7 @@ BIT_STANDARDIZE_EPSILON = 1e-10
 def standardize(kernel: Array) -> Array:
     """Gives every output channel of a kernel mean 0 and standard deviation 1.
 
-    Weight standardisation (Qiao et al., 2019, arXiv 1903.10520): (w - mean) / (std + 1e-5).
+    Weight standardization (Qiao et al., 2019, arXiv 1903.10520): (w - mean) / (std + 1e-5).
 
     Args:
         kernel: [height, width, input channels, output channels].
@@ -51,7 +51,7 @@ def standardize_bit(kernel: Array) -> Array:
 
 
 class StdConv(nn.Module):
-    """A convolution without bias whose kernel is standardised.
+    """A convolution without bias whose kernel is standardized.
 
     Attributes:
         features: output channels.
@@ -89,7 +89,7 @@ class StdConv(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Normalises groups of channels over all positions (Wu & He, 2018, arXiv 1803.08494).
+    """Normalizes groups of channels over all positions (Wu & He, 2018, arXiv 1803.08494).
 
     As flax.linen.GroupNorm, which repeats the statistics for every channel: in an exported graph
     that is a dozen nodes more for each. `names` are those of the parameters.

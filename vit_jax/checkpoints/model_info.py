@@ -21,7 +21,7 @@ _MAX_BYTES = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
-class Known:
+class ModelInfo:
     """What is known of a model besides its parameters; see `Pretrained` for the fields.
 
     Attributes:
@@ -42,7 +42,7 @@ def sidecar(path: Path) -> Path:
     return path / "vit_jax.json" if path.is_dir() else path.with_name(path.name + ".json")
 
 
-def read_sidecar(path: Path, default: Known) -> Known:
+def read_sidecar(path: Path, default: ModelInfo) -> ModelInfo:
     """Returns `default`, which names the architecture, with what the sidecar of `path` replaces.
 
     Raises:
@@ -50,7 +50,7 @@ def read_sidecar(path: Path, default: Known) -> Known:
     """
     file = sidecar(path)
     document = read_json(file)
-    allowed = {field.name for field in dataclasses.fields(Known)}
+    allowed = {field.name for field in dataclasses.fields(ModelInfo)}
     try:
         if unknown := sorted(document.keys() - allowed):
             raise UserError(f"{unknown[0]!r} is none of {', '.join(sorted(allowed))}")
@@ -74,24 +74,24 @@ def _preprocessing(values: dict[str, Any]) -> Preprocessing:
     return Preprocessing(**lists)
 
 
-def to_json(known: Known) -> str:
+def to_json(known: ModelInfo) -> str:
     """The text of a sidecar."""
     return json.dumps(dataclasses.asdict(known), indent=2) + "\n"
 
 
-def of_run(metadata: dict[str, Any]) -> Known:
+def of_run(metadata: dict[str, Any]) -> ModelInfo:
     """What a run of this project saved beside its weights."""
     config = metadata.get("config")
     names = metadata.get("class_names")
     names = None if names is None else tuple(names)
     if config is None:
-        return Known(class_names=names)
+        return ModelInfo(class_names=names)
     # Here because it takes the optimizers along, which no other weights need.
-    from vit_jax.config import with_added_keys
+    from vit_jax.config import migrate
 
-    config = with_added_keys(config)
+    config = migrate(config)
     data = config["dataset"]
-    return Known(
+    return ModelInfo(
         {key: x for key, x in config["model"].items() if key not in TRAINING_FIELDS},
         evaluation(data["protocol"], data["image_size"], data["jpeg_dct"]),
         names,

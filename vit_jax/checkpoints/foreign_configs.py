@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vit_jax.checkpoints import fields
-from vit_jax.checkpoints.known import Known, read_json
+from vit_jax.checkpoints import foreign_fields
+from vit_jax.checkpoints.model_info import ModelInfo, read_json
 from vit_jax.data import imagenet
 from vit_jax.data.protocols import Preprocessing, resized_side
 from vit_jax.errors import UserError, first_line
@@ -48,7 +48,7 @@ def find_folder(path: Path, layout: str) -> Path | None:
     return path.parent if config.keys() & set(telling.get(layout, ())) else None
 
 
-def describe(folder: Path | None, layout: str, sizes: dict[str, Any], image_size: int) -> Known:
+def describe(folder: Path | None, layout: str, sizes: dict[str, Any], image_size: int) -> ModelInfo:
     """What is known of weights by their format, and by the configuration in their folder.
 
     Args:
@@ -61,7 +61,7 @@ def describe(folder: Path | None, layout: str, sizes: dict[str, Any], image_size
         UserError: the configuration is of a model that is no plain or hybrid ViT.
     """
     if layout == "official":
-        return Known({"architecture": sizes["architecture"]})
+        return ModelInfo({"architecture": sizes["architecture"]})
     files = {} if folder is None else {name: read_json(folder / name) for name in FILES[layout]}
     with _understanding(folder):
         return _described(files, layout, sizes, image_size)
@@ -85,7 +85,7 @@ FILES = {"timm": ("config.json",), "huggingface": ("config.json", "preprocessor_
 
 def _described(
     files: dict[str, dict[str, Any]], layout: str, sizes: dict[str, Any], image_size: int
-) -> Known:
+) -> ModelInfo:
     config = files.get("config.json", {})
     if layout == "timm":
         return _of_timm(config, sizes, image_size)
@@ -95,8 +95,13 @@ def _described(
 
 
 def reconcile(
-    said: Known, sidecar: Known, folder: Path, layout: str, sizes: dict[str, Any], image_size: int
-) -> Known:
+    said: ModelInfo,
+    sidecar: ModelInfo,
+    folder: Path,
+    layout: str,
+    sizes: dict[str, Any],
+    image_size: int,
+) -> ModelInfo:
     """What is known of a folder that we wrote, and that may have been changed since.
 
     The sidecar says more, and more exactly; but where the folder's own files no longer say what we
@@ -125,7 +130,7 @@ def reconcile(
         same = getattr(said, field) == getattr(written, field)
         return getattr(sidecar if same else said, field)
 
-    return Known(
+    return ModelInfo(
         model | dict(changed),
         as_told("preprocessing"),
         as_told("class_names"),
@@ -139,9 +144,15 @@ def _look_up(table: dict[Any, str], key: Any, name: str) -> str:
     return table[key]
 
 
-def _of_huggingface(config: dict[str, Any], processor: dict[str, Any], image_size: int) -> Known:
-    known = fields.HUGGINGFACE_READ + fields.HUGGINGFACE_SHAPES + fields.HUGGINGFACE_HARMLESS
-    fields.check_fields(config, fields.HUGGINGFACE_FIXED, known)
+def _of_huggingface(
+    config: dict[str, Any], processor: dict[str, Any], image_size: int
+) -> ModelInfo:
+    known = (
+        foreign_fields.HUGGINGFACE_READ
+        + foreign_fields.HUGGINGFACE_SHAPES
+        + foreign_fields.HUGGINGFACE_HARMLESS
+    )
+    foreign_fields.check_fields(config, foreign_fields.HUGGINGFACE_FIXED, known)
     labels = config.get("id2label")
     names = tuple(str(labels[str(i)]) for i in range(len(labels))) if labels else None
     if names == tuple(f"LABEL_{i}" for i in range(len(names or ()))):  # What stands for no names.
@@ -156,15 +167,17 @@ def _of_huggingface(config: dict[str, Any], processor: dict[str, Any], image_siz
     size = processor.get("size", config.get("image_size", image_size))
     loss = config.get("problem_type")
     loss = None if loss is None else _look_up(_LOSS, loss, "problem_type")
-    return Known(model, _huggingface_preprocessing(processor, size), names, loss)
+    return ModelInfo(model, _huggingface_preprocessing(processor, size), names, loss)
 
 
 def _huggingface_preprocessing(processor: dict[str, Any], size: Any) -> Preprocessing:
-    fields.check_fields(processor, fields.PROCESSOR_FIXED, fields.PROCESSOR_KNOWN)
+    foreign_fields.check_fields(
+        processor, foreign_fields.PROCESSOR_FIXED, foreign_fields.PROCESSOR_KNOWN
+    )
     for key in ("image_processor_type", "feature_extractor_type"):
-        if processor.get(key, fields.PROCESSORS[0]) not in fields.PROCESSORS:
+        if processor.get(key, foreign_fields.PROCESSORS[0]) not in foreign_fields.PROCESSORS:
             raise UserError(
-                f"{key} is {processor[key]!r}: only {', '.join(fields.PROCESSORS)} are read"
+                f"{key} is {processor[key]!r}: only {', '.join(foreign_fields.PROCESSORS)} are read"
             )
     if not processor.get("do_resize", True) or not processor.get("do_rescale", True):
         raise UserError("do_resize or do_rescale is false: images must be resized and rescaled")
@@ -178,7 +191,7 @@ def _huggingface_preprocessing(processor: dict[str, Any], size: Any) -> Preproce
         raise UserError("size has shortest_edge without a center crop: images must be square")
     if image_size > side:
         raise UserError(f"crop_size {image_size} is above size {side}: padding is not supported")
-    normalised = processor.get("do_normalize", True)
+    normalized = processor.get("do_normalize", True)
     if processor.get("rescale_factor", 1 / 255) != 1 / 255:
         raise UserError(f"rescale_factor {processor['rescale_factor']!r} is not 1/255")
     return Preprocessing(
@@ -186,8 +199,8 @@ def _huggingface_preprocessing(processor: dict[str, Any], size: Any) -> Preproce
         None if squash and image_size == side else image_size / side,
         _look_up(_INTERPOLATION, processor.get("resample", 2), "resample"),
         antialias=True,
-        mean=tuple(processor.get("image_mean", (0.5,) * 3)) if normalised else (0.0,) * 3,
-        std=tuple(processor.get("image_std", (0.5,) * 3)) if normalised else (1.0,) * 3,
+        mean=tuple(processor.get("image_mean", (0.5,) * 3)) if normalized else (0.0,) * 3,
+        std=tuple(processor.get("image_std", (0.5,) * 3)) if normalized else (1.0,) * 3,
         resize="huggingface",
         squash=squash and image_size != side,
     )
@@ -207,7 +220,7 @@ def _sides(size: Any) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def huggingface_files(known: Known) -> dict[str, dict[str, Any]]:
+def huggingface_files(known: ModelInfo) -> dict[str, dict[str, Any]]:
     """The JSON files of a Hugging Face folder, by name; everything in `known` must be known."""
     model, preprocessing = known.model, known.preprocessing
     size = preprocessing.image_size
@@ -275,11 +288,11 @@ def _crop_pct(preprocessing: Preprocessing) -> float:
     return told if math.floor(size / told) == side else size / (side + 0.5)
 
 
-def _of_timm(config: dict[str, Any], sizes: dict[str, Any], image_size: int) -> Known:
+def _of_timm(config: dict[str, Any], sizes: dict[str, Any], image_size: int) -> ModelInfo:
     arguments = config.get("model_args") or {}
     pretrained = config.get("pretrained_cfg", config)  # Once all was in one dictionary.
     _check_timm(config, arguments, pretrained, sizes["classifier"] == "token")
-    usual = "gelu_tanh" if config.get("architecture") in fields.TIMM_TANH else "gelu"
+    usual = "gelu_tanh" if config.get("architecture") in foreign_fields.TIMM_TANH else "gelu"
     model = {
         "architecture": sizes["architecture"],
         "gelu": _look_up(_GELU, arguments.get("act_layer") or usual, "act_layer"),
@@ -287,7 +300,9 @@ def _of_timm(config: dict[str, Any], sizes: dict[str, Any], image_size: int) -> 
     }
     if sizes["architecture"] == "hybrid":
         model["group_norm_epsilon"] = TIMM_GROUP_NORM_EPSILON
-    num_heads = arguments.get("num_heads", fields.TIMM_NUM_HEADS.get(config.get("architecture")))
+    num_heads = arguments.get(
+        "num_heads", foreign_fields.TIMM_NUM_HEADS.get(config.get("architecture"))
+    )
     if num_heads is not None:
         model["num_heads"] = int(num_heads)
     # The size of the position embeddings; a model that takes several may be used at another.
@@ -296,7 +311,7 @@ def _of_timm(config: dict[str, Any], sizes: dict[str, Any], image_size: int) -> 
     if size[1] != size[2]:
         raise UserError(f"input_size {size} is not square: only square images are supported")
     names = config.get("label_names", pretrained.get("label_names"))
-    return Known(
+    return ModelInfo(
         model,
         _timm_preprocessing(int(size[1]), **pretrained),
         tuple(map(str, names)) if names else None,
@@ -306,14 +321,16 @@ def _of_timm(config: dict[str, Any], sizes: dict[str, Any], image_size: int) -> 
 def _check_timm(
     config: dict[str, Any], arguments: dict[str, Any], pretrained: dict[str, Any], has_class: bool
 ) -> None:
-    known = fields.TIMM_READ + fields.TIMM_SHAPES + fields.TIMM_HARMLESS
-    fields.check_fields(arguments, fields.TIMM_FIXED, known)
-    fields.check_fields({"label_offset": pretrained.get("label_offset")}, {"label_offset": 0}, ())
+    known = foreign_fields.TIMM_READ + foreign_fields.TIMM_SHAPES + foreign_fields.TIMM_HARMLESS
+    foreign_fields.check_fields(arguments, foreign_fields.TIMM_FIXED, known)
+    foreign_fields.check_fields(
+        {"label_offset": pretrained.get("label_offset")}, {"label_offset": 0}, ()
+    )
     norm = arguments.get("norm_layer") or "layernorm"
     if norm.replace("_", "").lower() != "layernorm":
         raise UserError(f"norm_layer is {norm!r}: only models with 'layernorm' are read")
     pool = arguments.get("global_pool", config.get("global_pool"))
-    fields.check_timm_pooling(pool, has_class)
+    foreign_fields.check_timm_pooling(pool, has_class)
 
 
 def _timm_preprocessing(
@@ -360,7 +377,7 @@ _TIMM_STEMS = {
 }
 
 
-def timm_files(known: Known) -> dict[str, dict[str, Any]]:
+def timm_files(known: ModelInfo) -> dict[str, dict[str, Any]]:
     """The JSON file of a timm folder, by name; `timm.create_model("local-dir:DIR")` reads it.
 
     Everything in `known` must be known.

@@ -48,7 +48,7 @@ HUGGINGFACE_HARMLESS = (
     *("top_p", "transformers.js_config", "typical_p", "use_bfloat16", "use_cache"),
 )
 
-# Of preprocessor_config.json, and the processors that read it as `peers` does.
+# Of preprocessor_config.json, and the processors that read it as `foreign_configs` does.
 PROCESSORS = tuple(
     name + kind
     for name in ("ViT", "CLIP", "DeiT", "Bit")

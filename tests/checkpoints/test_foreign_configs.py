@@ -12,7 +12,7 @@ from flax.traverse_util import unflatten_dict
 from PIL import Image
 
 from vit_jax import models
-from vit_jax.checkpoints import fields, peers
+from vit_jax.checkpoints import foreign_configs, foreign_fields
 from vit_jax.checkpoints.pretrained import load_pretrained
 from vit_jax.checkpoints.save import save_pretrained
 from vit_jax.data.images import preprocess
@@ -197,7 +197,7 @@ def test_the_processor_travels_both_ways(tmp_path):
 
 
 def photograph(height, width):
-    """Noise over patches of colour: any pixel out of place shows."""
+    """Noise over patches of color: any pixel out of place shows."""
     rng = np.random.default_rng(height * width)
     patches = Image.fromarray(rng.integers(0, 256, (7, 9, 3), np.uint8)).resize((width, height))
     noise = rng.integers(-60, 61, (height, width, 3))
@@ -231,11 +231,11 @@ def test_what_a_model_of_timm_sees_is_what_timm_shows_it(told, shape):
     module = timm.create_model("vit_tiny_patch16_224", **TINY)
     config = timm.data.resolve_data_config({}, pretrained_cfg={**module.default_cfg, **told})
     transform = timm.data.create_transform(**config)
-    ours = peers.describe(
+    ours = foreign_configs.describe(
         pathlib.Path("a.npz"), "timm", {"architecture": "vit", "classifier": "token"}, 224
     ).preprocessing
     if told:
-        ours = peers._timm_preprocessing(224, **{**module.default_cfg, **told})
+        ours = foreign_configs._timm_preprocessing(224, **{**module.default_cfg, **told})
     assert_same_view(ours, shape, lambda picture: transform(picture).numpy())
 
 
@@ -255,7 +255,7 @@ def test_what_a_model_of_transformers_sees_is_what_pil_shows_it(kind, options, s
     if processor is None:  # The 4th version has no others under this name.
         processor = getattr(transformers, kind.removesuffix("Pil"))
     processor(**options).save_pretrained(tmp_path)
-    ours = peers.describe(
+    ours = foreign_configs.describe(
         tmp_path, "huggingface", {"architecture": "vit", "classifier": "token"}, 224
     ).preprocessing
 
@@ -424,10 +424,10 @@ def test_a_config_json_of_another_kind_is_none_of_a_files(tmp_path):
 
 NOT_READ = {
     "class token and mean": ({"global_pool": "avg", "fc_norm": False}, "global_pool is 'avg' besi"),
-    "normalised after pooling": ({"global_pool": "avg"}, r"normalises after its pooling \(fc_norm"),
-    "mean, normalised after": (
+    "normalized after pooling": ({"global_pool": "avg"}, r"normalizes after its pooling \(fc_norm"),
+    "mean, normalized after": (
         {"global_pool": "avg", "class_token": False},
-        "normalises after its pooling",
+        "normalizes after its pooling",
     ),
     "largest": (
         {"global_pool": "max", "class_token": False, "fc_norm": False},
@@ -436,7 +436,7 @@ NOT_READ = {
     "attention pooling": ({"global_pool": "map", "class_token": False}, "with attention pooling"),
     "LayerScale": ({"init_values": 1.0}, r"with LayerScale.* \(blocks.0.ls1.gamma; and 3 more\)"),
     "registers": ({"reg_tokens": 2}, "a ViT with register tokens"),
-    "qk_norm": ({"qk_norm": True}, "normalises queries and keys"),
+    "qk_norm": ({"qk_norm": True}, "normalizes queries and keys"),
     "pre_norm": ({"pre_norm": True}, "a norm before its layers"),
     "activation": ({"act_layer": "quick_gelu"}, "act_layer 'quick_gelu' is none of"),
     "norm": ({"norm_layer": "rmsnorm"}, "norm_layer is 'rmsnorm': only models with 'layernorm'"),
@@ -465,10 +465,21 @@ def test_what_a_timm_folder_says_of_the_papers_model_is_read(tmp_path, options):
 
 def test_every_argument_of_timms_vit_and_transformers_config_is_known():
     arguments = inspect.signature(timm.models.VisionTransformer.__init__).parameters
-    known = {*fields.TIMM_FIXED, *fields.TIMM_READ, *fields.TIMM_SHAPES, *fields.TIMM_HARMLESS}
+    known = {
+        *foreign_fields.TIMM_FIXED,
+        *foreign_fields.TIMM_READ,
+        *foreign_fields.TIMM_SHAPES,
+        *foreign_fields.TIMM_HARMLESS,
+    }
     assert arguments.keys() - {"self"} <= known
-    known = {*fields.HUGGINGFACE_FIXED, *fields.HUGGINGFACE_READ, *fields.HUGGINGFACE_SHAPES}
-    assert transformers.ViTConfig().to_dict().keys() <= known | {*fields.HUGGINGFACE_HARMLESS}
+    known = {
+        *foreign_fields.HUGGINGFACE_FIXED,
+        *foreign_fields.HUGGINGFACE_READ,
+        *foreign_fields.HUGGINGFACE_SHAPES,
+    }
+    assert transformers.ViTConfig().to_dict().keys() <= known | {
+        *foreign_fields.HUGGINGFACE_HARMLESS
+    }
 
 
 def test_the_gelu_of_timms_architectures_is_that_of_timm():
@@ -476,7 +487,7 @@ def test_the_gelu_of_timms_architectures_is_that_of_timm():
         with torch.device("meta"):
             module = timm.create_model(name, depth=1)
         tanh = type(module.blocks[0].mlp.act).__name__ == "GELUTanh"
-        assert tanh == (name in fields.TIMM_TANH), name
+        assert tanh == (name in foreign_fields.TIMM_TANH), name
 
 
 def test_the_heads_of_timms_architectures_are_those_of_timm(tmp_path):
@@ -485,7 +496,9 @@ def test_the_heads_of_timms_architectures_are_those_of_timm(tmp_path):
         modules = {name: timm.create_model(name, depth=1) for name in plain}
     for name, module in modules.items():
         usual = module.embed_dim // 64
-        assert module.blocks[0].attn.num_heads == fields.TIMM_NUM_HEADS.get(name, usual), name
+        assert module.blocks[0].attn.num_heads == foreign_fields.TIMM_NUM_HEADS.get(name, usual), (
+            name
+        )
     module = timm.create_model("vit_base_patch16_gap_224", depth=1, img_size=32, num_classes=3)
     timm.models.save_for_hf(randomise(module), tmp_path, safe_serialization=True)
     assert "num_heads" not in json.loads((tmp_path / "config.json").read_text())["model_args"]
@@ -527,8 +540,8 @@ def test_a_processor_that_shows_other_pixels_is_refused(tmp_path, processor, mes
 @pytest.mark.parametrize("name", ["ViT", "CLIP", "DeiT", "Bit"])
 def test_every_field_of_the_processors_that_are_read_is_known(name):
     processor = getattr(transformers, f"{name}ImageProcessor")().to_dict()
-    assert processor["image_processor_type"] in fields.PROCESSORS
-    assert processor.keys() <= {*fields.PROCESSOR_FIXED, *fields.PROCESSOR_KNOWN}
+    assert processor["image_processor_type"] in foreign_fields.PROCESSORS
+    assert processor.keys() <= {*foreign_fields.PROCESSOR_FIXED, *foreign_fields.PROCESSOR_KNOWN}
 
 
 @pytest.mark.parametrize(
