@@ -12,7 +12,7 @@ import re
 from ml_collections import ConfigDict
 
 from vit_jax import recipes
-from vit_jax.config import parse_subset
+from vit_jax.data.subset import parse_subset
 from vit_jax.errors import UserError
 
 # Not in the paper: the paper gives no patience. These 5 evaluations are a tenth of a full run's 50.

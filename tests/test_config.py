@@ -17,9 +17,7 @@ from vit_jax.config import (
     count_steps,
     get_config,
     migrate,
-    parse_augment,
     parse_shots,
-    parse_subset,
     to_dict,
 )
 from vit_jax.errors import UserError
@@ -288,76 +286,6 @@ def test_shots(text, shots):
 def test_shots_of_another_form_are_refused(text):
     with pytest.raises(UserError, match="are not positive numbers, each once: for example 1,5"):
         parse_shots(text)
-
-
-# Typed from the paper of AugReg and its published configs: operations, magnitude, mixup.
-AUGREG = """
-none    0 0  0
-light1  2 0  0
-light2  2 10 0.2
-medium1 2 15 0.2
-medium2 2 15 0.5
-strong1 2 20 0.5
-strong2 2 20 0.8
-"""
-
-
-@pytest.mark.parametrize("row", AUGREG.strip().splitlines())
-def test_the_augmentations_of_augreg(row):
-    name, operations, magnitude, alpha = row.split()
-    assert parse_augment(name) == (int(operations), int(magnitude), float(alpha))
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("randaugment(3,9)", (3, 9, 0)),
-        ("randaugment(1, 30)", (1, 30, 0)),
-        ("mixup(.3)", (0, 0, 0.3)),
-        ("mixup(1)", (0, 0, 1.0)),
-        ("randaugment(2,15)+mixup(0.2)", (2, 15, 0.2)),
-        ("mixup(0.2) + randaugment(2, 15)", (2, 15, 0.2)),
-    ],
-)
-def test_augmentations_in_words(text, expected):
-    assert parse_augment(text) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("medium", "augment 'medium' is not understood: use none, light1"),
-        ("", "augment '' is not understood"),
-        ("mixup", "augment 'mixup' is not understood"),
-        ("randaugment(2)", "augment 'randaugment(2)' is not understood"),
-        ("randaugment(2,-1)", "is not understood"),
-        ("mixup(0.2)+mixup(0.3)", "is not understood"),
-        ("light1+mixup(0.2)", "is not understood"),
-        ("mixup(0.2)+", "is not understood"),
-        ("mixup(0)", "augment 'mixup(0)' is out of range: mixup's alpha must be above 0"),
-        ("randaugment(0,10)", "is out of range: randaugment takes 1 to 16 operations"),
-        ("randaugment(2,31)", "magnitude from 0 to 30"),
-    ],
-)
-def test_another_augmentation_is_refused(text, message):
-    with pytest.raises(UserError, match=re.escape(message)) as error:
-        parse_augment(text)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("5000", 5000), ("10_000", 10_000), ("10%", 1 / 10), (" 0.5 %", 1 / 200), ("100%", 1)],
-)
-def test_subsets(text, expected):
-    assert parse_subset(text) == pytest.approx(expected, rel=1e-15)
-    assert isinstance(parse_subset(text), int) == ("%" not in text)
-
-
-@pytest.mark.parametrize("text", ["", "0", "0%", "100.1%", "-5", "5.5", "_", "%", "ten", "1e3"])
-def test_subsets_of_another_form_are_refused(text):
-    with pytest.raises(UserError, match="is not understood: use a number of images, such as 5000"):
-        parse_subset(text)
 
 
 # Another value of every key of a section that is handed on as a whole: something must change.

@@ -469,7 +469,7 @@ def test_imagenet_is_scored_on_its_own_labels_and_on_real(run_imagenet):
     result = run_imagenet()
     assert (result["split"], result["examples"]) == ("validation", 6)
     with tfds.testing.mock_data(num_examples=6):
-        labeled = [bool(r["label"].numpy().any()) for r in datasets.open_real().records()]
+        labeled = [bool(r["label"].numpy().any()) for r in datasets.open_real().examples()]
     assert result["real_examples"] == sum(labeled)
     assert 0 <= result["real_accuracy"] <= 1
 

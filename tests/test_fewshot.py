@@ -10,8 +10,8 @@ import tensorflow as tf
 from sklearn.linear_model import Ridge
 
 from vit_jax import fewshot
-from vit_jax.data.datasets import Source
 from vit_jax.data.protocols import Preprocessing
+from vit_jax.data.source import Source
 from vit_jax.sharding import make_mesh
 
 # More examples than features, as many as features with the constant one, fewer.
@@ -93,7 +93,7 @@ def tiny_source(counts, size=16, seed=0):
     # Twice as wide: what is squashed to a square is `pixels` again.
     encoded = [tf.io.encode_png(np.repeat(image, 2, axis=1)).numpy() for image in pixels]
 
-    def records(seed=None):
+    def examples(seed=None):
         dataset = tf.data.Dataset.from_tensor_slices(
             {
                 "image": encoded,
@@ -104,14 +104,14 @@ def tiny_source(counts, size=16, seed=0):
         return dataset if seed is None else dataset.shuffle(len(labels), seed)
 
     names = tuple(f"class {index}" for index in range(len(counts)))
-    source = Source("tiny", "train", names, len(labels), sum(map(len, encoded)), records)
+    source = Source("tiny", "train", names, len(labels), sum(map(len, encoded)), examples)
     return source, pixels, labels
 
 
 def chosen(source, shots, seed):
-    records = list(fewshot.support(source, shots, seed).records())
-    ids = [int(record["id"].numpy()) for record in records]
-    return ids, np.array([int(record["label"]) for record in records])
+    examples = list(fewshot.support(source, shots, seed).examples())
+    ids = [int(example["id"].numpy()) for example in examples]
+    return ids, np.array([int(example["label"]) for example in examples])
 
 
 def test_support_has_so_many_images_of_each_class():
@@ -144,20 +144,20 @@ def test_a_small_class_gives_all_it_has():
 
 
 def test_reading_ends_when_every_class_is_full(monkeypatch):
-    # A shuffle buffer of one record: what is read is what was asked for.
+    # A shuffle buffer of one example: what is read is what was asked for.
     monkeypatch.setattr(fewshot, "_SHUFFLE_LIMIT", 1)
     seen = []
     source, _, _ = tiny_source([200, 200], size=2)
-    records = source.records
+    examples = source.examples
 
     def counting(seed=None):
-        def note(record):
+        def note(example):
             tf.py_function(lambda: seen.append(1), [], [])
-            return record
+            return example
 
-        return records(seed).map(note)
+        return examples(seed).map(note)
 
-    object.__setattr__(source, "records", counting)
+    object.__setattr__(source, "examples", counting)
     assert len(chosen(source, 2, seed=0)[0]) == 4
     assert 4 <= len(seen) < 60
 

@@ -8,14 +8,15 @@ import json
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
-from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict, config_dict
 
 from vit_jax import recipes
+from vit_jax.data.augmentation import CONTRASTS, parse_augment
 from vit_jax.data.protocols import JPEG_DCTS
+from vit_jax.data.subset import parse_subset
 from vit_jax.errors import UserError
 from vit_jax.models import DTYPES, masked, model_keys
 from vit_jax.models.positions import check_positions
@@ -44,7 +45,7 @@ FRACTIONS = {
     "optimizer.b2",
     "optimizer.momentum",
 }
-CHOICES = {"augment_contrast": ("augreg", "pil"), "dataset.jpeg_dct": JPEG_DCTS}
+CHOICES = {"augment_contrast": CONTRASTS, "dataset.jpeg_dct": JPEG_DCTS}
 NOT_NEGATIVE = {
     "patience",
     "dataset.subset_seed",
@@ -209,63 +210,6 @@ def parse_shots(text: str) -> tuple[int, ...]:
             f"shots {text!r} are not positive numbers, each once: for example 1,5,10,25"
         )
     return tuple(sorted(map(int, words)))
-
-
-class Augmentation(NamedTuple):
-    """What is done to training images beyond crop and flip; 0 is nothing."""
-
-    num_operations: int = 0
-    magnitude: int = 0
-    mixup_alpha: float = 0.0
-
-
-def parse_augment(text: str) -> Augmentation:
-    """The augmentation that AugReg calls so, or "randaugment(2,15)+mixup(0.2)", or one of the two.
-
-    Raises:
-        UserError: it is none of these, or a number is out of its range.
-    """
-    written = recipes.AUGREG.get(text, text).replace(" ", "")
-    found = {}
-    for word in written.split("+") if text != "none" else []:
-        match = re.fullmatch(r"(randaugment)\((\d+),(\d+)\)|(mixup)\((\d*\.?\d+)\)", word)
-        if not match or (match[1] or match[4]) in found:
-            raise UserError(
-                f"augment {text!r} is not understood: use {', '.join(recipes.AUGREG)}, or for "
-                "example randaugment(2,15), mixup(0.2) or randaugment(2,15)+mixup(0.2)"
-            )
-        found[match[1] or match[4]] = match
-    augmentation = Augmentation()
-    if "randaugment" in found:
-        operations, magnitude = (int(number) for number in found["randaugment"].group(2, 3))
-        if not (1 <= operations <= 16 and magnitude <= 30):
-            raise UserError(
-                f"augment {text!r} is out of range: randaugment takes 1 to 16 operations, of a "
-                "magnitude from 0 to 30"
-            )
-        augmentation = augmentation._replace(num_operations=operations, magnitude=magnitude)
-    if "mixup" in found:
-        alpha = float(found["mixup"][5])
-        if alpha <= 0:
-            raise UserError(f"augment {text!r} is out of range: mixup's alpha must be above 0")
-        augmentation = augmentation._replace(mixup_alpha=alpha)
-    return augmentation
-
-
-def parse_subset(text: str) -> Fraction | int:
-    """The number of images in "5000", or the share of them in "10%", above 0 and at most 1.
-
-    Raises:
-        UserError: it is neither.
-    """
-    match = re.fullmatch(r"\s*(?:(\d+(?:_\d+)*)|(\d+(?:\.\d+)?)\s*%)\s*", text)
-    subset = Fraction(match[2]) / 100 if match and match[2] else int(match[1]) if match else 0
-    if not subset or (isinstance(subset, Fraction) and subset > 1):
-        raise UserError(
-            f"dataset.subset {text!r} is not understood: use a number of images, such as 5000, or "
-            "a percentage of at most 100%, such as 10%"
-        )
-    return subset
 
 
 def adopt(config: ConfigDict, model: Mapping[str, Any]) -> ConfigDict:

@@ -109,18 +109,6 @@ FINETUNE_DROPOUT = {"ViT-L/16": 0.1, "ViT-H/14": 0.1, "R50+ViT-B/16": 0.1, "R50+
 LARGE_IMAGE_SIZE = 512
 POLYAK_DECAY = 0.9999
 
-# Not the paper's: the augmentations of AugReg (Steiner et al., 2021), by the names of its published
-# configs: RandAugment's number of operations and magnitude, and mixup's alpha.
-AUGREG = {
-    "none": "",
-    "light1": "randaugment(2,0)",
-    "light2": "randaugment(2,10)+mixup(0.2)",
-    "medium1": "randaugment(2,15)+mixup(0.2)",
-    "medium2": "randaugment(2,15)+mixup(0.5)",
-    "strong1": "randaugment(2,20)+mixup(0.5)",
-    "strong2": "randaugment(2,20)+mixup(0.8)",
-}
-
 
 def get_config(model: str, spec: str = "") -> ConfigDict:
     """The config of a run: a model of the paper under one of its recipes.
@@ -373,7 +361,8 @@ def base(model: str, dataset: str) -> ConfigDict:
             "masking": {"rate": MASKED_RATE, "target": MASKED_TARGET},
             "loss": "softmax",
             "label_smoothing": 0.0,
-            "augment": "none",  # of AUGREG, or for example "randaugment(2,15)+mixup(0.2)"
+            # A name of `data.augmentation.AUGREG`, or for example "randaugment(2,15)+mixup(0.2)".
+            "augment": "none",
             # The gray that RandAugment's Contrast goes from, of a name of AUGREG and in words:
             # augreg, as in that code, or pil, the image's mean.
             "augment_contrast": "augreg",

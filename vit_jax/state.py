@@ -15,8 +15,7 @@ from vit_jax.errors import UserError
 Params = dict[str, Any]
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Everything that a run carries from one step to the next.
 
     The input needs no state of its own: the order of the images is a pure function of the seed and

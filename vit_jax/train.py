@@ -30,11 +30,11 @@ from vit_jax.config import (
     check_config,
     count_steps,
     migrate,
-    parse_augment,
     parse_shots,
     to_dict,
 )
 from vit_jax.data import datasets, pipeline
+from vit_jax.data.augmentation import parse_augment
 from vit_jax.data.protocols import Preprocessing, evaluation
 from vit_jax.data.subset import take_subset
 from vit_jax.errors import UserError

@@ -36,12 +36,12 @@ def test_the_papers_data_sets_have_the_papers_splits(name, usual, development, n
             for source in sources:
                 assert source.num_examples == 5
                 assert len(source.class_names) == num_classes
-                assert len(list(source.records())) == 5
+                assert len(list(source.examples())) == 5
 
 
 def test_development_halves_partition_train(sharded_dir):
     train, held_out = open_dataset("many_shards", data_dir=sharded_dir, development=True)
-    labels = [{int(r["label"]) for r in source.records()} for source in (train, held_out)]
+    labels = [{int(r["label"]) for r in source.examples()} for source in (train, held_out)]
     assert [len(part) for part in labels] == [45, 5]
     assert labels[0] | labels[1] == set(range(50))
 
@@ -189,10 +189,10 @@ def real_dir(tmp_path_factory):
 def test_real_labels_are_multi_hot(real_dir):
     source = open_real(data_dir=real_dir)
     assert (source.split, source.num_examples, len(source.class_names)) == ("validation", 4, 1000)
-    for record in source.records():
-        index = round(float(tf.io.decode_jpeg(record["image"]).numpy().mean()) / 60)
-        assert np.flatnonzero(record["label"]).tolist() == REAL_LABELS[index]
-        assert record["label"].shape == (1000,)
+    for example in source.examples():
+        index = round(float(tf.io.decode_jpeg(example["image"]).numpy().mean()) / 60)
+        assert np.flatnonzero(example["label"]).tolist() == REAL_LABELS[index]
+        assert example["label"].shape == (1000,)
 
 
 @pytest.mark.parametrize("processes", [1, 3])
@@ -219,12 +219,12 @@ def test_real_comes_in_batches_that_are_padded_with_images_without_labels(real_d
 def test_real_is_read_with_the_features_that_tfds_declares():
     with tfds.testing.mock_data(num_examples=3):
         source = open_real()
-        records = list(source.records())
+        examples = list(source.examples())
     assert source.class_names[0] == "n01440764"
-    assert len(records) == 3
-    for record in records:
-        assert record["label"].shape == (1000,)
-        assert set(np.unique(record["label"])) <= {0, 1}
+    assert len(examples) == 3
+    for example in examples:
+        assert example["label"].shape == (1000,)
+        assert set(np.unique(example["label"])) <= {0, 1}
 
 
 def test_real_is_not_to_be_trained_on():
@@ -245,8 +245,8 @@ def test_other_labels_of_a_source_whichever_way_it_is_read(image_folder):
     assert other.class_names == ("rose", "iris", "aster")
     half = np.arange(source.num_examples) % 2 == 0
     seed = tf.constant(5, tf.int64)
-    for records in (other.records(), other.records(seed), other.select(half)()):
-        found = {r["id"]: r["label"] for r in records.as_numpy_iterator()}
+    for examples in (other.examples(), other.examples(seed), other.select(half)()):
+        found = {r["id"]: r["label"] for r in examples.as_numpy_iterator()}
         assert len(found) in (40, 20)
         for path, label in found.items():
             assert path.decode().split("/")[-2] == other.class_names[label]
@@ -254,11 +254,11 @@ def test_other_labels_of_a_source_whichever_way_it_is_read(image_folder):
 
 def test_other_labels_of_images_with_several_and_with_none():
     def source(labels):
-        records = tf.data.Dataset.from_tensor_slices({"label": tf.constant(labels, tf.int64)})
-        return Source("made up", "test", ("a", "b"), len(labels), 0, lambda seed=None: records)
+        examples = tf.data.Dataset.from_tensor_slices({"label": tf.constant(labels, tf.int64)})
+        return Source("made up", "test", ("a", "b"), len(labels), 0, lambda seed=None: examples)
 
     def labels(source):
-        return [r["label"].tolist() for r in source.records().as_numpy_iterator()]
+        return [r["label"].tolist() for r in source.examples().as_numpy_iterator()]
 
     assert labels(relabel(source([1, -1, 0]), [2, 1], "xyz")) == [1, -1, 2]
     several = source([[1, 0], [1, 1], [0, 0]])

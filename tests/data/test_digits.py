@@ -19,8 +19,8 @@ def data_dir(tmp_path_factory):
 
 def read(source):
     return [
-        (tf.io.decode_png(record["image"]).numpy(), int(record["label"]))
-        for record in source.records()
+        (tf.io.decode_png(example["image"]).numpy(), int(example["label"]))
+        for example in source.examples()
     ]
 
 

@@ -10,9 +10,11 @@ from vit_jax.data.pipeline import eval_batches, train_batches
 from vit_jax.data.protocols import evaluation
 from vit_jax.errors import UserError
 
+from .orientations import UPRIGHT
+
 
 def ids(source):
-    return [record["id"].numpy().decode() for record in source.records()]
+    return [example["id"].numpy().decode() for example in source.examples()]
 
 
 def test_classes_are_sorted_directories_and_labels_index_them(image_folder):
@@ -20,11 +22,11 @@ def test_classes_are_sorted_directories_and_labels_index_them(image_folder):
     assert train.class_names == test.class_names == ("aster", "rose")
     assert (train.num_examples, test.num_examples) == (40, 6)
     assert train.num_bytes == sum(p.stat().st_size for p in (image_folder / "train").rglob("*.jpg"))
-    for record in train.records():
-        path = record["id"].numpy().decode()
-        assert path.split("/")[-2] == train.class_names[int(record["label"])]
+    for example in train.examples():
+        path = example["id"].numpy().decode()
+        assert path.split("/")[-2] == train.class_names[int(example["label"])]
         with open(path, "rb") as file:
-            assert record["image"].numpy() == file.read()
+            assert example["image"].numpy() == file.read()
 
 
 def test_slices_are_disjoint_complete_and_mixed(image_folder):
@@ -81,9 +83,9 @@ def test_without_train_the_classes_are_those_of_all_splits(image_folder):
     for split in ("validation", "test"):
         source = open_evaluation(f"folder:{image_folder}", split=split)
         assert source.class_names == ("aster", "lily", "rose")
-        for record in source.records():
-            path = record["id"].numpy().decode()
-            assert path.split("/")[-2] == source.class_names[int(record["label"])]
+        for example in source.examples():
+            path = example["id"].numpy().decode()
+            assert path.split("/")[-2] == source.class_names[int(example["label"])]
 
 
 def test_numbered_classes_are_in_the_order_of_their_numbers(tmp_path):
@@ -152,17 +154,6 @@ def test_empty_and_unknown_splits_are_named(image_folder):
     assert "'tset'" in unknown and "train, test" in unknown
 
 
-# What undoes each EXIF orientation, by the EXIF standard's table.
-UPRIGHT = {
-    1: lambda x: x,
-    2: np.fliplr,
-    3: lambda x: np.rot90(x, 2),
-    4: np.flipud,
-    5: lambda x: x.swapaxes(0, 1),
-    6: lambda x: np.rot90(x, -1),
-    7: lambda x: np.rot90(x, 2).swapaxes(0, 1),
-    8: np.rot90,
-}
 SIDE = 16
 PIXELS = np.random.default_rng(3).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
 

@@ -19,6 +19,8 @@ from vit_jax.data.images import MAX_PIXELS, preprocess, read_image, resize_and_c
 from vit_jax.data.protocols import Preprocessing, evaluation
 from vit_jax.errors import UserError
 
+from .orientations import UPRIGHT
+
 
 def noise(*shape):
     return np.random.default_rng(sum(shape)).integers(0, 256, shape, np.uint8)
@@ -126,19 +128,6 @@ def test_16_bit_tiff_keeps_its_high_byte(write):
     deep = Image.fromarray(DEEP[..., 0])
     pixels = read_image(write(encode(deep, "TIFF"), "image.tif"))
     np.testing.assert_array_equal(pixels, np.repeat(DEEP[..., :1] >> 8, 3, -1))
-
-
-# What turns and mirrors undo each EXIF orientation, by the EXIF standard's table.
-UPRIGHT = {
-    1: lambda x: x,
-    2: np.fliplr,
-    3: lambda x: np.rot90(x, 2),
-    4: np.flipud,
-    5: lambda x: x.swapaxes(0, 1),
-    6: lambda x: np.rot90(x, -1),
-    7: lambda x: np.rot90(x, 2).swapaxes(0, 1),
-    8: np.rot90,
-}
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)

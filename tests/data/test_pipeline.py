@@ -29,7 +29,7 @@ def tiny_source(count):
         tf.io.encode_png(np.full((3, 4, 1), label, np.uint8)).numpy() for label in range(count)
     ]
 
-    def records(seed=None):
+    def examples(seed=None):
         dataset = tf.data.Dataset.from_tensor_slices(
             {
                 "image": images,
@@ -39,15 +39,15 @@ def tiny_source(count):
         )
         return dataset if seed is None else dataset.shuffle(count, seed)
 
-    return Source("tiny", "test", ("x",) * count, count, 0, records)
+    return Source("tiny", "test", ("x",) * count, count, 0, examples)
 
 
 def damaged(source, broken):
-    def damage(record):
-        is_broken = tf.reduce_any(record["label"] == np.array(broken, np.int64))
-        return record | {"image": tf.where(is_broken, b"\x89PNG\r\n\x1a\n", record["image"])}
+    def damage(example):
+        is_broken = tf.reduce_any(example["label"] == np.array(broken, np.int64))
+        return example | {"image": tf.where(is_broken, b"\x89PNG\r\n\x1a\n", example["image"])}
 
-    return dataclasses.replace(source, records=lambda seed=None: source.records(seed).map(damage))
+    return dataclasses.replace(source, examples=lambda seed=None: source.examples(seed).map(damage))
 
 
 @pytest.fixture(scope="module")
@@ -178,11 +178,11 @@ def test_broken_record_is_named(cache):
 
 
 def of_bytes(encoded):
-    def records(seed=None):  # noqa: ARG001
-        record = {"image": encoded, "label": np.int64(0), "id": "the one"}
-        return tf.data.Dataset.from_tensors(record)
+    def examples(seed=None):  # noqa: ARG001
+        example = {"image": encoded, "label": np.int64(0), "id": "the one"}
+        return tf.data.Dataset.from_tensors(example)
 
-    return Source("tiny", "train", ("a",), 1, len(encoded), records)
+    return Source("tiny", "train", ("a",), 1, len(encoded), examples)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_the_dct_of_the_config_is_that_of_training():
 
 
 def source_bytes(source):
-    return next(iter(source.records()))["image"]
+    return next(iter(source.examples()))["image"]
 
 
 def test_imagenet_streams_under_mock_data():

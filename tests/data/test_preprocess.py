@@ -47,14 +47,14 @@ def bilinear(image, box, size):
 @pytest.mark.parametrize("protocol", ["inception", "bit", "pad"])
 def test_evaluation_resizes_the_whole_image(shape, protocol):
     image = noise_image(*shape)
-    view = preprocess.view(encode(image, "PNG"), SEED, image_size=32, protocol=protocol)
+    view = preprocess.train_view(encode(image, "PNG"), SEED, image_size=32, protocol=protocol)
     np.testing.assert_allclose(pixels(view), bilinear(image, (0, 0, *shape), 32), atol=0.01)
 
 
 @pytest.mark.parametrize("shape", [(96, 64), (50, 123)])
 def test_pretrain_evaluation_crops_the_center_of_the_resized_image(shape):
     image = noise_image(*shape)
-    view = preprocess.view(encode(image, "PNG"), SEED, image_size=56, protocol="pretrain")
+    view = preprocess.train_view(encode(image, "PNG"), SEED, image_size=56, protocol="pretrain")
     scale = 64 / min(shape)  # 56 * 256 / 224
     y, x = [(side - 56 / scale) / 2 for side in shape]
     expected = bilinear(image, (y, x, 56 / scale, 56 / scale), 56)
@@ -63,7 +63,7 @@ def test_pretrain_evaluation_crops_the_center_of_the_resized_image(shape):
 
 def test_pretrain_evaluation_equals_resizing_to_256_and_cropping_224():
     image = noise_image(512, 640)
-    view = preprocess.view(encode(image, "PNG"), SEED, image_size=224, protocol="pretrain")
+    view = preprocess.train_view(encode(image, "PNG"), SEED, image_size=224, protocol="pretrain")
     resized = tf.image.resize(image, [256, 320])[16:240, 48:272]
     np.testing.assert_allclose(pixels(view), resized, atol=0.1)
 
@@ -93,7 +93,7 @@ def big_vision(image, resized, size):
 @pytest.mark.parametrize("shape", [(375, 500), (501, 334), (256, 256), (33, 90), (700, 3)])
 def test_big_vision_evaluation_is_resize_small_and_central_crop(shape, size, resized):
     image = noise_image(*shape)
-    view = preprocess.view(encode(image, "PNG"), SEED, image_size=size, protocol="big_vision")
+    view = preprocess.train_view(encode(image, "PNG"), SEED, image_size=size, protocol="big_vision")
     np.testing.assert_allclose(pixels(view), big_vision(image, resized, size), atol=1e-4)
 
 
@@ -131,8 +131,8 @@ def test_the_dct_of_jpeg_is_the_one_that_is_asked_for(protocol):
         png = tf.io.encode_png(decoded)
         for random_crop in (False, True):
             options = {"image_size": 24, "protocol": protocol, "random_crop": random_crop}
-            view = preprocess.view(encoded, SEED, jpeg_dct=jpeg_dct, **options)
-            np.testing.assert_array_equal(view, preprocess.view(png, SEED, **options))
+            view = preprocess.train_view(encoded, SEED, jpeg_dct=jpeg_dct, **options)
+            np.testing.assert_array_equal(view, preprocess.train_view(png, SEED, **options))
             views[jpeg_dct, random_crop] = view
     for random_crop in (False, True):
         accurate, fast = pixels(views["accurate", random_crop]), pixels(views["fast", random_crop])
@@ -187,7 +187,7 @@ def test_bit_training_crops_the_resized_image_at_an_integer_offset(shape):
     resized = tf.image.resize(image, [56, 56]).numpy()
     offsets = set()
     for seed in range(20):
-        view = preprocess.view(
+        view = preprocess.train_view(
             encode(image, "PNG"),
             tf.constant([seed, 0], tf.int64),
             image_size=48,
@@ -210,7 +210,7 @@ def test_pad_training_crops_the_image_padded_by_an_eighth_with_black():
     padded = np.pad(image, [(2, 2), (2, 2), (0, 0)])
     offsets = set()
     for seed in range(60):
-        view = preprocess.view(
+        view = preprocess.train_view(
             encode(image, "PNG"),
             tf.constant([seed, 3], tf.int64),
             image_size=16,
@@ -232,7 +232,7 @@ def test_inception_training_is_the_published_crop_then_resize(protocol):
     image = noise_image(120, 90)
     for seed in range(10):
         seeds = tf.constant([seed, 1], tf.int64)
-        view = preprocess.view(
+        view = preprocess.train_view(
             encode(image, "PNG"), seeds, image_size=32, protocol=protocol, random_crop=True
         )
         begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
@@ -270,7 +270,7 @@ def test_jpeg_decoded_in_its_window_equals_full_decode(subsampling, protocol):
     for random_crop in [False, True]:
         for seed in range(8):
             from_jpeg, from_png = (
-                preprocess.view(
+                preprocess.train_view(
                     data,
                     tf.constant([seed, 2], tf.int64),
                     image_size=64,
@@ -287,7 +287,7 @@ def test_flip_mirrors_about_half_of_the_views():
     plain = bilinear(image, (0, 0, 16, 16), 16)
     mirrored = 0
     for seed in range(60):
-        view = preprocess.view(
+        view = preprocess.train_view(
             encode(image, "PNG"),
             tf.constant([0, seed], tf.int64),
             image_size=16,
@@ -303,7 +303,7 @@ def test_flip_mirrors_about_half_of_the_views():
 def test_values_reach_from_minus_one_to_one():
     image = np.zeros((4, 4, 3), np.uint8)
     image[2:] = 255
-    view = preprocess.view(encode(image, "PNG"), SEED, image_size=4, protocol="inception")
+    view = preprocess.train_view(encode(image, "PNG"), SEED, image_size=4, protocol="inception")
     assert view.dtype == tf.float32
     assert view.shape == (4, 4, 3)
     np.testing.assert_array_equal(view[0], -1)
@@ -345,7 +345,7 @@ RGB, GRAY = noise_image(20, 24), noise_image(20, 24, 1)
     ],
 )
 def test_every_color_type_becomes_rgb_as_in_pil(encoded):
-    view = preprocess.view(tf.constant(encoded), SEED, image_size=20, protocol="inception")
+    view = preprocess.train_view(tf.constant(encoded), SEED, image_size=20, protocol="inception")
     rgb = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
     expected = bilinear(rgb, (0, 0, 20, 24), 20)
     np.testing.assert_allclose(pixels(view), expected, atol=1.5)
@@ -353,7 +353,7 @@ def test_every_color_type_becomes_rgb_as_in_pil(encoded):
 
 def test_16_bit_png_keeps_its_high_byte():
     deep = tf.io.encode_png(RGB.astype(np.uint16) * 257)
-    view = preprocess.view(deep, SEED, image_size=20, protocol="inception")
+    view = preprocess.train_view(deep, SEED, image_size=20, protocol="inception")
     np.testing.assert_allclose(pixels(view), bilinear(RGB, (0, 0, 20, 24), 20), atol=0.01)
 
 
@@ -374,8 +374,8 @@ def test_randaugment_comes_after_crop_and_flip_on_8_bits():
     options = {"image_size": 32, "protocol": "inception", "random_crop": True, "random_flip": True}
     for position in range(8):
         seed = tf.constant([2, position], tf.int64)
-        plain = tf.round((preprocess.view(encoded, seed, **options) + 1) * 127.5)
-        found = preprocess.view(encoded, seed, **options, num_operations=2, magnitude=15)
+        plain = tf.round((preprocess.train_view(encoded, seed, **options) + 1) * 127.5)
+        found = preprocess.train_view(encoded, seed, **options, num_operations=2, magnitude=15)
         assert found.dtype == tf.float32 and found.shape == (32, 32, 3)
         expected = randaugment(plain, tf.random.fold_in(seed, 1), num_operations=2, magnitude=15)
         np.testing.assert_allclose(pixels(found), expected, atol=1e-4)

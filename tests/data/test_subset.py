@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from vit_jax.data.datasets import open_dataset
 from vit_jax.data.pipeline import train_batches
-from vit_jax.data.subset import take_subset
+from vit_jax.data.subset import parse_subset, take_subset
 from vit_jax.errors import UserError
 
 
@@ -25,7 +25,7 @@ def photos(image_folder):
 
 
 def ids(source, seed=None):
-    return [record["id"] for record in source.records(seed).as_numpy_iterator()]
+    return [example["id"] for example in source.examples(seed).as_numpy_iterator()]
 
 
 def test_the_ids_are_known_without_reading(sharded, sharded_dir, photos):
@@ -57,7 +57,7 @@ def test_a_smaller_subset_lies_within_a_larger_one_of_the_same_seed(sharded, pho
 def test_every_seed_makes_another_choice_in_which_all_images_are_as_likely(sharded):
     # Hands out which of the ids are chosen.
     transparent = dataclasses.replace(sharded, select=lambda chosen: chosen)
-    choices = np.array([take_subset(transparent, "10", seed).records for seed in range(1000)])
+    choices = np.array([take_subset(transparent, "10", seed).examples for seed in range(1000)])
     assert (choices.sum(1) == 10).all()
     assert len({choice.tobytes() for choice in choices}) == 1000
     # Each image is in a fifth of 1,000 choices, with a standard deviation of 12.6.
@@ -70,14 +70,14 @@ def test_every_seed_makes_another_choice_in_which_all_images_are_as_likely(shard
 def test_choosing_reads_nothing(sharded, photos):
     for source in (sharded, photos):
         assert (
-            take_subset(dataclasses.replace(source, records=None), "10%").num_examples
+            take_subset(dataclasses.replace(source, examples=None), "10%").num_examples
             == source.num_examples // 10
         )
 
 
-def test_a_source_that_does_not_tell_its_ids_is_read(sharded):
-    silent = dataclasses.replace(sharded, ids=None)
-    assert ids(take_subset(silent, "9")) == ids(take_subset(sharded, "9"))
+def test_a_source_without_ids_is_read(sharded):
+    without_ids = dataclasses.replace(sharded, ids=None)
+    assert ids(take_subset(without_ids, "9")) == ids(take_subset(sharded, "9"))
 
 
 def test_files_that_are_not_chosen_are_not_read(photos):
@@ -124,7 +124,7 @@ def labels(source, cache, steps=6, **options):
 def test_both_caches_and_any_number_of_processes_see_the_same_images(sharded):
     # 12 of 50 images, each of another label: an epoch is three batches.
     source = take_subset(sharded, "12")
-    expected = sorted(record["label"] for record in source.records().as_numpy_iterator())
+    expected = sorted(example["label"] for example in source.examples().as_numpy_iterator())
     for cache in ("memory", "disk"):
         epochs = np.concatenate(labels(source, cache)).reshape(2, 12)
         for epoch in epochs:
@@ -164,3 +164,18 @@ def test_a_split_with_images_twice_has_no_subset(sharded_dir):
     source, _ = open_dataset("many_shards", data_dir=sharded_dir, train_split="train+train")
     with pytest.raises(UserError, match="has images more than once"):
         take_subset(source, "50%")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("5000", 5000), ("10_000", 10_000), ("10%", 1 / 10), (" 0.5 %", 1 / 200), ("100%", 1)],
+)
+def test_subsets(text, expected):
+    assert parse_subset(text) == pytest.approx(expected, rel=1e-15)
+    assert isinstance(parse_subset(text), int) == ("%" not in text)
+
+
+@pytest.mark.parametrize("text", ["", "0", "0%", "100.1%", "-5", "5.5", "_", "%", "ten", "1e3"])
+def test_subsets_of_another_form_are_refused(text):
+    with pytest.raises(UserError, match="is not understood: use a number of images, such as 5000"):
+        parse_subset(text)

@@ -1,4 +1,4 @@
-"""VTAB-1k against its published numbers, and against loops over records in the real format."""
+"""VTAB-1k against its published numbers, and against loops over examples in the real format."""
 
 import sys
 import types
@@ -70,7 +70,7 @@ def test_there_are_7_natural_4_specialized_and_8_structured_tasks():
 
 @pytest.fixture(scope="module")
 def metadata(tmp_path_factory):
-    """What TFDS leaves of every builder beside its records: real features, published sizes."""
+    """What TFDS leaves of every builder beside its examples: real features, published sizes."""
     data_dir = tmp_path_factory.mktemp("metadata")
     for task in vtab.TASKS.values():
         builder = tfds.builder(task.builder, data_dir=data_dir)
@@ -137,7 +137,7 @@ def test_crops_and_flips_of_section_8_and_table_4s_row(row):
 
 
 def histogram_reference(name, example):
-    """The label by section 8 of the paper, from a decoded record in NumPy."""
+    """The label by section 8 of the paper, from a decoded example in NumPy."""
     objects = example.get("objects", {})
     if name == "clevr_count":
         return len(objects["shape"]) - 3
@@ -165,7 +165,7 @@ def histogram_reference(name, example):
 
 @pytest.fixture(scope="module")
 def real_format(tmp_path_factory):
-    """Every builder, prepared from 60 random records per split in its real features."""
+    """Every builder, prepared from 60 random examples per split in its real features."""
     data_dir = tmp_path_factory.mktemp("real_format")
     noise = np.random.default_rng(0)
     for task in {task.builder: task for task in vtab.TASKS.values()}.values():
@@ -183,24 +183,24 @@ def real_format(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_labels_are_those_of_a_loop_over_the_records(name, real_format):
+def test_labels_are_those_of_a_loop_over_the_examples(name, real_format):
     source, _ = open_dataset(
         f"vtab:{name}", data_dir=real_format, train_split="train[:60]", eval_split="train[:60]"
     )
     builder = tfds.builder(vtab.TASKS[name].builder, data_dir=real_format)
     decoded = list(tfds.as_numpy(builder.as_dataset(split="train[:60]")))
     expected = [histogram_reference(name, example) for example in decoded]
-    records = list(source.records())
-    found = [int(record["label"]) for record in records]
+    examples = list(source.examples())
+    found = [int(example["label"]) for example in examples]
     assert found == expected
     assert source.num_examples == 60
     assert 0 <= min(found) < max(found) < len(source.class_names)
     if len(source.class_names) <= 8:
         assert set(found) == set(range(len(source.class_names)))
-    for record, example in zip(records, decoded, strict=True):
-        assert set(record) == {"image", "label", "id"}
-        assert (record["label"].dtype, record["image"].dtype) == (tf.int64, tf.string)
-        pixels = tf.io.decode_image(record["image"], expand_animations=False).numpy()
+    for encoded, example in zip(examples, decoded, strict=True):
+        assert set(encoded) == {"image", "label", "id"}
+        assert (encoded["label"].dtype, encoded["image"].dtype) == (tf.int64, tf.string)
+        pixels = tf.io.decode_image(encoded["image"], expand_animations=False).numpy()
         scale = 255 if name.startswith("dsprites") else 1
         np.testing.assert_array_equal(pixels, example["image"] * scale)
 

@@ -1,17 +1,22 @@
 """From attention weights to what can be looked at: maps, rollout (D.8) and distances (D.7).
 
 Attention weights are those of `intermediates.attention_weights`, [..., tokens, tokens]. A class
-token comes before the patches, which come row by row; whether there is one is told from their
-number.
+token comes before the patches, which come row by row; their number says whether there is one.
 """
+
+from typing import overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Array = jax.Array
+Array = jax.Array | np.ndarray
 
 
+@overload
+def on_patches(weights: jax.Array, grid: tuple[int, int]) -> jax.Array: ...
+@overload
+def on_patches(weights: np.ndarray, grid: tuple[int, int]) -> np.ndarray: ...
 def on_patches(weights: Array, grid: tuple[int, int]) -> Array:
     """What the image's representation looks at, [..., rows, columns].
 
@@ -29,7 +34,7 @@ def on_patches(weights: Array, grid: tuple[int, int]) -> Array:
     return looked_at[..., -patches:].reshape(*weights.shape[:-2], rows, columns)
 
 
-def rollout(weights: Array) -> Array:
+def rollout(weights: Array) -> jax.Array:
     """Attention rollout (Appendix D.8; Abnar & Zuidema, 2020), [batch, tokens, tokens].
 
     Averages over the heads, adds the identity for the residual connection, makes every row sum to 1
@@ -47,7 +52,7 @@ def rollout(weights: Array) -> Array:
     return result
 
 
-def to_mask(maps: Array, image_size: tuple[int, int]) -> Array:
+def to_mask(maps: Array, image_size: tuple[int, int]) -> jax.Array:
     """Enlarges maps of the patches to masks of the image, in [0, 1], [..., height, width].
 
     Bilinear; each map is divided by its maximum.
@@ -67,11 +72,11 @@ def patch_distances(grid: tuple[int, int], patch_size: int) -> np.ndarray:
         grid: rows and columns of patches.
         patch_size: side in pixels of what becomes one token: `model.downsampling`.
     """
-    centers = np.stack(np.indices(grid), -1).reshape(-1, 2) * patch_size
+    centers = np.moveaxis(np.indices(grid), 0, -1).reshape(-1, 2) * patch_size
     return np.linalg.norm(centers[:, None] - centers, axis=-1)
 
 
-def attention_distance(weights: Array, grid: tuple[int, int], patch_size: int) -> Array:
+def attention_distance(weights: jax.Array, grid: tuple[int, int], patch_size: int) -> jax.Array:
     """Mean attention distance in pixels (Appendix D.7), [...]; average it over images.
 
     The class token is dropped, as a query and as a key, and what is left of a row is not rescaled:

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.gridspec import SubplotSpec
 from matplotlib.image import AxesImage
 
 _DOT, _FAINT = "#0b6bcb", "#9aa5b1"
@@ -52,7 +53,8 @@ def head_maps(image: np.ndarray, maps: np.ndarray, title: str) -> Figure:
         title: above the maps.
     """
     num_layers, num_heads = maps.shape[:2]
-    figure, axes = _beside(image, num_heads, num_layers, title)
+    figure, right = _beside(image, num_heads, num_layers, title)
+    axes = figure.add_subplot(right)
     # A few patches that take all of a head's attention would leave the others in the dark.
     highest = np.quantile(maps, 0.97)
     drawn = _tiles(axes, maps.swapaxes(0, 1), 0, highest)
@@ -78,13 +80,9 @@ def layer_colors(image: np.ndarray, tokens: np.ndarray, title: str) -> Figure:
     """
     columns = min(6, len(tokens))
     rows = -(-len(tokens) // columns)
-    figure, whole = _beside(image, rows, columns, title, gap=0.17)
-    panels = (
-        whole.get_subplotspec()
-        .subgridspec(rows, columns, wspace=0.06, hspace=0.25)
-        .subplots(squeeze=False)
-    )
-    whole.remove()
+    figure, right = _beside(image, rows, columns, title, gap=0.17)
+    grid = right.subgridspec(rows, columns, wspace=0.06, hspace=0.25)
+    panels = grid.subplots(squeeze=False)
     for index, axes in enumerate(panels.flat):
         if index >= len(tokens):
             axes.remove()
@@ -184,8 +182,8 @@ def similarity_grid(similarity: np.ndarray) -> Figure:
 
 def _beside(
     image: np.ndarray, rows: int, columns: int, title: str, gap: float = 0.0
-) -> tuple[Figure, Axes]:
-    """An image, and right of it axes for so many panels, with gaps of so many inches below each."""
+) -> tuple[Figure, SubplotSpec]:
+    """An image, and right of it room for so many panels, with gaps of so many inches below each."""
     side, left = 0.72, 2.35
     wide, tall = columns * side, rows * (side + gap) - gap
     width, height = left + wide + 0.9, max(tall, 1.8) + 0.85
@@ -195,13 +193,13 @@ def _beside(
     _show(axes, image)
     axes.set_title("input", fontsize=10, pad=4)
     figure.text(left / width, 1 - 0.12 / height, title, fontsize=10, va="top")
-    edges = {
-        "left": left / width,
-        "right": (left + wide) / width,
-        "bottom": top - tall / height,
-        "top": top,
-    }
-    return figure, figure.subplots(gridspec_kw=edges)
+    grid = figure.add_gridspec(
+        left=left / width,
+        right=(left + wide) / width,
+        bottom=top - tall / height,
+        top=top,
+    )
+    return figure, grid[0]
 
 
 def _tiles(axes: Axes, tiles: np.ndarray, lowest: float, highest: float) -> AxesImage:

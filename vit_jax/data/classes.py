@@ -59,7 +59,7 @@ def difference(
     """
     if not num_classes:
         return "the checkpoint has no head, so it knows no classes"
-    if num_classes != len(data_names):
+    if class_names is None or num_classes != len(data_names):
         return f"the checkpoint has {num_classes} classes and the data set {len(data_names)}"
     index, own, other = next(
         (index, own, other)

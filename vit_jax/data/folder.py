@@ -1,8 +1,11 @@
 """A folder of images as a data set: train/ and test/ or validation/, one directory per class."""
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import tensorflow as tf
@@ -10,8 +13,10 @@ import tensorflow_datasets as tfds
 
 from vit_jax.data import classes
 from vit_jax.data.headers import tensorflow_reads
+from vit_jax.data.source import Source
 from vit_jax.errors import UserError
 
+PREFIX = "folder:"
 _SPLITS = {
     "train": "train",
     "test": "test",
@@ -61,9 +66,30 @@ class Folder:
             raise ValueError("it selects no image")
         return files
 
+    @property
+    def split_names(self) -> tuple[str, ...]:
+        """The names of the splits that the folder has."""
+        return tuple(self.splits)
+
+    def source(self, split: str) -> Source:
+        """Returns a split, in the syntax of TFDS; for what it raises, see `select`."""
+        files = self.select(split)
+        return Source(
+            PREFIX + self.path,
+            split,
+            self.class_names,
+            num_examples=len(files),
+            num_bytes=sum(file.num_bytes for file in files),
+            examples=functools.partial(read_files, files),
+            ids=lambda: [file.path for file in files],
+            select=lambda chosen: functools.partial(
+                read_files, tuple(itertools.compress(files, chosen))
+            ),
+        )
+
 
 def open_folder(path: str) -> Folder:
-    """Lists the images below `path` and looks at the first bytes of each.
+    """Lists the images below `path`, and reads the first bytes of each.
 
     Classes are the directories of train/, or where there is none of all splits together: numbers
     in the order of their values, other names as text. The files of a split are ordered by a hash of
@@ -91,7 +117,7 @@ def open_folder(path: str) -> Folder:
     return Folder(path, class_names, splits)
 
 
-def records(files: tuple[File, ...], seed: tf.Tensor | None = None) -> tf.data.Dataset:
+def read_files(files: Sequence[File], seed: tf.Tensor | None = None) -> tf.data.Dataset:
     """Returns {"image", "label", "id", "tensorflow_reads"} of every file.
 
     The image is as it lies on the disk, the id its path.
@@ -120,14 +146,14 @@ def visible(directory: Path) -> list[Path]:
     return sorted(entry for entry in directory.iterdir() if not entry.name.startswith("."))
 
 
-def _class_names(directory):
+def _class_names(directory: Path) -> tuple[str, ...]:
     names = tuple(entry.name for entry in visible(directory) if entry.is_dir())
     if not names:
         raise UserError(f"{directory} holds no classes: make one directory per class in it")
     return names
 
 
-def _list_files(directory, class_names):
+def _list_files(directory: Path, class_names: Sequence[str]) -> tuple[File, ...]:
     files = []
     for name in _class_names(directory):
         if name not in class_names:
@@ -138,7 +164,7 @@ def _list_files(directory, class_names):
         label = class_names.index(name)
         files += [check_image(path, label) for path in paths]
 
-    def key(file):
+    def key(file: File) -> bytes:
         return hashlib.sha256(Path(file.path).relative_to(directory).as_posix().encode()).digest()
 
     return tuple(sorted(files, key=key))

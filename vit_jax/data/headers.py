@@ -41,7 +41,8 @@ def tensorflow_reads(path: str | os.PathLike[str]) -> bool:
                 return _BMP_HEADER.unpack(head) == _PLAIN_BMP
         Image.init()
         # PIL answers with a sentence where it was built without a format that it recognizes.
-        if any(Image.OPEN[name][1](head) is True for name in FORMATS if name in Image.OPEN):
+        accepts = (Image.OPEN[name][1] for name in FORMATS if name in Image.OPEN)
+        if any(accept is not None and accept(head) is True for accept in accepts):
             return False
     raise UserError(f"{path} is not an image ({', '.join(FORMATS)}): convert it or remove it")
 

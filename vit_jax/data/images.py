@@ -81,12 +81,12 @@ def preprocess(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
         image: uint8 [height, width, 3].
         preprocessing: of the model.
     """
-    see = _sample_box if preprocessing.resize == "box" else resize_and_crop
+    resize = _sample_box if preprocessing.resize == "box" else resize_and_crop
     mean, std = (
         np.array([255 * x for x in values], np.float32)
         for values in (preprocessing.mean, preprocessing.std)
     )
-    return (see(image, preprocessing) - mean) / std
+    return (resize(image, preprocessing) - mean) / std
 
 
 def resize_and_crop(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
@@ -99,10 +99,10 @@ def resize_and_crop(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarr
     resized = whole_pixels(preprocessing, *image.shape[:2])
     if preprocessing.resize == "big_vision":
         return _area(image, resized, preprocessing.image_size)
-    return _by_pil(image, resized, preprocessing)
+    return _resize_with_pil(image, resized, preprocessing)
 
 
-def _by_pil(
+def _resize_with_pil(
     image: np.ndarray, resized: tuple[int, int, int, int], preprocessing: Preprocessing
 ) -> np.ndarray:
     height, width, top, left = resized
@@ -115,7 +115,7 @@ def _by_pil(
         return np.asarray(Image.fromarray(image).resize((size, size), kernel, box))
     if image.shape[0] * width > _MAX_BETWEEN:  # A tall one: columns first, likewise.
         turned = image.swapaxes(0, 1)
-        return _by_pil(turned, (width, height, left, top), preprocessing).swapaxes(0, 1)
+        return _resize_with_pil(turned, (width, height, left, top), preprocessing).swapaxes(0, 1)
     pixels = np.asarray(Image.fromarray(image).resize((width, height), kernel))
     return pixels[top : top + size, left : left + size]
 

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from vit_jax.data import folder, imagenet
-from vit_jax.data.datasets import Source
+from vit_jax.data.source import Source
 from vit_jax.errors import UserError
 
 PREFIX = "objectnet:"
@@ -53,10 +53,10 @@ def open_objectnet(name: str) -> tuple[Source, int, int]:
         raise UserError(f"{root} is not a directory: give the folder images of ObjectNet's archive")
     directories = [entry for entry in folder.visible(root) if entry.is_dir()]
     labels = {directory: index for index, directory in enumerate(classes())}
-    known = [directory for directory in directories if directory.name in labels]
+    shared_classes = [directory for directory in directories if directory.name in labels]
     files = tuple(
         folder.check_image(path, labels[directory.name])
-        for directory in known
+        for directory in shared_classes
         for path in folder.visible(directory)
     )
     if not files:
@@ -68,9 +68,9 @@ def open_objectnet(name: str) -> tuple[Source, int, int]:
     for row, indices in zip(targets, classes().values(), strict=True):
         row[list(indices)] = 1
 
-    def records(seed: tf.Tensor | None = None) -> tf.data.Dataset:
-        return folder.records(files, seed).map(
-            lambda record: record | {"label": tf.gather(targets, record["label"])}
+    def examples(seed: tf.Tensor | None = None) -> tf.data.Dataset:
+        return folder.read_files(files, seed).map(
+            lambda example: example | {"label": tf.gather(targets, example["label"])}
         )
 
     source = Source(
@@ -79,7 +79,7 @@ def open_objectnet(name: str) -> tuple[Source, int, int]:
         class_names=tuple(imagenet.classes()),
         num_examples=len(files),
         num_bytes=sum(file.num_bytes for file in files),
-        records=records,
+        examples=examples,
         border=BORDER,
     )
-    return source, len({file.label for file in files}), len(directories) - len(known)
+    return source, len({file.label for file in files}), len(directories) - len(shared_classes)

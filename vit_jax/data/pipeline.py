@@ -8,16 +8,20 @@ neither the order nor the augmentation depends on the number of processes.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from vit_jax.data.datasets import Source
 from vit_jax.data.images import read_image
-from vit_jax.data.preprocess import eval_view, view
+from vit_jax.data.preprocess import eval_view, train_view
 from vit_jax.data.protocols import Preprocessing, evaluation
+from vit_jax.data.source import Source
 from vit_jax.errors import UserError
+
+Example = dict[str, Any]  # of a `Source`, or decoded
+Decode = Callable[[tf.Tensor, Example], Example]  # of a position in the run, and an example
 
 _CACHE_LIMIT = 2 * 2**30  # bytes of encoded images that cache="auto" keeps in memory
 
@@ -59,7 +63,7 @@ def train_batches(
         jpeg_dct: one of `protocols.JPEG_DCTS`.
         num_operations: of RandAugment for each image; 0 for none.
         magnitude: of RandAugment.
-        contrast: of RandAugment, one of `randaugment.CONTRASTS`.
+        contrast: of RandAugment, one of `augmentation.CONTRASTS`.
         first_step: the batch to begin with. What comes before is skipped without decoding.
         cache: where the encoded images are read from again: "memory", "disk", or "auto", memory
             below 2 GiB. The two have different orders.
@@ -90,13 +94,13 @@ def train_batches(
         .flat_map(tf.autograph.experimental.do_not_convert(epoch_of))
         .skip(start % num_examples)
     )
-    records = _own_rows(elements.enumerate(start), batch_size, rows, process_index).map(
+    numbered = _own_rows(elements.enumerate(start), batch_size, rows, process_index).map(
         lambda position, element: (position, lookup(element))
     )
 
-    def example(position, record):
-        image = view(
-            record["image"],
+    def decode(position: tf.Tensor, example: Example) -> Example:
+        image = train_view(
+            example["image"],
             tf.stack([tf.constant(seed, tf.int64), position]),
             image_size=image_size,
             protocol=protocol,
@@ -106,11 +110,11 @@ def train_batches(
             num_operations=num_operations,
             magnitude=magnitude,
             contrast=contrast,
-            by_pil=_by_pil(record),
+            decode_with_pil=_needs_pil(example),
         )
-        return {"image": image, "label": tf.cast(record["label"], tf.int32)}
+        return {"image": image, "label": tf.cast(example["label"], tf.int32)}
 
-    return _decoded_batches(records, example, rows)
+    return _decoded_batches(numbered, decode, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +122,8 @@ class EvalBatches:
     """This process' rows of every evaluation batch; can be iterated over again and again."""
 
     num_batches: int
-    _records: tf.data.Dataset = dataclasses.field(repr=False)
-    _example: Callable = dataclasses.field(repr=False)
+    _numbered: tf.data.Dataset = dataclasses.field(repr=False)
+    _decode: Decode = dataclasses.field(repr=False)
     _rows: int
     _image_size: int
 
@@ -129,10 +133,10 @@ class EvalBatches:
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         """Yields batches padded to full size, with a "mask" that is 0 on the padding."""
-        batches = _decoded_batches(self._records, self._example, self._rows)
+        batches = _decoded_batches(self._numbered, self._decode, self._rows)
         size = self._image_size
-        label_shape = self._records.element_spec[1]["label"].shape
-        nothing = {
+        label_shape = self._numbered.element_spec[1]["label"].shape
+        nothing: dict[str, np.ndarray] = {
             "image": np.zeros((0, size, size, 3), np.float32),
             "label": np.zeros((0, *label_shape), np.int32),
         }
@@ -168,23 +172,26 @@ def eval_batches(
     """
     rows = _rows_per_process(batch_size, process_count)
 
-    def example(position, record):
+    def decode(position: tf.Tensor, example: Example) -> Example:
         del position
         image = eval_view(
-            record["image"], preprocessing, border=source.border, by_pil=_by_pil(record)
+            example["image"],
+            preprocessing,
+            border=source.border,
+            decode_with_pil=_needs_pil(example),
         )
-        return {"image": image, "label": tf.cast(record["label"], tf.int32)}
+        return {"image": image, "label": tf.cast(example["label"], tf.int32)}
 
-    records = _own_rows(source.records().enumerate(), batch_size, rows, process_index)
+    numbered = _own_rows(source.examples().enumerate(), batch_size, rows, process_index)
     num_batches = -(-source.num_examples // batch_size)
-    return EvalBatches(num_batches, records, example, rows, preprocessing.image_size)
+    return EvalBatches(num_batches, numbered, decode, rows, preprocessing.image_size)
 
 
-def _by_pil(record):
-    return ~record["tensorflow_reads"] if "tensorflow_reads" in record else False
+def _needs_pil(example: Example) -> tf.Tensor | bool:
+    return ~example["tensorflow_reads"] if "tensorflow_reads" in example else False
 
 
-def _rows_per_process(batch_size, process_count):
+def _rows_per_process(batch_size: int, process_count: int) -> int:
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
             f"batch_size {batch_size} is not a positive multiple of the {process_count} processes"
@@ -192,16 +199,16 @@ def _rows_per_process(batch_size, process_count):
     return batch_size // process_count
 
 
-def _pad(array, rows):
+def _pad(array: np.ndarray, rows: int) -> np.ndarray:
     if len(array) == rows:
         return array
     return np.concatenate([array, np.zeros((rows - len(array), *array.shape[1:]), array.dtype)])
 
 
-def _in_memory(source, seed):
+def _in_memory(source: Source, seed: int) -> tuple[Callable, Callable]:
     # An element of an epoch is an index, so that skipping costs next to nothing.
     with _unreadable_files():
-        everything = source.records().batch(source.num_examples).get_single_element()
+        everything = source.examples().batch(source.num_examples).get_single_element()
 
     def epoch_of(epoch):
         order = tf.range(source.num_examples)
@@ -214,24 +221,28 @@ def _in_memory(source, seed):
     return epoch_of, lookup
 
 
-def _streamed(source, seed, shuffle_buffer):
+def _streamed(source: Source, seed: int, shuffle_buffer: int) -> tuple[Callable, Callable]:
     def epoch_of(epoch):
         epoch_seed = tf.random.stateless_uniform(
             [], tf.stack([seed, epoch]), minval=None, maxval=None, dtype=tf.int64
         )
-        return source.records(epoch_seed).shuffle(
+        return source.examples(epoch_seed).shuffle(
             shuffle_buffer, epoch_seed, reshuffle_each_iteration=False
         )
 
-    return epoch_of, lambda record: record
+    return epoch_of, lambda example: example
 
 
-def _own_rows(numbered, batch_size, rows, process_index):
+def _own_rows(
+    numbered: tf.data.Dataset, batch_size: int, rows: int, process_index: int
+) -> tf.data.Dataset:
     return numbered.filter(lambda position, _: position % batch_size // rows == process_index)
 
 
-def _decoded_batches(records, example, rows):
-    dataset = records.map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+def _decoded_batches(
+    numbered: tf.data.Dataset, decode: Decode, rows: int
+) -> Iterator[dict[str, np.ndarray]]:
+    dataset = numbered.map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     batches = dataset.batch(rows).prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
     done = 0
     while True:
@@ -241,14 +252,14 @@ def _decoded_batches(records, example, rows):
         except StopIteration:
             return
         except tf.errors.InvalidArgumentError:
-            _name_broken_image(records.skip(done * rows).take(rows), example)
+            _name_broken_image(numbered.skip(done * rows).take(rows), decode)
             raise
         yield batch
         done += 1
 
 
 @contextlib.contextmanager
-def _unreadable_files():
+def _unreadable_files() -> Generator[None]:
     try:
         yield
     except (
@@ -262,14 +273,14 @@ def _unreadable_files():
         ) from error
 
 
-def _name_broken_image(records, example):
-    for position, record in records:
+def _name_broken_image(numbered: tf.data.Dataset, decode: Decode) -> None:
+    for position, example in numbered:
         try:
-            example(position, record)
+            decode(position, example)
         except (tf.errors.InvalidArgumentError, UserError) as error:  # TensorFlow's or PIL's
-            name = record["id"].numpy().decode()
-            if not record.get("tensorflow_reads", True):
-                read_image(name, record["image"].numpy())  # says what is wrong
+            name = example["id"].numpy().decode()
+            if not example.get("tensorflow_reads", True):
+                read_image(name, example["image"].numpy())  # says what is wrong
             raise UserError(
                 f"image {name} cannot be decoded: it is cut off or damaged; replace or remove it"
             ) from error

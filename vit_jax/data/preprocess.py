@@ -24,7 +24,7 @@ _DCT = {"accurate": "INTEGER_ACCURATE", "fast": "INTEGER_FAST"}
 _LONG = 16
 
 
-def view(
+def train_view(
     encoded: tf.Tensor,
     seed: tf.Tensor,
     *,
@@ -36,7 +36,7 @@ def view(
     num_operations: int = 0,
     magnitude: float = 0,
     contrast: str = "augreg",
-    by_pil: tf.Tensor | bool = False,
+    decode_with_pil: tf.Tensor | bool = False,
 ) -> tf.Tensor:
     """Returns one view of an image, float32 [image_size, image_size, 3] in [-1, 1].
 
@@ -47,14 +47,14 @@ def view(
         image_size: of the view, in pixels.
         protocol: one of `protocols.PROTOCOLS`.
         jpeg_dct: one of `protocols.JPEG_DCTS`.
-        random_crop: look at a random box, as the protocol does in training.
+        random_crop: take a random box, as the protocol does in training.
         random_flip: mirror every other view.
         num_operations: of RandAugment. It comes last, after crop and flip (as in AugReg's code), on
             the view in 8 bits, whatever the size of the source image.
         magnitude: of RandAugment.
-        contrast: of RandAugment, one of `randaugment.CONTRASTS`.
-        by_pil: scalar bool; decode with PIL what TensorFlow could decode, too: PIL alone turns an
-            image as its EXIF orientation says.
+        contrast: of RandAugment, one of `augmentation.CONTRASTS`.
+        decode_with_pil: scalar bool; decode with PIL what TensorFlow could decode, too: PIL alone
+            turns an image as its EXIF orientation says.
 
     Raises:
         tf.errors.InvalidArgumentError: when run on bytes that cannot be decoded.
@@ -62,7 +62,7 @@ def view(
     crop_seed, flip_seed = tf.unstack(tf.random.split(seed, 2))
     if not random_crop:
         preprocessing = evaluation(protocol, image_size, jpeg_dct)
-        image = eval_view(encoded, preprocessing, by_pil=by_pil)
+        image = eval_view(encoded, preprocessing, decode_with_pil=decode_with_pil)
     else:
         preprocessing = Preprocessing(image_size, jpeg_dct=jpeg_dct)
 
@@ -77,12 +77,12 @@ def view(
                 return tf.cast(window, tf.float32), window
             return _with_window(box, height, width, preprocessing)
 
-        image = _look(encoded, choose, preprocessing, by_pil)
+        image = _preprocess(encoded, choose, preprocessing, decode_with_pil)
     if random_flip:
         mirrored = tf.random.stateless_uniform([], flip_seed) < 0.5
-        image = tf.cond(mirrored, lambda: image[:, ::-1], lambda: image)
+        image = tf.cond(mirrored, lambda: tf.reverse(image, [1]), lambda: image)
     if num_operations:
-        levels = tf.round((image + 1) * 127.5)
+        levels = tf.round(tf.multiply(tf.add(image, 1), 127.5))
         # A seed that is none of the two above, so that without RandAugment these stay the same.
         levels = randaugment(
             levels,
@@ -100,15 +100,15 @@ def eval_view(
     preprocessing: Preprocessing,
     *,
     border: int = 0,
-    by_pil: tf.Tensor | bool = False,
+    decode_with_pil: tf.Tensor | bool = False,
 ) -> tf.Tensor:
     """Returns what evaluation sees of an image, float32 [image_size, image_size, 3].
 
     Args:
-        encoded: as in `view`.
+        encoded: as in `train_view`.
         preprocessing: of the model.
         border: pixels to be cut off every side first.
-        by_pil: as in `view`.
+        decode_with_pil: as in `train_view`.
 
     Raises:
         tf.errors.InvalidArgumentError: when run on bytes that cannot be decoded.
@@ -126,15 +126,15 @@ def eval_view(
             box = tf.cast(window, tf.float32)
         return box + [border, border, 0, 0], window + [border, border, 0, 0]
 
-    return _look(encoded, choose, preprocessing, by_pil)
+    return _preprocess(encoded, choose, preprocessing, decode_with_pil)
 
 
-def _look(encoded, choose, preprocessing, by_pil):
-    """The box that `choose` returns, with the window to decode for it, as a model is fed it."""
+def _preprocess(encoded, choose, preprocessing, decode_with_pil):
+    """Decodes the window of the box that `choose` returns, resamples and normalizes it."""
     pixels, box, window = tf.cond(
-        tf.io.is_jpeg(encoded) & ~tf.convert_to_tensor(by_pil),
+        tf.io.is_jpeg(encoded) & ~tf.convert_to_tensor(decode_with_pil),
         lambda: _decode_jpeg(encoded, choose, preprocessing.jpeg_dct),
-        lambda: _decode_other(encoded, choose, by_pil),
+        lambda: _decode_other(encoded, choose, decode_with_pil),
     )
     if preprocessing.resize == "box":
         image = _resample(pixels, box, window, preprocessing)
@@ -256,13 +256,13 @@ def _read_image(encoded):
     return images.read_image("the image", encoded.numpy())
 
 
-def _decode_other(encoded, choose, by_pil):
+def _decode_other(encoded, choose, decode_with_pil):
     # TensorFlow 2.21 takes the indices of a BMP's palette for gray, writes all frames of an
     # animated WebP where there is room for one, beyond its memory, and knows no other formats.
     is_png = tf.strings.substr(encoded, 0, 4) == b"\x89PNG"
     is_gif = tf.strings.substr(encoded, 0, 4) == b"GIF8"
     image = tf.cond(
-        (is_png | is_gif) & ~tf.convert_to_tensor(by_pil),
+        (is_png | is_gif) & ~tf.convert_to_tensor(decode_with_pil),
         lambda: tf.io.decode_image(encoded, expand_animations=False),
         lambda: tf.ensure_shape(tf.py_function(_read_image, [encoded], tf.uint8), [None] * 3),
     )

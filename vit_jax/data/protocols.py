@@ -1,4 +1,4 @@
-"""Which part of an image a model is shown, and how: plain arithmetic, without TensorFlow.
+"""Which part of an image a model sees, and how it is resized: plain arithmetic, without TensorFlow.
 
 A view of an image is a box in source pixels, a float (y, x, height, width), that is resampled once
 to `image_size` x `image_size`. A protocol is a rule for that box:
@@ -42,7 +42,7 @@ PROTOCOLS = ("inception", "bit", "big_vision", "pretrain", "pad")
 # BiT resizes to 448 and crops 384.
 BIT_RESIZE = 448 / 384
 
-# libjpeg's inverse transforms: the one of PIL, and the one that TensorFlow takes unless told.
+# libjpeg's inverse transforms: that of PIL, and TensorFlow's default.
 JPEG_DCTS = ("accurate", "fast")
 
 RESIZES = ("box", "big_vision", "timm", "huggingface")
@@ -57,8 +57,8 @@ class Preprocessing:
 
     Attributes:
         image_size: side of the model's square input, in pixels.
-        center_crop: None to look at the whole image, its aspect ratio given up; a fraction f to
-            look at the central square of f times the shorter side.
+        center_crop: None for the whole image, its aspect ratio given up; a fraction f for the
+            central square of f times the shorter side.
         interpolation: "bilinear" or "bicubic" (Keys, a = -0.5), or with resize big_vision "area".
         antialias: whether the kernel widens where the image shrinks. PIL's does (timm and Hugging
             Face), that of TensorFlow, with which the official checkpoints were trained, does not.
@@ -66,7 +66,7 @@ class Preprocessing:
         std: of each channel; what remains is divided by it.
         resize: the rule of resizing, one of `RESIZES`; see above.
         squash: with a center_crop f, make the whole image a square first, its aspect ratio given
-            up, and look at the central f x f of that.
+            up, and take the central f x f of that.
         jpeg_dct: "accurate" or "fast". PIL knows accurate only: `vit_jax.predict` decodes so in
             either case, about a gray level from fast.
 
@@ -80,7 +80,7 @@ class Preprocessing:
     antialias: bool = False
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    # Those that came later: where they are not told, images were seen as by these defaults.
+    # Later additions: the defaults are what files written before them mean.
     resize: str = "box"
     squash: bool = False
     jpeg_dct: str = "accurate"
@@ -150,7 +150,7 @@ def resized_side(preprocessing: Preprocessing) -> int:
     if preprocessing.center_crop is None:
         return preprocessing.image_size
     side = preprocessing.image_size / preprocessing.center_crop
-    # To timm the fraction is what is told; elsewhere it comes from two sides of whole pixels.
+    # timm is given the fraction; elsewhere it comes from two sides of whole pixels.
     return math.floor(side) if preprocessing.resize == "timm" else round(side)
 
 
@@ -173,15 +173,14 @@ def whole_pixels(
         resized = np.round(sides.astype(np.float32) * factor).astype(int).tolist()
     else:
         resized = [int(side * x / min(height, width)) for x in (height, width)]
+    height, width = resized
     if preprocessing.resize == "timm":  # Half to even, too.
-        top, left = (round((x - size) / 2) for x in resized)
-    else:
-        top, left = ((x - size) // 2 for x in resized)
-    return *resized, top, left
+        return height, width, round((height - size) / 2), round((width - size) / 2)
+    return height, width, (height - size) // 2, (width - size) // 2
 
 
 def eval_box(preprocessing: Preprocessing, height: Any, width: Any) -> tuple[Any, Any, Any, Any]:
-    """Returns the box (y, x, height, width) that evaluation looks at, in source pixels.
+    """Returns the box (y, x, height, width) that evaluation takes, in source pixels.
 
     Args:
         preprocessing: whose resize is box.

@@ -32,7 +32,6 @@ OPERATIONS = (
     "Cutout",
     "SolarizeAdd",
 )
-CONTRASTS = ("augreg", "pil")  # towards which gray Contrast goes, see `enhance`
 _ENHANCE = ("Color", "Contrast", "Brightness", "Sharpness")
 _MAX_MAGNITUDE = 10
 _MAX_DEGREES = 30.0
@@ -56,7 +55,7 @@ def randaugment(
         seed: int64 [2], the source of all randomness.
         num_operations: how many; N of the paper.
         magnitude: how strong each is; M of the paper.
-        contrast: one of `CONTRASTS`.
+        contrast: one of `augmentation.CONTRASTS`.
 
     Returns:
         int32 [height, width, 3], from 0 to 255.
@@ -100,7 +99,7 @@ def apply_operation(
     if name == "Equalize":
         return equalize(image)
     if name == "Invert":
-        return 255 - image
+        return tf.subtract(255, image)
     if name == "Rotate":
         return rotate(image, sign * (level * _MAX_DEGREES))
     if name == "Posterize":
@@ -156,12 +155,13 @@ def posterize(image: tf.Tensor, bits: int) -> tf.Tensor:
 
 def solarize(image: tf.Tensor, threshold: int) -> tf.Tensor:
     """Inverts the values from the threshold on."""
-    return tf.where(image < threshold, image, 255 - image)
+    return tf.where(tf.less(image, threshold), image, tf.subtract(255, image))
 
 
 def solarize_add(image: tf.Tensor, addition: int) -> tf.Tensor:
     """Adds to the values below 128."""
-    return tf.where(image < 128, tf.clip_by_value(image + addition, 0, 255), image)
+    added = tf.clip_by_value(tf.add(image, addition), 0, 255)
+    return tf.where(tf.less(image, 128), added, image)
 
 
 def enhance(name: str, image: tf.Tensor, factor: float, contrast: str = "augreg") -> tf.Tensor:
@@ -202,10 +202,10 @@ def _mean_gray(image):
 
 def _smooth(image):
     kernel = tf.constant([[1, 1, 1], [1, 5, 1], [1, 1, 1]], tf.float32)
-    kernel = tf.tile(kernel[..., None, None], [1, 1, 3, 1])
+    kernel = tf.tile(tf.reshape(kernel, [3, 3, 1, 1]), [1, 1, 3, 1])
     pixels = tf.cast(image, tf.float32)[None]
-    total = tf.nn.depthwise_conv2d(pixels, kernel, [1, 1, 1, 1], "VALID")[0]
-    inner = (tf.cast(total, tf.int32) + 6) // 13
+    total = tf.nn.depthwise_conv2d(pixels, kernel, [1, 1, 1, 1], "VALID")
+    inner = (tf.cast(tf.squeeze(total, 0), tf.int32) + 6) // 13
     # The pixels at the border have no neighbors there: they stay.
     inside = tf.pad(tf.ones_like(inner, tf.bool), [[1, 1], [1, 1], [0, 0]])
     return tf.where(inside, tf.pad(inner, [[1, 1], [1, 1], [0, 0]]), image)
@@ -213,7 +213,8 @@ def _smooth(image):
 
 def rotate(image: tf.Tensor, degrees: tf.Tensor) -> tf.Tensor:
     """Rotates counterclockwise about the center."""
-    cos, sin = tf.cos(degrees * (math.pi / 180)), tf.sin(degrees * (math.pi / 180))
+    radians = tf.multiply(degrees, math.pi / 180)
+    cos, sin = tf.cos(radians), tf.sin(radians)
     last = tf.cast(tf.shape(image)[:2] - 1, tf.float32)
     y, x = last[0] / 2, last[1] / 2
     return affine(image, [cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y])
@@ -229,8 +230,8 @@ def affine(image: tf.Tensor, matrix: list[tf.Tensor | float]) -> tf.Tensor:
     """
     transform = tf.stack([tf.cast(value, tf.float32) for value in [*matrix, 0.0, 0.0]])
     return tf.raw_ops.ImageProjectiveTransformV3(
-        images=image[None],
-        transforms=transform[None],
+        images=tf.expand_dims(image, 0),
+        transforms=tf.expand_dims(transform, 0),
         output_shape=tf.shape(image)[:2],
         interpolation="NEAREST",
         fill_mode="CONSTANT",

@@ -1,23 +1,47 @@
-"""A part of a data set, chosen at random once: by seed, whatever the order it is read in."""
+"""A part of a data set, chosen at random once: by seed, whatever the order it is read in.
+
+TensorFlow is imported where it is used: a config is checked by `parse_subset` without it.
+"""
 
 import dataclasses
+import re
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tensorflow as tf
 
-from vit_jax.config import parse_subset
-from vit_jax.data.datasets import Source
 from vit_jax.errors import UserError
 
+if TYPE_CHECKING:
+    import tensorflow as tf
 
-def take_subset(source: Source, subset: str, seed: int = 0) -> Source:
+    from vit_jax.data.source import Source
+
+
+def parse_subset(text: str) -> Fraction | int:
+    """The number of images in "5000", or the share of them in "10%", above 0 and at most 1.
+
+    Raises:
+        UserError: it is neither.
+    """
+    match = re.fullmatch(r"\s*(?:(\d+(?:_\d+)*)|(\d+(?:\.\d+)?)\s*%)\s*", text)
+    subset = Fraction(match[2]) / 100 if match and match[2] else int(match[1]) if match else 0
+    if not subset or (isinstance(subset, Fraction) and subset > 1):
+        raise UserError(
+            f"dataset.subset {text!r} is not understood: use a number of images, such as 5000, or "
+            "a percentage of at most 100%, such as 10%"
+        )
+    return subset
+
+
+def take_subset(source: "Source", subset: str, seed: int = 0) -> "Source":
     """Returns a source of exactly so many of the images of another, drawn without replacement.
 
     Every image has a random number, a function of `seed` and its id alone, and the smallest are
     taken: of two subsets of equal seed the smaller one lies within the larger.
 
     Args:
-        source: to take from. If it tells its ids, no image is read to choose.
+        source: to take from. If it has `ids`, no image is read to choose.
         subset: how many, "5000", or which share, "10%"; "" for all there are.
         seed: of the choice, not negative.
 
@@ -42,11 +66,13 @@ def take_subset(source: Source, subset: str, seed: int = 0) -> Source:
         )
     last = smallest_first[count - 1]
 
-    def records(seed_of_order=None):
-        dataset = source.records(seed_of_order).filter(
-            lambda record: _numbers(record["id"], seed) <= last
+    def examples(seed_of_order: "tf.Tensor | None" = None) -> "tf.data.Dataset":
+        import tensorflow as tf
+
+        dataset = source.examples(seed_of_order).filter(
+            lambda example: _numbers(example["id"], seed) <= last
         )
-        # Were an id not what was foretold, this would say so at the end of an epoch.
+        # Fails at the end of an epoch if the ids that were read are not those of `source.ids`.
         return dataset.apply(tf.data.experimental.assert_cardinality(count))
 
     return dataclasses.replace(
@@ -56,18 +82,20 @@ def take_subset(source: Source, subset: str, seed: int = 0) -> Source:
         num_bytes=source.num_bytes * count // total,
         ids=None,
         select=None,
-        records=source.select(numbers <= last) if source.select else records,
+        examples=source.select(numbers <= last) if source.select else examples,
     )
 
 
-def _all_ids(source):
+def _all_ids(source: "Source") -> list[Any]:
     if source.ids is not None:
         return source.ids()
-    return [record["id"] for record in source.records().as_numpy_iterator()]
+    return [example["id"] for example in source.examples().as_numpy_iterator()]
 
 
-def _numbers(ids, seed):
+def _numbers(ids: Any, seed: int) -> Any:
     """A random number from 0 below 2^63 - 1 of each id, of NumPy for a list of them."""
+    import tensorflow as tf
+
     # The directories above split/class/file of a folder do not count: it may be moved.
     names = tf.strings.regex_replace(ids, r"^.*/([^/]*/[^/]*/[^/]*)$", r"\1")
     numbers = tf.strings.to_hash_bucket_strong(names, 2**63 - 1, key=[seed, 0])

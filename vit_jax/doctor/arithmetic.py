@@ -100,7 +100,7 @@ def _cases(dtype: Any) -> dict[str, tuple[Callable, list[np.ndarray], Callable]]
     maps = _normal((2, 14, 14, 64), seed=4) + 4
     attend = _attention_params()
     scale, bias = 1 + _normal((_WIDTH,), seed=5) / 10, _normal((_WIDTH,), seed=6)
-    norm = layer_norm(1e-6, dtype, None)
+    norm = layer_norm(1e-6, dtype, "LayerNorm")
     group_norm = GroupNorm(1e-6, dtype=dtype)
     attention = MultiHeadSelfAttention(_HEADS, dtype=dtype)
     return {
@@ -144,8 +144,8 @@ def _cases(dtype: Any) -> dict[str, tuple[Callable, list[np.ndarray], Callable]]
 
 def _attention_params() -> dict[str, Any]:
     heads = (_HEADS, _WIDTH // _HEADS)
-    shapes = dict.fromkeys(("query", "key", "value"), ((_WIDTH, *heads), heads))
-    shapes["out"] = ((*heads, _WIDTH), (_WIDTH,))
+    projection, out = ((_WIDTH, *heads), heads), ((*heads, _WIDTH), (_WIDTH,))
+    shapes = {"query": projection, "key": projection, "value": projection, "out": out}
     return {
         name: {
             "kernel": _normal(kernel, seed) * _WIDTH**-0.5,

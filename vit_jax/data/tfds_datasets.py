@@ -1,0 +1,239 @@
+"""Data sets of TFDS, those of VTAB and ReaL among them, as sources."""
+
+import difflib
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from vit_jax.data import labels, vtab
+from vit_jax.data.digits import prepare_digits
+from vit_jax.data.source import Source
+from vit_jax.errors import UserError, first_line
+
+_DATA_DIR = "config.dataset.data_dir (of evaluate: --data_dir)"
+_NO_DATA = "`--config configs/digits.py` needs no data at all"
+
+
+class TfdsDataset:
+    """A data set of images with one class label each, registered with TFDS or only prepared."""
+
+    _LABEL = "label"
+
+    def __init__(self, name: str, data_dir: str, tfds_name: str = ""):
+        """Opens the builder.
+
+        Args:
+            name: as the user gave it.
+            data_dir: where TFDS looks; "" is its default.
+            tfds_name: where that is not `name`.
+
+        Raises:
+            UserError: TFDS does not know the data set, or it lacks a feature that is needed.
+        """
+        self._name = name
+        self._tfds_name = tfds_name or name
+        self._builder = _builder(self._tfds_name, os.path.expanduser(data_dir))
+        self._check_features(dict(self._builder.info.features or {}))
+
+    def _check_features(self, features: Mapping[str, Any]) -> None:
+        if not (
+            isinstance(features.get("image"), tfds.features.Image)
+            and self._is_label(features.get(self._LABEL))
+        ):
+            raise UserError(
+                f"data set {self._name!r} is not one of images with one class label each: it needs "
+                f"the features image and {self._LABEL}, and has {', '.join(features) or 'none'}"
+            )
+
+    @staticmethod
+    def _is_label(feature: Any) -> bool:
+        return isinstance(feature, tfds.features.ClassLabel)
+
+    @property
+    def _class_names(self) -> tuple[str, ...]:
+        return tuple(self._builder.info.features[self._LABEL].names)
+
+    def _examples(self, split: str, seed: tf.Tensor | None = None) -> tf.data.Dataset:
+        features = {self._LABEL: True}
+        return _read(self._builder, split, features, lambda x: x[self._LABEL], seed)
+
+    @property
+    def split_names(self) -> tuple[str, ...]:
+        """The names of the prepared splits."""
+        return tuple(self._builder.info.splits)
+
+    def source(self, split: str) -> Source:
+        """Returns a split, in the syntax of TFDS.
+
+        Raises:
+            UserError: the data set is not prepared.
+            ValueError: there is no such split, or it is empty.
+        """
+        try:
+            num_examples = int(self._examples(split).cardinality())
+        except AssertionError as error:
+            raise _not_prepared(self._name, self._builder, self._tfds_name) from error
+        info = self._builder.info
+        total = sum(part.num_examples for part in info.splits.values())
+        return Source(
+            self._name,
+            split,
+            self._class_names,
+            num_examples,
+            num_bytes=info.dataset_size * num_examples // total if total else 0,
+            examples=functools.partial(self._examples, split),
+            ids=functools.partial(_ids, self._builder, split),
+        )
+
+
+class VtabDataset(TfdsDataset):
+    """A task of VTAB-1k, "vtab:TASK", whose labels may be made of other features."""
+
+    def __init__(self, name: str, data_dir: str):
+        """Opens the builder of a task.
+
+        Args:
+            name: "vtab:TASK".
+            data_dir: as of `TfdsDataset`.
+
+        Raises:
+            UserError: likewise, or there is no such task.
+        """
+        self._task = vtab.get_task(name)
+        super().__init__(name, data_dir, self._task.builder)
+
+    def _check_features(self, features: Mapping[str, Any]) -> None:
+        missing = {"image", *self._task.features} - set(features)
+        if missing:
+            raise UserError(
+                f"data set {self._name!r} needs the features {', '.join(sorted(missing))} of "
+                f"{self._builder.info.full_name}, which has {', '.join(features)}: prepare "
+                f"{self._tfds_name} anew"
+            )
+
+    @property
+    def _class_names(self) -> tuple[str, ...]:
+        return self._task.class_names or tuple(self._feature.names)
+
+    @property
+    def _feature(self) -> Any:
+        (name,) = self._task.features
+        return self._builder.info.features[name]
+
+    def _examples(self, split: str, seed: tf.Tensor | None = None) -> tf.data.Dataset:
+        task = self._task
+        label = labels.label_fn(task, getattr(self._feature, "num_classes", 0))
+        examples = _read(self._builder, split, task.features, label, seed)
+        if task.binary_pixels:
+            examples = examples.map(lambda x: x | {"image": labels.stretch_binary(x["image"])})
+        return examples
+
+    def splits(self, development: bool) -> tuple[str, str]:
+        """The protocol's splits to train and to evaluate on, see `vtab.splits`.
+
+        Raises:
+            UserError: one of them is not prepared.
+        """
+        sizes = {name: split.num_examples for name, split in self._builder.info.splits.items()}
+        needed = {"train", self._task.validation[0], self._task.test[0]}
+        if not needed <= set(sizes):
+            raise _not_prepared(self._name, self._builder, self._tfds_name)
+        return vtab.splits(self._task, sizes, development)
+
+
+class RealDataset(TfdsDataset):
+    """ImageNet's validation images with every class that they show (Beyer et al., 2020)."""
+
+    _LABEL = "real_label"
+
+    @staticmethod
+    def _is_label(feature: Any) -> bool:
+        return isinstance(feature, tfds.features.Sequence) and hasattr(feature.feature, "names")
+
+    @property
+    def _class_names(self) -> tuple[str, ...]:
+        return tuple(self._builder.info.features[self._LABEL].feature.names)
+
+    def _examples(self, split: str, seed: tf.Tensor | None = None) -> tf.data.Dataset:
+        num_classes = len(self._class_names)
+
+        def multi_hot(example: Mapping[str, Any]) -> Mapping[str, Any]:
+            shown = tf.one_hot(example["label"], num_classes, True, False)
+            return {**example, "label": tf.cast(tf.reduce_any(shown, 0), tf.int64)}
+
+        return super()._examples(split, seed).map(multi_hot)
+
+
+def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
+    try:
+        if name == "digits":
+            return prepare_digits(data_dir)
+        return tfds.builder(name, data_dir=data_dir or None)
+    except tfds.core.DatasetNotFoundError as error:
+        near = difflib.get_close_matches(name, tfds.list_builders(), n=3) or ["digits"]
+        raise UserError(
+            f"data set {name!r} is not known to TFDS and not prepared in "
+            f"{data_dir or tfds.core.constants.DATA_DIR}: did you mean {' or '.join(near)}? "
+            f"If it is prepared elsewhere, set {_DATA_DIR}; {_NO_DATA}"
+        ) from error
+    except (ValueError, AssertionError, OSError, ImportError) as error:
+        raise UserError(f"data set {name!r} cannot be opened: {first_line(error)}") from error
+
+
+def _not_prepared(name: str, builder: tfds.core.DatasetBuilder, tfds_name: str) -> UserError:
+    root = builder.data_dir_root
+    # Of some, TFDS says what to download by hand first.
+    by_hand = ", which says what it wants downloaded by hand" * bool(
+        builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+    )
+    return UserError(
+        f'data set {name!r} is not prepared in data_dir {str(root)!r}: run `python -c "import '
+        f"tensorflow_datasets as tfds; tfds.builder({tfds_name!r}, data_dir={str(root)!r})"
+        f'.download_and_prepare()"`{by_hand}, or set {_DATA_DIR} to where it is prepared; '
+        f"{_NO_DATA}"
+    )
+
+
+def _ids(builder: tfds.core.DatasetBuilder, split: str) -> list[str]:
+    # As TFDS makes them: the name of the file and the place in it.
+    return [
+        f"{os.path.basename(part.filename)}__{index}"
+        for part in builder.info.splits[split].file_instructions
+        for index in range(part.skip, part.skip + part.take)
+    ]
+
+
+def _read(
+    builder: tfds.core.DatasetBuilder,
+    split: str,
+    features: Mapping[str, Any],
+    label: Callable[[Mapping[str, Any]], tf.Tensor],
+    seed: tf.Tensor | None,
+) -> tf.data.Dataset:
+    config = tfds.ReadConfig(
+        add_tfds_id=True,
+        try_autocache=False,
+        skip_prefetch=True,
+        # A number is what it asks for, but a tensor does as well: it reaches nothing but tf.data.
+        shuffle_seed=seed,  # ty: ignore[invalid-argument-type]
+        shuffle_reshuffle_each_iteration=False,
+    )
+    dataset = builder.as_dataset(
+        split=split,
+        shuffle_files=seed is not None,
+        read_config=config,
+        decoders=tfds.decode.PartialDecoding(
+            {"image": True, **features}, decoders={"image": tfds.decode.SkipDecoding()}
+        ),
+    )
+    return dataset.map(
+        lambda example: {
+            "image": example["image"],
+            "label": label(example),
+            "id": example["tfds_id"],
+        }
+    )
