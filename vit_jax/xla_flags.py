@@ -46,7 +46,7 @@ def avoid_stale_weights() -> None:
 
 
 def has_stale_weights(version: str) -> bool:
-    """Whether a version of jaxlib, such as "0.7.1", has the fault."""
+    """Tells whether a version of jaxlib, such as "0.7.1", has the fault."""
     return tuple(map(int, re.findall(r"\d+", version)[:3])) < _FIRST_RIGHT
 
 
@@ -57,8 +57,8 @@ def without_xnnpack(flags: str) -> str:
             flags = Path(flags).read_text()
     words = flags.split()
     name = WITHOUT_XNNPACK.partition("=")[0]
-    said = [word for word in words if word.partition("=")[0] == name]
-    return " ".join(words if said[-1:] == [WITHOUT_XNNPACK] else [*words, WITHOUT_XNNPACK])
+    about = [word for word in words if word.partition("=")[0] == name]
+    return " ".join(words if about[-1:] == [WITHOUT_XNNPACK] else [*words, WITHOUT_XNNPACK])
 
 
 def _computes_on_cpu() -> bool:

@@ -1,1 +1,1 @@
-"""What a model costs and what it has learned."""
+"""The cost of a model, and views of what it has learned."""

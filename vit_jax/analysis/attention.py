@@ -1,4 +1,4 @@
-"""From attention weights to what can be looked at: maps, rollout (D.8) and distances (D.7).
+"""Maps, rollout (Appendix D.8) and distances (D.7) from attention weights.
 
 Attention weights are those of `intermediates.attention_weights`, [..., tokens, tokens]. A class
 token comes before the patches, which come row by row; their number says whether there is one.
@@ -18,9 +18,9 @@ def on_patches(weights: jax.Array, grid: tuple[int, int]) -> jax.Array: ...
 @overload
 def on_patches(weights: np.ndarray, grid: tuple[int, int]) -> np.ndarray: ...
 def on_patches(weights: Array, grid: tuple[int, int]) -> Array:
-    """What the image's representation looks at, [..., rows, columns].
+    """Returns the attention of the image's representation to the patches, [..., rows, columns].
 
-    That is the class token's attention to the patches; of a model without one, which averages over
+    That is the class token's; of a model without one, which averages over
     the patches (D.3), the mean of theirs.
 
     Args:

@@ -1,4 +1,4 @@
-"""What the embeddings have learned: filters and positions (Figure 7, left and middle)."""
+"""Learned embeddings: filters and positions (Figure 7, left and middle)."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a model computes on its way to the logits, layer by layer.
+"""Intermediate results of a model on its way to the logits, layer by layer.
 
 The functions here run the model as it is: what they return is sown by it, or captured by Flax, and
 is no part of the program that anybody else compiles. Each is compiled once for a model and a shape.

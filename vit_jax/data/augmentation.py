@@ -1,4 +1,4 @@
-"""What a config calls an augmentation: names and words to numbers, without TensorFlow."""
+"""The language of `config.augment`: names and words to numbers, without TensorFlow."""
 
 import re
 from typing import NamedTuple
@@ -22,7 +22,7 @@ CONTRASTS = ("augreg", "pil")
 
 
 class Augmentation(NamedTuple):
-    """What is done to training images beyond crop and flip; 0 is nothing."""
+    """The augmentation of training images beyond crop and flip; 0 is nothing."""
 
     num_operations: int = 0
     magnitude: int = 0

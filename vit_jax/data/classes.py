@@ -8,7 +8,7 @@ from vit_jax.data.imagenet import comparable, readable
 
 
 def are_numbers(names: Iterable[str]) -> bool:
-    """Whether all names are numbers, such as 0 ... 999, which do not say what a class is."""
+    """Tells whether all names are numbers, such as 0 ... 999, which do not say what a class is."""
     return all(re.fullmatch(r"[0-9]+", name) for name in names)
 
 
@@ -50,7 +50,7 @@ def match(
 def difference(
     num_classes: int, class_names: Sequence[str] | None, data_names: Sequence[str]
 ) -> str:
-    """What tells the classes of a model from those of a data set, in one phrase.
+    """The difference between the classes of a model and of a data set, in one phrase.
 
     Args:
         num_classes: as in `match`, which has found none.
@@ -70,7 +70,7 @@ def difference(
 
 
 def positions_may_agree(class_names: Sequence[str], data_names: Sequence[str]) -> bool:
-    """Whether class i may be class i under another name.
+    """Tells whether class i may be class i under another name.
 
     Not where a name, or its first synonym, is that of another class in the other list, nor where
     numbers do not go up: they count nothing then.

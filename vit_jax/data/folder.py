@@ -142,7 +142,7 @@ def read_files(files: Sequence[File], seed: tf.Tensor | None = None) -> tf.data.
 
 
 def visible(directory: Path) -> list[Path]:
-    """What is in a directory and not hidden, by name."""
+    """Lists what is in a directory and not hidden, by name."""
     return sorted(entry for entry in directory.iterdir() if not entry.name.startswith("."))
 
 

@@ -1,4 +1,4 @@
-"""What the first bytes of an image file tell, without decoding it."""
+"""Facts about an image file from its first bytes, without decoding it."""
 
 import os
 import struct
@@ -19,7 +19,7 @@ _PNG_TEXTS, _KEYWORDS = (b"tEXt", b"zTXt", b"iTXt"), (b"Raw profile type ", b"XM
 
 
 def tensorflow_reads(path: str | os.PathLike[str]) -> bool:
-    """Whether TensorFlow decodes an image file to what `images.read_image` makes of it.
+    """Tells whether TensorFlow decodes an image file to what `images.read_image` makes of it.
 
     It does not know EXIF's orientation, the palette of a BMP, nor formats other than JPEG, PNG, GIF
     and BMP. Only a JPEG with metadata is opened with PIL, and only its headers are read; a PNG with
@@ -48,7 +48,7 @@ def tensorflow_reads(path: str | os.PathLike[str]) -> bool:
 
 
 def _has_metadata(file: BinaryIO) -> bool:
-    """Whether a JPEG has EXIF or XMP before its pixels; True as well where that is hard to tell."""
+    """Tells whether a JPEG has EXIF or XMP before its pixels; True also where that is unclear."""
     file.seek(2)
     while len(start := file.read(4)) == 4:
         mark, marker, length = struct.unpack(">BBH", start)

@@ -148,7 +148,7 @@ def _area(image: np.ndarray, resized: tuple[int, int, int, int], size: int) -> n
 def _areas(
     length: int, resized: int, first: int, size: int
 ) -> tuple[np.ndarray, np.ndarray, np.float32]:
-    """Of `size` output pixels of one axis: source pixels and their shares, both [size, taps]."""
+    """Source pixels of `size` output pixels of one axis, and their shares, both [size, taps]."""
     # Beyond 2^24 a float tells pixels no longer apart; TensorFlow could not hold such an image.
     kind = np.float32 if resized < 2**24 else np.float64
     scale = kind(length) / kind(resized)
@@ -202,7 +202,7 @@ def _to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def is_upright(path: str | os.PathLike[str]) -> bool:
-    """Whether a JPEG is stored as it is to be seen; True also for what PIL cannot open."""
+    """Tells whether a JPEG is stored as it is to be seen; True also for what PIL cannot open."""
     try:
         with Image.open(path, formats=("JPEG",)) as image:
             return _orientation(image) == 1

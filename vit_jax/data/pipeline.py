@@ -83,18 +83,11 @@ def train_batches(
     if cache not in ("auto", "memory", "disk"):
         raise UserError(f"cache {cache!r} is unknown: use auto, memory or disk")
     in_memory = cache == "memory" or (cache == "auto" and source.num_bytes < _CACHE_LIMIT)
-
-    num_examples = source.num_examples
     epoch_of, lookup = (
         _in_memory(source, seed) if in_memory else _streamed(source, seed, shuffle_buffer)
     )
-    start = first_step * batch_size
-    elements = (
-        tf.data.Dataset.range(start // num_examples, tf.int64.max)
-        .flat_map(tf.autograph.experimental.do_not_convert(epoch_of))
-        .skip(start % num_examples)
-    )
-    numbered = _own_rows(elements.enumerate(start), batch_size, rows, process_index).map(
+    elements = _epochs(epoch_of, source.num_examples, start=first_step * batch_size)
+    numbered = _own_rows(elements, batch_size, rows, process_index).map(
         lambda position, element: (position, lookup(element))
     )
 
@@ -231,6 +224,18 @@ def _streamed(source: Source, seed: int, shuffle_buffer: int) -> tuple[Callable,
         )
 
     return epoch_of, lambda example: example
+
+
+def _epochs(
+    epoch_of: Callable[[tf.Tensor], tf.data.Dataset], num_examples: int, start: int
+) -> tf.data.Dataset:
+    """All epochs one after the other from position `start` on, which numbers the elements."""
+    return (
+        tf.data.Dataset.range(start // num_examples, tf.int64.max)
+        .flat_map(tf.autograph.experimental.do_not_convert(epoch_of))
+        .skip(start % num_examples)
+        .enumerate(start)
+    )
 
 
 def _own_rows(

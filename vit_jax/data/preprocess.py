@@ -1,4 +1,4 @@
-"""From an encoded image to the pixels a model sees: one decode, one resize.
+"""Decoding and resizing, each once, of an encoded image to the pixels that a model sees.
 
 The protocol chooses a box (see `protocols`); only the window of the image that covers the box is
 decoded, and one resampling takes exactly that box to the output. Augmentation is drawn with
@@ -65,18 +65,9 @@ def train_view(
         image = eval_view(encoded, preprocessing, decode_with_pil=decode_with_pil)
     else:
         preprocessing = Preprocessing(image_size, jpeg_dct=jpeg_dct)
-
-        def choose(height, width):
-            if protocol == "bit":
-                box = _bit_box(height, width, image_size, crop_seed)
-            elif protocol == "pad":
-                box = _shifted_box(height, width, crop_seed)
-            else:
-                window = _inception_window(height, width, crop_seed)
-                # The published code crops before it resizes: nothing outside the crop is seen.
-                return tf.cast(window, tf.float32), window
-            return _with_window(box, height, width, preprocessing)
-
+        choose = functools.partial(
+            _random_box, seed=crop_seed, protocol=protocol, preprocessing=preprocessing
+        )
         image = _preprocess(encoded, choose, preprocessing, decode_with_pil)
     if random_flip:
         mirrored = tf.random.stateless_uniform([], flip_seed) < 0.5
@@ -146,6 +137,19 @@ def _preprocess(encoded, choose, preprocessing, decode_with_pil):
     )
     size = preprocessing.image_size
     return tf.ensure_shape((image - mean) / std, [size, size, 3])
+
+
+def _random_box(height, width, seed, protocol, preprocessing):
+    """A box that training crops under a protocol, and the window to decode for it."""
+    if protocol == "bit":
+        box = _bit_box(height, width, preprocessing.image_size, seed)
+    elif protocol == "pad":
+        box = _shifted_box(height, width, seed)
+    else:
+        window = _inception_window(height, width, seed)
+        # The published code crops before it resizes: nothing outside the crop is seen.
+        return tf.cast(window, tf.float32), window
+    return _with_window(box, height, width, preprocessing)
 
 
 def _inception_window(height, width, seed):

@@ -1,4 +1,4 @@
-"""Which part of an image a model sees, and how it is resized: plain arithmetic, without TensorFlow.
+"""Rules for which part of an image a model sees, and how it is resized, without TensorFlow.
 
 A view of an image is a box in source pixels, a float (y, x, height, width), that is resampled once
 to `image_size` x `image_size`. A protocol is a rule for that box:
@@ -53,7 +53,7 @@ _CENTRAL = 224 / 256
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """What evaluation makes of an image; it travels with the weights.
+    """The rule by which evaluation prepares an image; it travels with the weights.
 
     Attributes:
         image_size: side of the model's square input, in pixels.
@@ -118,7 +118,7 @@ class Preprocessing:
 
 
 def evaluation(protocol: str, image_size: int, jpeg_dct: str = "accurate") -> Preprocessing:
-    """How a run of this project evaluates under one of `PROTOCOLS`.
+    """Returns the preprocessing of a run's evaluation under one of `PROTOCOLS`.
 
     Raises:
         UserError: the protocol is unknown.
@@ -134,7 +134,7 @@ def evaluation(protocol: str, image_size: int, jpeg_dct: str = "accurate") -> Pr
 
 
 def fewshot_view(preprocessing: Preprocessing) -> Preprocessing:
-    """How few-shot evaluation sees the images of a model, whatever the model's own crop.
+    """Returns the preprocessing of few-shot evaluation, whatever the model's own crop.
 
     The reference resizes to 256 x 256, whatever the aspect, and cuts out the central 224 x 224; of
     other sizes that is the central 7/8. It resamples as TensorFlow does without antialiasing; a
@@ -157,7 +157,7 @@ def resized_side(preprocessing: Preprocessing) -> int:
 def whole_pixels(
     preprocessing: Preprocessing, height: int, width: int
 ) -> tuple[int, int, int, int]:
-    """What an image is resized to, and where the crop begins: (height, width, top, left).
+    """Returns the size an image is resized to, and the crop's corner: (height, width, top, left).
 
     Args:
         preprocessing: whose resize is not box.

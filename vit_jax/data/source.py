@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the program: a split of encoded, labeled images."""
+"""A data set as the rest of the program knows it: a split of encoded, labeled images."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -143,7 +143,7 @@ GROUPS = ("natural", "specialized", "structured")
 
 
 def is_vtab(dataset: str) -> bool:
-    """Whether the name of a data set is that of a task, "vtab:svhn"."""
+    """Tells whether the name of a data set is that of a task, "vtab:svhn"."""
     return dataset.startswith(PREFIX)
 
 

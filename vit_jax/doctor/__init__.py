@@ -1,1 +1,1 @@
-"""Whether this machine computes what it should, and what it has: `python -m vit_jax.doctor`."""
+"""Checks of what this machine computes, and of what it has: `python -m vit_jax.doctor`."""

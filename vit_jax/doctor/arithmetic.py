@@ -1,4 +1,4 @@
-"""What JAX computes on a device, held against NumPy in 64 bits."""
+"""Computations of JAX on a device, held against NumPy in 64 bits."""
 
 import functools
 import math
@@ -32,7 +32,7 @@ _ADAM_EPSILON = 1e-8
 
 
 class Result(NamedTuple):
-    """How far one computation is from the reference.
+    """The distance of one computation from the reference.
 
     Attributes:
         check: what was computed.
@@ -48,7 +48,7 @@ class Result(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within the limit of the dtype."""
+        """Tells whether the error is within the limit of the dtype."""
         return self.error <= LIMITS[self.dtype]
 
 
@@ -265,13 +265,13 @@ def _is_adam(x: Any) -> bool:
 
 
 def _gradient_error(moments: tuple[Any, Any], expected: Any) -> float:
-    """Of the gradients, which the first moment holds after one step."""
+    """The error of the gradients, which the first moment holds after one step."""
     found = jax.tree.map(lambda m: m / (1 - _ADAM["b1"]), moments[0])
     return _norm(jax.tree.map(np.subtract, found, expected)) / _norm(expected)
 
 
 def _update_error(before: Any, after: Any, moments: tuple[Any, Any]) -> float:
-    """Of the new parameters, relative to the learning rate, which is about their change."""
+    """The error of the new parameters, relative to their change, about the learning rate."""
 
     def exact(p: np.ndarray, m: np.ndarray, v: np.ndarray) -> np.ndarray:
         m, v = m / (1 - _ADAM["b1"]), v / (1 - _ADAM["b2"])

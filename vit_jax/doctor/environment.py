@@ -1,4 +1,4 @@
-"""What is installed, what each part of the project needs, and where things lie."""
+"""Installed packages, those that each part of the project needs, and where files are kept."""
 
 import importlib.metadata
 import os
@@ -75,7 +75,7 @@ def prepared_datasets(directory: Path) -> list[str]:
 
 
 def places() -> list[tuple[str, Path, str]]:
-    """What is kept on this machine: what it is, where it lies, and what is there."""
+    """Lists what is kept on this machine: what it is, where, and what is there."""
     datasets = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     hub = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser() / "hub"
     rows = [
