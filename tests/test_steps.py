@@ -7,7 +7,7 @@ import pytest
 
 from vit_jax.errors import UserError
 from vit_jax.models import create_model, masked
-from vit_jax.state import create_optimizer, init_train_state
+from vit_jax.state import TrainState, create_optimizer, init_train_state
 from vit_jax.steps import (
     classification,
     classification_loss,
@@ -115,6 +115,33 @@ def test_every_step_and_every_part_draws_its_own_dropout():
     # Were both parts to draw the same mask, two parts of four rows would be one of four.
     half, _ = one_part(state, jax.tree.map(lambda x: x[:4], same))
     assert largest_difference(first.params, half.params) > 0
+    # Were all parts to draw the same mask, the number of parts of one row each would not matter.
+    losses = []
+    for parts in (2, 4):
+        _, _, step = setup({"dropout_rate": 0.5}, accumulate_steps=parts)
+        _, metrics = step(state, jax.tree.map(lambda x, parts=parts: x[:parts], same))
+        losses.append(float(metrics["loss"]))
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+def test_parts_are_interleaved_so_that_each_device_has_rows_of_every_part():
+    def objective(params, batch, *_, **__):
+        return {"loss": params["w"] * jnp.max(batch["label"]) * jnp.ones(len(batch["label"]))}
+
+    optimizer = create_optimizer(SGD, lambda count: 0.1)
+    params = {"w": jnp.ones(())}
+    state = TrainState(
+        step=jnp.int32(0),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema_params=None,
+        rng=jax.random.key(0),
+    )
+    batch = {"image": BATCH["image"], "label": jnp.arange(8)}
+    options = {"objective": objective, "optimizer": optimizer, "accumulate_steps": 2}
+    _, metrics = train_step(state, batch, **options)
+    # The largest of 0, 2, 4, 6 and of 1, 3, 5, 7; of 0 to 3 and of 4 to 7 it would be 5.
+    assert float(metrics["loss"]) == 6.5
 
 
 def test_polyak_average():
@@ -142,6 +169,16 @@ def test_padding_counts_for_nothing_in_evaluation():
     assert int(sums["count"]) == int(padded_sums["count"]) == 8
     assert int(padded_sums["correct"]) == np.sum(np.argmax(logits, -1) == BATCH["label"])
     np.testing.assert_allclose(padded_sums["loss"], sums["loss"], rtol=1e-6)
+
+
+def test_evaluation_drops_nothing():
+    model, state, _ = setup({"dropout_rate": 0.5, "stochastic_depth": 0.5})
+    objective = classification(model, "softmax")
+    sums = eval_step(state.params, BATCH | {"mask": jnp.ones(8)}, objective=objective)
+    plain = create_model(TINY)
+    log_p = jax.nn.log_softmax(plain.apply({"params": state.params}, BATCH["image"]))
+    expected = -log_p[jnp.arange(8), BATCH["label"]].sum()
+    np.testing.assert_allclose(sums["loss"], expected, rtol=1e-5)
 
 
 def test_labels_are_smoothed_in_training_only():

@@ -73,6 +73,6 @@ def test_position_similarity_is_that_of_loops(has_class_token):
         assert similarity[row, column, row, column] == pytest.approx(1)
 
 
-def test_a_model_without_filters_is_told_so():
+def test_a_model_without_filters_is_refused():
     with pytest.raises(UserError, match="has no filters of three channels"):
         embeddings.rgb_filters({"head": {"kernel": np.zeros((3, 3))}})

@@ -164,10 +164,10 @@ def test_not_asking_leaves_no_trace_in_the_program(name, monkeypatch):
         )
         return jax.jit(jax.value_and_grad(loss)).lower(params, images).as_text()
 
-    silent = program()
-    assert program(mutable="intermediates") != silent
+    plain = program()
+    assert program(mutable="intermediates") != plain
     monkeypatch.setattr(nn.Module, "sow", lambda *args, **options: False)
-    assert program() == silent
+    assert program() == plain
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
@@ -190,13 +190,13 @@ def test_position_embeddings_of_any_kind_can_be_had(scan_layers, placement):
 
 
 @pytest.mark.parametrize(("kind", "placement"), [("none", "stem"), ("learned", "layers")])
-def test_a_model_without_one_position_embedding_is_told_so(kind, placement):
+def test_a_model_without_one_position_embedding_is_refused(kind, placement):
     model = create_model({**TINY, "position_embedding": kind, "position_placement": placement})
     with pytest.raises(UserError, match="has no position embedding that all its layers share"):
         intermediates.position_embedding(model, random_params(model, IMAGES), IMAGES)
 
 
-def test_a_model_without_attention_is_told_so():
+def test_a_model_without_attention_is_refused():
     class Linear(nn.Module):
         @nn.compact
         def __call__(self, x):

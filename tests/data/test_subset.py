@@ -32,9 +32,9 @@ def test_the_ids_are_known_without_reading(sharded, sharded_dir, photos):
     development, _ = open_dataset("many_shards", data_dir=sharded_dir, development=True)
     both, _ = open_dataset("many_shards", data_dir=sharded_dir, train_split="test[3:]+train[:71%]")
     for source in (sharded, development, both, photos):
-        foretold = source.ids()
-        assert len(foretold) == source.num_examples
-        assert sorted(foretold) == sorted(name.decode() for name in ids(source))
+        expected = source.ids()
+        assert len(expected) == source.num_examples
+        assert sorted(expected) == sorted(name.decode() for name in ids(source))
 
 
 @pytest.mark.parametrize(
@@ -144,6 +144,21 @@ def test_all_of_it_is_the_data_set_itself(sharded):
     for cache in ("memory", "disk"):
         whole, all_of_it = labels(sharded, cache), labels(take_subset(sharded, "100%"), cache)
         np.testing.assert_array_equal(whole, all_of_it)
+
+
+def test_a_subset_of_a_subset_is_taken_from_it_alone(sharded, photos):
+    for source in (sharded, photos):
+        first = take_subset(source, "20")
+        second = take_subset(first, "50%", seed=1)
+        assert second.num_examples == len(ids(second)) == 10
+        assert set(ids(second)) < set(ids(first))
+        assert second.split == "train, 20 of it, 50% of it"
+
+
+def test_a_source_that_reads_other_images_than_its_ids_say_fails(sharded):
+    wrong = dataclasses.replace(sharded, ids=lambda: [f"other {i}" for i in range(50)])
+    with pytest.raises(tf.errors.FailedPreconditionError, match="cardinality"):
+        ids(take_subset(wrong, "10"))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def in_order(names: Iterable[str]) -> tuple[str, ...]:
 def match(
     num_classes: int, class_names: Sequence[str] | None, data_names: Sequence[str]
 ) -> tuple[int, ...] | None:
-    """The class of a model that each class of a data set is; None if that cannot be told.
+    """The class of a model that each class of a data set is; None if that is unknown.
 
     Without names the i-th is the i-th. Names may be in another order, and those of the data set
     only some of the model's, unless they are numbers: 0 ... 9 of one data set need not be those of
