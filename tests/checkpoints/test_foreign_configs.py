@@ -12,7 +12,7 @@ from flax.traverse_util import unflatten_dict
 from PIL import Image
 
 from vit_jax import models
-from vit_jax.checkpoints import foreign_configs, foreign_fields
+from vit_jax.checkpoints import foreign_configs, huggingface_config, timm_config
 from vit_jax.checkpoints.pretrained import load_pretrained
 from vit_jax.checkpoints.save import save_pretrained
 from vit_jax.data.images import preprocess
@@ -28,7 +28,7 @@ transformers = pytest.importorskip("transformers", reason=PEERS, exc_type=Import
 TINY = {"embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
 
 
-def randomise(module, seed=0):
+def randomize(module, seed=0):
     """Every tensor random, so that a swapped pair cannot hide, and of a usual scale."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -68,7 +68,7 @@ def assert_same_tensors(actual, expected):
 
 def timm_round_trip(tmp_path, name, size, act_layer="gelu", **options):
     """A timm model, read from its state dict, written as a folder and read by timm again."""
-    module = randomise(timm.create_model(name, img_size=size, act_layer=act_layer, **options))
+    module = randomize(timm.create_model(name, img_size=size, act_layer=act_layer, **options))
     tmp_path.mkdir(exist_ok=True)
     path = tmp_path / "theirs.safetensors"
     safetensors_torch.save_file(module.state_dict(), path)
@@ -144,7 +144,7 @@ def transformer(size, **options):
 
 def transformers_round_trip(tmp_path, config, processor=None, **saving):
     """A Transformers model, read from its folder, written as one and read by Transformers again."""
-    module = randomise(transformers.ViTForImageClassification(config))
+    module = randomize(transformers.ViTForImageClassification(config))
     module.save_pretrained(tmp_path / "theirs", **saving)
     if processor:
         processor.save_pretrained(tmp_path / "theirs")
@@ -231,11 +231,11 @@ def test_what_a_model_of_timm_sees_is_what_timm_shows_it(told, shape):
     module = timm.create_model("vit_tiny_patch16_224", **TINY)
     config = timm.data.resolve_data_config({}, pretrained_cfg={**module.default_cfg, **told})
     transform = timm.data.create_transform(**config)
-    ours = foreign_configs.describe(
+    ours = foreign_configs.read_folder(
         pathlib.Path("a.npz"), "timm", {"architecture": "vit", "classifier": "token"}, 224
     ).preprocessing
     if told:
-        ours = foreign_configs._timm_preprocessing(224, **{**module.default_cfg, **told})
+        ours = timm_config.preprocessing(224, **{**module.default_cfg, **told})
     assert_same_view(ours, shape, lambda picture: transform(picture).numpy())
 
 
@@ -255,7 +255,7 @@ def test_what_a_model_of_transformers_sees_is_what_pil_shows_it(kind, options, s
     if processor is None:  # The 4th version has no others under this name.
         processor = getattr(transformers, kind.removesuffix("Pil"))
     processor(**options).save_pretrained(tmp_path)
-    ours = foreign_configs.describe(
+    ours = foreign_configs.read_folder(
         tmp_path, "huggingface", {"architecture": "vit", "classifier": "token"}, 224
     ).preprocessing
 
@@ -266,26 +266,26 @@ def test_what_a_model_of_transformers_sees_is_what_pil_shows_it(kind, options, s
 
 
 @pytest.mark.parametrize("squash", [False, True])
-@pytest.mark.parametrize("layout", ["timm", "huggingface"])
+@pytest.mark.parametrize("format", ["timm", "huggingface"])
 @pytest.mark.parametrize("side", [224, 248, 257])
-def test_a_crop_is_told_to_peers_by_the_same_sides(layout, side, squash, tmp_path):
-    module = randomise(timm.create_model("vit_tiny_patch16_224", img_size=224, **TINY))
+def test_a_crop_is_told_to_peers_by_the_same_sides(format, side, squash, tmp_path):
+    module = randomize(timm.create_model("vit_tiny_patch16_224", img_size=224, **TINY))
     safetensors_torch.save_file(module.state_dict(), tmp_path / "theirs.safetensors")
     ours = load_pretrained(tmp_path / "theirs.safetensors", num_heads=2)
     crop = None if side == 224 else 224 / side
     told = Preprocessing(
         224, crop, "bicubic", True, resize="huggingface", squash=squash and side != 224
     )
-    save_pretrained(dataclasses.replace(ours, preprocessing=told), tmp_path / "folder", layout)
+    save_pretrained(dataclasses.replace(ours, preprocessing=told), tmp_path / "folder", format)
     assert load_pretrained(tmp_path / "folder").preprocessing == told
     (tmp_path / "folder" / "vit_jax.json").unlink()
     again = load_pretrained(tmp_path / "folder", num_heads=2).preprocessing
-    assert again.resize == layout and resized_side(again) == side
+    assert again.resize == format and resized_side(again) == side
     assert (again.squash or again.center_crop is None) == (told.squash or crop is None)
 
 
 def test_a_vit_model_without_a_head_is_read_with_its_pooler(tmp_path):
-    module = randomise(transformers.ViTModel(transformer(32)))
+    module = randomize(transformers.ViTModel(transformer(32)))
     module.save_pretrained(tmp_path / "theirs")
     ours = load_pretrained(tmp_path / "theirs")
     x = images(32)
@@ -298,7 +298,7 @@ def test_a_vit_model_without_a_head_is_read_with_its_pooler(tmp_path):
 
 
 def test_names_that_transformers_uses_in_memory_are_read(tmp_path):
-    module = randomise(transformers.ViTForImageClassification(transformer(32)))
+    module = randomize(transformers.ViTForImageClassification(transformer(32)))
     module.save_pretrained(tmp_path / "theirs")
     safetensors_torch.save_file(module.state_dict(), tmp_path / "theirs/model.safetensors")
     x = images(32)
@@ -307,7 +307,7 @@ def test_names_that_transformers_uses_in_memory_are_read(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".npz"])
 def test_a_timm_state_dict_is_read_from_any_file(tmp_path, suffix):
-    module = randomise(timm.create_model("vit_tiny_patch16_224", img_size=32, **TINY))
+    module = randomize(timm.create_model("vit_tiny_patch16_224", img_size=32, **TINY))
     path = tmp_path / f"theirs{suffix}"
     if suffix == ".pth":
         torch.save(module.state_dict(), path)
@@ -321,7 +321,7 @@ def test_a_timm_state_dict_is_read_from_any_file(tmp_path, suffix):
 
 
 def test_the_configuration_that_timm_writes_is_read(tmp_path):
-    module = randomise(timm.create_model("vit_tiny_patch16_224", img_size=32, **TINY))
+    module = randomize(timm.create_model("vit_tiny_patch16_224", img_size=32, **TINY))
     timm.models.save_for_hf(module, tmp_path / "hub", safe_serialization=True)
     config = json.loads((tmp_path / "hub/config.json").read_text())
     config["pretrained_cfg"] |= {"crop_pct": 0.95, "interpolation": "bilinear", "std": [0.25] * 3}
@@ -367,14 +367,14 @@ def save_state(path, state):
 
 
 def tiny_timm(**options):
-    return randomise(timm.create_model("vit_tiny_patch16_224", img_size=32, **TINY | options))
+    return randomize(timm.create_model("vit_tiny_patch16_224", img_size=32, **TINY | options))
 
 
 @pytest.mark.parametrize("named", [".", "pytorch_model.bin"])
 def test_a_folder_of_pytorchs_pickles_is_read_with_its_configuration(tmp_path, named):
     names = {0: "daisy", 1: "iris", 2: "rose"}
     config = transformer(32, layer_norm_eps=1e-2, id2label=names)
-    module = randomise(transformers.ViTForImageClassification(config))
+    module = randomize(transformers.ViTForImageClassification(config))
     module.save_pretrained(tmp_path)
     state = safetensors_torch.load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
@@ -386,7 +386,7 @@ def test_a_folder_of_pytorchs_pickles_is_read_with_its_configuration(tmp_path, n
 
 
 def test_pytorchs_sharded_pickles_are_read(tmp_path):
-    module = randomise(transformers.ViTForImageClassification(transformer(32)))
+    module = randomize(transformers.ViTForImageClassification(transformer(32)))
     module.save_pretrained(tmp_path)
     state = safetensors_torch.load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
@@ -410,7 +410,7 @@ def test_a_file_in_a_folder_of_timms_has_the_folders_configuration(tmp_path, nam
     ours = load_pretrained(tmp_path / name)  # The heads, too, are in config.json alone.
     x = images(32)
     assert_close(logits_of(ours, x), logits_of_torch(module, x))
-    # A sidecar of the file's own says more than the folder.
+    # A info file of the file's own says more than the folder.
     (tmp_path / f"{name}.json").write_text('{"model": {"gelu": "erf"}}')
     assert load_pretrained(tmp_path / name).model["gelu"] == "erf"
 
@@ -466,20 +466,18 @@ def test_what_a_timm_folder_says_of_the_papers_model_is_read(tmp_path, options):
 def test_every_argument_of_timms_vit_and_transformers_config_is_known():
     arguments = inspect.signature(timm.models.VisionTransformer.__init__).parameters
     known = {
-        *foreign_fields.TIMM_FIXED,
-        *foreign_fields.TIMM_READ,
-        *foreign_fields.TIMM_SHAPES,
-        *foreign_fields.TIMM_HARMLESS,
+        *timm_config.FIXED,
+        *timm_config.READ,
+        *timm_config.SHAPES,
+        *timm_config.HARMLESS,
     }
     assert arguments.keys() - {"self"} <= known
     known = {
-        *foreign_fields.HUGGINGFACE_FIXED,
-        *foreign_fields.HUGGINGFACE_READ,
-        *foreign_fields.HUGGINGFACE_SHAPES,
+        *huggingface_config.FIXED,
+        *huggingface_config.READ,
+        *huggingface_config.SHAPES,
     }
-    assert transformers.ViTConfig().to_dict().keys() <= known | {
-        *foreign_fields.HUGGINGFACE_HARMLESS
-    }
+    assert transformers.ViTConfig().to_dict().keys() <= known | {*huggingface_config.HARMLESS}
 
 
 def test_the_gelu_of_timms_architectures_is_that_of_timm():
@@ -487,7 +485,7 @@ def test_the_gelu_of_timms_architectures_is_that_of_timm():
         with torch.device("meta"):
             module = timm.create_model(name, depth=1)
         tanh = type(module.blocks[0].mlp.act).__name__ == "GELUTanh"
-        assert tanh == (name in foreign_fields.TIMM_TANH), name
+        assert tanh == (name in timm_config.TANH), name
 
 
 def test_the_heads_of_timms_architectures_are_those_of_timm(tmp_path):
@@ -496,11 +494,9 @@ def test_the_heads_of_timms_architectures_are_those_of_timm(tmp_path):
         modules = {name: timm.create_model(name, depth=1) for name in plain}
     for name, module in modules.items():
         usual = module.embed_dim // 64
-        assert module.blocks[0].attn.num_heads == foreign_fields.TIMM_NUM_HEADS.get(name, usual), (
-            name
-        )
+        assert module.blocks[0].attn.num_heads == timm_config.NUM_HEADS.get(name, usual), name
     module = timm.create_model("vit_base_patch16_gap_224", depth=1, img_size=32, num_classes=3)
-    timm.models.save_for_hf(randomise(module), tmp_path, safe_serialization=True)
+    timm.models.save_for_hf(randomize(module), tmp_path, safe_serialization=True)
     assert "num_heads" not in json.loads((tmp_path / "config.json").read_text())["model_args"]
     ours = load_pretrained(tmp_path)
     x = images(32)
@@ -540,8 +536,11 @@ def test_a_processor_that_shows_other_pixels_is_refused(tmp_path, processor, mes
 @pytest.mark.parametrize("name", ["ViT", "CLIP", "DeiT", "Bit"])
 def test_every_field_of_the_processors_that_are_read_is_known(name):
     processor = getattr(transformers, f"{name}ImageProcessor")().to_dict()
-    assert processor["image_processor_type"] in foreign_fields.PROCESSORS
-    assert processor.keys() <= {*foreign_fields.PROCESSOR_FIXED, *foreign_fields.PROCESSOR_KNOWN}
+    assert processor["image_processor_type"] in huggingface_config.PROCESSORS
+    assert processor.keys() <= {
+        *huggingface_config.PROCESSOR_FIXED,
+        *huggingface_config.PROCESSOR_ACCEPTED,
+    }
 
 
 @pytest.mark.parametrize(
@@ -563,8 +562,8 @@ def test_what_a_transformers_folder_says_of_another_model_is_refused(tmp_path, c
         load_pretrained(tmp_path)
 
 
-def converted(tmp_path, layout):
-    """A folder that we wrote, of a model of which the sidecar says more than its files can."""
+def converted(tmp_path, format):
+    """A folder that we wrote, of a model of which the info file says more than its files can."""
     transformers.ViTForImageClassification(transformer(32)).save_pretrained(tmp_path / "theirs")
     ours = load_pretrained(tmp_path / "theirs")
     preprocessing = dataclasses.replace(ours.preprocessing, resize="box", antialias=False)
@@ -572,15 +571,15 @@ def converted(tmp_path, layout):
         ours, class_names=("a", "b"), loss="sigmoid", preprocessing=preprocessing
     )
     ours.model["layer_norm_epsilon"] = 1e-6
-    save_pretrained(ours, tmp_path / "ours", layout)
+    save_pretrained(ours, tmp_path / "ours", format)
     return tmp_path / "ours", ours
 
 
-@pytest.mark.parametrize("layout", ["timm", "huggingface"])
-def test_new_class_names_in_a_folder_that_we_wrote_are_seen(tmp_path, layout):
-    folder, before = converted(tmp_path, layout)
+@pytest.mark.parametrize("format", ["timm", "huggingface"])
+def test_new_class_names_in_a_folder_that_we_wrote_are_seen(tmp_path, format):
+    folder, before = converted(tmp_path, format)
     config = json.loads((folder / "config.json").read_text())
-    if layout == "timm":
+    if format == "timm":
         config["label_names"] = ["x", "y"]
         config["model_args"]["act_layer"] = "gelu_tanh"
     else:
@@ -588,7 +587,7 @@ def test_new_class_names_in_a_folder_that_we_wrote_are_seen(tmp_path, layout):
     (folder / "config.json").write_text(json.dumps(config))
     after = load_pretrained(folder)
     assert after.class_names == ("x", "y") and after.model["gelu"] == "tanh"
-    # What nobody changed is as the sidecar says it.
+    # What nobody changed is as the info file says it.
     assert after.loss == "sigmoid" and not after.preprocessing.antialias
     assert after.model == before.model | {"gelu": "tanh"}
 
@@ -598,7 +597,7 @@ def test_another_resampling_in_a_folder_that_we_wrote_is_seen(tmp_path):
     path = folder / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"resample": 3}))
     seen = load_pretrained(folder).preprocessing
-    # Of a folder's own preprocessing nothing is left to the sidecar, with which it may not go.
+    # Of a folder's own preprocessing nothing is left to the info file, with which it may not go.
     assert (seen.interpolation, seen.resize, seen.antialias) == ("bicubic", "huggingface", True)
 
 
@@ -606,7 +605,7 @@ def test_a_folder_that_transformers_saved_anew_is_what_transformers_reads(tmp_pa
     folder, _ = converted(tmp_path, "huggingface")
     options = {"problem_type": "single_label_classification", "ignore_mismatched_sizes": True}
     module = transformers.ViTForImageClassification.from_pretrained(folder, num_labels=3, **options)
-    randomise(module).save_pretrained(folder)
+    randomize(module).save_pretrained(folder)
     ours = load_pretrained(folder)
     assert ours.model["num_classes"] == 3 and ours.class_names is None and ours.loss == "softmax"
     assert not ours.preprocessing.antialias
@@ -627,7 +626,7 @@ def test_a_model_inside_another_module_is_read(tmp_path, prefix):
 
 
 def test_the_average_of_a_timm_checkpoint_is_read(tmp_path):
-    last, average = tiny_timm(), randomise(tiny_timm(), seed=1)
+    last, average = tiny_timm(), randomize(tiny_timm(), seed=1)
     checkpoint = {"state_dict": last.state_dict(), "state_dict_ema": average.state_dict()}
     torch.save(checkpoint, tmp_path / "last.pth.tar")
     x = images(32)
@@ -677,7 +676,7 @@ def test_models_of_other_kinds_are_named(tmp_path, name):
 
 @pytest.mark.parametrize("named", [".", "flax_model.msgpack"])
 def test_transformers_flax_weights_are_read(tmp_path, named):
-    module = randomise(transformers.ViTForImageClassification(transformer(32)))
+    module = randomize(transformers.ViTForImageClassification(transformer(32)))
     module.save_pretrained(tmp_path)
     state = safetensors_torch.load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
