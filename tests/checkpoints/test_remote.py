@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 
-from vit_jax.checkpoints import remote
+from vit_jax.checkpoints import download, remote
 from vit_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -118,7 +118,7 @@ def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("VIT_JAX_BUCKET_URL", raising=False)
-    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(download, "_FIRST_PAUSE", 0.0)
     return tmp_path / "cache"
 
 
@@ -429,7 +429,7 @@ def test_a_server_that_stays_down_is_given_up(bucket, cache):
     bucket.blobs[PATH] = Blob(b"x", statuses=[503] * 10)
     with refused("127.0.0.1 answers with HTTP status 503", "put ViT-B_16.npz"):
         remote.fetch("ViT-B_16")
-    assert len(bucket.requests) == remote._ATTEMPTS
+    assert len(bucket.requests) == download._ATTEMPTS
     assert files(cache) == []
 
 
