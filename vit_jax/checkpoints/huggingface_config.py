@@ -1,6 +1,6 @@
 """Hugging Face's `config.json` and `preprocessor_config.json`: read and written.
 
-Fields are those of Transformers' ViTConfig and of its image processors. Every one is read, told by
+Fields are those of Transformers' ViTConfig and of its image processors. Each is read, told by
 the shapes of the arrays, without influence on predictions, or has one value in the paper's model;
 another value, or an unknown field, is refused: see `config_fields.check_fields`.
 """

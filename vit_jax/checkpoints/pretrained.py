@@ -235,7 +235,7 @@ def _read_weights(path: Path, overrides: dict[str, Any]) -> tuple[Arrays, ModelI
     official = layouts.to_official(arrays, format, num_heads=1)
     sizes = infer.infer_model(official)
     if format == "official":
-        # Their image size may be told by the info file alone.
+        # Their image size may be in the info file alone.
         info = foreign_configs.read_info(path, format, sizes, image_size=0)
         if layouts.has_fixed_positions(arrays):
             model = {"position_embedding": "sincos2d", **info.model}

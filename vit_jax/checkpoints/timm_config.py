@@ -1,6 +1,6 @@
 """The `config.json` that timm writes for the Hugging Face hub: read and written.
 
-Its `model_args` are those of timm's VisionTransformer. Every one is read, told by the shapes of the
+Its `model_args` are those of timm's VisionTransformer. Each is read, told by the shapes of the
 arrays, without influence on predictions, or has one value in the paper's model; another value, or
 an unknown argument, is refused: see `config_fields.check_fields`.
 """
