@@ -101,7 +101,12 @@ def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretraine
     if not path.exists():
         raise UserError(f"{path} does not exist: give {_ACCEPTED}")
     try:
-        pretrained = _read(path, overrides)
+        if path.is_dir() and _find_weights(path) is None:
+            path = _find_step(path)
+            arrays, info = _read_step(path)
+        else:
+            arrays, info = _read_weights(path, overrides)
+        pretrained = _assemble(arrays, info, overrides, str(path))
         if image_size is not None and image_size != pretrained.preprocessing.image_size:
             pretrained = resize(pretrained, image_size)
     except UserError as error:
@@ -111,7 +116,7 @@ def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretraine
 
 
 def resize(pretrained: Pretrained, image_size: int) -> Pretrained:
-    """The model for square images of another size: position embeddings are interpolated (3.2)."""
+    """Returns the model for another image size: position embeddings are interpolated (Sec. 3.2)."""
     module = models.create_model(pretrained.model)
     params = fit_params(module, image_size, pretrained.params, keep_head=True)
     preprocessing = dataclasses.replace(pretrained.preprocessing, image_size=image_size)
@@ -139,7 +144,7 @@ def fit_params(
 
 
 def fold_normalization(pretrained: Pretrained) -> dict[str, Any]:
-    """The parameters of the same model for images in [-1, 1], as training here feeds them.
+    """Returns the parameters of the same model for images in [-1, 1], as training here feeds them.
 
     Weights made for other channel means and standard deviations get the difference put into their
     patch embedding, which is linear: E (x - mean) / std + b = E' (2x - 1) + b'.
@@ -168,7 +173,7 @@ def fold_normalization(pretrained: Pretrained) -> dict[str, Any]:
 
 
 def abstract_params(model: dict[str, Any], image_size: int) -> dict[str, Any]:
-    """The parameter tree of a model for square images, as shapes and dtypes."""
+    """Returns the parameter tree of a model for square images, as shapes and dtypes."""
     return _param_shapes(models.create_model(model), image_size)
 
 
@@ -178,40 +183,35 @@ def _param_shapes(module: nn.Module, image_size: int) -> dict[str, Any]:
     return jax.eval_shape(module.init, key, images)["params"]
 
 
-def _read(path: Path, overrides: dict[str, Any]) -> Pretrained:
-    """Reads the arrays and what is known of them, and puts a whole model together."""
-    if path.is_dir() and _find_weights(path) is None:
-        path, arrays, info = _read_run(path)
-    else:
-        arrays, info = _read_weights(path, overrides)
-        if info.class_names is None and infer.infer_model(arrays)["num_classes"] == 1000:
-            info = dataclasses.replace(info, class_names=tuple(imagenet.classes()))
-    return _assemble(arrays, info, overrides, str(path))
-
-
-def _read_run(path: Path) -> tuple[Path, Arrays, ModelInfo]:
-    """Returns the checkpoint of a run that is read, its parameters and what is known of them."""
+def _find_step(path: Path) -> Path:
+    """Returns the checkpoint that a path names: itself, or the newest of a run."""
     # Orbax takes a second to import.
-    from vit_jax.checkpoints import integrity
     from vit_jax.checkpoints.training import saved_steps
 
-    steps = [path] if (path / "metadata").is_dir() and (path / "state").is_dir() else []
+    if (path / "metadata").is_dir() and (path / "state").is_dir():
+        return path
     for directory in (path, path / "checkpoints"):
-        steps += [directory / str(step) for step in saved_steps(directory)[:1]]
-    if not steps:
-        raise UserError(f"{path} holds no checkpoint: give {_ACCEPTED}")
+        if steps := saved_steps(directory):
+            return directory / str(steps[0])
+    raise UserError(f"{path} holds no checkpoint: give {_ACCEPTED}")
+
+
+def _read_step(step_dir: Path) -> tuple[Arrays, ModelInfo]:
+    """Returns the parameters of a run's checkpoint, and what is known of them."""
+    from vit_jax.checkpoints import integrity
+
     try:
-        document = integrity.read_document(steps[0])
+        document = integrity.read_document(step_dir)
         is_averaged = any(name.startswith("ema_params/") for name in document["arrays"])
-        params = integrity.read_subtree(steps[0], "ema_params" if is_averaged else "params")
+        params = integrity.read_subtree(step_dir, "ema_params" if is_averaged else "params")
     except integrity.DamagedError as error:
         raise UserError(
-            f"checkpoint {steps[0]} is damaged: {error}; name another step of the run"
+            f"checkpoint {step_dir} is damaged: {error}; name another step of the run"
         ) from error
     arrays = flatten_dict(params, sep="/")
     if bad := [name for name, x in arrays.items() if not np.isfinite(x).all()]:
-        raise UserError(f"{steps[0]} has NaN or infinite values in {shortlist(bad)}")
-    return steps[0], arrays, info_from_run(document["metadata"])
+        raise UserError(f"{step_dir} has NaN or infinite values in {shortlist(bad)}")
+    return arrays, info_from_run(document["metadata"])
 
 
 # The first of these in a folder is read, the safe formats first.
@@ -234,16 +234,18 @@ def _read_weights(path: Path, overrides: dict[str, Any]) -> tuple[Arrays, ModelI
     # PyTorch's formats do not tell the heads: one is as good as any to learn the other sizes.
     official = layouts.to_official(arrays, format, num_heads=1)
     sizes = infer.infer_model(official)
+    image_size = 0  # Of the official format the info file alone may tell it.
+    if format != "official":
+        downsampling = models.create_model(sizes).downsampling
+        image_size = infer.infer_image_size(official, downsampling)
+    info = foreign_configs.read_info(path, format, sizes, image_size)
+    if info.class_names is None and sizes["num_classes"] == 1000:
+        info = dataclasses.replace(info, class_names=tuple(imagenet.classes()))
     if format == "official":
-        # Their image size may be in the info file alone.
-        info = foreign_configs.read_info(path, format, sizes, image_size=0)
         if layouts.has_fixed_positions(arrays):
             model = {"position_embedding": "sincos2d", **info.model}
             info = dataclasses.replace(info, model=model)
         return official, info
-    downsampling = models.create_model(sizes).downsampling
-    image_size = infer.infer_image_size(official, downsampling)
-    info = foreign_configs.read_info(path, format, sizes, image_size)
     num_heads = {**info.model, **overrides}.get("num_heads")
     if num_heads is None:
         keys = ("hidden_size", "num_layers", "mlp_dim")
