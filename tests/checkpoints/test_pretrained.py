@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from vit_jax.checkpoints.layouts import POSITIONS
 from vit_jax.checkpoints.model_info import ModelInfo, info_path
-from vit_jax.checkpoints.pretrained import fold_normalization, load_pretrained
+from vit_jax.checkpoints.pretrained import fit_params, fold_normalization, load_pretrained
 from vit_jax.checkpoints.save import save_pretrained
 from vit_jax.checkpoints.training import CheckpointStore
 from vit_jax.config import to_dict
@@ -420,3 +420,14 @@ def test_a_head_as_it_begins_knows_no_classes(tmp_path):
         pretrained.check_head()
     params["head"]["bias"] = np.arange(3.0)  # Of how often each class is: it was trained.
     load_pretrained(save_npz(tmp_path / "b.npz", params)).check_head()
+
+
+def test_parameters_are_fitted_to_a_model_without_initializing_it(params):
+    module = create_model({"architecture": "vit", "num_classes": 5, **SIZES})
+    fitted = fit_params(module, 24, params)
+    fresh = module.init(jax.random.key(0), jnp.zeros((1, 24, 24, 3)))["params"]
+    assert jax.tree.map(np.shape, fitted) == jax.tree.map(np.shape, fresh)
+    assert not fitted["head"]["kernel"].any()
+    assert_equal_trees(fitted["embedding"], params["embedding"])
+    with pytest.raises(UserError, match="head/kernel has shape"):
+        fit_params(module, 16, params, keep_head=True)

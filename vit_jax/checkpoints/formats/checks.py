@@ -123,7 +123,7 @@ def checked_members(path: Path, archive: zipfile.ZipFile, size: int) -> dict[str
     return members
 
 
-def writable(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def to_writable(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Returns arrays as float32, whose names `read_arrays` will take.
 
     Raises:

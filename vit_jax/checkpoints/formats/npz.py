@@ -17,7 +17,7 @@ from vit_jax.checkpoints.formats.checks import (
     checked_members,
     printable_shortlist,
     to_float32,
-    writable,
+    to_writable,
 )
 from vit_jax.errors import UserError
 from vit_jax.files import atomic_write
@@ -54,7 +54,7 @@ def write_npz(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
     Raises:
         UserError: the file cannot be written, or `read_arrays` would refuse the names.
     """
-    arrays = writable(path, arrays)
+    arrays = to_writable(path, arrays)
     with atomic_write(Path(path)) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for name, array in arrays.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:

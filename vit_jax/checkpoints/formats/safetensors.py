@@ -16,7 +16,7 @@ from vit_jax.checkpoints.formats.checks import (
     check_names,
     to_float32,
     unique_keys,
-    writable,
+    to_writable,
 )
 from vit_jax.errors import first_line
 from vit_jax.files import atomic_write
@@ -58,7 +58,7 @@ def write_safetensors(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -
     Raises:
         UserError: the file cannot be written, or `read_arrays` would refuse the names.
     """
-    arrays = writable(path, arrays)
+    arrays = to_writable(path, arrays)
     with atomic_write(Path(path)) as temporary:
         # transformers refuses a file that does not name the framework of its layouts.
         try:
