@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vit_jax.checkpoints import foreign_configs, layouts
-from vit_jax.checkpoints.arrays import write_safetensors
+from vit_jax.checkpoints.formats.safetensors import write_safetensors
 from vit_jax.checkpoints.model_info import ModelInfo
 from vit_jax.checkpoints.pretrained import abstract_params, load_pretrained
 from vit_jax.data.protocols import Preprocessing
@@ -32,18 +32,18 @@ MODEL = {
     "gelu": "erf",
     "layer_norm_epsilon": 1e-6,
 }
-KNOWN = ModelInfo(MODEL, Preprocessing(16, 0.875), ("a", "b", "c"))
+INFO = ModelInfo(MODEL, Preprocessing(16, 0.875), ("a", "b", "c"))
 FILES = {
-    "timm": foreign_configs.timm_files(KNOWN),
-    "huggingface": foreign_configs.huggingface_files(KNOWN),
+    "timm": foreign_configs.config_files(INFO, "timm"),
+    "huggingface": foreign_configs.config_files(INFO, "huggingface"),
     "official": {"vit_jax.json": {"model": MODEL, "loss": "softmax", "class_names": list("abc")}},
 }
-SIDECAR = {"vit_jax.json": FILES["official"]["vit_jax.json"]}
-FILES["timm"] |= SIDECAR
-FILES["huggingface"] |= SIDECAR
+INFO_FILE = {"vit_jax.json": FILES["official"]["vit_jax.json"]}
+FILES["timm"] |= INFO_FILE
+FILES["huggingface"] |= INFO_FILE
 PLACES = [
-    (layout, file, path)
-    for layout, files in FILES.items()
+    (format, file, path)
+    for format, files in FILES.items()
     for file, document in files.items()
     for path in [*flatten_dict(document), *((key,) for key in document)]
 ]
@@ -62,7 +62,7 @@ VALUES = st.one_of(
 def arrays():
     shapes = flatten_dict(abstract_params(MODEL, 16), sep="/")
     tree = jax.tree.map(lambda x: np.full(x.shape, 0.5, np.float32), shapes)
-    return {layout: layouts.from_official(tree, layout) for layout in FILES}
+    return {format: layouts.from_official(tree, format) for format in FILES}
 
 
 def load(path):
@@ -92,25 +92,25 @@ FUZZ = settings(
 @given(place=st.sampled_from(PLACES), value=VALUES)
 @FUZZ
 def test_any_value_in_a_configuration_gives_a_model_or_one_line(tmp_path, arrays, place, value):
-    layout, file, path = place
-    folder = tmp_path / layout
+    format, file, path = place
+    folder = tmp_path / format
     folder.mkdir(exist_ok=True)
-    for name, document in FILES[layout].items():
+    for name, document in FILES[format].items():
         document = replaced(document, path, value) if name == file else document
         (folder / name).write_text(json.dumps(document))
     if not (folder / "model.safetensors").exists():
-        write_safetensors(folder / "model.safetensors", arrays[layout])
+        write_safetensors(folder / "model.safetensors", arrays[format])
     load(folder)
 
 
 @given(
-    layout=st.sampled_from(sorted(FILES)),
+    format=st.sampled_from(sorted(FILES)),
     index=st.integers(0, 100),
     change=st.sampled_from(["drop", "flatten", "grow", "empty", "transpose", "rename", "scalar"]),
 )
 @FUZZ
-def test_any_change_of_one_array_gives_a_model_or_one_line(tmp_path, arrays, layout, index, change):
-    tensors = dict(arrays[layout])
+def test_any_change_of_one_array_gives_a_model_or_one_line(tmp_path, arrays, format, index, change):
+    tensors = dict(arrays[format])
     name = sorted(tensors)[index % len(tensors)]
     x = tensors.pop(name)
     changed = {

@@ -9,8 +9,8 @@ from flax.serialization import to_bytes
 from flax.traverse_util import flatten_dict
 
 from vit_jax.checkpoints.layouts import POSITIONS
-from vit_jax.checkpoints.model_info import ModelInfo, sidecar, to_json
-from vit_jax.checkpoints.pretrained import fold_normalization, load_pretrained
+from vit_jax.checkpoints.model_info import ModelInfo, info_path
+from vit_jax.checkpoints.pretrained import fit_params, fold_normalization, load_pretrained
 from vit_jax.checkpoints.save import save_pretrained
 from vit_jax.checkpoints.training import CheckpointStore
 from vit_jax.config import to_dict
@@ -274,10 +274,10 @@ def test_weights_that_are_not_one_whole_vit_are_refused_by_name(tmp_path, params
     assert str(caught.value).startswith(str(tmp_path / "a.npz"))
 
 
-def test_a_sidecar_says_what_the_file_cannot(tmp_path, params):
+def test_an_info_file_says_what_the_file_cannot(tmp_path, params):
     path = save_npz(tmp_path / "a.npz", params)
-    known = ModelInfo({"gelu": "erf"}, Preprocessing(16, 0.875), ("x", "y", "z"), "sigmoid")
-    sidecar(path).write_text(to_json(known))
+    info = ModelInfo({"gelu": "erf"}, Preprocessing(16, 0.875), ("x", "y", "z"), "sigmoid")
+    info_path(path).write_text(info.to_json())
     pretrained = load_pretrained(path)
     assert pretrained.model["gelu"] == "erf" and pretrained.class_names == ("x", "y", "z")
     assert pretrained.preprocessing == Preprocessing(16, 0.875) and pretrained.loss == "sigmoid"
@@ -302,9 +302,9 @@ def test_a_sidecar_says_what_the_file_cannot(tmp_path, params):
         ("[" * 100_000, "is no readable JSON"),
     ],
 )
-def test_a_wrong_sidecar_is_one_line(tmp_path, params, document, message):
+def test_a_wrong_info_file_is_one_line(tmp_path, params, document, message):
     path = save_npz(tmp_path / "a.npz", params)
-    sidecar(path).write_text(document)
+    info_path(path).write_text(document)
     with pytest.raises(UserError, match=message) as caught:
         load_pretrained(path)
     assert "\n" not in str(caught.value)
@@ -322,7 +322,7 @@ def test_heads_that_no_format_tells_are_asked_for(tmp_path, params):
     save_pretrained(
         load_pretrained(save_npz(tmp_path / "a.npz", params)), tmp_path / "b.npz", "timm"
     )
-    sidecar(tmp_path / "b.npz").unlink()
+    info_path(tmp_path / "b.npz").unlink()
     with pytest.raises(UserError, match="2 layers, width 16 and MLP width 32 .* give --num_heads"):
         load_pretrained(tmp_path / "b.npz")
     assert_equal_trees(load_pretrained(tmp_path / "b.npz", num_heads=2).params, params)
@@ -345,7 +345,7 @@ def test_other_channel_statistics_move_into_the_patch_embedding(tmp_path, params
     path = save_npz(tmp_path / "a.npz", params)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     document = {"preprocessing": {"image_size": 16, "mean": mean, "std": std}}
-    sidecar(path).write_text(json.dumps(document))
+    info_path(path).write_text(json.dumps(document))
     pretrained = load_pretrained(path)
     pixels = np.random.default_rng(0).uniform(0, 1, (2, 16, 16, 3)).astype(np.float32)
     model = create_model(pretrained.model)
@@ -420,3 +420,14 @@ def test_a_head_as_it_begins_knows_no_classes(tmp_path):
         pretrained.check_head()
     params["head"]["bias"] = np.arange(3.0)  # Of how often each class is: it was trained.
     load_pretrained(save_npz(tmp_path / "b.npz", params)).check_head()
+
+
+def test_parameters_are_fitted_to_a_model_without_initializing_it(params):
+    module = create_model({"architecture": "vit", "num_classes": 5, **SIZES})
+    fitted = fit_params(module, 24, params)
+    fresh = module.init(jax.random.key(0), jnp.zeros((1, 24, 24, 3)))["params"]
+    assert jax.tree.map(np.shape, fitted) == jax.tree.map(np.shape, fresh)
+    assert not fitted["head"]["kernel"].any()
+    assert_equal_trees(fitted["embedding"], params["embedding"])
+    with pytest.raises(UserError, match="head/kernel has shape"):
+        fit_params(module, 16, params, keep_head=True)

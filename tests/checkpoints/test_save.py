@@ -62,52 +62,52 @@ def test_other_positions_come_back_and_are_written_in_no_format_of_others(
     pretrained = make(position_embedding=kind, position_placement=placement)
     save_pretrained(pretrained, tmp_path / "a.npz", "official")
     assert_same(load_pretrained(tmp_path / "a.npz"), pretrained)
-    for layout in ("timm", "huggingface"):
-        with pytest.raises(UserError, match=f"the {layout} format has learned position embeddings"):
-            save_pretrained(pretrained, tmp_path / "b", layout)
+    for format in ("timm", "huggingface"):
+        with pytest.raises(UserError, match=f"the {format} format has learned position embeddings"):
+            save_pretrained(pretrained, tmp_path / "b", format)
 
 
-@pytest.mark.parametrize(("layout", "name"), FORMATS)
-def test_all_that_travels_with_the_weights_comes_back(tmp_path, layout, name):
+@pytest.mark.parametrize(("format", "name"), FORMATS)
+def test_all_that_travels_with_the_weights_comes_back(tmp_path, format, name):
     pretrained = make()
-    save_pretrained(pretrained, tmp_path / name, layout)
+    save_pretrained(pretrained, tmp_path / name, format)
     assert_same(load_pretrained(tmp_path / name), pretrained)
 
 
-@pytest.mark.parametrize(("layout", "name"), FORMATS)
-def test_what_exists_is_not_replaced(tmp_path, layout, name):
+@pytest.mark.parametrize(("format", "name"), FORMATS)
+def test_what_exists_is_not_replaced(tmp_path, format, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(UserError, match=f"{name} exists already: remove it"):
-        save_pretrained(make(), tmp_path / name, layout)
+        save_pretrained(make(), tmp_path / name, format)
     assert (tmp_path / name).read_text() == "mine"
 
 
 def test_a_chain_of_formats_ends_with_the_same_bits(tmp_path):
     first = last = make()
-    for layout, name in [*FORMATS, *FORMATS[::-1]]:
-        path = tmp_path / layout / str(len(list(tmp_path.rglob("*")))) / name
+    for format, name in [*FORMATS, *FORMATS[::-1]]:
+        path = tmp_path / format / str(len(list(tmp_path.rglob("*")))) / name
         path.parent.mkdir(parents=True)
-        save_pretrained(last, path, layout)
+        save_pretrained(last, path, format)
         last = load_pretrained(path)
     assert_same(last, first)
 
 
 @pytest.mark.parametrize(
-    ("layout", "name", "message"),
+    ("format", "name", "message"),
     [
         ("official", "a.safetensors", "a path in the official format ends in .npz"),
         ("official", "folder", "a path in the official format ends in .npz"),
         ("huggingface", "a.npz", "ends in no suffix, for a folder"),
     ],
 )
-def test_a_path_of_another_kind_is_refused(tmp_path, layout, name, message):
+def test_a_path_of_another_kind_is_refused(tmp_path, format, name, message):
     with pytest.raises(UserError, match=message):
-        save_pretrained(make(), tmp_path / name, layout)
+        save_pretrained(make(), tmp_path / name, format)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("layout", "name", "options", "message"),
+    ("format", "name", "options", "message"),
     [
         ("timm", "a.npz", {"representation_size": 8}, "timm's ViT has no hidden layer"),
         ("huggingface", "a", {"representation_size": 8}, "no hidden layer .pre_logits. before"),
@@ -115,17 +115,17 @@ def test_a_path_of_another_kind_is_refused(tmp_path, layout, name, message):
     ],
 )
 def test_what_a_format_has_no_place_for_is_refused_before_writing(
-    tmp_path, layout, name, options, message
+    tmp_path, format, name, options, message
 ):
     with pytest.raises(UserError, match=message):
-        save_pretrained(make(**options), tmp_path / name, layout)
+        save_pretrained(make(**options), tmp_path / name, format)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("layout", "name"), FORMATS)
-def test_a_missing_folder_is_one_line_and_leaves_nothing(tmp_path, layout, name):
+@pytest.mark.parametrize(("format", "name"), FORMATS)
+def test_a_missing_folder_is_one_line_and_leaves_nothing(tmp_path, format, name):
     with pytest.raises(UserError, match="cannot be written"):
-        save_pretrained(make(), tmp_path / "none" / name, layout)
+        save_pretrained(make(), tmp_path / "none" / name, format)
     assert not list(tmp_path.iterdir())
 
 

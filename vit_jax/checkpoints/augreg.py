@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from vit_jax.errors import UserError
 
@@ -147,7 +148,7 @@ def model_of(name: str) -> str:
 
 
 def _entry(row: dict[str, str | None]) -> Entry:
-    values = {}
+    values: dict[str, Any] = {}
     for field in dataclasses.fields(Entry):
         text = row[field.name]
         if text is None:

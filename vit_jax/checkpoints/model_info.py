@@ -1,7 +1,7 @@
-"""What must be known of weights beyond their values, and the JSON file beside them that says it.
+"""What must be known of weights beyond their values, and the info file beside them that says it.
 
 Google's and timm's files hold arrays and nothing else. `vit_jax.convert` writes what they cannot
-say to `<file>.json` (`vit_jax.json` in a folder); one written by hand is read as well:
+say to an info file: `<file>.json`, in a folder `vit_jax.json`. One written by hand is read as well:
 
     {"model": {"gelu": "erf", "num_heads": 8}, "class_names": ["daisy", "iris"],
      "preprocessing": {"image_size": 224, "center_crop": 0.875}, "loss": "softmax"}
@@ -22,7 +22,7 @@ _MAX_BYTES = 2**26
 
 @dataclasses.dataclass(frozen=True)
 class ModelInfo:
-    """What is known of a model besides its parameters; see `Pretrained` for the fields.
+    """What is known, or a part of it, of a model besides its parameters; see `Pretrained`.
 
     Attributes:
         model: some of the entries that `models.create_model` takes.
@@ -36,19 +36,33 @@ class ModelInfo:
     class_names: tuple[str, ...] | None = None
     loss: str | None = None
 
+    def require_preprocessing(self) -> Preprocessing:
+        """Returns the preprocessing of a model of which all is known.
 
-def sidecar(path: Path) -> Path:
-    """The JSON file beside a weights file or in a folder of weights."""
+        Raises:
+            ValueError: it is not known.
+        """
+        if self.preprocessing is None:
+            raise ValueError("the preprocessing of the model is not known")
+        return self.preprocessing
+
+    def to_json(self) -> str:
+        """Returns the text of an info file."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def info_path(path: Path) -> Path:
+    """Returns the path of the info file, beside a file of weights or in a folder of them."""
     return path / "vit_jax.json" if path.is_dir() else path.with_name(path.name + ".json")
 
 
-def read_sidecar(path: Path, default: ModelInfo) -> ModelInfo:
-    """Returns `default`, which names the architecture, with what the sidecar of `path` replaces.
+def read_info_file(path: Path, default: ModelInfo) -> ModelInfo:
+    """Returns `default`, which names the architecture, with what the info file of `path` replaces.
 
     Raises:
         UserError: it cannot be read, or has an unknown key or a value of the wrong kind.
     """
-    file = sidecar(path)
+    file = info_path(path)
     document = read_json(file)
     allowed = {field.name for field in dataclasses.fields(ModelInfo)}
     try:
@@ -56,7 +70,7 @@ def read_sidecar(path: Path, default: ModelInfo) -> ModelInfo:
             raise UserError(f"{unknown[0]!r} is none of {', '.join(sorted(allowed))}")
         model = {**default.model, **document.pop("model", {})}
         check_types(model)
-        # null is silence, of the two that are always there.
+        # Null leaves the default; but class_names may be null where the default has names.
         document = {key: x for key, x in document.items() if x is not None or key == "class_names"}
         if "preprocessing" in document:
             document["preprocessing"] = _preprocessing(document["preprocessing"])
@@ -70,17 +84,14 @@ def read_sidecar(path: Path, default: ModelInfo) -> ModelInfo:
 
 
 def _preprocessing(values: dict[str, Any]) -> Preprocessing:
-    lists = {key: tuple(x) if isinstance(x, list) else x for key, x in values.items()}
-    return Preprocessing(**lists)
+    arguments: dict[str, Any] = {
+        key: tuple(x) if isinstance(x, list) else x for key, x in values.items()
+    }
+    return Preprocessing(**arguments)
 
 
-def to_json(known: ModelInfo) -> str:
-    """The text of a sidecar."""
-    return json.dumps(dataclasses.asdict(known), indent=2) + "\n"
-
-
-def of_run(metadata: dict[str, Any]) -> ModelInfo:
-    """What a run of this project saved beside its weights."""
+def info_from_run(metadata: dict[str, Any]) -> ModelInfo:
+    """Returns what a run of this project saved beside its weights, in a checkpoint's metadata."""
     config = metadata.get("config")
     names = metadata.get("class_names")
     names = None if names is None else tuple(names)
@@ -100,7 +111,7 @@ def of_run(metadata: dict[str, Any]) -> ModelInfo:
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a JSON object; a missing file is an empty one.
+    """Reads a JSON object; a missing file reads as an empty one.
 
     Raises:
         UserError: it is no JSON object, or larger than 64 MiB.

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -13,7 +14,7 @@ from vit_jax import models
 from vit_jax.checkpoints import foreign_configs, infer, layouts, remote
 from vit_jax.checkpoints.arrays import read_arrays, read_sharded
 from vit_jax.checkpoints.layouts import Arrays
-from vit_jax.checkpoints.model_info import ModelInfo, of_run, read_sidecar, sidecar
+from vit_jax.checkpoints.model_info import ModelInfo, info_from_run
 from vit_jax.checkpoints.transfer import check_fit, transfer
 from vit_jax.data import imagenet
 from vit_jax.data.protocols import Preprocessing, evaluation
@@ -76,7 +77,7 @@ def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretraine
     """Reads a model from any format, which is recognized from what is there.
 
     The architecture is read off the shapes. What shapes cannot tell comes from the configuration
-    beside the weights: a run's, Hugging Face's, timm's, or the JSON file that `vit_jax.convert`
+    beside the weights: a run's, Hugging Face's, timm's, or the info file that `vit_jax.convert`
     writes. Without one the format's conventions stand: Google's weights have the tanh form of GELU,
     timm's and Hugging Face's the exact one, the heads are those of the paper's model of this size,
     and 1,000 classes are ImageNet's, named by their WordNet ids.
@@ -85,8 +86,9 @@ def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretraine
         path: a run's workdir or its `checkpoints` or `best` directory, of which the newest step is
             read, or one step (of a run that averaged its parameters, the average is read); a file;
             a folder of Hugging Face's or timm's; or a published name, see `checkpoints.remote`.
-        **overrides: `num_heads`, `gelu` or `layer_norm_epsilon`, where what is read is silent or
-            wrong; `image_size`, to which position embeddings are interpolated. None is no override.
+        **overrides: `num_heads`, `gelu` or `layer_norm_epsilon`, where what is read lacks them or
+            is wrong; `image_size`, to which position embeddings are interpolated. None is no
+            override.
 
     Raises:
         UserError: the path is none of these; the weights are damaged, not finite, of no ViT, or do
@@ -99,13 +101,12 @@ def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretraine
     if not path.exists():
         raise UserError(f"{path} does not exist: give {_ACCEPTED}")
     try:
-        if path.is_dir() and _weights_of(path) == path:
-            path, arrays, known = _read_run(path)
+        if path.is_dir() and _find_weights(path) is None:
+            path = _find_step(path)
+            arrays, info = _read_step(path)
         else:
-            arrays, known = _read_weights(path, overrides)
-            if known.class_names is None and infer.infer_model(arrays)["num_classes"] == 1000:
-                known = dataclasses.replace(known, class_names=tuple(imagenet.classes()))
-        pretrained = _assemble(arrays, known, overrides, str(path))
+            arrays, info = _read_weights(path, overrides)
+        pretrained = _assemble(arrays, info, overrides, str(path))
         if image_size is not None and image_size != pretrained.preprocessing.image_size:
             pretrained = resize(pretrained, image_size)
     except UserError as error:
@@ -115,17 +116,35 @@ def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretraine
 
 
 def resize(pretrained: Pretrained, image_size: int) -> Pretrained:
-    """The model for square images of another size: position embeddings are interpolated (3.2)."""
-    fresh = jax.tree.map(
-        lambda x: np.zeros(x.shape, x.dtype), abstract_params(pretrained.model, image_size)
-    )
-    params, _ = transfer(fresh, pretrained.params, keep_head=True)
+    """Returns the model for another image size: position embeddings are interpolated (Sec. 3.2)."""
+    module = models.create_model(pretrained.model)
+    params = fit_params(module, image_size, pretrained.params, keep_head=True)
     preprocessing = dataclasses.replace(pretrained.preprocessing, image_size=image_size)
     return dataclasses.replace(pretrained, params=params, preprocessing=preprocessing)
 
 
+def fit_params(
+    module: nn.Module, image_size: int, params: dict[str, Any], *, keep_head: bool = False
+) -> dict[str, Any]:
+    """Fits pretrained parameters to a model, without initializing it; what is new is zero.
+
+    Args:
+        module: of the model.
+        image_size: of the square images that the model is for, in pixels.
+        params: nested dicts of arrays.
+        keep_head: as in `transfer`.
+
+    Raises:
+        UserError: parameters are missing, misshapen or left over; it lists them.
+    """
+    shapes = _param_shapes(module, image_size)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    fitted, _ = transfer(zeros, params, keep_head=keep_head)
+    return fitted
+
+
 def fold_normalization(pretrained: Pretrained) -> dict[str, Any]:
-    """The parameters of the same model for images in [-1, 1], as training here feeds them.
+    """Returns the parameters of the same model for images in [-1, 1], as training here feeds them.
 
     Weights made for other channel means and standard deviations get the difference put into their
     patch embedding, which is linear: E (x - mean) / std + b = E' (2x - 1) + b'.
@@ -134,7 +153,7 @@ def fold_normalization(pretrained: Pretrained) -> dict[str, Any]:
         UserError: the model is a hybrid or a ResNet with such statistics: its root is normalized.
     """
     preprocessing = pretrained.preprocessing
-    mean, std = np.float64(preprocessing.mean), np.float64(preprocessing.std)
+    mean, std = (np.asarray(x, np.float64) for x in (preprocessing.mean, preprocessing.std))
     if np.all(mean == 0.5) and np.all(std == 0.5):
         return pretrained.params
     if pretrained.model["architecture"] != "vit":
@@ -143,7 +162,8 @@ def fold_normalization(pretrained: Pretrained) -> dict[str, Any]:
             f"deviation {preprocessing.std}: only a ViT without a ResNet goes on from these, "
             "others from images in [-1, 1]"
         )
-    kernel, bias = (np.float64(pretrained.params["embedding"][x]) for x in ("kernel", "bias"))
+    embedding = pretrained.params["embedding"]
+    kernel, bias = (np.asarray(embedding[x], np.float64) for x in ("kernel", "bias"))
     # x = (y + 1) / 2, so (x - mean) / std = y / (2 std) + (1/2 - mean) / std.
     embedding = {
         "kernel": np.float32(kernel / (2 * std)[:, None]),
@@ -153,136 +173,149 @@ def fold_normalization(pretrained: Pretrained) -> dict[str, Any]:
 
 
 def abstract_params(model: dict[str, Any], image_size: int) -> dict[str, Any]:
-    """The parameter tree of a model for square images, as shapes and dtypes."""
+    """Returns the parameter tree of a model for square images, as shapes and dtypes."""
+    return _param_shapes(models.create_model(model), image_size)
+
+
+def _param_shapes(module: nn.Module, image_size: int) -> dict[str, Any]:
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.float32)
-    module = models.create_model(model)
     key = jax.ShapeDtypeStruct((2,), np.uint32)  # A real key would be computed.
     return jax.eval_shape(module.init, key, images)["params"]
 
 
+def _find_step(path: Path) -> Path:
+    """Returns the checkpoint that a path names: itself, or the newest of a run."""
+    # Orbax takes a second to import.
+    from vit_jax.checkpoints.training import saved_steps
+
+    if (path / "metadata").is_dir() and (path / "state").is_dir():
+        return path
+    for directory in (path, path / "checkpoints"):
+        if steps := saved_steps(directory):
+            return directory / str(steps[0])
+    raise UserError(f"{path} holds no checkpoint: give {_ACCEPTED}")
+
+
+def _read_step(step_dir: Path) -> tuple[Arrays, ModelInfo]:
+    """Returns the parameters of a run's checkpoint, and what is known of them."""
+    from vit_jax.checkpoints import integrity
+
+    try:
+        document = integrity.read_document(step_dir)
+        is_averaged = any(name.startswith("ema_params/") for name in document["arrays"])
+        params = integrity.read_subtree(step_dir, "ema_params" if is_averaged else "params")
+    except integrity.DamagedError as error:
+        raise UserError(
+            f"checkpoint {step_dir} is damaged: {error}; name another step of the run"
+        ) from error
+    arrays = flatten_dict(params, sep="/")
+    if bad := [name for name, x in arrays.items() if not np.isfinite(x).all()]:
+        raise UserError(f"{step_dir} has NaN or infinite values in {shortlist(bad)}")
+    return arrays, info_from_run(document["metadata"])
+
+
+# The first of these in a folder is read, the safe formats first.
+_WEIGHTS = tuple(
+    name + suffix
+    for name in ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
+    for suffix in ("", ".index.json")
+)
+
+
+def _find_weights(folder: Path) -> Path | None:
+    return next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+
+
+def _read_weights(path: Path, overrides: dict[str, Any]) -> tuple[Arrays, ModelInfo]:
+    """Returns the arrays of a file or folder under official names, and what is known of them."""
+    weights = _find_weights(path) or path
+    arrays = read_sharded(weights) if weights.suffix == ".json" else read_arrays(weights)
+    arrays, format = _detect_format(weights, arrays)
+    # PyTorch's formats do not tell the heads: one is as good as any to learn the other sizes.
+    official = layouts.to_official(arrays, format, num_heads=1)
+    sizes = infer.infer_model(official)
+    image_size = 0  # Of the official format the info file alone may tell it.
+    if format != "official":
+        downsampling = models.create_model(sizes).downsampling
+        image_size = infer.infer_image_size(official, downsampling)
+    info = foreign_configs.read_info(path, format, sizes, image_size)
+    if info.class_names is None and sizes["num_classes"] == 1000:
+        info = dataclasses.replace(info, class_names=tuple(imagenet.classes()))
+    if format == "official":
+        if layouts.has_fixed_positions(arrays):
+            model = {"position_embedding": "sincos2d", **info.model}
+            info = dataclasses.replace(info, model=model)
+        return official, info
+    num_heads = {**info.model, **overrides}.get("num_heads")
+    if num_heads is None:
+        keys = ("hidden_size", "num_layers", "mlp_dim")
+        num_heads = infer.usual_num_heads(**{key: sizes[key] for key in keys})
+    return layouts.to_official(arrays, format, num_heads), info
+
+
+def _detect_format(path: Path, arrays: Arrays) -> tuple[Arrays, str]:
+    """Returns the arrays without what a model may be wrapped in, and their format."""
+    other_model = layouts.other_model(arrays)
+    if other_model is not None:
+        raise UserError(
+            f"{path} is of {other_model}, not part of a plain or hybrid ViT: only those are read, "
+            "for example hf:google/vit-base-patch16-224"
+        )
+    arrays = layouts.unwrap(arrays)
+    format = layouts.detect_format(arrays)
+    if format is None:
+        names = shortlist(sorted(arrays), 2)
+        raise UserError(f"{path} has no ViT's parameter names ({names}): give {_ACCEPTED}")
+    return arrays, format
+
+
 def _assemble(
-    arrays: Arrays, known: ModelInfo, overrides: dict[str, Any], source: str
+    arrays: Arrays, info: ModelInfo, overrides: dict[str, Any], source: str
 ) -> Pretrained:
-    """Checks that the arrays are one whole model."""
-    sizes = infer.infer_model(arrays)
-    if other := sorted(overrides.keys() - models.model_keys(sizes["architecture"])):
-        raise UserError(f"a model of the architecture {sizes['architecture']} has no {other[0]}")
-    told = {**known.model, **overrides}
-    told = {key: x for key, x in told.items() if x is not None}
-    if not told.get("num_classes"):  # In a run's config 0 stands for those of the data set.
-        told["num_classes"] = sizes["num_classes"]
-    for key in sizes.keys() & told.keys():
-        if sizes[key] != told[key]:
-            raise UserError(
-                f"{key} is {told[key]} by what is said of it, {sizes[key]} by its shapes"
-            )
-    model = {**models.prediction_defaults(sizes["architecture"]), **told, **sizes}
-    for key in ("layer_norm_epsilon", "group_norm_epsilon"):
-        if not 0 < model.get(key, 1e-6) < 1:
-            raise UserError(f"{key} {model[key]} is not between 0 and 1")
-    preprocessing = known.preprocessing
-    has_positions = model.get("position_embedding") not in ("none", "sincos2d")
-    if preprocessing is None:
-        downsampling = models.create_model(model).downsampling
-        image_size = infer.USUAL_IMAGE_SIZE
-        if has_positions:
-            image_size = infer.infer_image_size(arrays, downsampling)
-        # A hidden layer before the head is pre-training's, which evaluates on a central crop.
-        # So does the code that computes positions, of "Better plain ViT baselines".
-        is_pretraining = model.get("representation_size") or not has_positions
-        protocol = "big_vision" if is_pretraining else "inception"
-        preprocessing = evaluation(protocol, image_size)
+    """Makes a model of arrays, checking that they are one whole model."""
+    model = _complete_model(info.model, overrides, infer.infer_model(arrays))
+    preprocessing = info.preprocessing or _default_preprocessing(arrays, model)
     params = unflatten_dict(arrays, sep="/")
     of_masked = {name: params.pop(name) for name in masked.PARAMETERS if name in params}
     check_fit(abstract_params(model, preprocessing.image_size), params)
-    names = known.class_names
+    names = info.class_names
     if names is not None and len(names) != model["num_classes"]:
         raise UserError(
             f"{len(names)} class names for {model['num_classes']} classes: give one for each"
         )
-    loss = known.loss or "softmax"
+    loss = info.loss or "softmax"
     return Pretrained(params, model, preprocessing, names, loss, source, of_masked)
 
 
-def _read_weights(path: Path, overrides: dict[str, Any]) -> tuple[Arrays, ModelInfo]:
-    """The arrays of a file or folder under official names, and what is known of them."""
-    weights = _weights_of(path)
-    arrays = read_sharded(weights) if weights.suffix == ".json" else read_arrays(weights)
-    arrays, layout = _detect_format(weights, arrays)
-    # PyTorch's layouts do not tell the heads: one is as good as any to learn the other sizes.
-    official = layouts.to_official(arrays, layout, num_heads=1)
-    sizes = infer.infer_model(official)
-    downsampling = models.create_model(sizes).downsampling
-    # Those of a peer tell it; of ours it may be told by the sidecar alone.
-    image_size = 0 if layout == "official" else infer.infer_image_size(official, downsampling)
-    known = _known(path, layout, sizes, image_size)
-    if layout == "official":
-        if layouts.has_fixed_positions(arrays):
-            model = {"position_embedding": "sincos2d", **known.model}
-            known = dataclasses.replace(known, model=model)
-        return official, known
-    num_heads = {**known.model, **overrides}.get("num_heads")
-    if num_heads is None:
-        keys = ("hidden_size", "num_layers", "mlp_dim")
-        num_heads = infer.usual_num_heads(**{key: sizes[key] for key in keys})
-    return layouts.to_official(arrays, layout, num_heads), known
+def _complete_model(
+    described: dict[str, Any], overrides: dict[str, Any], sizes: dict[str, Any]
+) -> dict[str, Any]:
+    """Joins what a configuration describes, what overrides it and what shapes tell of a model."""
+    if other := sorted(overrides.keys() - models.model_keys(sizes["architecture"])):
+        raise UserError(f"a model of the architecture {sizes['architecture']} has no {other[0]}")
+    described = {**described, **overrides}
+    described = {key: x for key, x in described.items() if x is not None}
+    if not described.get("num_classes"):  # In a run's config 0 stands for those of the data set.
+        described["num_classes"] = sizes["num_classes"]
+    for key in sizes.keys() & described.keys():
+        if sizes[key] != described[key]:
+            raise UserError(
+                f"{key} is {described[key]} by what is said of it, {sizes[key]} by its shapes"
+            )
+    model = {**models.prediction_defaults(sizes["architecture"]), **described, **sizes}
+    for key in ("layer_norm_epsilon", "group_norm_epsilon"):
+        if not 0 < model.get(key, 1e-6) < 1:
+            raise UserError(f"{key} {model[key]} is not between 0 and 1")
+    return model
 
 
-def _detect_format(path: Path, arrays: Arrays) -> tuple[Arrays, str]:
-    """The arrays without what a model may be wrapped in, and their layout."""
-    what = layouts.other_model(arrays)
-    if what is None:
-        arrays = layouts.unwrap(arrays)
-        layout = layouts.detect_format(arrays)
-        if layout is not None:
-            return arrays, layout
-        names = shortlist(sorted(arrays), 2)
-        raise UserError(f"{path} has no ViT's parameter names ({names}): give {_ACCEPTED}")
-    raise UserError(
-        f"{path} is of {what}, not part of a plain or hybrid ViT: only those are read, for example "
-        "hf:google/vit-base-patch16-224"
-    )
-
-
-def _known(path: Path, layout: str, sizes: dict[str, Any], image_size: int) -> ModelInfo:
-    """What is said of weights: by the sidecar of a file, by the files of their folder, by both."""
-    folder = foreign_configs.find_folder(path, layout)
-    said = foreign_configs.describe(folder, layout, sizes, image_size)
-    if folder is None or layout == "official" or (path != folder and sidecar(path).is_file()):
-        return read_sidecar(path, said)
-    return foreign_configs.reconcile(
-        said, read_sidecar(folder, said), folder, layout, sizes, image_size
-    )
-
-
-# The first of these in a folder is read, the safe formats first.
-_STEMS = ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
-
-
-def _weights_of(path: Path) -> Path:
-    names = [x + suffix for x in _STEMS for suffix in ("", ".index.json")] if path.is_dir() else ()
-    return next((path / name for name in names if (path / name).is_file()), path)
-
-
-def _read_run(path: Path) -> tuple[Path, Arrays, ModelInfo]:
-    # Orbax takes a second to import.
-    from vit_jax.checkpoints import integrity
-    from vit_jax.checkpoints.training import saved_steps
-
-    steps = [path] if (path / "metadata").is_dir() and (path / "state").is_dir() else []
-    for directory in (path, path / "checkpoints"):
-        steps += [directory / str(step) for step in saved_steps(directory)[:1]]
-    if not steps:
-        raise UserError(f"{path} holds no checkpoint: give {_ACCEPTED}")
-    try:
-        document = integrity.read_document(steps[0])
-        averaged = any(name.startswith("ema_params/") for name in document["arrays"])
-        params = integrity.read_subtree(steps[0], "ema_params" if averaged else "params")
-    except integrity.DamagedError as error:
-        raise UserError(
-            f"checkpoint {steps[0]} is damaged: {error}; name another step of the run"
-        ) from error
-    arrays = flatten_dict(params, sep="/")
-    if bad := [name for name, x in arrays.items() if not np.isfinite(x).all()]:
-        raise UserError(f"{steps[0]} has NaN or infinite values in {shortlist(bad)}")
-    return steps[0], arrays, of_run(document["metadata"])
+def _default_preprocessing(arrays: Arrays, model: dict[str, Any]) -> Preprocessing:
+    """Returns how the code that trained a model evaluates, where nothing beside it tells."""
+    has_positions = model.get("position_embedding") not in ("none", "sincos2d")
+    image_size = infer.USUAL_IMAGE_SIZE
+    if has_positions:
+        image_size = infer.infer_image_size(arrays, models.create_model(model).downsampling)
+    # A hidden layer before the head is pre-training's, which evaluates on a central crop.
+    # So does the code that computes positions, of "Better plain ViT baselines".
+    is_pretraining = model.get("representation_size") or not has_positions
+    return evaluation("big_vision" if is_pretraining else "inception", image_size)

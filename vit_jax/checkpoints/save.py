@@ -7,12 +7,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from flax.traverse_util import flatten_dict
 
 from vit_jax.checkpoints import foreign_configs, layouts
-from vit_jax.checkpoints.arrays import write_npz, write_safetensors
-from vit_jax.checkpoints.model_info import ModelInfo, sidecar, to_json
+from vit_jax.checkpoints.formats.npz import write_npz
+from vit_jax.checkpoints.formats.safetensors import write_safetensors
+from vit_jax.checkpoints.model_info import ModelInfo, info_path
 from vit_jax.checkpoints.pretrained import Pretrained
 from vit_jax.errors import UserError
 from vit_jax.files import atomic_write
@@ -22,51 +24,59 @@ _WRITERS = {".npz": write_npz, ".safetensors": write_safetensors}
 _SUFFIXES = {"official": (".npz",), "timm": ("", ".safetensors", ".npz"), "huggingface": ("",)}
 
 
-def save_pretrained(pretrained: Pretrained, path: str | os.PathLike[str], layout: str) -> None:
+def save_pretrained(pretrained: Pretrained, path: str | os.PathLike[str], format: str) -> None:
     """Writes a model so that `load_pretrained` gives back the same, and others can read it too.
 
-    What the format has no place for goes to a JSON file beside it, see `checkpoints.model_info`.
+    What the format has no place for goes to an info file beside it, see `checkpoints.model_info`.
 
     Args:
         pretrained: the model.
         path: a file that ends in .npz (official, timm) or .safetensors (timm), or a folder to be
             made (timm, huggingface). It must not exist. It appears at once, when all is written.
-        layout: one of `FORMATS`.
+        format: one of `FORMATS`.
 
     Raises:
         UserError: the path exists or has another suffix, the format has no place for a parameter,
             or the disk is full.
     """
     path = Path(path)
-    suffix = path.suffix if path.suffix in _WRITERS else ""
-    if suffix not in _SUFFIXES[layout]:
-        usual = " or ".join(x or "no suffix, for a folder" for x in _SUFFIXES[layout])
-        raise UserError(f"{path}: a path in the {layout} format ends in {usual}")
-    if path.exists():
-        raise UserError(f"{path} exists already: remove it, or choose another path")
-    model = pretrained.model
-    places = model.get("position_embedding", "learned"), model.get("position_placement", "stem")
-    if layout != "official" and places != ("learned", "stem"):
-        raise UserError(
-            f"the {layout} format has learned position embeddings at the stem, this model "
-            f"{places[0]} ones, {places[1]}: use --format official"
-        )
-    arrays = layouts.from_official(flatten_dict(pretrained.params, sep="/"), layout)
-    known = ModelInfo(
+    _check_path(path, format)
+    _check_positions(pretrained.model, format)
+    arrays = layouts.from_official(flatten_dict(pretrained.params, sep="/"), format)
+    info = ModelInfo(
         pretrained.model, pretrained.preprocessing, pretrained.class_names, pretrained.loss
     )
-    if suffix:
-        with atomic_write(sidecar(path)) as temporary:
-            temporary.write_text(to_json(known))
-        _WRITERS[suffix](path, arrays)
+    if path.suffix in _WRITERS:
+        with atomic_write(info_path(path)) as temporary:
+            temporary.write_text(info.to_json())
+        _WRITERS[path.suffix](path, arrays)
         return
-    files = foreign_configs.timm_files if layout == "timm" else foreign_configs.huggingface_files
-    documents = {name: json.dumps(x, indent=2) + "\n" for name, x in files(known).items()}
+    files = foreign_configs.config_files(info, format)
+    documents = {name: json.dumps(x, indent=2) + "\n" for name, x in files.items()}
     with _storage_errors(path), _new_folder(path) as folder:
         for name, text in documents.items():
             (folder / name).write_text(text)
-        sidecar(folder).write_text(to_json(known))
+        info_path(folder).write_text(info.to_json())
         write_safetensors(folder / "model.safetensors", arrays)
+
+
+def _check_path(path: Path, format: str) -> None:
+    suffix = path.suffix if path.suffix in _WRITERS else ""
+    if suffix not in _SUFFIXES[format]:
+        endings = " or ".join(x or "no suffix, for a folder" for x in _SUFFIXES[format])
+        raise UserError(f"{path}: a path in the {format} format ends in {endings}")
+    if path.exists():
+        raise UserError(f"{path} exists already: remove it, or choose another path")
+
+
+def _check_positions(model: dict[str, Any], format: str) -> None:
+    embedding = model.get("position_embedding", "learned")
+    placement = model.get("position_placement", "stem")
+    if format != "official" and (embedding, placement) != ("learned", "stem"):
+        raise UserError(
+            f"the {format} format has learned position embeddings at the stem, this model "
+            f"{embedding} ones, {placement}: use --format official"
+        )
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,7 @@ class CheckpointStore:
             self._newest.reload()
 
     @contextlib.contextmanager
-    def _storage_errors(self) -> Iterator[None]:
+    def _storage_errors(self) -> Generator[None]:
         try:
             yield
         except Exception as error:  # orbax and tensorstore wrap the OSError in classes of theirs
@@ -198,12 +198,12 @@ def config_differences(
         current: the nested config of this run; tuples equal lists.
         ignore: dotted names that may differ, together with all below them.
     """
-    ignore = tuple(f"{name}." for name in ignore)
+    ignored = tuple(f"{name}." for name in ignore)
 
     def flat(config: dict[str, Any]) -> dict[str, Any]:
         values = flatten_dict(json.loads(json.dumps(config)), keep_empty_nodes=True)
         named = {".".join(path): value for path, value in values.items()}
-        return {name: x for name, x in named.items() if not f"{name}.".startswith(ignore)}
+        return {name: x for name, x in named.items() if not f"{name}.".startswith(ignored)}
 
     return mapping_differences(flat(saved), flat(current))
 

@@ -1,0 +1,1 @@
+"""Files of arrays, a module per format: how one is recognized, checked, read and written."""

@@ -1,0 +1,232 @@
+"""Hugging Face's `config.json` and `preprocessor_config.json`: read and written.
+
+Fields are those of Transformers' ViTConfig and of its image processors. Each is read, told by
+the shapes of the arrays, without influence on predictions, or has one value in the paper's model;
+another value, or an unknown field, is refused: see `config_fields.check_fields`.
+"""
+
+from typing import Any
+
+from vit_jax.checkpoints.config_fields import (
+    GELUS,
+    INTERPOLATIONS,
+    channels,
+    check_fields,
+    choose,
+    height_and_width,
+    pil_interpolation,
+)
+from vit_jax.checkpoints.model_info import ModelInfo
+from vit_jax.data import imagenet
+from vit_jax.data.protocols import Preprocessing, resized_side
+from vit_jax.errors import UserError
+
+FILES = ("config.json", "preprocessor_config.json")
+# What tells this configuration from others of the same name.
+MARKS = ("model_type",)
+
+# What has one value in the paper's model; null counts as that value.
+FIXED = {
+    "auto_map": {},
+    "num_channels": 3,
+    "pooler_act": "tanh",
+    "pruned_heads": {},
+    "qkv_bias": True,
+    "quantization_config": None,
+}
+READ = (
+    *("hidden_act", "id2label", "image_size", "layer_norm_eps", "model_type"),
+    *("num_attention_heads", "problem_type"),
+)
+SHAPES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_labels", "patch_size"),
+    "pooler_output_size",
+)
+# Of training, of masked images, of where the file came from, and of PreTrainedConfig for all
+# models, which no ViT reads.
+HARMLESS = (
+    *("attention_probs_dropout_prob", "encoder_stride", "hidden_dropout_prob", "initializer_range"),
+    *("_attn_implementation_autoset", "_num_labels"),
+    *("_attn_implementation", "_commit_hash", "_name_or_path", "architectures", "label2id"),
+    *("attn_implementation", "dtype", "torch_dtype", "torchscript", "transformers_version"),
+    *("add_cross_attention", "bad_words_ids", "begin_suppress_tokens", "bos_token_id"),
+    *("chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id"),
+    *("diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size"),
+    *("eos_token_id", "exponential_decay_length_penalty", "finetuning_task"),
+    *("forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing", "is_decoder"),
+    *("is_encoder_decoder", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size"),
+    *("num_beam_groups", "num_beams", "num_return_sequences", "output_attentions"),
+    *("output_hidden_states", "output_scores", "output_past", "pad_token_id", "prefix"),
+    *("remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate"),
+    *("sep_token_id", "suppress_tokens", "task_specific_params", "temperature"),
+    *("tf_legacy_loss", "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "top_k"),
+    *("top_p", "transformers.js_config", "typical_p", "use_bfloat16", "use_cache"),
+)
+
+# Of preprocessor_config.json, and the processors that read it as it is read here.
+PROCESSORS = tuple(
+    name + kind
+    for name in ("ViT", "CLIP", "DeiT", "Bit")
+    for kind in ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
+)
+PROCESSOR_FIXED = {
+    "auto_map": {},
+    "crop_pct": None,
+    "do_flip_channel_order": False,
+    "do_pad": False,
+    "offset": False,
+    "pad_size": None,
+    "size_divisor": None,
+}
+PROCESSOR_ACCEPTED = (
+    *("crop_size", "do_center_crop", "do_normalize", "do_rescale", "do_resize", "image_mean"),
+    *("image_processor_type", "feature_extractor_type", "image_std", "resample", "rescale_factor"),
+    *("size", "_processor_class", "_valid_processor_keys", "data_format", "default_to_square"),
+    *("device", "disable_grouping", "do_convert_rgb", "do_grayscale", "image_seq_length"),
+    *("input_data_format", "processor_class", "return_tensors"),
+)
+
+LAYER_NORM_EPSILON = 1e-12
+_LOSSES = {"single_label_classification": "softmax", "multi_label_classification": "sigmoid"}
+_RESAMPLE = {"bilinear": 2, "bicubic": 3}  # PIL's numbers
+
+
+def read_config(config: dict[str, Any], processor: dict[str, Any], image_size: int) -> ModelInfo:
+    """Returns what the two files tell of a model.
+
+    Args:
+        config: of `config.json`.
+        processor: of `preprocessor_config.json`.
+        image_size: that of the position embeddings, for where the files name none.
+
+    Raises:
+        UserError: a field or a value is not of the paper's model.
+        TypeError, ValueError, LookupError, AttributeError, ArithmeticError: a value is of another
+            form than Transformers writes.
+    """
+    if config.get("model_type", "vit") != "vit":
+        raise UserError(f"model_type {config['model_type']!r} is not 'vit': only that is read")
+    check_fields(config, FIXED, READ + SHAPES + HARMLESS)
+    labels = config.get("id2label")
+    names = tuple(str(labels[str(i)]) for i in range(len(labels))) if labels else None
+    if names == tuple(f"LABEL_{i}" for i in range(len(names or ()))):  # Placeholders.
+        names = None
+    model = {
+        "architecture": "vit",
+        "gelu": choose(GELUS, config.get("hidden_act", "gelu"), "hidden_act"),
+        "layer_norm_epsilon": float(config.get("layer_norm_eps", LAYER_NORM_EPSILON)),
+    }
+    if "num_attention_heads" in config:
+        model["num_heads"] = int(config["num_attention_heads"])
+    size = processor.get("size", config.get("image_size", image_size))
+    loss = config.get("problem_type")
+    loss = None if loss is None else choose(_LOSSES, loss, "problem_type")
+    return ModelInfo(model, _preprocessing(processor, size), names, loss)
+
+
+def _preprocessing(processor: dict[str, Any], size: Any) -> Preprocessing:
+    _check_processor(processor)
+    squash = not (isinstance(size, dict) and "shortest_edge" in size)
+    side = _square("size", size if squash else size["shortest_edge"])
+    if processor.get("do_center_crop", not squash):
+        image_size = _square("crop_size", processor.get("crop_size", side))
+    elif squash:
+        image_size = side
+    else:
+        raise UserError("size has shortest_edge without a center crop: images must be square")
+    if image_size > side:
+        raise UserError(f"crop_size {image_size} is above size {side}: padding is not supported")
+    normalized = processor.get("do_normalize", True)
+    return Preprocessing(
+        image_size,
+        None if squash and image_size == side else image_size / side,
+        choose(INTERPOLATIONS, processor.get("resample", 2), "resample"),
+        antialias=True,
+        mean=channels(processor.get("image_mean", (0.5,) * 3) if normalized else (0.0,) * 3),
+        std=channels(processor.get("image_std", (0.5,) * 3) if normalized else (1.0,) * 3),
+        resize="huggingface",
+        squash=squash and image_size != side,
+    )
+
+
+def _check_processor(processor: dict[str, Any]) -> None:
+    check_fields(processor, PROCESSOR_FIXED, PROCESSOR_ACCEPTED)
+    for key in ("image_processor_type", "feature_extractor_type"):
+        if processor.get(key, PROCESSORS[0]) not in PROCESSORS:
+            raise UserError(f"{key} is {processor[key]!r}: only {', '.join(PROCESSORS)} are read")
+    if not processor.get("do_resize", True) or not processor.get("do_rescale", True):
+        raise UserError("do_resize or do_rescale is false: images must be resized and rescaled")
+    if processor.get("rescale_factor", 1 / 255) != 1 / 255:
+        raise UserError(f"rescale_factor {processor['rescale_factor']!r} is not 1/255")
+
+
+def _square(name: str, size: Any) -> int:
+    height, width = height_and_width(size)
+    if height != width:
+        raise UserError(f"{name} is {height} x {width}: only square images are supported")
+    return height
+
+
+def config_files(info: ModelInfo) -> dict[str, dict[str, Any]]:
+    """Returns the JSON files of a folder, by name, of a model of which all is known."""
+    preprocessing = info.require_preprocessing()
+    return {
+        "config.json": _config(info, preprocessing.image_size),
+        "preprocessor_config.json": _processor(preprocessing),
+    }
+
+
+def _config(info: ModelInfo, image_size: int) -> dict[str, Any]:
+    model = info.model
+    config = {
+        "architectures": ["ViTForImageClassification" if model["num_classes"] else "ViTModel"],
+        "model_type": "vit",
+        "attention_probs_dropout_prob": 0.0,
+        "dtype": "float32",
+        "hidden_act": "gelu" if model["gelu"] == "erf" else "gelu_pytorch_tanh",
+        "hidden_dropout_prob": 0.0,
+        "hidden_size": model["hidden_size"],
+        "image_size": image_size,
+        "initializer_range": 0.02,
+        "intermediate_size": model["mlp_dim"],
+        "layer_norm_eps": model["layer_norm_epsilon"],
+        "num_attention_heads": model["num_heads"],
+        "num_channels": 3,
+        "num_hidden_layers": model["num_layers"],
+        "patch_size": model["patch_size"],
+        "qkv_bias": True,
+    }
+    if model["num_classes"]:
+        unnamed = [f"LABEL_{i}" for i in range(model["num_classes"])]
+        names = [imagenet.readable(name) for name in info.class_names or unnamed]
+        config["id2label"] = {str(i): name for i, name in enumerate(names)}
+        config["label2id"] = {name: i for i, name in enumerate(names)}
+        if info.loss == "sigmoid":
+            config["problem_type"] = "multi_label_classification"
+    return config
+
+
+def _processor(preprocessing: Preprocessing) -> dict[str, Any]:
+    size = preprocessing.image_size
+    processor = {
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(preprocessing.mean),
+        "image_processor_type": "ViTImageProcessor",
+        "image_std": list(preprocessing.std),
+        "resample": _RESAMPLE[pil_interpolation(preprocessing)],
+        "rescale_factor": 1 / 255,
+        "size": {"height": size, "width": size},
+    }
+    if preprocessing.center_crop is not None:
+        processor |= {
+            "crop_size": {"height": size, "width": size},
+            "do_center_crop": True,
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": resized_side(preprocessing)},
+        }
+        if preprocessing.squash:
+            side = resized_side(preprocessing)
+            processor["size"] = {"height": side, "width": side}
+    return processor

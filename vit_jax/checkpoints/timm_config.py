@@ -1,0 +1,262 @@
+"""The `config.json` that timm writes for the Hugging Face hub: read and written.
+
+Its `model_args` are those of timm's VisionTransformer. Each is read, told by the shapes of the
+arrays, without influence on predictions, or has one value in the paper's model; another value, or
+an unknown argument, is refused: see `config_fields.check_fields`.
+"""
+
+import math
+from typing import Any
+
+from vit_jax.checkpoints.config_fields import (
+    GELUS,
+    INTERPOLATIONS,
+    channels,
+    check_fields,
+    choose,
+    height_and_width,
+    pil_interpolation,
+)
+from vit_jax.checkpoints.model_info import ModelInfo
+from vit_jax.data.protocols import Preprocessing, resized_side
+from vit_jax.errors import UserError
+from vit_jax.models import SIZES
+
+FILES = ("config.json",)
+# What tells this configuration from others of the same name.
+MARKS = ("pretrained_cfg", "architecture")
+
+FIXED = {
+    "attn_layer": None,
+    "block_fn": None,
+    "embed_layer": None,
+    "embed_norm_layer": None,
+    "final_norm": True,
+    "in_chans": 3,
+    "init_values": None,
+    "mlp_layer": None,
+    "pool_include_prefix": False,
+    "pos_embed": "learn",
+    "pre_norm": False,
+    "proj_bias": True,
+    "qk_norm": False,
+    "qkv_bias": True,
+    "reg_tokens": 0,
+    "scale_attn_norm": False,
+    "scale_mlp_norm": False,
+}
+READ = ("act_layer", "global_pool", "img_size", "norm_layer", "num_heads")
+SHAPES = (
+    *("class_token", "depth", "embed_dim", "fc_norm", "mlp_ratio", "no_embed_class"),
+    *("num_classes", "patch_size"),
+)
+# Of training, and of how other image sizes are taken.
+HARMLESS = (
+    *("attn_drop_rate", "drop_path_rate", "drop_rate", "patch_drop_rate", "pos_drop_rate"),
+    *("proj_drop_rate", "fix_init", "weight_init", "device", "dtype"),
+    *("dynamic_img_pad", "dynamic_img_size", "strict_img_size"),
+)
+# Those of timm's plain ViTs whose GELU has its tanh form without their configs saying so.
+TANH = frozenset(
+    {
+        "vit_base_patch32_siglip_gap_256",
+        "vit_giantopt_patch16_siglip_gap_256",
+        "vit_giantopt_patch16_siglip_gap_384",
+        "vit_large_patch16_siglip_gap_512",
+        "vit_so400m_patch16_siglip_gap_256",
+        "vit_so400m_patch16_siglip_gap_384",
+        "vit_so400m_patch16_siglip_gap_512",
+    }
+)
+
+
+# Those of timm's plain ViTs whose heads are not 64 wide, which no file says.
+NUM_HEADS = {"vit_base_patch16_gap_224": 16}
+
+LAYER_NORM_EPSILON, GROUP_NORM_EPSILON = 1e-6, 1e-5
+
+_SIZES = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
+_PATCHES = {
+    "Ti": (16,),
+    "S": (8, 16, 32),
+    "B": (8, 16, 32),
+    "L": (14, 16, 32),
+    "H": (14,),
+}
+_STEMS = {
+    (3, 4, 6, 3): "vit_large_r50_s32_224",
+    (3, 4, 9): "vit_base_r50_s16_224",
+    (2, 2, 2, 2): "vit_small_r26_s32_224",
+    (): "vit_tiny_r_s16_p8_224",
+}
+
+
+def read_config(config: dict[str, Any], sizes: dict[str, Any], image_size: int) -> ModelInfo:
+    """Returns what the file tells of a model.
+
+    Args:
+        config: of `config.json`.
+        sizes: of the model, as far as shapes tell them.
+        image_size: that of the position embeddings, for where the file names none.
+
+    Raises:
+        UserError: a field or a value is not of the paper's model.
+        TypeError, ValueError, LookupError, AttributeError, ArithmeticError: a value is of another
+            form than timm writes.
+    """
+    arguments = config.get("model_args") or {}
+    pretrained = config.get("pretrained_cfg", config)  # Once all was in one dictionary.
+    _check_arguments(config, arguments, pretrained, sizes["classifier"] == "token")
+    names = config.get("label_names", pretrained.get("label_names"))
+    return ModelInfo(
+        _model(config.get("architecture"), arguments, sizes["architecture"]),
+        preprocessing(_image_size(arguments, pretrained, image_size), **pretrained),
+        tuple(map(str, names)) if names else None,
+    )
+
+
+def _check_arguments(
+    config: dict[str, Any], arguments: dict[str, Any], pretrained: dict[str, Any], has_class: bool
+) -> None:
+    check_fields(arguments, FIXED, READ + SHAPES + HARMLESS)
+    check_fields({"label_offset": pretrained.get("label_offset")}, {"label_offset": 0}, ())
+    norm = arguments.get("norm_layer") or "layernorm"
+    if norm.replace("_", "").lower() != "layernorm":
+        raise UserError(f"norm_layer is {norm!r}: only models with 'layernorm' are read")
+    # The paper's pooling is the class token, or the mean where there is none.
+    pool = arguments.get("global_pool", config.get("global_pool"))
+    if pool not in (None, "token" if has_class else "avg"):
+        raise UserError(
+            f"global_pool is {pool!r} {'beside a' if has_class else 'without a'} class token: only "
+            "'token' with one and 'avg' without are read"
+        )
+
+
+def _model(name: Any, arguments: dict[str, Any], architecture: str) -> dict[str, Any]:
+    default_activation = "gelu_tanh" if name in TANH else "gelu"
+    model = {
+        "architecture": architecture,
+        "gelu": choose(GELUS, arguments.get("act_layer") or default_activation, "act_layer"),
+        "layer_norm_epsilon": LAYER_NORM_EPSILON,
+    }
+    if architecture == "hybrid":
+        model["group_norm_epsilon"] = GROUP_NORM_EPSILON
+    num_heads = arguments.get("num_heads", NUM_HEADS.get(name))
+    if num_heads is not None:
+        model["num_heads"] = int(num_heads)
+    return model
+
+
+def _image_size(arguments: dict[str, Any], pretrained: dict[str, Any], default: int) -> int:
+    # The size of the position embeddings; a model that takes several may be used at another.
+    size = arguments.get("img_size")
+    if size:
+        size = (3, *height_and_width(size))
+    else:
+        size = pretrained.get("input_size", (3, *height_and_width(default)))
+    if size[1] != size[2]:
+        raise UserError(f"input_size {size} is not square: only square images are supported")
+    return int(size[1])
+
+
+def preprocessing(
+    image_size: int,
+    *,
+    crop_pct: float | None = None,
+    crop_mode: str = "center",
+    interpolation: str = "bicubic",
+    mean: Any = (0.5, 0.5, 0.5),
+    std: Any = (0.5, 0.5, 0.5),
+    **_: Any,
+) -> Preprocessing:
+    """Returns the evaluation of a `pretrained_cfg`, whose fields are the arguments by name.
+
+    Without `crop_pct` it is that of timm's ViTs of this size.
+
+    Raises:
+        UserError: a value is none that is known.
+    """
+    if crop_mode not in ("center", "squash"):
+        raise UserError(f"crop_mode {crop_mode!r} is none of center, squash")
+    crop_pct = crop_pct or (0.9 if image_size < 384 else 1.0)
+    squash = crop_mode == "squash"
+    is_whole = squash and math.floor(image_size / crop_pct) == image_size
+    return Preprocessing(
+        image_size,
+        None if is_whole else crop_pct,
+        choose(INTERPOLATIONS, interpolation, "interpolation"),
+        antialias=True,
+        mean=channels(mean),
+        std=channels(std),
+        resize="timm",
+        squash=squash and not is_whole,
+    )
+
+
+def config_files(info: ModelInfo) -> dict[str, dict[str, Any]]:
+    """Returns the JSON file of a timm folder, by name, of a model of which all is known.
+
+    `timm.create_model("local-dir:DIR")` reads it.
+
+    Raises:
+        UserError: timm has no name for a hybrid of these sizes.
+    """
+    model, view = info.model, info.require_preprocessing()
+    pool = "token" if model["classifier"] == "token" else "avg"
+    arguments = {
+        "act_layer": "gelu" if model["gelu"] == "erf" else "gelu_tanh",
+        "depth": model["num_layers"],
+        "embed_dim": model["hidden_size"],
+        "img_size": view.image_size,
+        "mlp_ratio": model["mlp_dim"] / model["hidden_size"],
+        "num_heads": model["num_heads"],
+        "num_classes": model["num_classes"],
+        "patch_size": model["patch_size"],
+    }
+    if pool == "avg":
+        arguments |= {"class_token": False, "fc_norm": False, "global_pool": "avg"}
+    config = {
+        "architecture": _timm_name(model),
+        "num_classes": model["num_classes"],
+        "num_features": model["hidden_size"],
+        "global_pool": pool,
+        "model_args": arguments,
+        "pretrained_cfg": _pretrained_cfg(view, model["num_classes"]),
+    }
+    if info.class_names:
+        config["label_names"] = list(info.class_names)
+    return {"config.json": config}
+
+
+def _pretrained_cfg(view: Preprocessing, num_classes: int) -> dict[str, Any]:
+    return {
+        "classifier": "head",
+        "crop_mode": "squash" if view.center_crop is None or view.squash else "center",
+        "crop_pct": _crop_pct(view),
+        "first_conv": "patch_embed.proj",
+        "input_size": [3, view.image_size, view.image_size],
+        "interpolation": pil_interpolation(view),
+        "mean": list(view.mean),
+        "num_classes": num_classes,
+        "std": list(view.std),
+    }
+
+
+def _timm_name(model: dict[str, Any]) -> str:
+    # The name only decides the stem: `model_args` replace the sizes that go with it.
+    if model["architecture"] == "hybrid":
+        stem = tuple(model["resnet_layers"])
+        if stem not in _STEMS:
+            raise UserError(f"timm has no stem of {stem} units: use --format official")
+        return _STEMS[stem]
+    name = next((x for x in SIZES if SIZES[x].items() <= model.items()), None)
+    if name is None or model["patch_size"] not in _PATCHES[name]:
+        return "vit_base_patch16_224"
+    return f"vit_{_SIZES[name]}_patch{model['patch_size']}_224"
+
+
+def _crop_pct(preprocessing: Preprocessing) -> float:
+    size, side = preprocessing.image_size, resized_side(preprocessing)
+    crop = preprocessing.center_crop or 1.0
+    # timm takes the floor, which a quotient of whole numbers may miss by its rounding.
+    return crop if math.floor(size / crop) == side else size / (side + 0.5)
