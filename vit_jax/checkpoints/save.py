@@ -1,11 +1,7 @@
 """Writes a model in the format of Google, timm or Hugging Face, for others and for us to read."""
 
-import contextlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from flax.traverse_util import flatten_dict
@@ -15,7 +11,7 @@ from vit_jax.checkpoints.arrays import write_npz, write_safetensors
 from vit_jax.checkpoints.model_info import ModelInfo, sidecar, to_json
 from vit_jax.checkpoints.pretrained import Pretrained
 from vit_jax.errors import UserError
-from vit_jax.files import atomic_write
+from vit_jax.files import atomic_folder, atomic_write
 
 FORMATS = ("official", "timm", "huggingface")
 _WRITERS = {".npz": write_npz, ".safetensors": write_safetensors}
@@ -62,29 +58,8 @@ def save_pretrained(pretrained: Pretrained, path: str | os.PathLike[str], layout
         return
     files = foreign_configs.timm_files if layout == "timm" else foreign_configs.huggingface_files
     documents = {name: json.dumps(x, indent=2) + "\n" for name, x in files(known).items()}
-    with _storage_errors(path), _new_folder(path) as folder:
+    with atomic_folder(path) as folder:
         for name, text in documents.items():
             (folder / name).write_text(text)
         sidecar(folder).write_text(to_json(known))
         write_safetensors(folder / "model.safetensors", arrays)
-
-
-@contextlib.contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """A folder that gets its name when it is complete, and is gone if it never is."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        yield folder
-        folder.chmod(0o755)  # mkdtemp keeps others out.
-        os.rename(folder, path)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-@contextlib.contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
