@@ -123,7 +123,7 @@ class Export:
 
         Args:
             pretrained: the model.
-            stages: of "tf" and "onnx", another name is passed over; None: what this environment can.
+            stages: of "tf" and "onnx", others are passed over; None: what this environment can.
             converter: to the ONNX file, "jax2tf" or "jax2onnx"; None: what this environment can.
             outputs: see `make_forward`.
             include_preprocessing: likewise.
