@@ -32,7 +32,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
 from vit_jax.errors import UserError, first_line, shortlist
-from vit_jax.files import atomic_write
+from vit_jax.files import atomic_write, storage_errors
 
 MAX_BYTES = 16 << 30
 MAX_ARRAYS = 10_000  # ViT-H/14 has 400
@@ -215,15 +215,15 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _file_size(path: Path) -> int:
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # to open a FIFO would wait for ever
+    with storage_errors(lambda reason: f"{path} cannot be read: {reason}; give another file"):
+        try:
+            mode = path.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UserError(f"{path} does not exist: give an existing file") from error
+        if not stat.S_ISREG(mode):  # to open a FIFO would wait for ever
             raise UserError(f"{path} is a directory or a device: give a file")
         with path.open("rb") as file:
             return file.seek(0, os.SEEK_END)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{path} does not exist: give an existing file") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; give another file") from error
 
 
 def _kind(path: Path) -> Kind:

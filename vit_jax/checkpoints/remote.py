@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 from vit_jax.checkpoints import augreg
 from vit_jax.errors import UserError
+from vit_jax.files import storage_errors
 
 DIRECTORIES = ("imagenet21k", "imagenet21k+imagenet2012", "augreg", "sam", "gsam")
 AUGREG_MODELS = (
@@ -155,7 +156,13 @@ class _InterruptedError(Exception):
 
 
 def _fetch_file(name: str, url: str, path: Path) -> Path:
-    try:
+    unwritable = storage_errors(
+        lambda reason: (
+            f"{name} cannot be written to {path.parent} ({reason}): "
+            "make room there, or name another directory with VIT_JAX_CACHE"
+        )
+    )
+    with unwritable:
         if path.exists():
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,12 +174,6 @@ def _fetch_file(name: str, url: str, path: Path) -> Path:
             _verify(name, file, published)
             os.replace(file.name, path)
             _sidecar(file).unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"{name} cannot be written to {path.parent} ({reason}): "
-            "make room there, or name another directory with VIT_JAX_CACHE"
-        ) from error
     return path
 
 
