@@ -3,12 +3,15 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
+from vit_jax import models
+from vit_jax.checkpoints.pretrained import Pretrained
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
-from vit_jax.export import parity, to_tensorrt
+from vit_jax.export import to_tensorrt
 from vit_jax.export.__main__ import build_parser
 from vit_jax.export.build_commands import trtexec_command
 from vit_jax.export.onnx_file import read_onnx
@@ -84,7 +87,15 @@ def to_toy(model, _images):
     return model
 
 
-PREPROCESSING = Preprocessing(image_size=16)
+TINY = {
+    "architecture": "vit",
+    "patch_size": 8,
+    "hidden_size": 32,
+    "num_layers": 1,
+    "mlp_dim": 64,
+    "num_heads": 2,
+    "num_classes": 5,
+}
 TOY = Precision(
     "toy",
     _cast=to_toy,
@@ -102,12 +113,16 @@ def test_one_row_is_all_that_a_new_precision_needs(converter, make_forward, monk
 
     from vit_jax.export.pipeline import Export
 
-    forward = make_forward()
-    images = parity.synthetic_images(4, PREPROCESSING)
+    images = np.zeros((1, 16, 16, 3), np.float32)
+    params = models.create_model(TINY).init(jax.random.key(0), images)["params"]
+    params["head"]["kernel"] = np.random.default_rng(0).normal(size=(32, 5)).astype(np.float32)
+    preprocessing = Preprocessing(image_size=16)
     export = Export(tmp_path, precision=PRECISIONS["toy"], batch="1:2:4", latency_seconds=0)
-    export._reference = parity.Reference(images, forward.jitted()(images), None, parity.SYNTHETIC)
-    parity.save_reference(export._reference, tmp_path)
-    export._to_onnx(forward, converter, None)
+    export.convert(
+        Pretrained(params, TINY, preprocessing, None, "softmax", "random"),
+        stages=["onnx"],
+        converter=converter,
+    )
     assert export.failures == []
     report = json.loads((tmp_path / "parity.json").read_text())
     (stage,) = report["hops"]
