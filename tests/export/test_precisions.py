@@ -98,14 +98,14 @@ TINY = {
 }
 TOY = Precision(
     "toy",
-    _cast=to_toy,
+    cast=to_toy,
     tolerance=Tolerance(relative_difference=5e-3, cosine=0.9999, top1_agreement=0.99),
     builder_flags=("TF32",),
     trtexec_flags=("--best",),
 )
 
 
-def test_one_row_is_all_that_a_new_precision_needs(converter, make_forward, monkeypatch, tmp_path):
+def test_one_row_is_all_that_a_new_precision_needs(converter, monkeypatch, tmp_path):
     """From the flag to the file, the comparison, the builder and the commands of deploy."""
     monkeypatch.setitem(PRECISIONS, "toy", TOY)
     flags = ["--output", str(tmp_path), "--precision", "toy"]

@@ -91,7 +91,8 @@ def _cast(
         array = value.const_value.numpy()
         with np.errstate(over="ignore"):
             rounded = array.astype(dtype.numpy())
-        if np.isfinite(array).all() and not np.isfinite(rounded.astype(np.float32)).all():
+        beyond = np.isfinite(array).all() and not np.isfinite(rounded.astype(np.float32)).all()
+        if precision.largest and beyond:
             raise UserError(
                 f"{value.name} has {np.abs(array).max():.3g}, above {precision.largest}, the "
                 f"largest number of {precision.name}: use --precision {precision.wider}"

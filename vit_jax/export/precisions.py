@@ -7,7 +7,7 @@ Hopper:
 
     Precision(
         "fp8",
-        _cast=_to_fp8,
+        cast=_to_fp8,
         tolerance=Tolerance(relative_difference=0.3, cosine=0.98, top1_agreement=0.9),
         operators=frozenset({"QuantizeLinear", "DequantizeLinear"}),  # its metadata says which
         calibration_images=64,  # `_to_fp8(model, images)` takes its scales from them
@@ -49,7 +49,9 @@ class Precision:
     Attributes:
         name: of the flag `--precision`, in the file's metadata and in reports.
         tolerance: how far from Flax in float32 it may be.
-        engine_tolerance: likewise of an engine, where that is another.
+        cast: gives a float32 graph its types, perhaps in place, and returns it; its second
+            argument are the calibration images. None: the graph stays as it is.
+        engine_tolerance: like `tolerance`, of an engine, where that is another.
         dtype: NumPy's name of the type that most weights have; None if that does not tell it.
         onnx_type: the number of `dtype` in TensorProto.DataType.
         operators: operators that tell it in a file, whatever its weights are.
@@ -66,6 +68,7 @@ class Precision:
 
     name: str
     tolerance: Tolerance
+    cast: "Callable[[ir.Model, np.ndarray | None], ir.Model] | None" = None
     engine_tolerance: Tolerance | None = None
     dtype: str | None = None
     onnx_type: int | None = None
@@ -78,12 +81,11 @@ class Precision:
     builder_flags: tuple[str, ...] | None = ()
     trtexec_flags: tuple[str, ...] = ()
     constrained: bool = False
-    _cast: "Callable[[ir.Model, np.ndarray | None], ir.Model] | None" = None
 
     @property
     def converts(self) -> bool:
         """Whether the float32 graph is changed for it."""
-        return self._cast is not None
+        return self.cast is not None
 
     def apply(self, model: "ir.Model", images: "np.ndarray | None" = None) -> "ir.Model":
         """Gives a float32 graph the types of this precision, and says so in its metadata.
@@ -95,8 +97,8 @@ class Precision:
         Raises:
             UserError: the model has a weight, or lacks a layer, such that it cannot be done.
         """
-        if self._cast is not None:
-            model = self._cast(model, images)
+        if self.cast is not None:
+            model = self.cast(model, images)
         model.metadata_props["precision"] = self.name
         return model
 
@@ -135,7 +137,7 @@ _ROWS = (
     ),
     Precision(
         "fp16",
-        _cast=_to_fp16,
+        cast=_to_fp16,
         tolerance=Tolerance(relative_difference=1e-2, cosine=0.999, top1_agreement=0.995),
         dtype="float16",
         onnx_type=10,
@@ -149,7 +151,7 @@ _ROWS = (
     ),
     Precision(
         "bf16",
-        _cast=_to_bf16,
+        cast=_to_bf16,
         tolerance=Tolerance(relative_difference=1e-1, cosine=0.99, top1_agreement=0.97),
         dtype="bfloat16",
         onnx_type=16,
@@ -159,7 +161,7 @@ _ROWS = (
     ),
     Precision(
         "int8",
-        _cast=_to_int8,
+        cast=_to_int8,
         tolerance=Tolerance(relative_difference=1.0, cosine=0.9, top1_agreement=0.8),
         operators=frozenset({"QuantizeLinear", "DequantizeLinear"}),
         calibration_images=64,
