@@ -27,9 +27,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-
 with contextlib.suppress(ImportError):
     # timm imports it, which ends the process where TensorFlow has been loaded before.
     import triton  # noqa: F401
@@ -42,7 +39,7 @@ import onnxruntime
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 
-from vit_jax import models
+from vit_jax import models, tensorflow_env
 from vit_jax.checkpoints.pretrained import Pretrained, abstract_params
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.export import to_onnx
@@ -185,6 +182,7 @@ def time_in_turns(
 
 def main() -> None:
     """Exports, times and prints."""
+    tensorflow_env.quiet()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -8,13 +8,9 @@ it may see. Prints a table and draws the curves. Started again it goes on where 
 """
 
 import argparse
-import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import matplotlib
 
@@ -24,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from training_curves import read_curve
 
-from vit_jax import command, recipes
+from vit_jax import command, recipes, tensorflow_env
 from vit_jax.models import masked
 
 NAMES = {"scratch": "from scratch", "finetune": "after masked patch prediction"}
@@ -183,6 +179,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Runs the command; returns its exit code."""
     args = parse_arguments()
+    tensorflow_env.quiet()
     from vit_jax.train import train  # TensorFlow takes seconds to import: --help should not
 
     results = run(args, train)

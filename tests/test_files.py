@@ -1,10 +1,18 @@
 import json
 import os
+import pathlib
 
 import pytest
 
 from vit_jax.errors import UserError
-from vit_jax.files import atomic_write, write_json
+from vit_jax.files import (
+    atomic_files,
+    atomic_folder,
+    atomic_write,
+    make_folder,
+    storage_errors,
+    write_json,
+)
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
@@ -39,6 +47,105 @@ def test_a_full_disk_is_one_line(tmp_path):
     ):
         full.write("x")
     assert not os.listdir(tmp_path)
+
+
+def read_all(folder):
+    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_folder_appears_when_it_is_whole_with_the_mode_of_any_other(tmp_path):
+    (tmp_path / "usual").mkdir()
+    with atomic_folder(tmp_path / "new") as folder:
+        (folder / "a.txt").write_text("a")
+        assert not (tmp_path / "new").exists()
+    assert read_all(tmp_path) == {"new/a.txt": "a"}
+    assert sorted(os.listdir(tmp_path)) == ["new", "usual"]
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_a_folder_takes_the_place_of_another_only_where_that_is_meant(tmp_path):
+    (tmp_path / "a" / "old").mkdir(parents=True)
+    with (
+        pytest.raises(UserError, match="a cannot be written: Directory not empty; "),
+        atomic_folder(tmp_path / "a"),
+    ):
+        pass
+    assert (tmp_path / "a" / "old").is_dir()
+    with atomic_folder(tmp_path / "a", replace=True) as folder:
+        (folder / "new.txt").touch()
+    assert os.listdir(tmp_path / "a") == ["new.txt"]
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_a_folder_that_is_not_finished_leaves_the_old_one_and_no_other(tmp_path, error):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "old.txt").write_text("old")
+    with (
+        pytest.raises((KeyboardInterrupt, UserError)) as caught,
+        atomic_folder(tmp_path / "a", replace=True) as folder,
+    ):
+        (folder / "new.txt").touch()
+        raise error
+    assert read_all(tmp_path) == {"a/old.txt": "old"}
+    assert os.listdir(tmp_path) == ["a"]
+    if caught.type is UserError:
+        assert "a cannot be written: No space left on device; free the disk" in str(caught.value)
+
+
+def test_a_folder_that_cannot_take_the_old_ones_place_gives_it_back(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "old.txt").write_text("old")
+    rename = pathlib.Path.rename
+
+    def refuse(path, target):
+        if path.name == "new":
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", refuse)
+    with (
+        pytest.raises(UserError, match="Input/output error"),
+        atomic_folder(tmp_path / "a", replace=True),
+    ):
+        pass
+    assert read_all(tmp_path) == {"a/old.txt": "old"}
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_files_join_those_of_a_folder_all_or_none(tmp_path):
+    folder = tmp_path / "made" / "here"
+    with atomic_files(folder) as temporary:
+        (temporary / "a.txt").write_text("a")
+        (temporary / "b.txt").write_text("b")
+    with atomic_files(folder) as temporary:
+        (temporary / "b.txt").write_text("new")
+    before = {"a.txt": "a", "b.txt": "new"}
+    assert read_all(folder) == before
+    with pytest.raises(KeyboardInterrupt), atomic_files(folder) as temporary:
+        (temporary / "a.txt").write_text("half")
+        raise KeyboardInterrupt
+    assert read_all(folder) == before
+    assert sorted(os.listdir(folder)) == ["a.txt", "b.txt"]
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_its_flag(tmp_path):
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--output .*file/b cannot be made: Not a directory"):
+        make_folder(tmp_path / "file" / "b")
+
+
+def test_only_the_storage_errors_that_are_meant_become_a_users_error():
+    for number, expected in ((28, UserError), (2, FileNotFoundError)):
+        with pytest.raises(expected), storage_errors(lambda reason: f"a: {reason}", errnos={28}):
+            raise OSError(number, "something")
+    with (
+        pytest.raises(UserError, match="^b: without a number$"),
+        storage_errors(lambda reason: f"b: {reason}"),
+    ):
+        raise OSError("without a number")
 
 
 def test_numbers_that_are_not_finite_are_null_for_every_reader(tmp_path):

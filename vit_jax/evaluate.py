@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vit_jax import command
+from vit_jax import command, tensorflow_env
 from vit_jax.checkpoints import flags
 from vit_jax.config import parse_shots
 from vit_jax.data import classes, imagenet
@@ -409,8 +409,7 @@ def main() -> int:
 
 def _silence() -> None:
     """Before TensorFlow is imported: it greets, and libraries log what they raise as well."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    tensorflow_env.quiet()
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     absl.logging.set_verbosity(absl.logging.FATAL)
 

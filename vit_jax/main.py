@@ -7,15 +7,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # With it TensorFlow greets on every start.
-
 import jax
 from absl import app, flags, logging
 from flax.traverse_util import flatten_dict
 from ml_collections import config_flags
 
 from vit_jax import config as config_lib
+from vit_jax import tensorflow_env
 from vit_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -42,6 +40,7 @@ def main(argv: Sequence[str]) -> None:
     workdir = _WORKDIR.value or default_workdir(
         config_flags.get_config_filename(flags.FLAGS["config"])
     )
+    tensorflow_env.quiet()
     from vit_jax import train  # TensorFlow takes seconds to import: a wrong flag should not
 
     if jax.process_index() == 0:

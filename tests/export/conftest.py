@@ -9,6 +9,8 @@ from vit_jax.checkpoints.pretrained import Pretrained
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.export.to_tf import can_serialize_graphs
 
+from . import fake_tensorrt
+
 TINY = {
     "architecture": "vit",
     "patch_size": 8,
@@ -71,3 +73,31 @@ def make_forward():
         return make_forward(pretrained, **export)
 
     return make
+
+
+@pytest.fixture
+def onnx_file(tmp_path):
+    """Writes an ONNX file with one weight; what is in the network is the fake parser's."""
+    onnx = pytest.importorskip("onnx", reason="needs the export extra", exc_type=ImportError)
+
+    def make(dtype="float32", quantized=False):
+        operators = ["Softmax", *["QuantizeLinear"] * quantized]
+        graph = onnx.helper.make_graph(
+            [onnx.helper.make_node(operator, ["a"], ["b"]) for operator in operators],
+            "graph",
+            [onnx.helper.make_tensor_value_info("images", 1, ["batch", 4, 4, 3])],
+            [onnx.helper.make_tensor_value_info("logits", 1, ["batch", 5])],
+            [onnx.numpy_helper.from_array(np.ones((2, 2)).astype(dtype), "weights")],
+        )
+        model = onnx.helper.make_model(graph)
+        onnx.helper.set_model_props(model, {"class_names": '["a", "b"]'})
+        path = tmp_path / "model.onnx"
+        onnx.save(model, path)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    return lambda version, **behavior: fake_tensorrt.install(monkeypatch, version, **behavior)

@@ -49,7 +49,10 @@ def test_an_overflow_is_told_where_it_makes_a_failure_and_not_where_it_does_none
         parity.failures(parity.compare(expected, expected.outputs) | ranges, "fp16", expected) == []
     )
     lines = parity.table(
-        [{"name": "x", **lost}, {"name": "y", **lost, "largest": 7.0}]
+        [
+            {"name": name, "precision": "fp16", **lost, "largest": largest}
+            for name, largest in (("x", 1e5), ("y", 7.0))
+        ]
     ).splitlines()
     assert lines[0].endswith("| largest, of 65504 |") and lines[2].endswith("| 1e+05 at b/Add |")
     assert {line.count("|") for line in lines} == {8}

@@ -1,8 +1,6 @@
 import dataclasses
 import gc
 import json
-import sys
-import types
 import weakref
 
 import numpy as np
@@ -340,20 +338,6 @@ def test_a_missing_path_is_named(tmp_path):
     (tmp_path / "weights.npz").touch()
     with pytest.raises(UserError, match=r"weights\.npz is not a SavedModel"):
         runtime.load(tmp_path / "weights.npz")
-
-
-def test_cuda_python_is_found_in_its_old_and_its_new_place(monkeypatch):
-    old, new = types.ModuleType("cuda.cudart"), types.ModuleType("cuda.bindings.runtime")
-    package, bindings = types.ModuleType("cuda"), types.ModuleType("cuda.bindings")
-    package.cudart, bindings.runtime = old, new
-    monkeypatch.setitem(sys.modules, "cuda", package)
-    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
-    assert runtime.import_cudart() is new
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    assert runtime.import_cudart() is old
-    monkeypatch.setitem(sys.modules, "cuda", None)
-    with pytest.raises(UserError, match="pip install cuda-python"):
-        runtime.import_cudart()
 
 
 def test_the_fake_has_no_name_that_the_cuda_runtime_lacks():

@@ -13,41 +13,14 @@ import pytest
 
 from vit_jax import command
 from vit_jax.errors import UserError
-from vit_jax.export import engine, runtime
-from vit_jax.export.to_tensorrt import Profile, attention_report, build, main, parse_batch
+from vit_jax.export import nvidia, runtime
+from vit_jax.export.precisions import PRECISIONS
+from vit_jax.export.to_tensorrt import build, main
 
 from . import fake_tensorrt, tensorrt_names
 
 ROOT = pathlib.Path(__file__).parents[2]
 STRONG = [version for version in fake_tensorrt.VERSIONS if not version.startswith("8")]
-
-
-@pytest.fixture
-def onnx_file(tmp_path):
-    """Writes an ONNX file with one weight; what is in the network is the fake parser's."""
-    onnx = pytest.importorskip("onnx", reason="needs the export extra", exc_type=ImportError)
-
-    def make(dtype="float32", quantized=False):
-        operators = ["Softmax", *["QuantizeLinear"] * quantized]
-        graph = onnx.helper.make_graph(
-            [onnx.helper.make_node(operator, ["a"], ["b"]) for operator in operators],
-            "graph",
-            [onnx.helper.make_tensor_value_info("images", 1, ["batch", 4, 4, 3])],
-            [onnx.helper.make_tensor_value_info("logits", 1, ["batch", 5])],
-            [onnx.numpy_helper.from_array(np.ones((2, 2)).astype(dtype), "weights")],
-        )
-        model = onnx.helper.make_model(graph)
-        onnx.helper.set_model_props(model, {"class_names": '["a", "b"]'})
-        path = tmp_path / "model.onnx"
-        onnx.save(model, path)
-        return path
-
-    return make
-
-
-@pytest.fixture
-def fake(monkeypatch):
-    return lambda version, **behavior: fake_tensorrt.install(monkeypatch, version, **behavior)
 
 
 def run(path, output):
@@ -59,24 +32,6 @@ def run(path, output):
 
 def called(trt, name):
     return [call[1:] for call in trt.calls if call[0] == name]
-
-
-@pytest.mark.parametrize(
-    "spec, profiles",
-    [
-        ("8", [(8, 8, 8)]),
-        ("1:8:64", [(1, 8, 64)]),
-        ("1,8:32:64", [(1, 1, 1), (8, 32, 64)]),
-    ],
-)
-def test_batch_specifications(spec, profiles):
-    assert parse_batch(spec) == tuple(Profile(*sizes) for sizes in profiles)
-
-
-@pytest.mark.parametrize("spec", ["", "0", "1:8", "8:1:64", "1:64:8", "a", "1:8:64,", "-1", "1.5"])
-def test_a_wrong_batch_specification_is_named(spec):
-    with pytest.raises(UserError, match="1:8:64"):
-        parse_batch(spec)
 
 
 @pytest.mark.parametrize("version", STRONG)
@@ -336,14 +291,6 @@ def test_without_tensorrt_one_line_and_exit_code_2(monkeypatch, onnx_file, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tensorrt_that_is_too_old_is_named(monkeypatch):
-    module = type(sys)("tensorrt")
-    module.__version__ = "8.5.3.1"
-    monkeypatch.setitem(sys.modules, "tensorrt", module)
-    with pytest.raises(UserError, match=r"8\.5\.3\.1 is too old"):
-        engine.import_tensorrt()
-
-
 def no_driver(name):
     raise OSError(f"{name}: cannot open shared object file")
 
@@ -360,117 +307,6 @@ def test_without_a_gpu_one_line_and_exit_code_2(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: no NVIDIA GPU here")
     assert trt.calls == []
-
-
-# Layers as TensorRT 10 prints them with detailed verbosity, in its order of keys, shortened.
-FUSED = [
-    {"Name": "__myl_Fc_myl0_0", "LayerType": "kgen", "TacticName": "__myl_Fc_0x1"},
-    {
-        "Name": "_gemm_mha_v2_myl0_6",
-        "LayerType": "kgen",
-        "TacticName": "_gemm_mha_v2_0xdeadbeef",
-        "Metadata": "[ONNX Layer: Transformer/encoderblock_0/Softmax]",
-    },
-    {
-        "Name": "encoderblock_0/fused_mha/Softmax_myl0_7",
-        "LayerType": "gemm",
-        "TacticName": "sm90_xmma_gemm",
-    },
-]
-UNFUSED = [
-    {"Name": "__myl_MaxSubExpSumDivMul_myl0_5", "LayerType": "kgen", "TacticName": "__myl_0x2"},
-    {"Name": "head", "LayerType": "SoftMax", "TacticName": "softmax_cuda"},
-]
-
-
-@pytest.mark.parametrize(
-    "layers, softmaxes, heads, fused",
-    [
-        (FUSED, 1, 0, True),
-        (FUSED + UNFUSED, 3, 0, False),
-        (UNFUSED, 2, 0, False),
-        (FUSED + UNFUSED[1:], 2, 1, True),
-        (FUSED, 2, 0, None),
-        (["{ForeignNode[Transformer/Softmax...head]}"], 12, 0, None),
-        (FUSED[:1], 0, 0, None),
-    ],
-)
-def test_fused_attention_is_told_from_the_layers(layers, softmaxes, heads, fused):
-    assert attention_report(layers, softmaxes, heads)["fused"] is fused
-
-
-@pytest.fixture
-def built(fake, onnx_file, tmp_path):
-    def make(version="10.0.1", **options):
-        fake(version)
-        build(onnx_file(), tmp_path / "out", **options)
-        return tmp_path / "out"
-
-    return make
-
-
-def test_an_engine_of_this_machine_loads(built):
-    directory = built()
-    assert engine.load_engine(directory).cuda_engine.num_optimization_profiles == 1
-    assert engine.load_engine(directory / "model.engine").description["tensorrt"] == "10.0.1"
-
-
-def test_an_engine_of_another_version_is_one_line(built, fake):
-    directory = built("10.0.1")
-    fake("11.4.0.106")
-    with pytest.raises(UserError, match=r"built by TensorRT 10\.0\.1 and this is 11\.4\.0\.106"):
-        engine.load_engine(directory)
-    # Without the description, TensorRT's own words.
-    (directory / "engine.json").unlink()
-    with pytest.raises(UserError, match="the version of the plan does not match"):
-        engine.load_engine(directory)
-
-
-def test_a_version_compatible_engine_is_for_later_versions_only(built):
-    description = json.loads((built(version_compatible=True) / "engine.json").read_text())
-    path, device = pathlib.Path("e"), fake_tensorrt.DEVICE
-    engine.check_engine(description, path, "10.16.1.11", device)
-    engine.check_engine(description, path, "11.4.0.106", device)
-    with pytest.raises(UserError, match=r"10\.0\.1 and runs with later ones, but this is 8\.6\.1"):
-        engine.check_engine(description, path, "8.6.1", device)
-
-
-@pytest.mark.parametrize(
-    "level, capability, fits",
-    [
-        ("none", "9.0", True),
-        ("none", "8.0", False),
-        ("same_compute_capability", "9.0", True),
-        ("same_compute_capability", "12.0", False),
-        ("ampere_plus", "8.0", True),
-        ("ampere_plus", "12.0", True),
-        ("ampere_plus", "7.5", False),
-    ],
-)
-def test_an_engine_of_another_gpu_is_one_line(built, level, capability, fits):
-    directory = built("11.4.0.106", hardware_compatibility=level)
-    description = json.loads((directory / "engine.json").read_text())
-    there = {"name": "Other", "compute_capability": capability, "driver": "12.4"}
-    if fits:
-        engine.check_engine(description, pathlib.Path("e"), "11.4.0.106", there)
-    else:
-        message = rf"built for NVIDIA Fake \(.*9\.0\) and this is Other \(.*{capability}\)"
-        with pytest.raises(UserError, match=message):
-            engine.check_engine(description, pathlib.Path("e"), "11.4.0.106", there)
-
-
-def test_a_damaged_engine_or_description_is_one_line(built, tmp_path):
-    directory = built()
-    whole = (directory / "model.engine").read_bytes()
-    (directory / "model.engine").write_bytes(whole[:-1])
-    with pytest.raises(UserError, match="bytes and engine.json says"):
-        engine.load_engine(directory)
-    for text in ("{", "{}", "[]", '{"engine": {"bytes": 1}}'):
-        (directory / "engine.json").write_text(text)
-        with pytest.raises(UserError, match="engine.json is damaged"):
-            engine.load_engine(directory)
-    with pytest.raises(UserError, match="is missing"):
-        engine.load_engine(tmp_path / "nowhere")
 
 
 def test_the_fake_refuses_what_its_version_lacks():
@@ -515,6 +351,8 @@ def names_in(path):
 @pytest.mark.parametrize("version", fake_tensorrt.VERSIONS)
 def test_every_name_of_tensorrt_exists_in_its_real_bindings(version):
     used = set.union(*(names_in(path) for path in (ROOT / "vit_jax/export").glob("*.py")))
+    flags = {flag for row in PRECISIONS.values() for flag in row.builder_flags or ()}
+    used |= {f"BuilderFlag.{flag}" for flag in flags}
     assert len(used) > 20
     table = fake_tensorrt.NAMES[version]
 
@@ -552,14 +390,14 @@ def test_what_is_made_of_the_real_bindings_works(bindings):
     code = """
         import importlib.util, pathlib, sys, types
         from vit_jax.errors import UserError
-        from vit_jax.export import engine, to_tensorrt
+        from vit_jax.export import nvidia, to_tensorrt
 
         spec = importlib.util.spec_from_file_location("names", sys.argv[1])
         names = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(names)
         trt = names.load(pathlib.Path(sys.argv[2]))
 
-        logger = engine.make_logger(trt)
+        logger = nvidia.make_logger(trt)
         logger.log(trt.ILogger.INFO, "hidden")
         logger.log(trt.ILogger.WARNING, "shown")
         logger.log(trt.ILogger.ERROR, "the reason")
@@ -567,7 +405,7 @@ def test_what_is_made_of_the_real_bindings_works(bindings):
         # The stand-ins make null pointers, as a real builder is where it cannot use the GPU.
         for kind in (trt.Builder, trt.Runtime):
             try:
-                engine.create(kind, logger)
+                nvidia.create(kind, logger)
             except UserError as error:
                 assert "cannot use this GPU: the reason" in str(error)
             else:
@@ -627,7 +465,7 @@ def test_it_runs_on_python_3_10(tmp_path):
 def test_a_real_engine_is_built_and_runs_where_there_is_a_gpu(tmp_path):
     pytest.importorskip("tensorrt", reason="needs TensorRT", exc_type=ImportError)
     try:
-        engine.find_device()
+        nvidia.find_device()
     except UserError as error:
         pytest.skip(str(error))
     onnx = pytest.importorskip("onnx", reason="needs the export extra", exc_type=ImportError)

@@ -1,7 +1,6 @@
 """What a model looks at and has learned: `python -m vit_jax.analysis all --checkpoint C ...`."""
 
 import argparse
-import os
 import sys
 import warnings
 from collections import Counter
@@ -15,7 +14,7 @@ from vit_jax import command
 from vit_jax.checkpoints import flags
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
-from vit_jax.files import atomic_write
+from vit_jax.files import atomic_write, make_folder
 from vit_jax.predict import find_images, read_batches
 
 if TYPE_CHECKING:
@@ -50,10 +49,7 @@ def main() -> int:
     names = _OF_IMAGES + _OF_WEIGHTS if args.analysis == "all" else (args.analysis,)
     files = find_images(args.images)
     pretrained = flags.load(args)
-    try:
-        os.makedirs(args.output, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {args.output} cannot be made: {error.strerror}") from error
+    make_folder(Path(args.output))
     save = _Saver(Path(args.output), args.dpi)
     if "filters" in names:
         _filters(pretrained, save)

@@ -22,6 +22,7 @@ import numpy as np
 
 from vit_jax.checkpoints.formats import checks, flax_msgpack, npz, safetensors, torch_pickle
 from vit_jax.errors import UserError, first_line, shortlist
+from vit_jax.files import storage_errors
 
 FileFormat = Literal["npz", "safetensors", "torch", "legacy torch", "flax"]
 
@@ -152,15 +153,15 @@ def _reading(path: Path) -> Generator[None]:
 
 
 def _file_size(path: Path) -> int:
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # to open a FIFO would wait for ever
+    with storage_errors(lambda reason: f"{path} cannot be read: {reason}; give another file"):
+        try:
+            mode = path.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UserError(f"{path} does not exist: give an existing file") from error
+        if not stat.S_ISREG(mode):  # to open a FIFO would wait for ever
             raise UserError(f"{path} is a directory or a device: give a file")
         with path.open("rb") as file:
             return file.seek(0, os.SEEK_END)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{path} does not exist: give an existing file") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; give another file") from error
 
 
 def _detect_format(path: Path) -> FileFormat:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from vit_jax.errors import UserError
+from vit_jax.files import storage_errors
 
 if TYPE_CHECKING:
     import requests
@@ -55,7 +56,13 @@ def fetch_file(source: Source) -> Path:
             on the disk.
     """
     path = source.path
-    try:
+    unwritable = storage_errors(
+        lambda reason: (
+            f"{source.name} cannot be written to {path.parent} ({reason}): "
+            "make room there, or name another directory with VIT_JAX_CACHE"
+        )
+    )
+    with unwritable:
         if path.exists():
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,12 +74,6 @@ def fetch_file(source: Source) -> Path:
             _verify(source.name, file, published)
             os.replace(file.name, path)
             _record_path(file).unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"{source.name} cannot be written to {path.parent} ({reason}): "
-            "make room there, or name another directory with VIT_JAX_CACHE"
-        ) from error
     return path
 
 

@@ -1,11 +1,7 @@
 """Writes a model in the format of Google, timm or Hugging Face, for others and for us to read."""
 
-import contextlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,7 @@ from vit_jax.checkpoints.formats.safetensors import write_safetensors
 from vit_jax.checkpoints.model_info import ModelInfo, info_path
 from vit_jax.checkpoints.pretrained import Pretrained
 from vit_jax.errors import UserError
-from vit_jax.files import atomic_write
+from vit_jax.files import atomic_folder, atomic_write
 
 FORMATS = ("official", "timm", "huggingface")
 _WRITERS = {".npz": write_npz, ".safetensors": write_safetensors}
@@ -53,7 +49,7 @@ def save_pretrained(pretrained: Pretrained, path: str | os.PathLike[str], format
         return
     files = foreign_configs.config_files(info, format)
     documents = {name: json.dumps(x, indent=2) + "\n" for name, x in files.items()}
-    with _storage_errors(path), _new_folder(path) as folder:
+    with atomic_folder(path) as folder:
         for name, text in documents.items():
             (folder / name).write_text(text)
         info_path(folder).write_text(info.to_json())
@@ -77,24 +73,3 @@ def _check_positions(model: dict[str, Any], format: str) -> None:
             f"the {format} format has learned position embeddings at the stem, this model "
             f"{embedding} ones, {placement}: use --format official"
         )
-
-
-@contextlib.contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """A folder that gets its name when it is complete, and is gone if it never is."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        yield folder
-        folder.chmod(0o755)  # mkdtemp keeps others out.
-        os.rename(folder, path)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-@contextlib.contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error

@@ -6,28 +6,30 @@ DIR holds `model.onnx` and, once `vit_jax.export.to_tensorrt` ran, `model.engine
 `DIR/deploy`; needs neither TensorRT nor a GPU.
 """
 
-import contextlib
 import json
 import os
 import shlex
 import shutil
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vit_jax import command
 from vit_jax.errors import UserError
-from vit_jax.export.engine import ENGINE, numbers, read_description
+from vit_jax.export.build_commands import (
+    input_shape,
+    own_command,
+    polygraphy_command,
+    trtexec_command,
+)
+from vit_jax.export.engine import ENGINE, read_description
+from vit_jax.export.nvidia import numbers
 from vit_jax.export.onnx_file import OnnxFile, Tensor, read_onnx
-from vit_jax.export.to_tensorrt import TIMING_CACHE, Profile, parse_batch
+from vit_jax.export.precisions import PRECISIONS
+from vit_jax.export.profiles import Profile, parse_batch
+from vit_jax.files import atomic_folder
 
 _TRITON = {"FLOAT": "FP32", "HALF": "FP16", "BF16": "BF16", "UINT8": "UINT8"}
-_HARDWARE = {"ampere_plus": "ampere+", "same_compute_capability": "sameComputeCapability"}
-# What trtexec can switch on and off; cuBLAS and cuDNN are no longer asked from TensorRT 11 on.
-_TACTIC_SOURCES = {
-    True: ("CUBLAS", "CUBLAS_LT", "CUDNN", "EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"),
-    False: ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"),
-}
 
 
 def write_deploy(
@@ -68,27 +70,16 @@ def write_deploy(
     asked = _fixed_batch(onnx) or parse_batch(batch)
     target = directory / "deploy"
     queue = {"instances": instances, "queue_delay_us": queue_delay_us}
-    try:
-        temporary = Path(tempfile.mkdtemp(prefix=".deploy-", dir=directory))
-        with contextlib.ExitStack() as stack:
-            stack.callback(shutil.rmtree, temporary, ignore_errors=True)
-            new = temporary / "new"
-            # mkdtemp makes a directory that only its owner can enter; a server is another user.
-            new.mkdir(mode=0o755)
-            models = new / "models"
-            files = [directory / file for file in onnx.sha256]
-            config = triton_config(f"{name}_onnx", "onnxruntime_onnx", onnx, asked, **queue)
-            _write_model(models / f"{name}_onnx", config, onnx, files)
-            if description:
-                config = triton_config(f"{name}_tensorrt", "tensorrt_plan", onnx, built, **queue)
-                _write_model(models / f"{name}_tensorrt", config, onnx, [engine], "model.plan")
-            text = _readme(onnx, description, built or asked, name)
-            (new / "README.md").write_text(text, encoding="utf-8")
-            if target.exists():
-                target.rename(temporary / "old")
-            new.rename(target)
-    except OSError as error:
-        raise UserError(f"{target} cannot be written ({error.strerror})") from error
+    with atomic_folder(target, replace=True) as new:
+        models = new / "models"
+        files = [directory / file for file in onnx.sha256]
+        config = triton_config(f"{name}_onnx", "onnxruntime_onnx", onnx, asked, **queue)
+        _write_model(models / f"{name}_onnx", config, onnx, files)
+        if description:
+            config = triton_config(f"{name}_tensorrt", "tensorrt_plan", onnx, built, **queue)
+            _write_model(models / f"{name}_tensorrt", config, onnx, [engine], "model.plan")
+        text = _readme(onnx, description, built or asked, name)
+        (new / "README.md").write_text(text, encoding="utf-8")
     return target
 
 
@@ -137,76 +128,6 @@ def triton_config(
     return "\n".join(lines) + "\n"
 
 
-def trtexec_command(
-    version: str, onnx: OnnxFile, profiles: tuple[Profile, ...], options: dict[str, Any]
-) -> list[str]:
-    """The trtexec command that builds the engine that `to_tensorrt.build` builds.
-
-    Args:
-        version: of TensorRT: "8.6", "10.x", "11.4.0.106".
-        onnx: the ONNX file.
-        profiles: the batch sizes. trtexec of 8.6 knows one profile: it gets the first.
-        options: entries of engine.json: workspace_mib, optimization_level, version_compatible,
-            hardware_compatibility, tf32, tactic_sources.
-    """
-    major = numbers(version)[0]
-    words = ["trtexec", f"--onnx={onnx.path.name}", f"--saveEngine={ENGINE}"]
-    for index, profile in enumerate(profiles if major >= 10 else profiles[:1]):
-        if len(profiles) > 1 and major >= 10:
-            words.append(f"--profile={index}")
-        for bound in ("min", "opt", "max"):
-            shape = "x".join(map(str, _shape(onnx.inputs[0], getattr(profile, bound))))
-            words.append(f"--{bound}Shapes={onnx.inputs[0].name}:{shape}")
-    words += {8: _weak_flags(onnx), 10: ["--stronglyTyped"]}.get(major, [])
-    if not options.get("tf32"):
-        words.append("--noTF32")
-    if options.get("workspace_mib"):
-        words.append(f"--memPoolSize=workspace:{options['workspace_mib']}")
-    words.append(f"--builderOptimizationLevel={options.get('optimization_level', 3)}")
-    if options.get("version_compatible"):
-        words.append("--versionCompatible")
-    level = options.get("hardware_compatibility", "none")
-    if level != "none":
-        words.append(f"--hardwareCompatibilityLevel={_HARDWARE[level]}")
-    if options.get("tactic_sources"):
-        chosen = _names(options["tactic_sources"])
-        signs = [("+" if s in chosen else "-") + s for s in _TACTIC_SOURCES[major < 11]]
-        words.append(f"--tacticSources={','.join(signs)}")
-    return [
-        *words,
-        f"--timingCacheFile={TIMING_CACHE}",
-        "--profilingVerbosity=detailed",
-        "--skipInference",
-    ]
-
-
-def polygraphy_command(
-    version: str, onnx: OnnxFile, profiles: tuple[Profile, ...], options: dict[str, Any]
-) -> list[str]:
-    """The polygraphy command that builds the same engine; arguments as of `trtexec_command`."""
-    major = numbers(version)[0]
-    words = ["polygraphy", "convert", onnx.path.name, "--convert-to", "trt", "--output", ENGINE]
-    for profile in profiles:
-        for bound in ("min", "opt", "max"):
-            shape = ",".join(map(str, _shape(onnx.inputs[0], getattr(profile, bound))))
-            words += [f"--trt-{bound}-shapes", f"{onnx.inputs[0].name}:[{shape}]"]
-    words += {8: _weak_flags(onnx), 10: ["--strongly-typed"]}.get(major, [])
-    if options.get("tf32"):
-        words.append("--tf32")
-    if options.get("workspace_mib"):
-        words += ["--pool-limit", f"workspace:{options['workspace_mib']}M"]
-    words += ["--builder-optimization-level", str(options.get("optimization_level", 3))]
-    if options.get("version_compatible"):
-        words.append("--version-compatible")
-    level = options.get("hardware_compatibility", "none")
-    if level != "none":
-        words += ["--hardware-compatibility-level", level.upper()]
-    if options.get("tactic_sources"):
-        words += ["--tactic-sources", *_names(options["tactic_sources"])]
-    words += ["--load-timing-cache", TIMING_CACHE, "--save-timing-cache", TIMING_CACHE]
-    return [*words, "--profiling-verbosity", "detailed"]
-
-
 def _readme(
     onnx: OnnxFile, description: dict[str, Any], profiles: tuple[Profile, ...], name: str
 ) -> str:
@@ -214,7 +135,7 @@ def _readme(
     preprocessing = json.loads(onnx.metadata.get("preprocessing", "null"))
     versions = [description["tensorrt"]] if description else ["11", "10", "8.6"]
     input_type = _TRITON.get(image.type, image.type)
-    shape = "x".join(map(str, _shape(image, profiles[0].opt)))
+    shape = "x".join(map(str, input_shape(image, profiles[0].opt)))
     lines = [
         f"# {name}",
         "",
@@ -237,14 +158,14 @@ def _readme(
         "Run beside `model.onnx`, on the GPU that will serve. This project's own builder needs only"
         " TensorRT, and checks what it built:",
         "",
-        _indented(_build_command(onnx, description, profiles)),
+        _indented(own_command(onnx, description, profiles)),
     ]
     for version in versions:
         lines += ["", f"### TensorRT {version}", ""]
         if numbers(version)[0] == 8:
             if len(profiles) > 1:
                 lines += ["trtexec of this version builds one profile: the first.", ""]
-            if onnx.precision == "fp16":
+            if PRECISIONS[onnx.precision].constrained:
                 lines += [
                     "Neither command holds what the file keeps in float32 in float32, as "
                     "`to_tensorrt` does.",
@@ -259,24 +180,6 @@ def _readme(
         f"    trtexec --loadEngine={ENGINE} --shapes={image.name}:{shape} --useCudaGraph",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _build_command(
-    onnx: OnnxFile, description: dict[str, Any], profiles: tuple[Profile, ...]
-) -> list[str]:
-    batch = ",".join(f"{profile.min}:{profile.opt}:{profile.max}" for profile in profiles)
-    words = ["python", "-m", "vit_jax.export.to_tensorrt", onnx.path.name, "--output", "."]
-    words += ["--batch", batch]
-    for option in ("version_compatible", "tf32"):
-        words += [f"--{option}"] * bool(description.get(option))
-    defaults = {"optimization_level": 3, "hardware_compatibility": "none"}
-    for option in ("workspace_mib", "optimization_level", "hardware_compatibility"):
-        value = description.get(option)
-        if value not in (None, defaults.get(option)):
-            words += [f"--{option}", str(value)]
-    if description.get("tactic_sources"):
-        words += ["--tactic_sources", description["tactic_sources"]]
-    return words
 
 
 def _write_model(
@@ -314,19 +217,6 @@ def _fixed_batch(onnx: OnnxFile) -> tuple[Profile, ...] | None:
     return None if size == -1 else (Profile(size, size, size),)
 
 
-def _shape(tensor: Tensor, batch: int) -> tuple[int, ...]:
-    return (batch, *tensor.shape[1:])
-
-
-def _weak_flags(onnx: OnnxFile) -> list[str]:
-    flags = ["--fp16"] * ("fp16" in onnx.weight_types)
-    return flags + ["--int8"] * (onnx.precision == "int8")
-
-
-def _names(sources: str) -> list[str]:
-    return [source.strip().upper() for source in sources.split(",")]
-
-
 def _indented(words: list[str]) -> str:
     """A command as a Markdown block; no line parts an option from its values."""
     options = []
@@ -344,10 +234,10 @@ def _indented(words: list[str]) -> str:
     return " \\\n".join(f"    {line}" for line in lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns its exit code."""
+def build_parser(prog: str = "python -m vit_jax.export.deploy") -> command.Parser:
+    """The flags of the command; `prog` is what its help calls it."""
     parser = command.Parser(
-        prog="python -m vit_jax.export.deploy",
+        prog=prog,
         description="Writes a Triton model repository and build commands beside a model.",
     )
     parser.add_argument("directory", help="with model.onnx and perhaps model.engine")
@@ -359,7 +249,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--queue_delay_us", type=int, default=1000, help="wait for a fuller batch, microseconds"
     )
-    print(write_deploy(**vars(parser.parse_args(arguments))))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    print(write_deploy(**vars(build_parser().parse_args(argv))))
     return 0
 
 

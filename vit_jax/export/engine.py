@@ -1,17 +1,32 @@
-"""TensorRT engines on disk, and whether this machine can run them. No JAX, no TensorFlow."""
+"""TensorRT engines: on disk, whether this machine can run them, and how. No JAX, no TensorFlow."""
 
+import contextlib
 import ctypes
 import dataclasses
 import json
+import math
 import os
-import re
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vit_jax.errors import UserError, first_line
+from vit_jax.errors import UserError
+from vit_jax.export.nvidia import (
+    create,
+    device_name,
+    find_device,
+    import_cudart,
+    import_tensorrt,
+    make_logger,
+    numbers,
+)
+from vit_jax.files import storage_errors
+
+if TYPE_CHECKING:  # The builder reads engines too, and needs no NumPy.
+    import numpy as np
 
 ENGINE, DESCRIPTION = "model.engine", "engine.json"
+_NUMPY = {"FLOAT": "float32", "HALF": "float16", "UINT8": "uint8"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +58,8 @@ def load_engine(path: str | os.PathLike[str]) -> Engine:
     device = find_device()
     if description:
         check_engine(description, path, trt.__version__, device)
-    try:
+    with storage_errors(lambda reason: f"{path} cannot be read ({reason}): name an engine"):
         plan = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): name an engine") from error
     logger = make_logger(trt)
     # A network may use a plugin; the engine is then only understood once they are registered.
     trt.init_libnvinfer_plugins(logger, "")
@@ -90,92 +103,6 @@ def check_engine(
             f"{path} was built for {device_name(there)} and this is {device_name(here)}: {again} "
             "(--hardware_compatibility ampere_plus makes engines for any GPU from Ampere on)"
         )
-
-
-def import_tensorrt() -> Any:
-    """Imports `tensorrt`; a UserError says how to get it."""
-    try:
-        import tensorrt
-    # The package may be there and its libraries not.
-    except (ImportError, OSError) as error:
-        raise UserError(
-            f"TensorRT is not installed here ({first_line(error)}): pip install tensorrt, "
-            "or take the ONNX file to a machine that has it"
-        ) from error
-    if numbers(tensorrt.__version__) < (8, 6):
-        raise UserError(f"TensorRT {tensorrt.__version__} is too old: use 8.6, 10 or 11")
-    return tensorrt
-
-
-def find_device() -> dict[str, str]:
-    """The first visible GPU: its `name`, `compute_capability` and CUDA version of its `driver`.
-
-    Asks the driver itself: TensorRT 8.6 crashes where there is none.
-
-    Raises:
-        UserError: there is no NVIDIA driver, or no GPU that it shows.
-    """
-    way_out = "take the ONNX file to a machine with one"
-    try:
-        cuda = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    except OSError as error:
-        raise UserError(f"no NVIDIA GPU here (the driver is not installed): {way_out}") from error
-    count, device, number = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    status = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
-    if status or not count.value:
-        raise UserError(
-            f"no NVIDIA GPU here (the driver reports {count.value} devices, error {status}; "
-            f"CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES')!r}): {way_out}"
-        )
-    name = ctypes.create_string_buffer(256)
-    cuda.cuDeviceGet(ctypes.byref(device), 0)
-    cuda.cuDeviceGetName(name, len(name), device)
-    capability = []
-    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
-        cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
-        capability.append(str(number.value))
-    cuda.cuDriverGetVersion(ctypes.byref(number))
-    return {
-        "name": name.value.decode(),
-        "compute_capability": ".".join(capability),
-        "driver": f"{number.value // 1000}.{number.value % 1000 // 10}",
-    }
-
-
-def make_logger(trt: Any, verbose: bool = False) -> Any:
-    """A TensorRT logger that keeps errors for the message that the user gets.
-
-    Args:
-        trt: the `tensorrt` module.
-        verbose: print everything to stderr; otherwise nothing but warnings of the builder.
-    """
-    printed = trt.ILogger.VERBOSE if verbose else trt.ILogger.WARNING
-
-    class Logger(trt.ILogger):
-        def __init__(self):
-            trt.ILogger.__init__(self)
-            self.errors = []
-
-        def log(self, severity, message):
-            if int(severity) <= int(trt.ILogger.ERROR):
-                self.errors.append(" ".join(message.split()))
-            if verbose or int(trt.ILogger.ERROR) < int(severity) <= int(printed):
-                print(f"TensorRT: {message}", file=sys.stderr)
-
-        def last_error(self):
-            return self.errors[-1] if self.errors else "it gave no reason (try --verbose)"
-
-    return Logger()
-
-
-def create(kind: Any, logger: Any) -> Any:
-    """A Builder or a Runtime, for which TensorRT wants a GPU that it can use."""
-    try:
-        return kind(logger)
-    except TypeError as error:  # What the bindings make of a null pointer.
-        raise UserError(
-            f"TensorRT cannot use this GPU: {logger.last_error()} (is the driver too old for it?)"
-        ) from error
 
 
 def deserialize(trt: Any, plan: Any, logger: Any, host_code: bool) -> tuple[Any, Any]:
@@ -225,11 +152,195 @@ def read_description(engine: Path) -> dict[str, Any]:
     return description
 
 
-def numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: 10.14.1.48.post1 is (10, 14, 1, 48)."""
-    return tuple(int(number) for number in re.match(r"\d+(\.\d+)*", version)[0].split("."))
+class EngineRunner:
+    """Runs batches on an engine: one stream, pinned host buffers, an execution context a profile.
 
+    With CUDA graphs there is a context for every captured size: a graph belongs to the shapes of
+    its context.
 
-def device_name(device: dict[str, str]) -> str:
-    """A GPU as messages name it, from `find_device`."""
-    return f"{device['name']} (compute capability {device['compute_capability']})"
+    Attributes:
+        input_shape: of one image, (height, width, 3).
+        output_shape: of what is made of one.
+        input_dtype: of the images.
+        output_dtype: of the outputs.
+        profiles: the (smallest, optimal, largest) batch of each.
+    """
+
+    def __init__(self, loaded: Engine, cuda_graph: bool, resources: contextlib.ExitStack):
+        """Takes streams and memory; closing `resources` gives them back.
+
+        Raises:
+            UserError: there are no CUDA bindings, the GPU is full, or the engine is none of one
+                input and one output of a known type.
+        """
+        trt, engine = loaded.trt, loaded.cuda_engine
+        self.loaded: Any = loaded
+        self.engine: Any = engine
+        self.cuda_graph = cuda_graph
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        modes = {name: engine.get_tensor_mode(name) for name in names}
+        inputs = [name for name in names if modes[name] == trt.TensorIOMode.INPUT]
+        outputs = [name for name in names if modes[name] == trt.TensorIOMode.OUTPUT]
+        if (len(inputs), len(outputs)) != (1, 1):
+            raise UserError(f"the engine has inputs {inputs} and outputs {outputs}: one of each")
+        (self.input,), (self.output,) = inputs, outputs
+        self.input_shape = tuple(engine.get_tensor_shape(self.input))[1:]
+        self.output_shape = tuple(engine.get_tensor_shape(self.output))[1:]
+        self.input_dtype = self._dtype(self.input)
+        self.output_dtype = self._dtype(self.output)
+        self.profiles = [
+            tuple(shape[0] for shape in engine.get_tensor_profile_shape(self.input, index))
+            for index in range(engine.num_optimization_profiles)
+        ]
+        self.contexts: dict[Any, Any] = {}
+        self.graphs: dict[tuple[int, int], Any] = {}
+
+        self.cudart = import_cudart()
+        largest = max(profile[2] for profile in self.profiles)
+        self.stream = self._take(resources, self._stream(), self.cudart.cudaStreamDestroy)
+        self.host_in, self.device_in = self._buffers(
+            resources, largest, self.input_shape, self.input_dtype
+        )
+        self.host_out, self.device_out = self._buffers(
+            resources, largest, self.output_shape, self.output_dtype
+        )
+        resources.callback(self._release)
+
+    def run(self, images: "np.ndarray") -> "np.ndarray":
+        """Maps images of the engine's type, no more than its largest batch, to its outputs."""
+        index, size = self._choose(len(images))
+        self.host_in[: len(images)] = images
+        # What fills the batch up does not matter, but it must not be stale NaNs of another run.
+        self.host_in[len(images) : size] = images[-1]
+        if self.cuda_graph:
+            if (index, size) not in self.graphs:
+                self.graphs[index, size] = self._capture(index, size)
+            self._call(self.cudart.cudaGraphLaunch(self.graphs[index, size], self.stream))
+        else:
+            self._enqueue(self._context(index, index, size), size)
+        self._call(self.cudart.cudaStreamSynchronize(self.stream))
+        return self.host_out[: len(images)].copy()
+
+    def _choose(self, batch: int) -> tuple[int, int]:
+        """The profile, and the size that a batch is filled up to.
+
+        The one that fills up least; of those, the one with the nearest optimum.
+        """
+        choices = []
+        for index, (smallest, optimal, largest) in enumerate(self.profiles):
+            if batch <= largest:
+                size = max(smallest, batch)
+                if self.cuda_graph:
+                    size = min(size for size in (smallest, optimal, largest) if size >= batch)
+                choices.append((size, abs(optimal - batch), index))
+        size, _, index = min(choices)
+        return index, size
+
+    def _context(self, key: Any, index: int, size: int) -> Any:
+        """An execution context on a profile, with its buffers and the shape of this batch."""
+        if key not in self.contexts:
+            context = self.engine.create_execution_context()
+            if context is None:
+                raise UserError(
+                    f"the GPU has no memory left for the engine: {self.loaded.logger.last_error()}"
+                )
+            if not context.set_optimization_profile_async(index, self.stream):
+                raise RuntimeError(f"profile {index}: {self.loaded.logger.last_error()}")
+            self._call(self.cudart.cudaStreamSynchronize(self.stream))
+            context.set_tensor_address(self.input, self.device_in)
+            context.set_tensor_address(self.output, self.device_out)
+            self.contexts[key] = context
+        context = self.contexts[key]
+        if not context.set_input_shape(self.input, (size, *self.input_shape)):
+            raise RuntimeError(f"batch {size}: {self.loaded.logger.last_error()}")
+        return context
+
+    def _enqueue(self, context: Any, size: int) -> None:
+        kinds = self.cudart.cudaMemcpyKind
+        self._call(
+            self.cudart.cudaMemcpyAsync(
+                self.device_in,
+                self.host_in.ctypes.data,
+                self.host_in[:size].nbytes,
+                kinds.cudaMemcpyHostToDevice,
+                self.stream,
+            )
+        )
+        if not context.execute_async_v3(self.stream):
+            raise RuntimeError(f"TensorRT could not run: {self.loaded.logger.last_error()}")
+        self._call(
+            self.cudart.cudaMemcpyAsync(
+                self.host_out.ctypes.data,
+                self.device_out,
+                self.host_out[:size].nbytes,
+                kinds.cudaMemcpyDeviceToHost,
+                self.stream,
+            )
+        )
+
+    def _capture(self, index: int, size: int) -> Any:
+        context = self._context((index, size), index, size)
+        # The first run after a change of shape does work that cannot be captured.
+        self._enqueue(context, size)
+        self._call(self.cudart.cudaStreamSynchronize(self.stream))
+        mode = self.cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call(self.cudart.cudaStreamBeginCapture(self.stream, mode))
+        self._enqueue(context, size)
+        graph = self._call(self.cudart.cudaStreamEndCapture(self.stream))
+        executable = self._call(self.cudart.cudaGraphInstantiateWithFlags(graph, 0))
+        self._call(self.cudart.cudaGraphDestroy(graph))
+        return executable
+
+    def _buffers(
+        self,
+        resources: contextlib.ExitStack,
+        batch: int,
+        shape: tuple[int, ...],
+        dtype: "np.dtype",
+    ) -> "tuple[np.ndarray, int]":
+        """A pinned array in host memory, and the address of as much memory of the GPU."""
+        import numpy as np
+
+        size = batch * math.prod(shape) * dtype.itemsize
+        host = self._take(
+            resources, self._call(self.cudart.cudaMallocHost(size)), self.cudart.cudaFreeHost
+        )
+        device = self._take(
+            resources, self._call(self.cudart.cudaMalloc(size)), self.cudart.cudaFree
+        )
+        array = np.ctypeslib.as_array((ctypes.c_byte * size).from_address(int(host)))
+        return array.view(dtype).reshape(batch, *shape), int(device)
+
+    def _stream(self) -> int:
+        # TensorRT would have to synchronise more often on the default stream.
+        return int(
+            self._call(self.cudart.cudaStreamCreateWithFlags(self.cudart.cudaStreamNonBlocking))
+        )
+
+    def _take(self, resources: contextlib.ExitStack, resource: Any, free: Callable) -> Any:
+        resources.callback(free, resource)
+        return resource
+
+    def _release(self) -> None:
+        for executable in self.graphs.values():
+            self.cudart.cudaGraphExecDestroy(executable)
+        self.graphs.clear()
+        # In this order: a context refers to its engine, and an engine to its runtime.
+        self.contexts.clear()
+        self.engine = self.loaded = None
+
+    def _dtype(self, name: str) -> "np.dtype":
+        import numpy as np
+
+        dtype = self.engine.get_tensor_dtype(name).name
+        if dtype not in _NUMPY:
+            raise UserError(f"the engine's {name} is {dtype}: use one of {', '.join(_NUMPY)}")
+        return np.dtype(_NUMPY[dtype])
+
+    def _call(self, result: tuple) -> Any:
+        """The value that a CUDA call returns beside its status."""
+        status, *values = result
+        if int(status):
+            text = self.cudart.cudaGetErrorString(status)[1]
+            raise UserError(f"CUDA error {int(status)}: {text.decode()}")
+        return values[0] if values else None

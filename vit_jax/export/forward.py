@@ -88,7 +88,7 @@ def make_forward(
     def apply(params: Any, images: jax.Array) -> jax.Array:
         if include_preprocessing:
             images = images.astype(jnp.float32) * scale - offset
-        x = module.apply({"params": params}, images)
+        x: Any = module.apply({"params": params}, images)
         if outputs == "probabilities":
             return jax.nn.sigmoid(x) if pretrained.loss == "sigmoid" else jax.nn.softmax(x)
         return x

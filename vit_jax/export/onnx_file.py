@@ -1,5 +1,6 @@
 """What an ONNX file consists of, read without `onnx`: its weights are skipped, not loaded."""
 
+import contextlib
 import dataclasses
 import hashlib
 import mmap
@@ -9,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.errors import UserError
+from vit_jax.export.precisions import PRECISIONS, Precision, detect
+from vit_jax.files import storage_errors
 
 # TensorProto.DataType.
 _TYPES = {1: "FLOAT", 2: "UINT8", 3: "INT8", 6: "INT32", 7: "INT64", 10: "HALF", 16: "BF16"}
-_FLOATS = {1: "fp32", 10: "fp16", 16: "bf16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +33,8 @@ class OnnxFile:
     Attributes:
         path: of the file.
         sha256: of every file that it consists of, by name: itself, and its external data.
-        precision: "int8" if it has QuantizeLinear or DequantizeLinear nodes, else "fp32", "fp16" or
-            "bf16", the type of most of its weights.
-        weight_types: the floating-point types of its weights.
+        precision: a key of `PRECISIONS`, see `precisions.detect`.
+        weight_types: the precisions whose type some of its weights have.
         softmaxes: the number of its Softmax nodes: one for each layer of attention.
         inputs: of the graph.
         outputs: likewise.
@@ -49,6 +50,12 @@ class OnnxFile:
     outputs: tuple[Tensor, ...]
     metadata: dict[str, str]
 
+    @property
+    def precisions(self) -> list[Precision]:
+        """The rows of its own precision and of those of its weights, in the table's order."""
+        names = {self.precision, *self.weight_types}
+        return [row for name, row in PRECISIONS.items() if name in names]
+
 
 def read_onnx(path: str | os.PathLike[str]) -> OnnxFile:
     """Reads types, metadata and checksums of an ONNX file.
@@ -63,19 +70,12 @@ def read_onnx(path: str | os.PathLike[str]) -> OnnxFile:
     graph = _read(path)
     sha256 = {path.name: _sha256(path)}
     for name in sorted(graph.external):
-        try:
+        with _external_errors(path, name):
             sha256[name] = _sha256(path.parent / name)
-        except OSError as error:
-            raise UserError(
-                f"{path.parent / name}, which holds weights of {path.name}, cannot be read "
-                f"({error.strerror}): keep the two side by side"
-            ) from error
-    quantized = {"QuantizeLinear", "DequantizeLinear"} & set(graph.operators)
-    most = max(graph.weights, key=graph.weights.__getitem__, default="fp32")
     return OnnxFile(
         path=path,
         sha256=sha256,
-        precision="int8" if quantized else most,
+        precision=detect(graph.metadata.get("precision"), graph.weights, graph.operators),
         weight_types=frozenset(graph.weights),
         softmaxes=graph.operators.get("Softmax", 0),
         inputs=tuple(graph.inputs),
@@ -93,6 +93,15 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     return _read(Path(path)).metadata
 
 
+def _external_errors(path: Path, name: str) -> contextlib.AbstractContextManager[None]:
+    return storage_errors(
+        lambda reason: (
+            f"{path.parent / name}, which holds weights of {path.name}, cannot be read "
+            f"({reason}): keep the two side by side"
+        )
+    )
+
+
 @dataclasses.dataclass
 class _Graph:
     """What was found in a file: elements of the weights by type, nodes by operator, and so on."""
@@ -106,13 +115,17 @@ class _Graph:
 
 
 def _read(path: Path) -> _Graph:
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _scan(data)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): name an ONNX file") from error
-    except (ValueError, IndexError, TypeError) as error:
-        raise UserError(f"{path} is not an ONNX file ({error}): export the model again") from error
+    with storage_errors(lambda reason: f"{path} cannot be read ({reason}): name an ONNX file"):
+        try:
+            with (
+                path.open("rb") as file,
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+            ):
+                return _scan(data)
+        except (ValueError, IndexError, TypeError) as error:
+            raise UserError(
+                f"{path} is not an ONNX file ({error}): export the model again"
+            ) from error
 
 
 def _scan(data: Any) -> _Graph:
@@ -175,8 +188,9 @@ def _scan_tensor(
             key, text = _entry(data, value)
             if key == "location":
                 external.add(text)
-    if data_type in _FLOATS:
-        weights[_FLOATS[data_type]] = weights.get(_FLOATS[data_type], 0) + size
+    for row in PRECISIONS.values():
+        if row.onnx_type == data_type:
+            weights[row.name] = weights.get(row.name, 0) + size
 
 
 def _entry(data: Any, span: tuple[int, int]) -> tuple[str, str]:

@@ -13,24 +13,16 @@ import numpy as np
 
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
+from vit_jax.export.precisions import PRECISIONS, thresholds
 from vit_jax.files import atomic_write, write_json
 
 Predict = Callable[[np.ndarray], np.ndarray]
 
-# What makes the command fail: largest difference relative to the largest output; smallest cosine of
-# two rows; share of images with the same first class, told by at least _ENOUGH photographs.
-THRESHOLDS = {
-    "fp32": {"relative_difference": 1e-5, "cosine": 0.99999, "top1_agreement": 0.999},
-    "fp32 engine": {"relative_difference": 1e-4, "cosine": 0.9999, "top1_agreement": 0.999},
-    "fp16": {"relative_difference": 1e-2, "cosine": 0.999, "top1_agreement": 0.995},
-    "bf16": {"relative_difference": 1e-1, "cosine": 0.99, "top1_agreement": 0.97},
-    "int8": {"relative_difference": 1.0, "cosine": 0.9, "top1_agreement": 0.8},
-}
-_ENOUGH = 200
-LARGEST_FP16 = 65504
+_ENOUGH = 200  # photographs, for the first class to tell something
 SYNTHETIC = "synthetic"
 _PERCENTILES = (50, 90, 99)
 _REFERENCE, _REPORT = "parity_reference.npz", "parity.json"
+_STAGES = "hops"  # The key that parity.json has always had for the stages.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +118,8 @@ def synthetic_images(number: int, preprocessing: Preprocessing) -> np.ndarray:
 
 def as_pixels(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     """The nearest uint8 pixels of normalized images, for models that take these."""
-    pixels = (images * np.float32(preprocessing.std) + np.float32(preprocessing.mean)) * 255
+    std, mean = (np.asarray(x, np.float32) for x in (preprocessing.std, preprocessing.mean))
+    pixels = (images * std + mean) * 255
     return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
 
 
@@ -174,10 +167,10 @@ def failures(row: Mapping[str, float], precision: str, reference: Reference) -> 
 
     Args:
         row: from `compare`, and of an emulation what its `range` tells.
-        precision: of the model, a key of `THRESHOLDS`.
+        precision: of the model, a key of `precisions.thresholds`.
         reference: what was compared with; of few or synthetic images the first class says little.
     """
-    limits = THRESHOLDS[precision]
+    limits = thresholds()[precision]
     found = []
     # Negated, so that NaN fails.
     if not row["relative_difference"] <= limits["relative_difference"]:
@@ -192,9 +185,10 @@ def failures(row: Mapping[str, float], precision: str, reference: Reference) -> 
         if not row[name] >= limits[name]:
             found.append(f"{name} {row[name]:.5g} is below {limits[name]:g}")
     if found and row.get("overflow_at"):
+        kind = PRECISIONS[precision]
         return [
-            f"{row['overflow_at']} is beyond {LARGEST_FP16}, the largest number of fp16, and what "
-            f"comes after it is lost ({found[0]}): use --precision bf16"
+            f"{row['overflow_at']} is beyond {kind.largest}, the largest number of {kind.name}, "
+            f"and what comes after it is lost ({found[0]}): use --precision {kind.wider}"
         ]
     return found
 
@@ -231,10 +225,17 @@ def latency(
 
 
 def table(stages: Sequence[Mapping[str, Any]]) -> str:
-    """The stages as two Markdown tables: the differences, and the times if any were taken."""
-    accuracy, ranged = (any(name in stage for stage in stages) for name in ("accuracy", "largest"))
+    """The stages as two Markdown tables: the differences, and the times if any were taken.
+
+    Args:
+        stages: each has a `name` and what `compare` gives; a `latency` if it was timed; and of an
+            emulation its `range` and the name of its `precision`.
+    """
+    accuracy = any("accuracy" in stage for stage in stages)
+    limits = {PRECISIONS[stage["precision"]].largest for stage in stages if "largest" in stage}
+    ranged = bool(limits)
     lines = ["| | max | mean | relative | cosine | top-1 agreement |" + " accuracy |" * accuracy]
-    lines[0] += f" largest, of {LARGEST_FP16} |" * ranged
+    lines[0] += f" largest, of {' or '.join(map(str, limits))} |" * ranged
     lines.append("|-|-|-|-|-|-|" + "-|" * (accuracy + ranged))
     for stage in stages:
         cells = [
@@ -261,7 +262,7 @@ def table(stages: Sequence[Mapping[str, Any]]) -> str:
 
 def save_reference(reference: Reference, directory: Path, number: int = 64) -> None:
     """Writes `parity_reference.npz`, with which an engine is checked on another machine."""
-    arrays = {
+    arrays: dict[str, Any] = {
         "images": reference.images[:number],
         "outputs": reference.outputs[:number],
         "data": np.array(reference.data),
@@ -292,7 +293,7 @@ def load_reference(directory: Path) -> Reference:
 def load_report(directory: Path) -> list[dict[str, Any]]:
     """The stages in `parity.json`; none where there is no such file, or it is damaged."""
     try:
-        return json.loads((directory / _REPORT).read_text())["hops"]
+        return json.loads((directory / _REPORT).read_text())[_STAGES]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
@@ -302,7 +303,7 @@ def save_report(reference: Reference, stages: Sequence[Mapping[str, Any]], direc
     report = {
         "compared_with": "the Flax model in float32",
         "data": reference.data,
-        "thresholds": THRESHOLDS,
-        "hops": stages,
+        "thresholds": thresholds(),
+        _STAGES: stages,
     }
     write_json(directory / _REPORT, report)

@@ -17,7 +17,8 @@ from onnxscript import optimizer
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.pattern import RewriteRuleSet
 
-from vit_jax.export.patterns import FUSIONS, SIMPLIFICATIONS, array_of, shape_of
+from vit_jax.export.graph import array_of, known, shape_of
+from vit_jax.export.patterns import FUSIONS, SIMPLIFICATIONS
 
 # The batch size of the traced graph: a prime that divides no dimension of any model here.
 TRACED_BATCH = 97
@@ -48,10 +49,11 @@ def rewrite(model: ir.Model, weights: Mapping[str, np.ndarray]) -> None:
 
 def _bind(graph: ir.Graph, weights: Mapping[str, np.ndarray]) -> None:
     for value in list(graph.inputs):
-        if value.name in weights:
+        name = known(value.name)
+        if name in weights:
             graph.inputs.remove(value)
             if value.uses():
-                value.const_value = ir.Tensor(np.asarray(weights[value.name]), name=value.name)
+                value.const_value = ir.Tensor(np.asarray(weights[name]), name=name)
                 graph.register_initializer(value)
 
 
@@ -77,7 +79,7 @@ def _apply(model: ir.Model, rules: RewriteRuleSet) -> bool:
 
 def _order_operands(graph: ir.Graph) -> None:
     """Puts the shallower operand first and a constant last, as the patterns do."""
-    depth = dict.fromkeys(graph.inputs, 0)
+    depth: dict[ir.Value | None, float] = dict.fromkeys(graph.inputs, 0)
     for node in graph:
         inputs = [depth.get(value, math.inf) for value in node.inputs]
         if node.op_type in ("Add", "Mul", "Max") and inputs[0] > inputs[1]:
@@ -95,7 +97,7 @@ def _free_batch(model: ir.Model) -> None:
     for i, node in enumerate(reshapes):
         _free_reshape(graph, node, f"free_shape_{i}")
     for value in (*graph.inputs, *graph.outputs):
-        value.shape = ir.Shape(("batch", *value.shape[1:]))
+        value.shape = ir.Shape(("batch", *known(value.shape)[1:]))
     for value in (output for node in graph for output in node.outputs):
         if value not in graph.outputs:
             value.shape = None
@@ -119,8 +121,8 @@ def _has_free_size(shape: ir.Shape | None) -> bool:
 
 
 def _free_reshape(graph: ir.Graph, node: ir.Node, name: str) -> None:
-    target = array_of(node.inputs[1]).tolist()
-    source = shape_of(node.inputs[0])
+    target = known(array_of(node.inputs[1])).tolist()
+    source = known(shape_of(node.inputs[0]))
     for axis, size in enumerate(target):
         if size == TRACED_BATCH and source[axis : axis + 1] == (size,):
             target[axis] = 0  # Copies the dimension of the input.
@@ -135,11 +137,12 @@ def _share_weights(graph: ir.Graph) -> None:
     """Keeps one of the weights that are equal, and stores it row by row."""
     first: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
     for value in list(graph.initializers.values()):
-        array = np.ascontiguousarray(array_of(value)).reshape(array_of(value).shape)
+        array = known(array_of(value))
+        array = np.ascontiguousarray(array).reshape(array.shape)
         key = (str(array.dtype), array.shape, hashlib.sha256(array).digest())
         if key in first:
             value.replace_all_uses_with(first[key])
-            del graph.initializers[value.name]
+            del graph.initializers[known(value.name)]
         else:
             first[key] = value
             value.const_value = ir.Tensor(array, name=value.name)
@@ -148,7 +151,7 @@ def _share_weights(graph: ir.Graph) -> None:
 def _name_nodes(model: ir.Model, weights: Collection[str]) -> None:
     """Names weights by the parameters in them, nodes and their outputs by their module."""
     graph = model.graph
-    taken = {value.name for value in (*graph.inputs, *graph.outputs)}
+    taken = {known(value.name) for value in (*graph.inputs, *graph.outputs)}
     scopes: dict[ir.Value, str] = {}
     for value in list(graph.initializers.values()):
         sources = value.meta.get(optimizer.FOLDED_FROM_KEY, {value.name}).intersection(weights)
@@ -178,7 +181,7 @@ def _common_name(sources: Sequence[str]) -> str:
 
 
 def _constant_name(value: ir.Value) -> str:
-    array = array_of(value)
+    array = known(array_of(value))
     values = "_".join(str(x) for x in array.ravel()[:8])
     return f"constant_{array.dtype}_{values}"
 

@@ -7,7 +7,6 @@ TensorFlow, onnxruntime, TensorRT and the CUDA bindings are imported for the for
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import json
 import os
@@ -19,7 +18,7 @@ import numpy as np
 
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError, first_line
-from vit_jax.export.engine import load_engine
+from vit_jax.export.engine import EngineRunner, load_engine
 from vit_jax.export.onnx_file import read_metadata
 
 PROVIDERS = {
@@ -27,7 +26,6 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-_NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "UINT8": np.uint8}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +102,8 @@ class Model:
                     f"{self.path} does not say how pixels are normalized: pass images as floats, "
                     "with mean and std as in training"
                 )
-            mean, std = np.float32(self.preprocessing.mean), np.float32(self.preprocessing.std)
+            mean = np.asarray(self.preprocessing.mean, np.float32)
+            std = np.asarray(self.preprocessing.std, np.float32)
             normalized = (images / np.float32(255) - mean) / std
             return normalized.astype(self.image_dtype, copy=False)
         if self.image_dtype == np.uint8 or not np.issubdtype(images.dtype, np.floating):
@@ -203,6 +202,11 @@ def _onnx(path: Path, device: str) -> Model:
     if session.get_providers()[0] != provider:
         raise missing
     (images,), (_output,) = session.get_inputs(), session.get_outputs()
+
+    def run(batch: np.ndarray) -> np.ndarray:
+        results: Any = session.run(None, {images.name: np.ascontiguousarray(batch)})
+        return results[0]
+
     dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
     if images.type not in dtypes:
         raise UserError(f"{path} takes {images.type}: use one of {', '.join(dtypes)}")
@@ -211,14 +215,14 @@ def _onnx(path: Path, device: str) -> Model:
         shape=images.shape,
         dtype=dtypes[images.type],
         metadata=session.get_modelmeta().custom_metadata_map,
-        run=lambda batch: session.run(None, {images.name: np.ascontiguousarray(batch)})[0],
+        run=run,
     )
 
 
 def _engine(path: Path, cuda_graph: bool) -> Model:
     loaded = load_engine(path)
     with contextlib.ExitStack() as resources:
-        engine = _EngineRunner(loaded, cuda_graph, resources)
+        engine = EngineRunner(loaded, cuda_graph, resources)
         return _model(
             path,
             shape=(-1, *engine.input_shape),
@@ -263,191 +267,3 @@ def _model(
         )
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"the metadata of {path} is damaged ({error}): export it again") from error
-
-
-class _EngineRunner:
-    """Runs batches on an engine: one stream, pinned host buffers, an execution context a profile.
-
-    With CUDA graphs there is a context for every captured size: a graph belongs to the shapes of
-    its context.
-    """
-
-    def __init__(self, loaded: Any, cuda_graph: bool, resources: contextlib.ExitStack):
-        trt, engine = loaded.trt, loaded.cuda_engine
-        self.loaded, self.engine, self.cuda_graph = loaded, engine, cuda_graph
-        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-        modes = {name: engine.get_tensor_mode(name) for name in names}
-        inputs = [name for name in names if modes[name] == trt.TensorIOMode.INPUT]
-        outputs = [name for name in names if modes[name] == trt.TensorIOMode.OUTPUT]
-        if (len(inputs), len(outputs)) != (1, 1):
-            raise UserError(f"the engine has inputs {inputs} and outputs {outputs}: one of each")
-        (self.input,), (self.output,) = inputs, outputs
-        self.input_shape = tuple(engine.get_tensor_shape(self.input))[1:]
-        self.output_shape = tuple(engine.get_tensor_shape(self.output))[1:]
-        self.input_dtype = self._dtype(self.input)
-        self.output_dtype = self._dtype(self.output)
-        self.profiles = [
-            tuple(shape[0] for shape in engine.get_tensor_profile_shape(self.input, index))
-            for index in range(engine.num_optimization_profiles)
-        ]
-        self.contexts, self.graphs = {}, {}
-
-        self.cudart = import_cudart()
-        largest = max(profile[2] for profile in self.profiles)
-        self.stream = self._take(resources, self._stream(), self.cudart.cudaStreamDestroy)
-        self.host_in, self.device_in = self._buffers(
-            resources, largest, self.input_shape, self.input_dtype
-        )
-        self.host_out, self.device_out = self._buffers(
-            resources, largest, self.output_shape, self.output_dtype
-        )
-        resources.callback(self._release)
-
-    def run(self, images: np.ndarray) -> np.ndarray:
-        index, size = self._choose(len(images))
-        self.host_in[: len(images)] = images
-        # What fills the batch up does not matter, but it must not be stale NaNs of another run.
-        self.host_in[len(images) : size] = images[-1]
-        if self.cuda_graph:
-            if (index, size) not in self.graphs:
-                self.graphs[index, size] = self._capture(index, size)
-            self._call(self.cudart.cudaGraphLaunch(self.graphs[index, size], self.stream))
-        else:
-            self._enqueue(self._context(index, index, size), size)
-        self._call(self.cudart.cudaStreamSynchronize(self.stream))
-        return self.host_out[: len(images)].copy()
-
-    def _choose(self, batch: int) -> tuple[int, int]:
-        """The profile, and the size that a batch is filled up to.
-
-        The one that fills up least; of those, the one with the nearest optimum.
-        """
-        choices = []
-        for index, (smallest, optimal, largest) in enumerate(self.profiles):
-            if batch <= largest:
-                size = max(smallest, batch)
-                if self.cuda_graph:
-                    size = min(size for size in (smallest, optimal, largest) if size >= batch)
-                choices.append((size, abs(optimal - batch), index))
-        size, _, index = min(choices)
-        return index, size
-
-    def _context(self, key: Any, index: int, size: int) -> Any:
-        """An execution context on a profile, with its buffers and the shape of this batch."""
-        if key not in self.contexts:
-            context = self.engine.create_execution_context()
-            if context is None:
-                raise UserError(
-                    f"the GPU has no memory left for the engine: {self.loaded.logger.last_error()}"
-                )
-            if not context.set_optimization_profile_async(index, self.stream):
-                raise RuntimeError(f"profile {index}: {self.loaded.logger.last_error()}")
-            self._call(self.cudart.cudaStreamSynchronize(self.stream))
-            context.set_tensor_address(self.input, self.device_in)
-            context.set_tensor_address(self.output, self.device_out)
-            self.contexts[key] = context
-        context = self.contexts[key]
-        if not context.set_input_shape(self.input, (size, *self.input_shape)):
-            raise RuntimeError(f"batch {size}: {self.loaded.logger.last_error()}")
-        return context
-
-    def _enqueue(self, context: Any, size: int) -> None:
-        kinds = self.cudart.cudaMemcpyKind
-        self._call(
-            self.cudart.cudaMemcpyAsync(
-                self.device_in,
-                self.host_in.ctypes.data,
-                self.host_in[:size].nbytes,
-                kinds.cudaMemcpyHostToDevice,
-                self.stream,
-            )
-        )
-        if not context.execute_async_v3(self.stream):
-            raise RuntimeError(f"TensorRT could not run: {self.loaded.logger.last_error()}")
-        self._call(
-            self.cudart.cudaMemcpyAsync(
-                self.host_out.ctypes.data,
-                self.device_out,
-                self.host_out[:size].nbytes,
-                kinds.cudaMemcpyDeviceToHost,
-                self.stream,
-            )
-        )
-
-    def _capture(self, index: int, size: int) -> Any:
-        context = self._context((index, size), index, size)
-        # The first run after a change of shape does work that cannot be captured.
-        self._enqueue(context, size)
-        self._call(self.cudart.cudaStreamSynchronize(self.stream))
-        mode = self.cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._call(self.cudart.cudaStreamBeginCapture(self.stream, mode))
-        self._enqueue(context, size)
-        graph = self._call(self.cudart.cudaStreamEndCapture(self.stream))
-        executable = self._call(self.cudart.cudaGraphInstantiateWithFlags(graph, 0))
-        self._call(self.cudart.cudaGraphDestroy(graph))
-        return executable
-
-    def _buffers(
-        self,
-        resources: contextlib.ExitStack,
-        batch: int,
-        shape: tuple[int, ...],
-        dtype: np.dtype,
-    ) -> tuple[np.ndarray, int]:
-        """A pinned array in host memory, and the address of as much memory of the GPU."""
-        count = batch * int(np.prod(shape))
-        size = count * dtype.itemsize
-        host = self._take(
-            resources, self._call(self.cudart.cudaMallocHost(size)), self.cudart.cudaFreeHost
-        )
-        device = self._take(
-            resources, self._call(self.cudart.cudaMalloc(size)), self.cudart.cudaFree
-        )
-        array = np.ctypeslib.as_array((ctypes.c_byte * size).from_address(int(host)))
-        return array.view(dtype).reshape(batch, *shape), int(device)
-
-    def _stream(self) -> int:
-        # TensorRT would have to synchronise more often on the default stream.
-        return int(
-            self._call(self.cudart.cudaStreamCreateWithFlags(self.cudart.cudaStreamNonBlocking))
-        )
-
-    def _take(self, resources: contextlib.ExitStack, resource: Any, free: Callable) -> Any:
-        resources.callback(free, resource)
-        return resource
-
-    def _release(self) -> None:
-        for executable in self.graphs.values():
-            self.cudart.cudaGraphExecDestroy(executable)
-        self.graphs.clear()
-        # In this order: a context refers to its engine, and an engine to its runtime.
-        self.contexts.clear()
-        self.engine = self.loaded = None
-
-    def _dtype(self, name: str) -> np.dtype:
-        dtype = self.engine.get_tensor_dtype(name).name
-        if dtype not in _NUMPY:
-            raise UserError(f"the engine's {name} is {dtype}: use one of {', '.join(_NUMPY)}")
-        return np.dtype(_NUMPY[dtype])
-
-    def _call(self, result: tuple) -> Any:
-        """The value that a CUDA call returns beside its status."""
-        status, *values = result
-        if int(status):
-            text = self.cudart.cudaGetErrorString(status)[1]
-            raise UserError(f"CUDA error {int(status)}: {text.decode()}")
-        return values[0] if values else None
-
-
-def import_cudart() -> Any:
-    """The CUDA runtime of cuda-python, where its new releases or its old ones have it."""
-    try:
-        from cuda.bindings import runtime as cudart
-    except ImportError:
-        try:
-            from cuda import cudart
-        except ImportError as error:
-            raise UserError(
-                f"an engine needs NVIDIA's CUDA bindings ({error}): pip install cuda-python"
-            ) from error
-    return cudart

@@ -18,8 +18,9 @@ import onnx_ir as ir
 import vit_jax
 from vit_jax.errors import UserError
 from vit_jax.export.forward import Forward
+from vit_jax.export.graph import known
 from vit_jax.export.rewrite import TRACED_BATCH, rewrite
-from vit_jax.files import atomic_write
+from vit_jax.files import atomic_write, make_folder
 
 OPSET = 17  # The first with LayerNormalization, and one that TensorRT 8.6 to 11 read.
 _EXTERNAL_ABOVE = 2**31 - 2**20  # bytes; protobuf's limit is 2**31.
@@ -101,13 +102,10 @@ def save(model: ir.Model, directory: str | os.PathLike[str]) -> Path:
         UserError: the directory cannot be written.
     """
     path = Path(directory) / "model.onnx"
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    size = sum(known(value.const_value).nbytes for value in model.graph.initializers.values())
     before = set(path.parent.glob("model.*.data"))
     data = f"model.{secrets.token_hex(4)}.data" if size > _EXTERNAL_ABOVE else None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {path.parent} cannot be made ({error.strerror})") from error
+    make_folder(path.parent)
     try:
         with atomic_write(path) as temporary:
             ir.save(model, temporary, external_data=data)

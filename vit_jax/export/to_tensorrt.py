@@ -14,59 +14,24 @@ Needs the ONNX file, the `tensorrt` package and a GPU, and nothing else: no JAX,
 import dataclasses
 import json
 import os
-import re
-import shutil
 import sys
-import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vit_jax import command
 from vit_jax.errors import UserError
-from vit_jax.export.engine import (
-    DESCRIPTION,
-    ENGINE,
-    create,
-    deserialize,
-    device_name,
-    find_device,
-    import_tensorrt,
-    make_logger,
-)
+from vit_jax.export.engine import DESCRIPTION, ENGINE, deserialize
+from vit_jax.export.engine_report import inspect, report, summary, tensors
+from vit_jax.export.nvidia import create, find_device, import_tensorrt, make_logger
 from vit_jax.export.onnx_file import OnnxFile, read_onnx
+from vit_jax.export.precisions import PRECISIONS
+from vit_jax.export.profiles import Profile, parse_batch
+from vit_jax.files import atomic_files
 
 LAYERS, TIMING_CACHE = "layers.json", "timing.cache"
 HARDWARE_COMPATIBILITY = ("none", "ampere_plus", "same_compute_capability")
-
-
-@dataclasses.dataclass(frozen=True)
-class Profile:
-    """The batch sizes that one optimization profile covers; kernels are chosen for `opt`."""
-
-    min: int
-    opt: int
-    max: int
-
-
-def parse_batch(spec: str) -> tuple[Profile, ...]:
-    """Reads `--batch`: `8`, `1:8:64` (smallest:optimal:largest) or several, `1,8:32:64`.
-
-    Raises:
-        UserError: the specification is not of that form.
-    """
-    profiles = []
-    for part in spec.split(","):
-        sizes = part.split(":")
-        if len(sizes) not in (1, 3) or not all(re.fullmatch(r"\s*[1-9]\d*\s*", s) for s in sizes):
-            raise UserError(
-                f"batch {spec!r} is not MIN:OPT:MAX or one size: use for example 1:8:64 or 1,8:32"
-            )
-        low, opt, high = map(int, sizes if len(sizes) == 3 else sizes * 3)
-        if not low <= opt <= high:
-            raise UserError(f"batch {part!r} is not MIN <= OPT <= MAX: use for example 1:8:64")
-        profiles.append(Profile(low, opt, high))
-    return tuple(profiles)
 
 
 def build(
@@ -115,16 +80,6 @@ def build(
     trt = import_tensorrt()
     device = find_device()
     output = Path(output)
-
-    logger = make_logger(trt, verbose)
-    trt.init_libnvinfer_plugins(logger, "")
-    builder = create(trt.Builder, logger)
-    config = builder.create_builder_config()
-    network = _create_network(trt, builder, config, onnx)
-    # The network refers to memory of the parser, as the configuration does to the timing cache.
-    parser = trt.OnnxParser(network, logger)
-    _parse(trt, parser, network, onnx)
-    _add_profiles(builder, config, network, profiles, batch)
     options = {
         "version_compatible": version_compatible,
         "hardware_compatibility": hardware_compatibility,
@@ -133,23 +88,10 @@ def build(
         "workspace_mib": workspace_mib,
         "tactic_sources": tactic_sources,
     }
-    _configure(trt, config, **options)
-    timing_cache = _load_timing_cache(config, output / TIMING_CACHE)
-    progress = _watch(trt, config)
-
-    start = time.monotonic()
-    plan = builder.build_serialized_network(network, config)
-    if progress is not None and progress.interrupted:
-        raise KeyboardInterrupt
-    if plan is None:
-        raise UserError(f"TensorRT {trt.__version__} built no engine: {logger.last_error()}")
-    seconds = time.monotonic() - start
-
-    plan = memoryview(plan)
-    _runtime, engine = deserialize(trt, plan, logger, version_compatible)
-    layers = _inspect(trt, engine)
-    tensors = _tensors(trt, engine)
-    heads = sum(tensor["name"] == "probabilities" for tensor in tensors)
+    logger = make_logger(trt, verbose)
+    built = _build(trt, logger, onnx, profiles, batch, options, output / TIMING_CACHE)
+    _runtime, engine = deserialize(trt, built.plan, logger, version_compatible)
+    layers = inspect(trt, engine)
     description = {
         "tensorrt": trt.__version__,
         "device": device,
@@ -158,83 +100,53 @@ def build(
         **options,
         "profiles": [dataclasses.asdict(profile) for profile in profiles],
         "onnx": {"file": onnx.path.name, "sha256": onnx.sha256},
-        "engine": {"file": ENGINE, "bytes": plan.nbytes},
-        "tensors": tensors,
-        "layers": len(layers),
-        "attention": attention_report(layers, onnx.softmaxes, heads),
-        "build_seconds": round(seconds, 1),
+        "engine": {"file": ENGINE, "bytes": built.plan.nbytes},
+        **report(layers, tensors(trt, engine), onnx.softmaxes),
+        "build_seconds": round(built.seconds, 1),
         "metadata": onnx.metadata,
     }
-    try:
-        _write(
-            output,
-            {
-                ENGINE: plan,
-                DESCRIPTION: _json(description),
-                LAYERS: _json(layers),
-                TIMING_CACHE: memoryview(timing_cache.serialize()),
-            },
-        )
-    except OSError as error:
-        raise UserError(f"{output} cannot be written ({error.strerror})") from error
+    with atomic_files(output) as temporary:
+        (temporary / ENGINE).write_bytes(built.plan)
+        (temporary / DESCRIPTION).write_bytes(_json(description))
+        (temporary / LAYERS).write_bytes(_json(layers))
+        (temporary / TIMING_CACHE).write_bytes(built.timing_cache)
     return description
 
 
-def attention_report(layers: list[Any], softmaxes: int, heads: int = 0) -> dict[str, Any]:
-    """Says from the engine inspector's layers whether attention was fused.
-
-    Fused attention runs in kernels that TensorRT calls `_gemm_mha_v2` or the like; attention that
-    was not fused leaves softmax kernels. TensorRT 8.6 hides both in one layer ("ForeignNode").
-
-    Args:
-        layers: of the inspector's JSON, built with detailed verbosity; dicts, or mere names.
-        softmaxes: the number of Softmax nodes in the ONNX file.
-        heads: how many of them are not attention's but make probabilities of logits.
-
-    Returns:
-        `fused` (True, False, or None if the layers do not tell), and the numbers of
-        `fused_kernels`, of `softmax_kernels` and of `softmax_nodes`, all without those of heads.
-    """
-    fused = unfused = 0
-    for layer in layers:
-        layer = layer if isinstance(layer, dict) else {"Name": layer}
-        kernel = f"{layer.get('TacticName', '')} {layer.get('LayerType', '')}"
-        # The rest of a name quotes ONNX nodes, which may well be called "attention" or "Softmax".
-        name = str(layer.get("Name", "")).split("/")[0]
-        if re.search(r"mha(_|\b)|fmha|flash_?att", f"{kernel} {name}", re.I):
-            fused += 1
-        elif re.search(r"softmax", kernel, re.I) or re.match(r"__myl_\w*Max\w*Exp\w*Sum", name):
-            unfused += 1
-    nodes, unfused = softmaxes - heads, max(0, unfused - heads)
-    told = unfused > 0 or 0 < nodes <= fused
-    return {
-        "fused": unfused == 0 if told else None,
-        "fused_kernels": fused,
-        "softmax_kernels": unfused,
-        "softmax_nodes": nodes,
-    }
+class _Built(NamedTuple):
+    plan: memoryview
+    timing_cache: memoryview
+    seconds: float
 
 
-def summary(description: dict[str, Any]) -> str:
-    """The lines that tell what was built, from the contents of engine.json."""
-    profiles = ", ".join("{min}:{opt}:{max}".format(**p) for p in description["profiles"])
-    attention = description["attention"]
-    verdict = {
-        True: f"fused into {attention['fused_kernels']} kernels",
-        False: f"NOT fused: {attention['softmax_kernels']} softmax kernels, "
-        f"{attention['fused_kernels']} fused ones",
-        None: "not told by the engine inspector of this version"
-        if attention["softmax_nodes"]
-        else "none in this model",
-    }[attention["fused"]]
-    typing = "strongly typed" if description["strongly_typed"] else "weakly typed"
-    return (
-        f"TensorRT {description['tensorrt']} on {device_name(description['device'])}: "
-        f"{description['precision']} ({typing}), batch {profiles}\n"
-        f"{description['engine']['bytes'] / 2**20:.1f} MiB in {description['layers']} layers, "
-        f"built in {description['build_seconds']} s\n"
-        f"attention ({attention['softmax_nodes']} softmax nodes): {verdict}"
-    )
+def _build(
+    trt: Any,
+    logger: Any,
+    onnx: OnnxFile,
+    profiles: tuple[Profile, ...],
+    batch: str,
+    options: dict[str, Any],
+    timing_cache_path: Path,
+) -> _Built:
+    trt.init_libnvinfer_plugins(logger, "")
+    builder = create(trt.Builder, logger)
+    config = builder.create_builder_config()
+    network = _create_network(trt, builder, config, onnx)
+    # The network refers to memory of the parser, as the configuration does to the timing cache.
+    parser = trt.OnnxParser(network, logger)
+    _parse(trt, parser, network, onnx)
+    _add_profiles(builder, config, network, profiles, batch)
+    _configure(trt, config, **options)
+    timing_cache = _load_timing_cache(config, timing_cache_path)
+    progress = _watch(trt, config)
+    start = time.monotonic()
+    plan = builder.build_serialized_network(network, config)
+    if progress is not None and progress.interrupted:
+        raise KeyboardInterrupt
+    if plan is None:
+        raise UserError(f"TensorRT {trt.__version__} built no engine: {logger.last_error()}")
+    seconds = time.monotonic() - start
+    return _Built(memoryview(plan), memoryview(timing_cache.serialize()), seconds)
 
 
 def strongly_typed(trt: Any) -> bool:
@@ -250,17 +162,14 @@ def _create_network(trt: Any, builder: Any, config: Any, onnx: OnnxFile) -> Any:
     if strongly_typed(trt):
         # In 11 this is the only kind of network. EXPLICIT_BATCH is implied from 10 on.
         return builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    if "bf16" in onnx.weight_types:
-        raise UserError(
-            f"{onnx.path} has bfloat16 weights, which TensorRT {trt.__version__} does not know: "
-            "use --precision fp16, or TensorRT 10 or later"
-        )
-    if "fp16" in onnx.weight_types:
-        config.set_flag(trt.BuilderFlag.FP16)
-        # Those that `_constrain` sets.
-        config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
-    if onnx.precision == "int8":
-        config.set_flag(trt.BuilderFlag.INT8)
+    for precision in onnx.precisions:
+        if precision.builder_flags is None:
+            raise UserError(
+                f"{onnx.path} has {precision.dtype or precision.name} weights, which TensorRT "
+                f"{trt.__version__} does not know: use --precision fp16, or TensorRT 10 or later"
+            )
+        for flag in precision.builder_flags:
+            config.set_flag(getattr(trt.BuilderFlag, flag))
     return builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
 
 
@@ -325,8 +234,7 @@ def _parse(trt: Any, parser: Any, network: Any, onnx: OnnxFile) -> None:
             f"TensorRT {trt.__version__} cannot read {onnx.path}: its parser's "
             f"{parser.num_errors} errors stand above"
         )
-    # Between QuantizeLinear and DequantizeLinear float32 only stands for what is fused to int8.
-    if not strongly_typed(trt) and onnx.precision == "fp16":
+    if not strongly_typed(trt) and PRECISIONS[onnx.precision].constrained:
         _constrain(trt, network)
 
 
@@ -412,50 +320,14 @@ def _load_timing_cache(config: Any, path: Path) -> Any:
     return cache
 
 
-def _inspect(trt: Any, engine: Any) -> list[Any]:
-    inspector = engine.create_engine_inspector()
-    text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-    try:
-        return json.loads(text)["Layers"]
-    except (ValueError, KeyError):  # The engine is good even where this account of it is not.
-        return text.splitlines()
-
-
-def _tensors(trt: Any, engine: Any) -> list[dict[str, Any]]:
-    """Name, direction, type and shape of every input and output; -1 is the batch."""
-    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-    return [
-        {
-            "name": name,
-            "mode": "input" if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else "output",
-            "type": engine.get_tensor_dtype(name).name,
-            "shape": list(engine.get_tensor_shape(name)),
-        }
-        for name in names
-    ]
-
-
-def _write(directory: Path, files: dict[str, Any]) -> None:
-    """Writes files so that none is there by half, and none if the disk is full."""
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".engine-", dir=directory))
-    try:
-        for name, data in files.items():
-            (temporary / name).write_bytes(data)
-        for name in files:
-            os.replace(temporary / name, directory / name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _json(document: Any) -> bytes:
     return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns its exit code."""
+def build_parser(prog: str = "python -m vit_jax.export.to_tensorrt") -> command.Parser:
+    """The flags of the command; `prog` is what its help calls it."""
     parser = command.Parser(
-        prog="python -m vit_jax.export.to_tensorrt",
+        prog=prog,
         description="Builds a TensorRT engine for this machine's GPU from an ONNX file.",
     )
     parser.add_argument("onnx_path", metavar="model.onnx")
@@ -474,7 +346,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tf32", action="store_true", help="faster, coarser float32 products")
     parser.add_argument("--tactic_sources", help="names of tensorrt.TacticSource, with commas")
     parser.add_argument("--verbose", action="store_true", help="print all that TensorRT says")
-    print(summary(build(**vars(parser.parse_args(arguments)))))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    print(summary(build(**vars(build_parser().parse_args(argv)))))
     return 0
 
 

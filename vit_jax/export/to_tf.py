@@ -1,8 +1,6 @@
 """Flax to TensorFlow: jax2tf graph serialization, and a SavedModel with a serving signature."""
 
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +8,9 @@ from typing import Any
 
 import jax
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, first_line
 from vit_jax.export.forward import Forward
+from vit_jax.files import atomic_folder, make_folder
 
 
 def can_serialize_graphs() -> bool:
@@ -71,8 +70,7 @@ def to_tf(forward: Forward, directory: str | os.PathLike[str]) -> Path:
     function = tf_function(forward, free_batch=True)
     import tensorflow as tf
 
-    module = tf.Module()
-    module.weights = [
+    weights = [
         tf.Variable(weight, trainable=False, name=name)
         for name, weight in forward.flat_params().items()
     ]
@@ -80,20 +78,18 @@ def to_tf(forward: Forward, directory: str | os.PathLike[str]) -> Path:
 
     @tf.function(input_signature=[images], autograph=False)
     def serve(images: Any) -> dict[str, Any]:
-        return {forward.output_name: function(images, *module.weights)}
+        return {forward.output_name: function(images, *weights)}
 
-    module.serve = serve
+    module: Any = tf.Module()
+    module.weights, module.serve = weights, serve
     path = Path(directory) / "saved_model"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".saved_model-", dir=path.parent))
-    except OSError as error:
-        raise UserError(f"{path.parent} cannot be written ({error.strerror})") from error
-    try:
-        tf.saved_model.save(module, str(temporary / "new"), signatures={"serving_default": serve})
-        if path.exists():
-            path.rename(temporary / "old")
-        (temporary / "new").rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    make_folder(path.parent)
+    with atomic_folder(path, replace=True) as new:
+        try:
+            tf.saved_model.save(module, str(new), signatures={"serving_default": serve})
+        except tf.errors.OpError as error:  # What it makes of a disk that refuses.
+            raise UserError(
+                f"{path} cannot be written: {first_line(error)}; free the disk or name another "
+                "folder"
+            ) from error
     return path

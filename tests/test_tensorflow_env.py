@@ -1,0 +1,23 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from vit_jax import tensorflow_env
+
+
+def test_what_the_user_has_set_stays(monkeypatch):
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "0")
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "")
+    monkeypatch.delenv("TF_ENABLE_ONEDNN_OPTS")
+    tensorflow_env.quiet()
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "0"
+    assert os.environ["TF_ENABLE_ONEDNN_OPTS"] == "0"
+
+
+@pytest.mark.parametrize("module", ["main", "evaluate", "export.__main__", "export.pipeline"])
+def test_no_command_imports_tensorflow_before_it_can_quiet_it(module):
+    code = f"import sys, vit_jax.{module}; print('tensorflow' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr

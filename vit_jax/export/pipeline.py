@@ -1,0 +1,260 @@
+"""The stages of an export one after the other, each compared with the Flax model in float32.
+
+Neither JAX nor TensorFlow is imported before a stage that needs it.
+"""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vit_jax.errors import UserError
+from vit_jax.export import parity, runtime
+from vit_jax.export.deploy import write_deploy
+from vit_jax.export.onnx_file import read_onnx
+from vit_jax.export.precisions import PRECISIONS, Precision
+from vit_jax.export.profiles import parse_batch
+from vit_jax.export.stages import Resolution, missing_packages, obstacles, resolve
+from vit_jax.export.to_tensorrt import build, summary
+from vit_jax.files import make_folder
+
+if TYPE_CHECKING:
+    from vit_jax.checkpoints.pretrained import Pretrained
+    from vit_jax.export.emulation import Emulation
+    from vit_jax.export.forward import Forward
+
+
+@dataclasses.dataclass(frozen=True)
+class Photographs:
+    """What to compare on: a data set, photographs below a directory, or else synthetic images.
+
+    Attributes:
+        dataset: a TFDS name, folder:PATH or digits; or "".
+        split: of the data set, in TFDS syntax; "": validation or test.
+        data_dir: where TFDS looks; "": its default.
+        directory: of photographs; or "".
+        number: how many to compare on, at most.
+    """
+
+    dataset: str = ""
+    split: str = ""
+    data_dir: str = ""
+    directory: str = ""
+    number: int = 256
+
+    def read(
+        self, pretrained: "Pretrained", number: int, named: bool
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Preprocessed images, at most `number`, and where classes are known (`named`) labels.
+
+        Raises:
+            UserError: an image is damaged, or the data set has other classes than the model.
+        """
+        preprocessing = pretrained.preprocessing
+        if self.dataset:
+            return parity.read_dataset(self._open(pretrained), preprocessing, number)
+        if self.directory:
+            names = pretrained.class_names if named else None
+            return parity.read_images(self.directory, preprocessing, names, number)
+        return parity.synthetic_images(min(number, 16), preprocessing), None
+
+    def _open(self, pretrained: "Pretrained") -> Any:
+        from vit_jax.data import classes
+        from vit_jax.data.datasets import open_evaluation, relabel
+
+        source = open_evaluation(self.dataset, data_dir=self.data_dir, split=self.split)
+        own = pretrained.model["num_classes"], pretrained.class_names
+        labels = classes.match(*own, source.class_names)
+        if labels is None:
+            difference = classes.difference(*own, source.class_names)
+            raise UserError(f"{difference}: use --data, which takes any photographs")
+        return relabel(source, labels, pretrained.class_names or source.class_names)
+
+
+class Export:
+    """Makes, compares and times the forms of a model, and writes them to a directory.
+
+    Attributes:
+        directory: gets saved_model, model.onnx, model.engine, deploy, and parity.json.
+        failures: what is not as close to Flax as its precision allows, a line each.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        precision: Precision = PRECISIONS["fp32"],
+        batch: str = "1:8:64",
+        latency_seconds: float = 2.0,
+    ):
+        """Says what every stage has in common.
+
+        Args:
+            directory: see above.
+            precision: of the ONNX file and of what is built from it.
+            batch: batch sizes to time, and to build the engine for, see `parse_batch`.
+            latency_seconds: how long to time each batch size; 0 for not at all.
+        """
+        self.directory = directory
+        self.precision = precision
+        self.batch = batch
+        self.seconds = latency_seconds
+        sizes = {size for p in parse_batch(batch) for size in (p.min, p.opt, p.max)}
+        self.batch_sizes = sorted(sizes)
+        self.failures: list[str] = []
+        self._reference: parity.Reference | None = None
+        self._stages: list[dict[str, Any]] = []
+
+    def convert(
+        self,
+        pretrained: "Pretrained",
+        *,
+        stages: Sequence[str] | None = None,
+        converter: str | None = None,
+        outputs: str = "logits",
+        include_preprocessing: bool = False,
+        photographs: Photographs = Photographs(),
+    ) -> None:
+        """The stages in which JAX takes part: the SavedModel and the ONNX file.
+
+        Args:
+            pretrained: the model.
+            stages: of "tf" and "onnx", others are passed over; None: what this environment can.
+            converter: to the ONNX file, "jax2tf" or "jax2onnx"; None: what this environment can.
+            outputs: see `make_forward`.
+            include_preprocessing: likewise.
+            photographs: what to compare on.
+
+        Raises:
+            UserError: a stage cannot be had here, an image is damaged, or the disk refuses.
+        """
+        from vit_jax.export.forward import make_forward
+
+        forward = make_forward(
+            pretrained, outputs=outputs, include_preprocessing=include_preprocessing
+        )
+        resolution = self._resolve(stages, converter)
+        images, labels = photographs.read(
+            pretrained,
+            photographs.number + self.precision.calibration_images,
+            named=outputs != "features",
+        )
+        if include_preprocessing:
+            images = parity.as_pixels(images, pretrained.preprocessing)
+        images, labels, calibration = self._set_aside(images, labels)
+        expected = parity.in_batches(forward.jitted(), images)
+        data = photographs.dataset or photographs.directory or parity.SYNTHETIC
+        self._reference = parity.Reference(images, expected, labels, data)
+        make_folder(self.directory)
+        parity.save_reference(self._reference, self.directory)
+        for line in resolution.left_out:
+            print(line, flush=True)
+        if "tf" in resolution.stages:
+            self._to_tf(forward)
+        if "onnx" in resolution.stages:
+            self._to_onnx(forward, resolution.converter, calibration)
+
+    def build_engine(self) -> None:
+        """The stage that needs TensorRT and a GPU, and neither JAX nor TensorFlow.
+
+        Raises:
+            UserError: there is no ONNX file, no TensorRT or no GPU, or no engine comes of it.
+        """
+        if self._reference is None:
+            self._reference = parity.load_reference(self.directory)
+            self._stages = parity.load_report(self.directory)
+        path = self.directory / "model.onnx"
+        description = build(path, self.directory, batch=self.batch)
+        print(summary(description), flush=True)
+        precision = PRECISIONS[read_onnx(path).precision]
+        with runtime.load(self.directory / "model.engine") as model:
+            self._compare(f"TensorRT {precision.name}", model.predict, precision.limits(True))
+        write_deploy(self.directory, batch=self.batch)
+
+    def _resolve(self, stages: Sequence[str] | None, converter: str | None) -> Resolution:
+        import jax
+
+        from vit_jax.export.to_tf import can_serialize_graphs
+
+        return resolve(
+            stages,
+            converter,
+            obstacles(jax.__version__, can_serialize_graphs(), missing_packages()),
+            needs_onnx=self.precision.converts,
+        )
+
+    def _set_aside(
+        self, images: np.ndarray, labels: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """Images and labels to compare on, and others of the same kind to take the scales from."""
+        wanted = self.precision.calibration_images
+        if not wanted:
+            return images, labels, None
+        # Every few images one, at most every other.
+        chosen = np.arange(len(images)) % max(2, len(images) // wanted) == 1
+        kept = None if labels is None else labels[~chosen]
+        return images[~chosen], kept, images[chosen]
+
+    def _to_tf(self, forward: "Forward") -> None:
+        from vit_jax.export.to_tf import to_tf
+
+        start = time.perf_counter()
+        path = to_tf(forward, self.directory)
+        _print_made(start, f"{path}: SavedModel")
+        with runtime.load(path) as model:
+            self._compare("SavedModel", model.predict, "fp32")
+
+    def _to_onnx(self, forward: "Forward", converter: str, calibration: np.ndarray | None) -> None:
+        from vit_jax.export import to_onnx
+        from vit_jax.export.emulation import Emulation
+
+        start = time.perf_counter()
+        model = self.precision.apply(to_onnx.to_model(forward, converter), calibration)
+        path = to_onnx.save(model, self.directory)
+        count = collections.Counter(node.op_type for node in model.graph)
+        operators = ", ".join(f"{number} {name}" for name, number in count.most_common())
+        _print_made(start, f"{path}: {sum(count.values())} nodes ({operators})")
+        name, limits = f"ONNX {self.precision.name}", self.precision.limits()
+        if self.precision.runs_on_cpu:
+            with runtime.load(path) as loaded:
+                self._compare(name, loaded.predict, limits)
+        if self.precision.emulated:
+            emulation = Emulation(path, self.precision)
+            self._compare(f"{name}, emulated", emulation.predict, limits, emulation)
+        write_deploy(self.directory, batch=self.batch)
+
+    def _compare(
+        self,
+        name: str,
+        predict: parity.Predict,
+        limits: str,
+        emulation: "Emulation | None" = None,
+    ) -> None:
+        """Measures a model; `limits` are the entry of `thresholds` to hold it to.
+
+        An `emulation` tells its largest numbers, and its times would say nothing.
+        """
+        reference = self._reference
+        if reference is None:
+            raise ValueError("there is nothing to compare with")
+        row: dict[str, Any] = dict(
+            parity.compare(reference, parity.in_batches(predict, reference.images))
+        )
+        row |= emulation.range() if emulation else {}
+        found = parity.failures(row, limits, reference)
+        self.failures += [f"{name}: {failure}" for failure in found]
+        stage = {"name": name, "precision": limits, "images": len(reference.images), **row}
+        if self.seconds and not emulation:
+            image = reference.images[0]
+            stage["latency"] = parity.latency(predict, image, self.batch_sizes, self.seconds)
+        self._stages = [old for old in self._stages if old["name"] != name] + [stage]
+        parity.save_report(reference, self._stages, self.directory)
+        print(parity.table([stage]), flush=True)
+
+
+def _print_made(start: float, text: str) -> None:
+    print(f"{text} ({time.perf_counter() - start:.0f} s)", flush=True)
