@@ -16,7 +16,7 @@ from vit_jax.checkpoints.model_info import ModelInfo, read_json
 from vit_jax.data import imagenet
 from vit_jax.data.protocols import Preprocessing, resized_side
 from vit_jax.errors import UserError, first_line
-from vit_jax.models import SIZES
+from vit_jax.models.vit import SIZES
 
 TIMM_EPSILON, TIMM_GROUP_NORM_EPSILON, HUGGINGFACE_EPSILON = 1e-6, 1e-5, 1e-12
 _GELU = {

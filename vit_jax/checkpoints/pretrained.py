@@ -55,11 +55,10 @@ class Pretrained:
     def has_untrained_head(self) -> bool:
         """Whether the head is as every one begins here: all classes are as probable."""
         flat = flatten_dict(self.params, sep="/")
-        return any(
-            not flat[f"{head}/kernel"].any() and np.ptp(flat[f"{head}/bias"]) == 0
-            for head in ("head", "resnet/head/conv2d")
-            if f"{head}/kernel" in flat
-        )
+        head = models.family_of(self.model["architecture"]).head
+        if f"{head}/kernel" not in flat:
+            return False
+        return bool(not flat[f"{head}/kernel"].any() and np.ptp(flat[f"{head}/bias"]) == 0)
 
     def check_head(self) -> None:
         """Raises a UserError if there is no head that knows classes, with the way out."""
@@ -137,7 +136,7 @@ def fold_normalization(pretrained: Pretrained) -> dict[str, Any]:
     mean, std = np.float64(preprocessing.mean), np.float64(preprocessing.std)
     if np.all(mean == 0.5) and np.all(std == 0.5):
         return pretrained.params
-    if pretrained.model["architecture"] != "vit":
+    if not models.family_of(pretrained.model["architecture"]).embeds_pixels:
         raise UserError(
             f"{pretrained.source} was trained on images of mean {preprocessing.mean} and standard "
             f"deviation {preprocessing.std}: only a ViT without a ResNet goes on from these, "
@@ -181,12 +180,9 @@ def _assemble(
         if not 0 < model.get(key, 1e-6) < 1:
             raise UserError(f"{key} {model[key]} is not between 0 and 1")
     preprocessing = known.preprocessing
-    has_positions = model.get("position_embedding") not in ("none", "sincos2d")
     if preprocessing is None:
-        downsampling = models.create_model(model).downsampling
-        image_size = infer.USUAL_IMAGE_SIZE
-        if has_positions:
-            image_size = infer.infer_image_size(arrays, downsampling)
+        image_size = models.describe(model).image_size(arrays)
+        has_positions = model.get("position_embedding") not in ("none", "sincos2d")
         # A hidden layer before the head is pre-training's, which evaluates on a central crop.
         # So does the code that computes positions, of "Better plain ViT baselines".
         is_pretraining = model.get("representation_size") or not has_positions
@@ -212,9 +208,8 @@ def _read_weights(path: Path, overrides: dict[str, Any]) -> tuple[Arrays, ModelI
     # PyTorch's layouts do not tell the heads: one is as good as any to learn the other sizes.
     official = layouts.to_official(arrays, layout, num_heads=1)
     sizes = infer.infer_model(official)
-    downsampling = models.create_model(sizes).downsampling
-    # Those of a peer tell it; of ours it may be told by the sidecar alone.
-    image_size = 0 if layout == "official" else infer.infer_image_size(official, downsampling)
+    # Those of another library tell it; of ours it may be told by the sidecar alone.
+    image_size = 0 if layout == "official" else models.describe(sizes).image_size(official)
     known = _known(path, layout, sizes, image_size)
     if layout == "official":
         if layouts.has_fixed_positions(arrays):
