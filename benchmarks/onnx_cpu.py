@@ -51,7 +51,7 @@ Predict = Callable[[np.ndarray], np.ndarray]
 
 def random_forward(name: str, **overrides: Any) -> Forward:
     """A model of the paper with random weights, ready to be exported."""
-    config = {**models.architecture(name), "num_classes": 1000, "gelu": "erf", **overrides}
+    config = {**models.model_config(name), "num_classes": 1000, "gelu": "erf", **overrides}
     generator = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: generator.standard_normal(leaf.shape, dtype=np.float32) * np.float32(0.02),

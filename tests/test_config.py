@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 import re
@@ -21,6 +22,7 @@ from vit_jax.config import (
     to_dict,
 )
 from vit_jax.errors import UserError
+from vit_jax.models.base import option
 from vit_jax.recipes import ADOPTED
 from vit_jax.recipes import get_config as recipe
 from vit_jax.state import OPTIMIZERS, create_optimizer, create_schedule, optimizer_keys
@@ -320,12 +322,10 @@ def program(architecture):
     """The program that initializes a model and applies it in training, or why there is none."""
 
     def of(fields):
-        module_class = models.ARCHITECTURES[architecture]
-        dtype = {"dtype": jnp.dtype(fields["dtype"])} if "dtype" in fields else {}
-        module = module_class(**fields | dtype)
         images, rng = jnp.zeros((1, 32, 32, 3)), jax.random.key(0)
 
         def run(rng):
+            module = models.create_model({"architecture": architecture, **fields})
             params = module.init(rng, images)
             return module.apply(params, images, train=True, rngs={"dropout": rng})
 
@@ -342,8 +342,9 @@ def test_every_model_key_has_an_effect(architecture, monkeypatch):
     keys = models.model_keys(architecture) - {"architecture"}
     assert not without_effect(MODEL, keys, program(architecture))
 
+    @dataclasses.dataclass(frozen=True, kw_only=True)
     class Careless(models.ARCHITECTURES[architecture]):
-        surplus: int = 0
+        surplus: int = option(0)
 
     monkeypatch.setitem(models.ARCHITECTURES, architecture, Careless)
     values, changed = MODEL | {"surplus": (0, 1)}, {"surplus", "num_classes"}

@@ -12,7 +12,7 @@ from vit_jax import config, train
 from vit_jax.checkpoints.pretrained import abstract_params
 from vit_jax.data.datasets import open_dataset
 from vit_jax.main import default_workdir
-from vit_jax.models import architecture
+from vit_jax.models import model_config
 from vit_jax.recipes import get_config
 
 MAIN = [sys.executable, "-m", "vit_jax.main"]
@@ -45,7 +45,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path, flags, message):
 
 
 def test_a_number_that_the_weights_would_give_is_given_by_a_flag(run, tmp_path):
-    model = {"architecture": "vit", "num_classes": 0, **architecture("ViT-Ti/16"), "num_layers": 1}
+    model = {"architecture": "vit", "num_classes": 0, **model_config("ViT-Ti/16"), "num_layers": 1}
     params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), abstract_params(model, 32))
     np.savez(tmp_path / "a.npz", **flatten_dict(params, sep="/"))
     flags = ["--config", "configs/ti16.py:finetune,cifar10", "--workdir", str(tmp_path / "run")]

@@ -12,7 +12,7 @@ import pytest
 from vit_jax.analysis.attention import rollout
 from vit_jax.analysis.intermediates import attention_weights
 from vit_jax.doctor import reference
-from vit_jax.models import architecture, create_model
+from vit_jax.models import create_model, model_config
 from vit_jax.state import TrainState, adam
 from vit_jax.steps import classification, train_step
 from vit_jax.xla_flags import WITHOUT_XNNPACK, has_stale_weights
@@ -22,7 +22,7 @@ only_faulty = pytest.mark.skipif(not FAULTY, reason="this jaxlib multiplies righ
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(64, 32, 32, 3)).astype(np.float32)
 LABELS = RNG.integers(1000, size=64).astype(np.int32)
-MODEL = create_model({**architecture("ViT-B/16"), "num_layers": 1}, num_classes=1000)
+MODEL = create_model({**model_config("ViT-B/16"), "num_layers": 1}, num_classes=1000)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,7 @@ from vit_jax.data.augmentation import CONTRASTS, parse_augment
 from vit_jax.data.protocols import JPEG_DCTS
 from vit_jax.data.subset import parse_subset
 from vit_jax.errors import UserError
-from vit_jax.models import DTYPES, masked, model_keys
-from vit_jax.models.positions import check_positions
+from vit_jax.models import DTYPES, describe, field_type, masked, model_fields
 from vit_jax.state import optimizer_keys
 
 AT_LEAST_ONE = {
@@ -28,19 +27,10 @@ AT_LEAST_ONE = {
     "keep_checkpoints",
     "dataset.image_size",
     "dataset.shuffle_buffer",
-    "model.patch_size",
-    "model.hidden_size",
-    "model.num_layers",
-    "model.mlp_dim",
-    "model.num_heads",
-    "model.width_factor",
 }
 FRACTIONS = {
     "label_smoothing",
     "ema_decay",
-    "model.dropout_rate",
-    "model.attention_dropout_rate",
-    "model.stochastic_depth",
     "optimizer.b1",
     "optimizer.b2",
     "optimizer.momentum",
@@ -49,8 +39,6 @@ CHOICES = {"augment_contrast": CONTRASTS, "dataset.jpeg_dct": JPEG_DCTS}
 NOT_NEGATIVE = {
     "patience",
     "dataset.subset_seed",
-    "model.num_classes",
-    "model.representation_size",
     "optimizer.weight_decay",
     "optimizer.clip_norm",
     "schedule.base_lr",
@@ -77,23 +65,23 @@ def check_config(config: ConfigDict) -> None:
     """
     template = recipes.pretrain("ViT-B/16", "imagenet2012")
     template.optimizer.update(recipes.finetune("ViT-B/16", "cifar10").optimizer)
-    for model in ("R50+ViT-B/16", "R50x1"):
-        template.model.update(recipes.pretrain(model, "imagenet2012").model)
     _check_keys(config, template, "")
     for section, values in template.items():
         if not isinstance(values, ConfigDict):
-            _check_type(section, config[section], values)
+            _check_type(section, config[section], type(values))
             continue
         if not isinstance(config[section], ConfigDict):
             raise UserError(f"config.{section} is {config[section]!r}: it is a section of keys")
-        keys = set(values)
+        types = {key: type(value) for key, value in values.items()}
         if section == "model":
-            keys = model_keys(config.model.get("architecture"))
+            fields = model_fields(config.model.get("architecture"))
+            types = {"architecture": str, **{key: field_type(x) for key, x in fields.items()}}
         if section == "optimizer":
-            keys = optimizer_keys(config.optimizer.get("name"))
-        _check_keys(config[section], keys, f"{section}.")
-        for key in set(keys) & set(values):
-            _check_type(f"{section}.{key}", config[section][key], values[key])
+            types = {key: types[key] for key in optimizer_keys(config.optimizer.get("name"))}
+        _check_keys(config[section], types, f"{section}.")
+        for key, kind in types.items():
+            _check_type(f"{section}.{key}", config[section][key], kind)
+    _check_model(config.model)
     _check_ranges(config)
 
 
@@ -104,15 +92,22 @@ def _check_keys(config: Mapping[str, Any], valid: Iterable[str], prefix: str) ->
         raise UserError(f"config.{prefix}{key} is missing")
 
 
-def _check_type(key: str, value: Any, example: Any) -> None:
+def _check_type(key: str, value: Any, kind: type) -> None:
     if value == recipes.REQUIRED:
         raise UserError(f"config.{key} must be given: --config.{key}=...")
     if value is None and key in _ADOPTED:
         return
     alike = {float: (int, float), tuple: (tuple, list)}  # JSON has no tuples.
-    kinds = alike.get(type(example), type(example))
-    if isinstance(value, bool) != isinstance(example, bool) or not isinstance(value, kinds):
-        raise UserError(f"config.{key} is {value!r}: it must be of type {type(example).__name__}")
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, alike.get(kind, kind)):
+        raise UserError(f"config.{key} is {value!r}: it must be of type {kind.__name__}")
+
+
+def _check_model(model: ConfigDict) -> None:
+    for key, field in model_fields(model.architecture).items():
+        check = field.metadata["check"]
+        if check and model[key] is not None and (problem := check(model[key])):
+            raise UserError(f"config.model.{key} {problem}")
+    describe(dict(model))
 
 
 def _check_ranges(config: ConfigDict) -> None:
@@ -129,9 +124,6 @@ def _check_ranges(config: ConfigDict) -> None:
     for key, choices in CHOICES.items():
         if values[key] not in choices:
             raise UserError(f"config.{key} is {values[key]!r}: use {' or '.join(choices)}")
-    for units in values.get("model.resnet_layers", ()):
-        if type(units) is not int or units < 1:
-            raise UserError(f"config.model.resnet_layers has {units!r}: it must be units per stage")
     if values["schedule.base_lr"] == 0:
         raise UserError("config.schedule.base_lr is 0.0: it must be above 0")
     _check_objective(values)
@@ -139,12 +131,11 @@ def _check_ranges(config: ConfigDict) -> None:
     parse_augment(values["augment"])
     if values["dataset.subset"]:
         parse_subset(values["dataset.subset"])
-    positions = [values.get(f"model.position_{key}") for key in ("embedding", "placement")]
-    if None not in positions:
-        check_positions(*positions)
-    for key in ("model.dtype", "optimizer.mu_dtype"):
-        if values[key] not in DTYPES:
-            raise UserError(f"config.{key} is {values[key]!r}: use {' or '.join(DTYPES)}")
+    if values["optimizer.mu_dtype"] not in DTYPES:
+        raise UserError(
+            f"config.optimizer.mu_dtype is {values['optimizer.mu_dtype']!r}: "
+            f"use {' or '.join(DTYPES)}"
+        )
 
 
 OBJECTIVES = ("classification", "masked_patches")

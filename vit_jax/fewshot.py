@@ -169,7 +169,7 @@ def create_fewshot(
     Returns:
         A function from params to the accuracies in [0, 1] of `SEEDS`, by number of shots.
     """
-    apply_fn = make_apply_fn(model.clone(num_classes=0), mesh)
+    apply_fn = make_apply_fn(model.without_head(), mesh)
     num_classes = len(train.class_names)
 
     def batches(source: Source) -> EvalBatches:

@@ -4,6 +4,7 @@ Tables and sections are those of "An Image is Worth 16x16 Words" (Dosovitskiy et
 What the paper leaves open is marked "not in the paper", with the choice and its reason.
 """
 
+import dataclasses
 import difflib
 import re
 from typing import NamedTuple
@@ -57,6 +58,24 @@ TABLE_3 = {
 }
 # Not in the paper: how these were pre-trained on JFT, but for the epochs of R200x3 in Table 6.
 WIDEST_RESNETS = {"R152x4": (7,), "R200x3": (14,)}
+# Not in the paper: whose row a model without one takes, by patterns of names, one after the other.
+_OF_AXIAL = ((r"^AxialResNet(\d+)$", r"R\1x1"), (r"^Axial-", ""))
+_OF_OTHER_SIZES = ((r"\bViT-(Ti|S|b|\d+-\d+-\d+)/", "ViT-B/"),)
+STAND_INS = {
+    "jft": (
+        *_OF_AXIAL,
+        (rf"^({'|'.join(WIDEST_RESNETS)})$", "R152x2"),
+        (r"^R\d*\+", "R50+"),
+        *_OF_OTHER_SIZES,
+    ),
+    "imagenet21k": (
+        *_OF_AXIAL,
+        (r"^R\d+x\d+$", "ViT-B/16"),
+        (r"^R\d*\+", ""),
+        *_OF_OTHER_SIZES,
+        (r"^ViT-H/", "ViT-L/"),
+    ),
+}
 ADAM_BETAS = (0.9, 0.999)
 PRETRAIN_BATCH_SIZE = 4096
 PRETRAIN_WARMUP_STEPS = 10_000
@@ -218,20 +237,11 @@ def _adam(weight_decay: float, clip_norm: float) -> ConfigDict:
 
 def pretraining_row(model: str, dataset: str) -> Pretraining:
     """The row of Table 3 for a model and a data set; see `pretrain` for what it lacks."""
-    model = re.sub(r"AxialResNet(\d+)", r"R\1x1", model).removeprefix("Axial-")
     if dataset not in SIGMOID_DATASETS:
         return TABLE_3["ViT-*", "imagenet2012"]
-    if model in WIDEST_RESNETS and dataset == "jft":
-        row = TABLE_3["R152x2", "jft"]
-        return row._replace(epochs=WIDEST_RESNETS[model])
-    if models.architecture(model)["architecture"] == "resnet" and dataset == "imagenet21k":
-        model = "ViT-B/16"
-    stem, _, vit = model.rpartition("+")
-    stand_in = re.sub(r"ViT-(Ti|S|b|\d+-\d+-\d+)/", "ViT-B/", vit)
-    if dataset == "imagenet21k":
-        stand_in = stand_in.replace("ViT-H/", "ViT-L/")
-    elif stem:
-        stand_in = f"R50+{stand_in}"
+    stand_in = model
+    for pattern, replacement in STAND_INS[dataset]:
+        stand_in = re.sub(pattern, replacement, stand_in)
     family = stand_in.split("/")[0]
     rows = [row for (name, data), row in TABLE_3.items() if data == dataset and name == stand_in]
     rows += [
@@ -241,7 +251,8 @@ def pretraining_row(model: str, dataset: str) -> Pretraining:
     ]
     if not rows:
         raise UserError(f"Table 3 has no row for {model} on {dataset}")
-    return rows[0]
+    epochs = WIDEST_RESNETS.get(model) if dataset == "jft" else None
+    return rows[0]._replace(epochs=epochs) if epochs else rows[0]
 
 
 def finetune(model: str, dataset: str) -> ConfigDict:
@@ -259,7 +270,7 @@ def finetune(model: str, dataset: str) -> ConfigDict:
     config.batch_size = FINETUNE_BATCH_SIZE
     config.duration = f"{row.steps} steps"
     # 384 is no multiple of H/14's patches: 378 has the 27 x 27 that the published code cuts.
-    downsampling = models.create_model(config.model).downsampling
+    downsampling = models.describe(config.model).downsampling
     config.dataset.image_size = FINETUNE_IMAGE_SIZE // downsampling * downsampling
     config.dataset.protocol = "bit"
     if vtab.is_vtab(dataset):
@@ -311,7 +322,7 @@ def finetuning_row(dataset: str) -> FineTuning:
 
 def _enlarge(config: ConfigDict) -> None:
     # 512 is no multiple of H/14's patches: 518, the next, is the paper's.
-    downsampling = models.create_model(config.model).downsampling
+    downsampling = models.describe(config.model).downsampling
     config.dataset.image_size = -(-LARGE_IMAGE_SIZE // downsampling) * downsampling
     config.ema_decay = POLYAK_DECAY
 
@@ -333,21 +344,7 @@ ADOPTED = {
 
 def base(model: str, dataset: str) -> ConfigDict:
     """Every key of a config, with the values that both recipes share or leave open."""
-    sizes = models.architecture(model)
-    # Fields that only some architectures have.
-    options = {
-        "classifier": "token",
-        "representation_size": 0,
-        "dropout_rate": 0.0,
-        "attention_dropout_rate": 0.0,
-        "stochastic_depth": 0.0,
-        "position_embedding": "learned",
-        "position_placement": "stem",
-        "gelu": "tanh",
-        "layer_norm_epsilon": 1e-6,
-        "scan_layers": False,
-    }
-    keys = models.model_keys(sizes["architecture"])
+    sizes = {"num_classes": 0, "dtype": "bfloat16", **models.model_config(model)}
     return ConfigDict(
         {
             "seed": 0,
@@ -392,12 +389,8 @@ def base(model: str, dataset: str) -> ConfigDict:
                 "shuffle_buffer": 50_000,
             },
             "model": {
-                **sizes,
-                **{key: value for key, value in options.items() if key in keys - sizes.keys()},
-                "num_classes": 0,
-                "head_bias_init": 0.0,
-                "remat": False,
-                "dtype": "bfloat16",
+                "architecture": sizes["architecture"],
+                **dataclasses.asdict(models.describe(sizes)),
             },
             "optimizer": {},
             "schedule": {"base_lr": 0.0, "decay": "cosine", "warmup": "0 steps", "end_lr": 0.0},

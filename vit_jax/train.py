@@ -300,8 +300,7 @@ def _prepare_objective(config: ConfigDict, num_classes: int) -> tuple[nn.Module,
     if config.objective == "masked_patches":
         rate, target = config.masking.rate, config.masking.target
         model = masked.predictor(create_model(config.model), target)
-        head = masked.num_corrupted((size // model.downsampling) ** 2, rate) * model.outputs
-        multiply_adds = flops.multiply_adds(config.model, size, 0) + head * model.hidden_size
+        multiply_adds = masked.multiply_adds(model, size, rate)
         return model, masked_patches(model, rate, target), multiply_adds
     if 0 < config.model.num_classes < num_classes:
         raise UserError(

@@ -10,10 +10,10 @@ import scipy.ndimage
 from flax.traverse_util import flatten_dict
 
 from vit_jax.checkpoints.layouts import POSITIONS
-from vit_jax.checkpoints.transfer import Row, print_report, resize_grid, transfer
+from vit_jax.checkpoints.transfer import Row, print_report, transfer
 from vit_jax.errors import UserError
-from vit_jax.models.hybrid import HybridVisionTransformer
-from vit_jax.models.vit import VisionTransformer
+from vit_jax.models import create_model
+from vit_jax.models.base import resize_grid
 
 WIDTH = 8
 
@@ -242,9 +242,8 @@ def test_the_printed_report_joins_equal_layers_and_names_every_action(capsys):
 
 def test_a_real_model_is_fine_tuned_at_a_higher_resolution():
     def init(size, **kwargs):
-        model = VisionTransformer(
-            patch_size=8, hidden_size=16, mlp_dim=32, num_heads=2, num_layers=2, **kwargs
-        )
+        sizes = {"patch_size": 8, "hidden_size": 16, "mlp_dim": 32, "num_heads": 2, "num_layers": 2}
+        model = create_model({"architecture": "vit", **sizes, **kwargs})
         return model, model.init(jax.random.key(size), jnp.zeros((1, size, size, 3)))["params"]
 
     _, pretrained = init(32, num_classes=11, representation_size=16)
@@ -261,7 +260,8 @@ def test_a_real_model_is_fine_tuned_at_a_higher_resolution():
 def test_a_hybrid_is_fine_tuned_at_a_higher_resolution():
     def init(size, num_classes):
         sizes = {"patch_size": 1, "hidden_size": 16, "mlp_dim": 32, "num_heads": 2, "num_layers": 1}
-        model = HybridVisionTransformer(num_classes=num_classes, resnet_layers=(2, 1), **sizes)
+        layers = {"architecture": "hybrid", "resnet_layers": (2, 1)}
+        model = create_model({**layers, **sizes}, num_classes=num_classes)
         images = jnp.zeros((1, size, size, 3))
         shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
         rng = np.random.default_rng(size)
@@ -278,13 +278,9 @@ def test_a_hybrid_is_fine_tuned_at_a_higher_resolution():
 
 
 def positioned(size, seed, kind, placement="stem"):
-    model = VisionTransformer(
-        num_classes=3,
-        patch_size=2,
-        hidden_size=8,
-        num_layers=2,
-        mlp_dim=8,
-        num_heads=2,
+    sizes = {"patch_size": 2, "hidden_size": 8, "mlp_dim": 8, "num_heads": 2, "num_layers": 2}
+    model = create_model(
+        {"architecture": "vit", "num_classes": 3, **sizes},
         position_embedding=kind,
         position_placement=placement,
     )

@@ -55,7 +55,7 @@ def make_forward():
         if only := config.pop("only", None):
             config = only
         else:
-            config = {**(models.architecture(name) if name else TINY), "num_classes": 5, **config}
+            config = {**(models.model_config(name) if name else TINY), "num_classes": 5, **config}
         images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.float32)
         init = models.create_model(config).init
         params = jax.eval_shape(init, jax.random.key(0), images)["params"]

@@ -13,15 +13,14 @@ from vit_jax.checkpoints.pretrained import load_pretrained, resize
 from vit_jax.checkpoints.save import save_pretrained
 from vit_jax.checkpoints.transfer import transfer
 from vit_jax.errors import UserError
-from vit_jax.models import architecture, create_model
+from vit_jax.models import create_model, describe, model_config
 from vit_jax.models.axial import (
     AxialBlock,
     AxialUnit,
     AxisBlock,
     PositionSensitiveAttention,
-    SequenceNorm,
 )
-from vit_jax.models.positions import Positions
+from vit_jax.models.resnet import GroupNorm
 from vit_jax.models.vit import MultiHeadSelfAttention
 from vit_jax.recipes import get_config
 from vit_jax.train import train
@@ -61,7 +60,7 @@ def random(*shape):
 
 
 def count(name):
-    model = create_model(architecture(name), num_classes=1000)
+    model = create_model(model_config(name), num_classes=1000)
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     return sum(np.prod(x.shape) for x in jax.tree.leaves(params))
@@ -144,7 +143,7 @@ def block_reference(z, params):
 
 
 def block(kind="none", rows=ROWS, columns=COLUMNS):
-    return AxialBlock(HEADS, 40, positions=Positions(kind, "stem", (rows, columns), False))
+    return AxialBlock(describe(TINY, position_embedding=kind), (rows, columns))
 
 
 @pytest.mark.parametrize("kind", ["none", "relative"])
@@ -188,8 +187,7 @@ def seen_from(function, shape, row, column):
 
 @pytest.mark.parametrize("along", ["row", "column"])
 def test_a_token_sees_its_own_row_or_column_only(along):
-    positions = Positions("none", "stem", (3, 4), False)
-    module = AxisBlock(HEADS, 40, positions=positions, along=along)
+    module = AxisBlock(describe(TINY, position_embedding="none"), (3, 4), along)
     params = random_params(module, random(1, 12, WIDTH), True)
 
     @jax.jit
@@ -215,7 +213,7 @@ def test_row_then_column_sees_everything():
 
 
 def test_attention_of_many_sequences_is_that_of_each():
-    module = MultiHeadSelfAttention(HEADS, positions=Positions("relative", has_class=False))
+    module = MultiHeadSelfAttention(describe(TINY, position_embedding="relative"))
     x = random(2, 4, 5, WIDTH)
     params = random_params(module, x, True)
     found = module.apply({"params": params}, x, True)
@@ -259,7 +257,7 @@ def position_sensitive_reference(x, params, epsilon=1e-4):
 
 def test_position_sensitive_attention_is_its_equation():
     x = random(2, 3, 5, 64)
-    module = PositionSensitiveAttention(1e-4)
+    module = PositionSensitiveAttention(describe(TINY_RESNET))
     params = random_params(module, x)
     found = module.apply({"params": params}, x)
     for index in np.ndindex(2, 3):
@@ -282,7 +280,7 @@ def unit_values(module, params, x):
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_unit_attends_along_height_then_width_and_then_averages(stride):
     x = random(2, 4, 6, 64)
-    module = AxialUnit(64, stride, 1e-4)
+    module = AxialUnit(describe(TINY_RESNET), 64, stride)
     params = random_params(module, x)
     captured = jax.jit(functools.partial(unit_values, module))(params, x)
     y = np.maximum(np.float64(captured["gn1"]), 0)
@@ -303,7 +301,7 @@ def test_a_unit_attends_along_height_then_width_and_then_averages(stride):
 
 
 def test_the_first_attention_of_a_unit_is_along_the_height_as_in_scenic():
-    module = AxialUnit(64)
+    module = AxialUnit(describe(TINY_RESNET), 64)
     params = random_params(module, random(1, 3, 4, 64))
 
     def attended(x):
@@ -330,7 +328,7 @@ def test_kernels_of_axial_resnet_are_standardized_with_scenics_epsilon():
         kernel = np.float64(kernel) - np.float64(kernel).mean((0, 1, 2))
         return kernel / np.sqrt(np.square(kernel).mean((0, 1, 2)) + 1e-10)
 
-    unit, x = AxialUnit(64), random(2, 3, 4, 64)
+    unit, x = AxialUnit(describe(TINY_RESNET), 64), random(2, 3, 4, 64)
     params = small(unit, x)
     found = jax.jit(functools.partial(unit_values, unit))(params, x)
     for name in ("conv1", "conv_proj"):
@@ -381,7 +379,7 @@ def test_axial_resnets_of_before_are_refused():
 
 @pytest.mark.parametrize("along", ["row", "column"])
 def test_position_sensitive_attention_sees_one_line(along):
-    module = PositionSensitiveAttention(1e-4)
+    module = PositionSensitiveAttention(describe(TINY_RESNET))
     x = random(1, 3, 4, 64) if along == "row" else random(1, 4, 3, 64)
     params = random_params(module, x)
 
@@ -398,8 +396,9 @@ def test_position_sensitive_attention_sees_one_line(along):
 
 def test_a_norm_of_sequences_knows_each_alone():
     x = random(2, 3, 5, 64)
-    params = random_params(SequenceNorm(1e-4), x)
-    found = SequenceNorm(1e-4).apply({"params": params}, x)
+    norm = GroupNorm(1e-4, batch_axes=2)
+    params = random_params(norm, x)
+    found = norm.apply({"params": params}, x)
     for index in np.ndindex(2, 3):
         np.testing.assert_allclose(
             found[index], group_norm(np.float64(x[index]), params, 1e-4), rtol=0, atol=1e-5
@@ -506,11 +505,11 @@ def test_a_mistake_is_one_line(config, message):
 
 
 def test_names_are_the_papers_and_others_are_unknown():
-    assert architecture("Axial-ViT-B/32")["patch_size"] == 32
-    assert architecture("AxialResNet50")["resnet_layers"] == (3, 4, 6, 3)
+    assert model_config("Axial-ViT-B/32")["patch_size"] == 32
+    assert model_config("AxialResNet50")["resnet_layers"] == (3, 4, 6, 3)
     for name in ("Axial-ViT-X/16", "AxialResNet51", "Axial-R50x1"):
         with pytest.raises(UserError, match="is unknown.*Axial-ViT-SIZE/PATCH, or AxialResNet50"):
-            architecture(name)
+            model_config(name)
 
 
 def test_embeddings_fit_another_resolution_axis_by_axis():

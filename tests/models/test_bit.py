@@ -1,4 +1,4 @@
-"""The ResNet (BiT) of vit_jax.models.resnet; the hybrids' is in test_resnet.py."""
+"""The ResNet (BiT); the hybrids' is in test_resnet.py."""
 
 import functools
 import re
@@ -11,7 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from vit_jax.errors import UserError
-from vit_jax.models import architecture, create_model, resnet
+from vit_jax.models import bit, create_model, describe, model_config, resnet
 from vit_jax.state import init_train_state
 from vit_jax.steps import classification, train_step
 
@@ -67,7 +67,7 @@ def counted_by_hand(name):
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameter_counts_are_the_published_ones(name):
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-    shapes = abstract(architecture(name), images, num_classes=1000)
+    shapes = abstract(model_config(name), images, num_classes=1000)
     count = sum(np.prod(x.shape) for x in jax.tree.leaves(shapes))
     assert count == COUNTS[name] == counted_by_hand(name)
 
@@ -82,7 +82,7 @@ def test_parameter_counts_are_those_of_timm(name):
 
 def test_parameter_tree_is_that_of_bits_checkpoints():
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-    params = abstract(architecture("R50x2"), images, num_classes=10)
+    params = abstract(model_config("R50x2"), images, num_classes=10)
     shapes = {name: x.shape for name, x in flatten_dict(params, sep="/").items()}
     unit = "resnet/block2/unit01"
     expected = {
@@ -150,7 +150,7 @@ def unit_reference(x, params, stride):
     ("channels", "stride", "projects"), [(64, 1, True), (128, 1, False), (128, 2, True)]
 )
 def test_a_unit_is_the_pre_activation_bottleneck(channels, stride, projects):
-    module = resnet.PreActivationUnit(32, stride)
+    module = bit.PreActivationUnit(describe(TINY), 32, stride)
     x = np.random.default_rng(0).normal(0.5, 1, (2, 5, 8, channels)).astype(np.float32)
     params = random_like(module.init(jax.random.key(0), x)["params"])
     assert ("proj" in params["a"]) == projects
@@ -217,7 +217,7 @@ def test_logits_are_those_of_timm():
 
     peer = timm.create_model("resnetv2_50x1_bit", num_classes=7).eval()
     images = np.random.default_rng(3).uniform(-1, 1, (2, 75, 75, 3)).astype(np.float32)
-    config = architecture("R50x1")
+    config = model_config("R50x1")
     params = random_like(abstract(config, images, num_classes=7))
     state = {k: torch.from_numpy(np.ascontiguousarray(x)) for k, x in to_timm(params).items()}
     peer.load_state_dict(state)
@@ -279,7 +279,7 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters_and_logits():
 @pytest.mark.parametrize("name", ["R50", "R50x0", "R34x1", "R50X1", "R50x1.5"])
 def test_unknown_resnets_are_refused_and_the_known_ones_named(name):
     with pytest.raises(UserError, match="DEPTHxWIDTH with DEPTH one of R50, R101, R152, R200"):
-        architecture(name)
+        model_config(name)
 
 
 def test_a_stage_without_units_is_refused():

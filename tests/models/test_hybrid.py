@@ -9,7 +9,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from vit_jax.errors import UserError
-from vit_jax.models import architecture, create_model
+from vit_jax.models import create_model, model_config
 from vit_jax.state import init_train_state
 from vit_jax.steps import classification, train_step
 
@@ -57,7 +57,7 @@ COUNTS = {name: count for name, (_, count) in TIMM.items()} | {
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameter_counts_are_the_published_ones(name):
-    model = create_model(architecture(name), num_classes=1000)
+    model = create_model(model_config(name), num_classes=1000)
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     assert sum(np.prod(x.shape) for x in jax.tree.leaves(shapes)) == COUNTS[name]
@@ -133,7 +133,7 @@ def test_logits_are_those_of_timm(name, image_size, depth):
 
     peer = timm.create_model(TIMM[name][0], num_classes=7, img_size=image_size, depth=depth).eval()
     model = create_model(
-        architecture(name) | {"num_layers": depth},
+        model_config(name) | {"num_layers": depth},
         num_classes=7,
         gelu="erf",
         group_norm_epsilon=1e-5,
@@ -151,7 +151,7 @@ def test_logits_are_those_of_timm(name, image_size, depth):
 
 
 def test_parameter_tree_is_the_official_one():
-    model = create_model(architecture("R50+ViT-B/16"), num_classes=10)
+    model = create_model(model_config("R50+ViT-B/16"), num_classes=10)
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     shapes = {name: x.shape for name, x in flatten_dict(params, sep="/").items()}
@@ -236,7 +236,7 @@ def test_the_epsilon_of_group_norm_is_the_configs():
     [("R50+ViT-L/16", 16), ("R50+ViT-L/32", 32), ("R26+ViT-S/32", 32), ("R+ViT-Ti/16", 32)],
 )
 def test_the_image_must_be_a_multiple_of_the_total_downsampling(name, downsampling):
-    model = create_model(architecture(name), num_classes=1)
+    model = create_model(model_config(name), num_classes=1)
     assert model.downsampling == downsampling
     message = f"image_size 200 is not a multiple of total downsampling {downsampling}: use "
     with pytest.raises(UserError, match=f"{message}{200 // downsampling * downsampling} or "):
@@ -246,7 +246,7 @@ def test_the_image_must_be_a_multiple_of_the_total_downsampling(name, downsampli
 @pytest.mark.parametrize("name", ["R50+ViT-B/14", "R101+ViT-B/16", "R+ViT-B/32", "R50+B/16", "+"])
 def test_unknown_hybrids_are_refused_and_the_known_ones_named(name):
     with pytest.raises(UserError, match="R50.ViT-SIZE/32, R50.ViT-SIZE/16") as error:
-        architecture(name)
+        model_config(name)
     assert repr(name) in str(error.value) and "\n" not in str(error.value)
 
 

@@ -188,7 +188,7 @@ def test_nothing_but_the_corruption_differs_from_the_trunk(name):
     expected = np.take_along_axis(np.asarray(predictions), stays.chosen[..., None], axis=1)
     np.testing.assert_allclose(some, expected, atol=1e-5)
     features = jax.jit(trunk.apply)({"params": params}, IMAGES)
-    classes = tokens.mean(1) if trunk.classifier == "gap" else None
+    classes = tokens.mean(1) if trunk.config.classifier == "gap" else None
     if classes is not None:
         np.testing.assert_allclose(features, classes, atol=1e-5)
 
@@ -258,6 +258,7 @@ def test_the_multiply_adds_with_the_head_are_those_that_xla_counts():
     corruption = jax.eval_shape(lambda key: draw_corruption(key, 2, 64, 0.5), jax.random.key(0))
     cost = jax.jit(model.apply).lower(variables, images, corruption).compile().cost_analysis()
     trunk = flops.multiply_adds(config, 32, 0)
+    assert masked.multiply_adds(model, 32, 0.5) == trunk + 32 * 192 * 512
     assert 2 * 2 * (trunk + 32 * 192 * 512) == pytest.approx(cost["flops"], rel=0.03)
 
 

@@ -5,13 +5,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from vit_jax.errors import UserError
-from vit_jax.models import create_model
-from vit_jax.models.positions import (
-    PositionEmbedding,
-    Positions,
-    RelativePositionBias,
-    sincos2d,
-)
+from vit_jax.models import create_model, describe
+from vit_jax.models.positions import PositionEmbedding, RelativePositionBias, sincos2d
 from vit_jax.models.vit import Encoder, EncoderBlock, MultiHeadSelfAttention
 
 ROWS, COLUMNS, WIDTH, HEADS = 2, 3, 24, 3
@@ -37,13 +32,13 @@ def random_params(module, *args):
     return random_like(jax.eval_shape(module.init, jax.random.key(0), *args)["params"])
 
 
-def positions(kind, placement="stem", has_class=True):
-    return Positions(kind, placement, (ROWS, COLUMNS), has_class)
+def embedding(kind, has_class=True):
+    return PositionEmbedding(kind, (ROWS, COLUMNS), has_class)
 
 
 @pytest.mark.parametrize("has_class", [True, False])
 def test_2d_is_the_column_and_the_row_side_by_side(has_class):
-    module = PositionEmbedding(positions("2d", has_class=has_class))
+    module = embedding("2d", has_class)
     tokens = jnp.zeros((4, PATCHES + has_class, WIDTH))
     params = random_params(module, tokens)
     x, y = params["pos_embedding_x"], params["pos_embedding_y"]
@@ -56,7 +51,7 @@ def test_2d_is_the_column_and_the_row_side_by_side(has_class):
 
 
 def test_sincos2d_is_fixed_and_of_column_then_row():
-    module, tokens = PositionEmbedding(positions("sincos2d")), jnp.zeros((1, 1 + PATCHES, WIDTH))
+    module, tokens = embedding("sincos2d"), jnp.zeros((1, 1 + PATCHES, WIDTH))
     variables = module.init(jax.random.key(0), tokens)
     assert not variables
     expected = np.zeros((1 + PATCHES, WIDTH))
@@ -94,7 +89,7 @@ def bias_reference(q, embedding, has_class):
 
 @pytest.mark.parametrize("has_class", [True, False])
 def test_relative_is_the_querys_product_with_the_embedding_of_the_offset(has_class):
-    module = RelativePositionBias(positions("relative", has_class=has_class))
+    module = RelativePositionBias(has_class)
     q = RNG.normal(size=(2, HEADS, PATCHES + has_class, WIDTH // HEADS)).astype(np.float32)
     params = random_params(module, q)
     assert params["rel_embedding"].shape == (2 * PATCHES - 1, HEADS, WIDTH // HEADS)
@@ -103,7 +98,7 @@ def test_relative_is_the_querys_product_with_the_embedding_of_the_offset(has_cla
 
 
 def test_relative_logits_are_added_to_those_of_the_content():
-    module = MultiHeadSelfAttention(HEADS, positions=positions("relative"))
+    module = MultiHeadSelfAttention(describe(TINY, position_embedding="relative"))
     x = RNG.normal(size=(2, 1 + PATCHES, WIDTH)).astype(np.float32)
     params = random_params(module, x, True)
 
@@ -161,23 +156,27 @@ def test_nothing_but_the_positions_differs_in_the_tree(kind, placement, expected
 @pytest.mark.parametrize("kind", ["learned", "2d", "sincos2d"])
 @pytest.mark.parametrize("placement", ["stem", "layers", "shared"])
 def test_positions_are_added_where_table_8_says(kind, placement):
-    where = positions(kind, placement)
-    block = {"num_heads": HEADS, "mlp_dim": 40}
-    module = Encoder(2, {**block, "positions": where}, positions=where)
-    x = RNG.normal(size=(2, 1 + PATCHES, WIDTH)).astype(np.float32)
-    params = random_params(module, x, True)
-    z = x
+    config = describe(TINY, position_embedding=kind, position_placement=placement)
+    module, where = Encoder(config, (ROWS, COLUMNS)), embedding(kind)
+    patches, cls = (
+        RNG.normal(size=(batch, tokens, WIDTH)).astype(np.float32)
+        for batch, tokens in ((2, PATCHES), (1, 1))
+    )
+    params = random_params(module, patches, cls, True)
+    z = np.concatenate([np.repeat(cls, 2, axis=0), patches], axis=1)
     for i in range(2):
         layer = dict(params[f"encoderblock_{i}"])
         own = layer.pop("posembed", {})
         if placement == "layers" or placement == "shared" or i == 0:
             own = own if placement == "layers" else params.get("posembed_input", {})
-            z = z + PositionEmbedding(where).apply({"params": own}, z)
-        z = EncoderBlock(**block).apply({"params": layer}, z, True)
+            z = z + where.apply({"params": own}, z)
+        plain = describe(TINY, position_embedding="none")
+        z = EncoderBlock(plain, (ROWS, COLUMNS)).apply({"params": layer}, z, True)
     mean, variance = z.mean(-1, keepdims=True), z.var(-1, keepdims=True)
     norm = params["encoder_norm"]
     expected = (z - mean) / np.sqrt(variance + 1e-6) * norm["scale"] + norm["bias"]
-    np.testing.assert_allclose(module.apply({"params": params}, x, True), expected, atol=1e-4)
+    found = module.apply({"params": params}, patches, cls, True)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.models import resnet
+from vit_jax.models import describe, resnet
 
 RNG = np.random.default_rng(0)
+HYBRID = {
+    "architecture": "hybrid",
+    "patch_size": 1,
+    "hidden_size": 8,
+    "num_layers": 1,
+    "mlp_dim": 8,
+    "num_heads": 1,
+    "num_classes": 0,
+    "group_norm_epsilon": 1e-3,
+}
 
 
 def conv_reference(x, kernel, stride):
@@ -97,7 +107,7 @@ def test_group_norm_in_16_bits_takes_its_statistics_in_32():
     ("channels", "stride", "projects"), [(64, 1, True), (128, 1, False), (128, 2, True)]
 )
 def test_a_unit_is_the_post_activation_bottleneck(channels, stride, projects):
-    module = resnet.BottleneckUnit(32, stride, group_norm_epsilon=1e-3)
+    module = resnet.BottleneckUnit(describe(HYBRID), 32, stride)
     x = RNG.standard_normal((2, 4, 6, channels)).astype(np.float32)
     params = random_like(module.init(jax.random.key(0), x)["params"])
     assert ("conv_proj" in params, "gn_proj" in params) == (projects, projects)
@@ -106,7 +116,7 @@ def test_a_unit_is_the_post_activation_bottleneck(channels, stride, projects):
 
 
 def test_a_fresh_unit_passes_its_input_on():
-    module = resnet.BottleneckUnit(32)
+    module = resnet.BottleneckUnit(describe(HYBRID), 32)
     x = RNG.uniform(0, 1, (1, 4, 4, 128)).astype(np.float32)
     np.testing.assert_array_equal(module.apply(module.init(jax.random.key(0), x), x), x)
 
@@ -116,7 +126,7 @@ class Features(nn.Module):
 
     @nn.compact
     def __call__(self, images):
-        return resnet.resnet_features(images, self.layers, group_norm_epsilon=1e-3)
+        return resnet.resnet_features(images, describe(HYBRID, resnet_layers=self.layers))
 
 
 def test_the_root_convolves_normalizes_and_pools():

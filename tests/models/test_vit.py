@@ -6,7 +6,7 @@ import pytest
 from scipy.special import erf
 
 from vit_jax.errors import UserError
-from vit_jax.models import architecture, create_model
+from vit_jax.models import create_model, model_config
 
 TINY = {
     "architecture": "vit",
@@ -50,14 +50,14 @@ def random_params(model, images=IMAGES, scale=0.3):
 )
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_parameter_counts_are_the_published_ones(name, image_size, count, scan_layers):
-    model = create_model(architecture(name), num_classes=1000, scan_layers=scan_layers)
+    model = create_model(model_config(name), num_classes=1000, scan_layers=scan_layers)
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     assert sum(np.prod(x.shape) for x in jax.tree.leaves(shapes)) == count
 
 
 def test_parameter_tree_is_the_official_one():
-    model = create_model(architecture("ViT-B/16"), num_classes=10, representation_size=768)
+    model = create_model(model_config("ViT-B/16"), num_classes=10, representation_size=768)
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     names = {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape
@@ -184,7 +184,7 @@ def test_scanned_layers_start_different_from_each_other():
 
 
 def test_initialization_is_the_published_one():
-    config = architecture("ViT-S/16") | {"num_layers": 1}
+    config = model_config("ViT-S/16") | {"num_layers": 1}
     model = create_model(config, num_classes=7, representation_size=384, head_bias_init=-10.0)
     params = model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
     block = params["Transformer"]["encoderblock_0"]
@@ -295,13 +295,13 @@ def test_impossible_models_are_refused_in_one_line(options, message):
 
 
 def test_vit_b_of_figure_4_is_half_as_wide_as_base():
-    base, half = architecture("ViT-B/32"), architecture("ViT-b/32")
+    base, half = model_config("ViT-B/32"), model_config("ViT-b/32")
     halved = {"hidden_size", "mlp_dim", "num_heads"}
     assert half == {key: x // 2 if key in halved else x for key, x in base.items()}
 
 
 def test_any_shape_of_appendix_d2_has_a_name():
-    assert architecture("ViT-8-1024-2048/32") == {
+    assert model_config("ViT-8-1024-2048/32") == {
         "architecture": "vit",
         "patch_size": 32,
         "hidden_size": 1024,
@@ -309,9 +309,9 @@ def test_any_shape_of_appendix_d2_has_a_name():
         "mlp_dim": 2048,
         "num_heads": 16,
     }
-    assert architecture("ViT-24-1024-4096/16") == architecture("ViT-L/16")
+    assert model_config("ViT-24-1024-4096/16") == model_config("ViT-L/16")
     with pytest.raises(UserError, match="has a width that is not a multiple of 64"):
-        architecture("ViT-8-1000-2048/32")
+        model_config("ViT-8-1000-2048/32")
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_any_shape_of_appendix_d2_has_a_name():
 )
 def test_unknown_model_names_are_refused(name):
     with pytest.raises(UserError, match="is unknown: use ViT-SIZE/PATCH"):
-        architecture(name)
+        model_config(name)
 
 
 def test_unknown_dtype_is_refused():

@@ -10,18 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vit_jax import models
 from vit_jax.errors import UserError, shortlist
+from vit_jax.models.vit import POSITIONS
 
 Arrays = dict[str, np.ndarray]
 
-POSITIONS = "Transformer/posembed_input/pos_embedding"
-# Of the checkpoints of Big Transfer (github.com/google-research/big_transfer), all of it under
-# `resnet/`, as bit_pytorch/models.py there reads it.
-BIT_ROOT = "resnet/root_block/standardized_conv2d/kernel"
 # What big_vision calls an encoder layer's MLP, as newer Linen does.
 _NEWER_MLP = "MlpBlock_0/"
-# Of an AxialResNet, which is this project's alone.
-AXIAL_UNIT = "block1/unit1/height/kernel"
 _LAYER = "Transformer/encoderblock_"
 
 
@@ -176,9 +172,10 @@ def to_official(arrays: Arrays, layout: str, num_heads: int) -> Arrays:
         UserError: an array is not one of a plain or hybrid ViT, or does not have its shape.
     """
     if layout == "official":
-        if BIT_ROOT in arrays:
-            return {name: x for name, x in arrays.items() if name.startswith("resnet/")}
-        return _from_official(arrays)
+        arrays = _from_official(arrays)
+        # What training left beside the weights is passed over.
+        root = models.family_of(models.recognize(arrays)).root
+        return {name: x for name, x in arrays.items() if name.startswith(root)}
     if layout == "timm":
         official = _from_torch(_split_qkv(arrays), "timm", num_heads)
         if POSITIONS in official:  # With timm's no_embed_class they are those of the patches alone.
@@ -197,8 +194,11 @@ def from_official(arrays: Arrays, layout: str) -> Arrays:
     """
     if layout == "official":
         return arrays
-    if BIT_ROOT in arrays:
-        raise UserError(f"the {layout} format is not written for ResNets: use --format official")
+    family = models.family_of(models.recognize(arrays))
+    if layout not in family.formats:
+        raise UserError(
+            f"the {layout} format is not written for {family.noun}s: use --format official"
+        )
     if layout == "timm":
         if "pre_logits/kernel" in arrays:
             raise UserError(
@@ -320,7 +320,7 @@ def _from_official(arrays: Arrays) -> Arrays:
     stacked in one `encoderblock`; GroupNorm parameters of shape [1, 1, 1, channels].
     """
     for prefix in _PREFIXES:
-        if f"{prefix}embedding/kernel" in arrays:
+        if not arrays.keys().isdisjoint(_landmarks(prefix)):
             arrays = {n.removeprefix(prefix): x for n, x in arrays.items() if n.startswith(prefix)}
     arrays = _unstack(arrays)
     # Original names stand as they are: LayerNorm_1 only means LayerNorm_2 where that is absent.
@@ -335,6 +335,10 @@ def _from_official(arrays: Arrays) -> Arrays:
         if name in result:
             result[POSITIONS] = _with_class_position(result.pop(name), "cls" in result)
     return result
+
+
+def _landmarks(prefix: str) -> set[str]:
+    return {f"{prefix}{family.landmark}" for family in models.ARCHITECTURES.values()}
 
 
 def _unstack(arrays: Arrays) -> Arrays:
@@ -440,8 +444,7 @@ def other_model(present: Iterable[str]) -> str | None:
 def detect_format(present: Iterable[str]) -> str | None:
     """Tells "official", "timm" or "huggingface" by parameter names, None if it is none of them."""
     present = set(present)
-    roots = {f"{prefix}embedding/kernel" for prefix in ("", *_PREFIXES)}
-    if present & {BIT_ROOT, AXIAL_UNIT, *roots}:
+    if any(present & _landmarks(prefix) for prefix in ("", *_PREFIXES)):
         return "official"
     if "patch_embed.proj.weight" in present:
         return "timm"

@@ -15,7 +15,7 @@ from typing import Any
 
 from vit_jax.data.protocols import Preprocessing, evaluation
 from vit_jax.errors import UserError, first_line
-from vit_jax.models import TRAINING_FIELDS, check_types
+from vit_jax.models import check_types, prediction_fields
 
 _MAX_BYTES = 2**26
 
@@ -103,7 +103,7 @@ def info_from_run(metadata: dict[str, Any]) -> ModelInfo:
     config = migrate(config)
     data = config["dataset"]
     return ModelInfo(
-        {key: x for key, x in config["model"].items() if key not in TRAINING_FIELDS},
+        prediction_fields(config["model"]),
         evaluation(data["protocol"], data["image_size"], data["jpeg_dct"]),
         names,
         config["loss"],

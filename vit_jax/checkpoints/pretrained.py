@@ -56,11 +56,10 @@ class Pretrained:
     def has_untrained_head(self) -> bool:
         """Whether the head is as every one begins here: all classes are as probable."""
         flat = flatten_dict(self.params, sep="/")
-        return any(
-            not flat[f"{head}/kernel"].any() and np.ptp(flat[f"{head}/bias"]) == 0
-            for head in ("head", "resnet/head/conv2d")
-            if f"{head}/kernel" in flat
-        )
+        head = models.family_of(self.model["architecture"]).head
+        if f"{head}/kernel" not in flat:
+            return False
+        return bool(not flat[f"{head}/kernel"].any() and np.ptp(flat[f"{head}/bias"]) == 0)
 
     def check_head(self) -> None:
         """Raises a UserError if there is no head that knows classes, with the way out."""
@@ -156,7 +155,7 @@ def fold_normalization(pretrained: Pretrained) -> dict[str, Any]:
     mean, std = (np.asarray(x, np.float64) for x in (preprocessing.mean, preprocessing.std))
     if np.all(mean == 0.5) and np.all(std == 0.5):
         return pretrained.params
-    if pretrained.model["architecture"] != "vit":
+    if not models.family_of(pretrained.model["architecture"]).embeds_pixels:
         raise UserError(
             f"{pretrained.source} was trained on images of mean {preprocessing.mean} and standard "
             f"deviation {preprocessing.std}: only a ViT without a ResNet goes on from these, "
@@ -236,8 +235,7 @@ def _read_weights(path: Path, overrides: dict[str, Any]) -> tuple[Arrays, ModelI
     sizes = infer.infer_model(official)
     image_size = 0  # Of the official format the info file alone may tell it.
     if format != "official":
-        downsampling = models.create_model(sizes).downsampling
-        image_size = infer.infer_image_size(official, downsampling)
+        image_size = models.describe(sizes).image_size(official)
     info = foreign_configs.read_info(path, format, sizes, image_size)
     if info.class_names is None and sizes["num_classes"] == 1000:
         info = dataclasses.replace(info, class_names=tuple(imagenet.classes()))
@@ -312,9 +310,7 @@ def _complete_model(
 def _default_preprocessing(arrays: Arrays, model: dict[str, Any]) -> Preprocessing:
     """Returns how the code that trained a model evaluates, where nothing beside it tells."""
     has_positions = model.get("position_embedding") not in ("none", "sincos2d")
-    image_size = infer.USUAL_IMAGE_SIZE
-    if has_positions:
-        image_size = infer.infer_image_size(arrays, models.create_model(model).downsampling)
+    image_size = models.describe(model).image_size(arrays)
     # A hidden layer before the head is pre-training's, which evaluates on a central crop.
     # So does the code that computes positions, of "Better plain ViT baselines".
     is_pretraining = model.get("representation_size") or not has_positions

@@ -20,7 +20,7 @@ from vit_jax.checkpoints.config_fields import (
 from vit_jax.checkpoints.model_info import ModelInfo
 from vit_jax.data.protocols import Preprocessing, resized_side
 from vit_jax.errors import UserError
-from vit_jax.models import SIZES
+from vit_jax.models.vit import SIZES
 
 FILES = ("config.json",)
 # What tells this configuration from others of the same name.

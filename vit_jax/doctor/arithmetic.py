@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 
 from vit_jax.doctor import reference
-from vit_jax.models import architecture, create_model
+from vit_jax.models import create_model, describe, model_config
 from vit_jax.models.resnet import NUM_GROUPS, GroupNorm
-from vit_jax.models.vit import MultiHeadSelfAttention, gelu_tanh, layer_norm
+from vit_jax.models.vit import MultiHeadSelfAttention, ViTConfig, gelu_tanh, layer_norm
 from vit_jax.state import TrainState, adam
 from vit_jax.steps import classification, train_step
 
@@ -22,7 +22,7 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 # arithmetic shows, and less than what weights of a step before do.
 LIMITS = {"float32": 2e-5, "bfloat16": 5e-2}
 # Smaller ones do not show every fault: XNNPACK leaves small products alone.
-_MODEL = {**architecture("ViT-Ti/16"), "num_layers": 1, "num_classes": 1000}
+_MODEL = {**model_config("ViT-Ti/16"), "num_layers": 1, "num_classes": 1000}
 _IMAGES = (64, 32, 32, 3)
 _HEADS = 3
 _WIDTH = 192
@@ -100,9 +100,10 @@ def _cases(dtype: Any) -> dict[str, tuple[Callable, list[np.ndarray], Callable]]
     maps = _normal((2, 14, 14, 64), seed=4) + 4
     attend = _attention_params()
     scale, bias = 1 + _normal((_WIDTH,), seed=5) / 10, _normal((_WIDTH,), seed=6)
-    norm = layer_norm(1e-6, dtype, "LayerNorm")
+    config = cast(ViTConfig, describe(_MODEL, dtype=str(dtype)))
+    norm = layer_norm(config)
     group_norm = GroupNorm(1e-6, dtype=dtype)
-    attention = MultiHeadSelfAttention(_HEADS, dtype=dtype)
+    attention = MultiHeadSelfAttention(config)
     return {
         "product": (
             jnp.matmul,

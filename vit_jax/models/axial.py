@@ -7,7 +7,8 @@ of a token, then along its column; AxialResNet first along the height, then alon
 
 import dataclasses
 import itertools
-from typing import Any
+import re
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -16,7 +17,10 @@ import numpy as np
 
 from vit_jax.errors import UserError
 from vit_jax.models import resnet
-from vit_jax.models.vit import EncoderBlock, VisionTransformer, linear_head
+from vit_jax.models.base import Arrays, Model, linear_head, option, resize_axis, width_of
+from vit_jax.models.bit import RESNETS
+from vit_jax.models.resnet import GroupNorm
+from vit_jax.models.vit import SIZES, EncoderBlock, VisionTransformer, ViTConfig
 
 Array = jax.Array
 
@@ -24,14 +28,70 @@ Array = jax.Array
 NUM_HEADS = 8
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AxialViTConfig(ViTConfig):
+    """Describes an Axial-ViT.
+
+    Attributes:
+        classifier: "gap". Not in the paper: a class token is in no row and no column, so the
+            representation is the mean over the patches, which Appendix D.3 found as good.
+
+    The others are those of `ViTConfig`; num_layers counts the pairs, and the two of a pair have the
+    same rate of stochastic depth. The offsets of relative position embeddings are along the row or
+    column. Grids need not be square.
+    """
+
+    noun = "axial ViT"
+    names = "Axial-ViT-SIZE/PATCH"
+    formats = ("official",)
+    has_patch_embeddings = False
+    # The two parts of an axial layer are of one size.
+    first_layer = "Transformer/encoderblock_0/row"
+
+    classifier: str = option("gap", choices=("token", "gap"))
+
+    def validate(self) -> None:
+        """Checks the classifier too."""
+        super().validate()
+        if self.classifier != "gap":
+            raise UserError(
+                f"classifier {self.classifier!r} needs a token that is in no row or column of an "
+                "axial model: use gap"
+            )
+
+    def build(self) -> "AxialVisionTransformer":
+        """The module."""
+        return AxialVisionTransformer(self)
+
+    @classmethod
+    def parse(cls, name: str) -> dict[str, Any] | None:
+        """The fields of "Axial-ViT-B/16" and so on: any size with any patch size."""
+        match = re.fullmatch(rf"Axial-ViT-({'|'.join(SIZES)})/([1-9]\d*)", name)
+        if not match:
+            return None
+        return {"classifier": "gap", "patch_size": int(match[2]), **SIZES[match[1]]}
+
+    def layer_multiply_adds(self, side: int) -> int:
+        """Those of a pair of layers: a token looks at its own row, then at its column."""
+        return 2 * self._attention_and_mlp(side**2, seen=side, offsets=2 * side - 1)
+
+    @classmethod
+    def recognizes(cls, arrays: Arrays) -> bool:
+        """Whether there is a layer along the rows."""
+        return any(name.startswith(f"{cls.first_layer}/") for name in arrays)
+
+
 class AxisBlock(EncoderBlock):
     """A Transformer layer whose tokens attend to those of their own row, or column."""
 
     along: str = "row"
 
+    def _with_positions(self, z: Array, positions: Array | None) -> Array:
+        return z if positions is None else z + positions  # Those of a pair are added before it.
+
     def _attend(self, x: Array, deterministic: bool) -> Array:
         batch, tokens, hidden_size = x.shape
-        x = x.reshape(batch, *self.positions.grid, hidden_size)
+        x = x.reshape(batch, *self.grid, hidden_size)
         if self.along == "row":
             x = super()._attend(x, deterministic)
         else:
@@ -47,69 +107,83 @@ class AxialBlock(EncoderBlock):
         self,
         z: Array,
         deterministic: bool,
-        shared: Array | None = None,
+        positions: Array | None = None,
         drop_rate: Array | None = None,
     ) -> Array:
         """Maps z [batch, rows * columns, hidden_size] to the same shape; see `EncoderBlock`."""
-        z = self._with_positions(z, shared)
-        kind = "relative" if self.positions.kind == "relative" else "none"
+        z = self._with_positions(z, positions)
         for along in ("row", "column"):
-            z = AxisBlock(
-                num_heads=self.num_heads,
-                mlp_dim=self.mlp_dim,
-                dropout_rate=self.dropout_rate,
-                attention_dropout_rate=self.attention_dropout_rate,
-                gelu=self.gelu,
-                layer_norm_epsilon=self.layer_norm_epsilon,
-                dtype=self.dtype,
-                positions=dataclasses.replace(self.positions, kind=kind),
-                along=along,
-                name=along,
-            )(z, deterministic, None, drop_rate)
+            layer = AxisBlock(self.config, self.grid, along, name=along)
+            z = layer(z, deterministic, None, drop_rate)
         return z
 
 
 class AxialVisionTransformer(VisionTransformer):
-    """Axial-ViT: every layer of a ViT is an `AxialBlock`, so twice as many attend and have an MLP.
+    """Axial-ViT: an `AxialBlock` for every layer, so twice as many attend and have an MLP."""
+
+    config: AxialViTConfig  # ty: ignore[incompatible-mutable-override]
+
+    _LAYER: ClassVar[type[EncoderBlock]] = AxialBlock
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AxialResNetConfig(resnet.StagesConfig):
+    """Describes an AxialResNet (Wang et al., 2020).
 
     Attributes:
-        classifier: "gap". Not in the paper: a class token is in no row and no column, so the
-        representation
-            is the mean over the patches, which Appendix D.3 found as good.
+        resnet_layers: units of each stage; (3, 4, 6, 3) is AxialResNet50.
+        group_norm_epsilon: 1e-4 in the published code.
 
-    The other attributes are those of `VisionTransformer`; num_layers counts the pairs, and the two
-    of a pair have the same rate of stochastic depth. The offsets of relative position embeddings
-    are along the row or column. Grids need not be square.
+    The others are those of `ModelConfig`.
     """
 
-    classifier: str = "gap"
+    noun = "axial ResNet"
+    names = "AxialResNet50"
+    landmark = "block1/unit1/height/kernel"
+    resizers: ClassVar = {"axial_embedding": resize_axis}
 
-    _LAYER = AxialBlock
+    group_norm_epsilon: float = option(1e-4)
 
-    def _check(self, shape: tuple[int, ...]) -> None:
-        super()._check(shape)
-        if self.classifier != "gap":
-            raise UserError(
-                f"classifier {self.classifier!r} needs a token that is in no row or column of an "
-                "axial model: use gap"
-            )
+    @property
+    def downsampling(self) -> int:
+        """How many times smaller than the image the last feature map is."""
+        return resnet.downsampling(self.resnet_layers)
+
+    def build(self) -> "AxialResNet":
+        """The module."""
+        return AxialResNet(self)
+
+    @classmethod
+    def parse(cls, name: str) -> dict[str, Any] | None:
+        """The fields of "AxialResNet50", or any other depth of `bit.RESNETS`."""
+        match = re.fullmatch(r"AxialResNet(\d+)", name)
+        layers = RESNETS.get(f"R{match[1]}") if match else None
+        return layers and {"resnet_layers": layers, "group_norm_epsilon": 1e-4}
+
+    def multiply_adds(self, image_size: int) -> int:
+        """Those of the feature map and the head."""
+        features, _, channels = resnet.multiply_adds(self.resnet_layers, image_size, mix=_attention)
+        return features + channels * self.num_classes
+
+    @classmethod
+    def infer(cls, arrays: Arrays) -> dict[str, Any]:
+        """The units of each stage and the head."""
+        return {
+            "resnet_layers": resnet.count_units(arrays, r"block(\d+)/.*/conv1/"),
+            "num_classes": width_of(arrays, f"{cls.head}/bias"),
+        }
+
+    def image_size(self, arrays: Arrays) -> int:
+        """The side in pixels of the images that the embeddings of offsets are for."""
+        offsets = arrays["block1/unit1/height/axial_embedding"].shape[1]
+        return (offsets + 1) // 2 * resnet.downsampling(())
 
 
-class SequenceNorm(resnet.GroupNorm):
-    """GroupNorm of each sequence [tokens, channels] on its own: rows stay independent."""
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps x [batch, sequences, tokens, channels] to the same shape; float32 inside."""
-        *_, channels = x.shape
-        scale = self.param(self.names[0], self.scale_init, (channels,))
-        bias = self.param(self.names[1], nn.initializers.zeros, (channels,))
-        groups = resnet.NUM_GROUPS
-        y = x.astype(jnp.float32).reshape(*x.shape[:3], groups, channels // groups)
-        y = y - y.mean(axis=(2, 4), keepdims=True)
-        variance = jnp.square(y).mean(axis=(2, 4), keepdims=True)
-        y = (y * jax.lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
-        return (y * scale + bias).astype(self.dtype)
+def _attention(side: int, features: int, stride: int) -> tuple[int, int]:
+    """The `resnet.Mix` of attention along height and width."""
+    # q and k have half the features: q k, q r and k r are 3/2 of them; v and its r are 2.
+    each = 2 * features**2 + side * features * 3 // 2 + side * features * 2
+    return 2 * side**2 * each, side // stride
 
 
 class PositionSensitiveAttention(nn.Module):
@@ -126,18 +200,17 @@ class PositionSensitiveAttention(nn.Module):
     the equation and axial-deeplab have it: scenic's lacks a transpose and takes the token's own.
     """
 
-    epsilon: float
-    dtype: Any = jnp.float32
+    config: AxialResNetConfig
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps x [batch, sequences, tokens, channels] to the same shape."""
+        dtype = self.config.compute_dtype
         batch, sequences, tokens, channels = x.shape
         head_dim = channels // NUM_HEADS
         init = nn.initializers.normal(stddev=1 / channels)
         kernel = self.param("kernel", init, (channels, 2 * channels))
-        qkv = x @ kernel.astype(self.dtype)
-        qkv = SequenceNorm(self.epsilon, dtype=self.dtype, name="gn_qkv")(qkv)
+        qkv = self._norm("gn_qkv")(x @ kernel.astype(dtype))
         qkv = qkv.reshape(batch, sequences, tokens, NUM_HEADS, 2 * head_dim).swapaxes(2, 3)
         halves = (head_dim // 2, head_dim)
         q, k, v = jnp.split(qkv, halves, axis=-1)  # [batch, sequences, heads, tokens, ...]
@@ -147,16 +220,24 @@ class PositionSensitiveAttention(nn.Module):
         logits = jnp.matmul(q, k.swapaxes(-1, -2))
         logits = logits + jnp.einsum("bshod,opd->bshop", q, r_q)
         logits = logits + jnp.einsum("bshpd,opd->bshop", k, r_k)
-        weights = nn.softmax(logits.astype(jnp.float32)).astype(self.dtype)
+        weights = nn.softmax(logits.astype(jnp.float32)).astype(dtype)
         y = jnp.matmul(weights, v) + jnp.einsum("bshop,opd->bshod", weights, r_v)
         y = y.swapaxes(2, 3).reshape(x.shape)
-        return SequenceNorm(self.epsilon, dtype=self.dtype, name="gn_out")(y)
+        return self._norm("gn_out")(y)
+
+    def _norm(self, name: str) -> GroupNorm:
+        """Of each sequence on its own."""
+        config = self.config
+        return GroupNorm(
+            config.group_norm_epsilon, dtype=config.compute_dtype, batch_axes=2, name=name
+        )
 
     def _offsets(self, tokens: int, head_dim: int) -> Array:
         """The embeddings of p - o of q, k and v side by side, [tokens o, tokens p, 2 head_dim]."""
         init = nn.initializers.normal(stddev=1 / head_dim)
         shape = (1, 2 * tokens - 1, 2 * head_dim)
-        embedding = self.param("axial_embedding", init, shape)[0].astype(self.dtype)
+        embedding = self.param("axial_embedding", init, shape)[0]
+        embedding = embedding.astype(self.config.compute_dtype)
         o, p = np.indices((tokens, tokens))
         return embedding[p - o + tokens - 1]
 
@@ -169,49 +250,31 @@ class AxialUnit(resnet.BottleneckUnit):
 
     standardize = staticmethod(resnet.standardize_bit)
 
-    def _mix(self, x: Array) -> Array:
-        def attend(name: str) -> PositionSensitiveAttention:
-            return PositionSensitiveAttention(self.group_norm_epsilon, self.dtype, name=name)
+    config: AxialResNetConfig  # ty: ignore[incompatible-mutable-override]
 
-        x = attend("height")(x.swapaxes(1, 2)).swapaxes(1, 2)
-        x = attend("width")(x)
+    def _mix(self, x: Array) -> Array:
+        along_height = PositionSensitiveAttention(self.config, name="height")
+        x = along_height(x.swapaxes(1, 2)).swapaxes(1, 2)
+        x = PositionSensitiveAttention(self.config, name="width")(x)
         if self.stride == 1:
             return x
         batch, height, width, channels = x.shape
         x = x.reshape(batch, height // self.stride, self.stride, width // self.stride, -1)
         x = x.reshape(*x.shape[:4], self.stride, channels)
-        return x.mean(axis=(2, 4), dtype=jnp.float32).astype(self.dtype)
+        return x.mean(axis=(2, 4), dtype=jnp.float32).astype(self.config.compute_dtype)
 
 
-class AxialResNet(nn.Module):
-    """AxialResNet (Wang et al., 2020): a ResNet whose 3 x 3 convolutions are axial attention.
+class AxialResNet(Model):
+    """AxialResNet: a ResNet whose 3 x 3 convolutions are axial attention.
 
     As the authors of the paper published it later (google-research/scenic,
     projects/baselines/axial_resnet.py, after github.com/csrhddlam/axial-deeplab): the hybrids'
     post-activation units with BiT's standardization, the width of ResNet50 and a convolution as its
     root; one term of the attention is the equation's, see `PositionSensitiveAttention`. Its offset
     embeddings are of one resolution.
-
-    Attributes:
-        num_classes: width of the head; 0 leaves the head out, and features are returned.
-        resnet_layers: units of each stage; (3, 4, 6, 3) is AxialResNet50.
-        group_norm_epsilon: 1e-4 in the published code.
-        head_bias_init: start value of the head's bias; -10 goes with the sigmoid loss.
-        remat: recompute each unit in the backward pass: less memory, about a third more time.
-        dtype: of the computation; parameters and logits are always float32.
     """
 
-    num_classes: int
-    resnet_layers: tuple[int, ...]
-    group_norm_epsilon: float = 1e-4
-    head_bias_init: float = 0.0
-    remat: bool = False
-    dtype: Any = jnp.float32
-
-    @property
-    def downsampling(self) -> int:
-        """How many times smaller than the image the last feature map is."""
-        return resnet.downsampling(self.resnet_layers)
+    config: AxialResNetConfig  # ty: ignore[incompatible-mutable-override]
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool = False) -> Array:
@@ -226,11 +289,9 @@ class AxialResNet(nn.Module):
             of AxialResNet50, in float32.
 
         Raises:
-            UserError: resnet_layers are no numbers of units, or the image's sides are not
-                multiples of the downsampling.
+            UserError: the image's sides are not multiples of the downsampling.
         """
         del train
-        resnet.check_layers(self.resnet_layers)
         height, width = images.shape[1:3]
         if height % self.downsampling or width % self.downsampling:
             raise UserError(
@@ -238,13 +299,5 @@ class AxialResNet(nn.Module):
                 f"multiple of total downsampling {self.downsampling}: use for example "
                 f"{max(height // self.downsampling, 1) * self.downsampling}"
             )
-        x = resnet.resnet_features(
-            images,
-            self.resnet_layers,
-            group_norm_epsilon=self.group_norm_epsilon,
-            remat=self.remat,
-            dtype=self.dtype,
-            unit=AxialUnit,
-        )
-        x = x.astype(jnp.float32).mean(axis=(1, 2))
-        return linear_head(x, self.num_classes, self.head_bias_init)
+        x = resnet.resnet_features(images, self.config, unit=AxialUnit)
+        return linear_head(x.astype(jnp.float32).mean(axis=(1, 2)), self.config)

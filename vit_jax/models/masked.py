@@ -4,6 +4,8 @@ As BERT does with words, patch embeddings of an image are corrupted and the mode
 patches looked like. No label is read.
 """
 
+import dataclasses
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -13,7 +15,7 @@ import numpy as np
 import optax
 
 from vit_jax.errors import UserError
-from vit_jax.models.hybrid import HybridVisionTransformer
+from vit_jax.models.base import Model
 from vit_jax.models.vit import VisionTransformer
 
 Array = jax.Array
@@ -91,7 +93,7 @@ def corrupt(x: Array, mask_embedding: Array, corruption: Corruption) -> Array:
 
 
 class MaskedVisionTransformer(VisionTransformer):
-    """The ViT of `VisionTransformer` with a head on its patches in place of the classifier.
+    """A ViT, or with its stem a hybrid, with a head on its patches in place of the classifier.
 
     The parameters of the trunk keep their names; added are `mask_embedding`, which starts at zero
     as the class token does, and `patch_head`. num_classes and representation_size are not read.
@@ -120,47 +122,57 @@ class MaskedVisionTransformer(VisionTransformer):
         Raises:
             UserError: as `VisionTransformer` does.
         """
-        self._check(images.shape)
-        x, grid = self._embed(images)
-        shape = (1, 1, self.hidden_size)
+        config = self.config
+        grid = config.grid(*images.shape[1:3])
+        x = self._embed(images)
+        shape = (1, 1, config.hidden_size)
         mask_embedding = self.param("mask_embedding", nn.initializers.zeros, shape)
         if corruption is not None:
-            x = corrupt(x, mask_embedding.astype(self.dtype), corruption)
+            x = corrupt(x, mask_embedding.astype(config.compute_dtype), corruption)
         x = self._encode(x, grid, train)
-        x = x[:, 1:] if self.classifier == "token" else x
+        x = x[:, 1:] if config.has_class else x
         if corruption is not None:  # Only what the loss will read.
             x = jnp.take_along_axis(x, corruption.chosen[..., None], axis=1)
         head = nn.Dense(self.outputs, kernel_init=nn.initializers.zeros, name="patch_head")
         return head(x.astype(jnp.float32))
 
 
-class MaskedHybridVisionTransformer(MaskedVisionTransformer, HybridVisionTransformer):
-    """The same on a hybrid: what is corrupted are patches of the feature map."""
-
-
-_PREDICTORS = {
-    VisionTransformer: MaskedVisionTransformer,
-    HybridVisionTransformer: MaskedHybridVisionTransformer,
-}
 # The parameters that no other model has.
 PARAMETERS = ("mask_embedding", "patch_head")
 
 
-def predictor(trunk: nn.Module, target: str) -> MaskedVisionTransformer:
+def predictor(trunk: Model, target: str) -> MaskedVisionTransformer:
     """The model that predicts a target, one of TARGETS, with the trunk of another model.
 
     Raises:
         UserError: the model has no patch embeddings to be corrupted.
     """
-    if type(trunk) not in _PREDICTORS:
+    if not (trunk.config.has_patch_embeddings and isinstance(trunk, VisionTransformer)):
         raise UserError(
             f"objective masked_patches is for ViTs and hybrids: a {type(trunk).__name__} has no "
             "patch embeddings to corrupt"
         )
-    fields = {name: getattr(trunk, name) for name in type(trunk).__dataclass_fields__}
-    fields = {name: x for name, x in fields.items() if name not in ("parent", "name")}
     outputs = num_outputs(target, trunk.downsampling)
-    return _PREDICTORS[type(trunk)](**fields, outputs=outputs)
+    return _with_patch_head(type(trunk))(trunk.config, outputs=outputs)
+
+
+@functools.cache
+def _with_patch_head(trunk: type[VisionTransformer]) -> type[MaskedVisionTransformer]:
+    """The class that embeds and encodes as that of the trunk does."""
+    return type(f"Masked{trunk.__name__}", (MaskedVisionTransformer, trunk), {})
+
+
+def multiply_adds(model: MaskedVisionTransformer, image_size: int, rate: float) -> int:
+    """Multiply-adds of one image's forward pass, the head's of the corrupted patches alone.
+
+    Args:
+        model: the predictor.
+        image_size: side of the image in pixels.
+        rate: share of the patches that is corrupted.
+    """
+    config = dataclasses.replace(model.config, num_classes=0)
+    count = num_corrupted((image_size // model.downsampling) ** 2, rate)
+    return config.multiply_adds(image_size) + count * model.outputs * config.hidden_size
 
 
 def cut_patches(images: Array, size: int) -> Array:

@@ -4,7 +4,7 @@ Learned 1D embeddings, the paper's choice, have one for every token. All others 
 and the class token has none: at the stem it would only be added to a vector that is learned itself.
 """
 
-import dataclasses
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -13,75 +13,62 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.errors import UserError
+from vit_jax.models.base import Grid, Resize, Resizer, resize_axis, resize_grid
 
 Array = jax.Array
 
-KINDS = ("learned", "none", "2d", "relative", "sincos2d")
+# Table 8: learned (1D: a vector per token), none, 2d (a learned vector of width D/2 per column and
+# one per row, concatenated), relative (1D offsets in every attention), and, of later work, sincos2d
+# (fixed sines and cosines of column and row).
+POSITION_EMBEDDINGS = ("learned", "none", "2d", "relative", "sincos2d")
+# Those that are added to the tokens: once before the first layer ("stem"), or before every layer,
+# one of its own for each ("layers") or the same ("shared").
+ADDED = ("learned", "2d", "sincos2d")
 PLACEMENTS = ("stem", "layers", "shared")
 _INIT = nn.initializers.normal(stddev=0.02)
 
 
-@dataclasses.dataclass(frozen=True)
-class Positions:
-    """Which position embeddings a model has (Table 8).
-
-    Attributes:
-        kind: "learned" (1D: a vector per token), "none", "2d" (a learned vector of width D/2 per
-            column and one per row, concatenated), "relative" (1D offsets in every attention), or
-            "sincos2d" (fixed sines and cosines of column and row).
-        placement: added "stem" once before the first layer, or before every layer: one of its own
-            for each ("layers"), or the same ("shared").
-        grid: rows and columns of patches, which are ordered by rows.
-        has_class: whether a class token precedes them.
-    """
-
-    kind: str = "learned"
-    placement: str = "stem"
-    grid: tuple[int, int] = (0, 0)
-    has_class: bool = True
-
-    @property
-    def added(self) -> bool:
-        """Whether embeddings are added to the tokens."""
-        return self.kind in ("learned", "2d", "sincos2d")
-
-
-def check_positions(kind: str, placement: str) -> None:
-    """Checks the names of position embeddings and their place.
+def check_placement(position_embedding: str, placement: str) -> None:
+    """Checks that position embeddings and their place go together.
 
     Raises:
-        UserError: one is unknown, or the two do not go together.
+        UserError: they do not.
     """
-    if kind not in KINDS:
-        raise UserError(f"position_embedding {kind!r} is unknown: use {', '.join(KINDS)}")
-    if placement not in PLACEMENTS:
-        raise UserError(f"position_placement {placement!r} is unknown: use {', '.join(PLACEMENTS)}")
-    if kind in ("none", "relative") and placement != "stem":
+    if position_embedding not in ADDED and placement != "stem":
         raise UserError(
-            f"position_placement {placement!r} is for embeddings that are added, which {kind!r} is "
-            "not: use stem"
+            f"position_placement {placement!r} is for embeddings that are added, which "
+            f"{position_embedding!r} is not: use stem"
         )
 
 
 class PositionEmbedding(nn.Module):
-    """E_pos of Eq. 1: what is added to the tokens."""
+    """E_pos of Eq. 1: what is added to the tokens.
 
-    positions: Positions
+    Attributes:
+        position_embedding: one of `ADDED`.
+        grid: rows and columns of patches, which are ordered by rows.
+        has_class: whether a class token precedes them.
+        dtype: of the result.
+    """
+
+    position_embedding: str
+    grid: Grid
+    has_class: bool
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """The embeddings for tokens x [batch, tokens, hidden_size], [1, tokens, hidden_size]."""
-        if self.positions.kind == "learned":
+        if self.position_embedding == "learned":
             return self.param("pos_embedding", _INIT, (1, *x.shape[1:])).astype(self.dtype)
-        if self.positions.kind == "2d":
+        if self.position_embedding == "2d":
             patches = self._learned_2d(x.shape[-1])
         else:
-            patches = jnp.asarray(sincos2d(self.positions.grid, x.shape[-1]), self.dtype)
-        return jnp.pad(patches[None], ((0, 0), (int(self.positions.has_class), 0), (0, 0)))
+            patches = jnp.asarray(sincos2d(self.grid, x.shape[-1]), self.dtype)
+        return jnp.pad(patches[None], ((0, 0), (int(self.has_class), 0), (0, 0)))
 
     def _learned_2d(self, hidden_size: int) -> Array:
-        rows, columns = self.positions.grid
+        rows, columns = self.grid
         x = self.param("pos_embedding_x", _INIT, (1, columns, hidden_size // 2))
         y = self.param("pos_embedding_y", _INIT, (1, rows, hidden_size // 2))
         x = jnp.broadcast_to(x, (rows, columns, hidden_size // 2))
@@ -115,7 +102,7 @@ class RelativePositionBias(nn.Module):
     the content of the query meets as its key. Not in the paper: each layer has its own.
     """
 
-    positions: Positions
+    has_class: bool
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -125,7 +112,7 @@ class RelativePositionBias(nn.Module):
         The queries are those of the first attention, scaled as there. Pairs with the class token
         get 0.
         """
-        first = int(self.positions.has_class)
+        first = int(self.has_class)
         q = q[..., first:, :]
         *batch, heads, patches, head_dim = q.shape
         shape = (2 * patches - 1, heads, head_dim)
@@ -140,3 +127,63 @@ class RelativePositionBias(nn.Module):
         bias = bias[..., patches - 1 : patches - 1 + patches * (2 * patches - 1)]
         bias = bias.reshape(*batch, heads, patches, -1)[..., :patches]
         return jnp.pad(bias, (*others, (first, 0), (first, 0)))
+
+
+def resize_tokens(old: np.ndarray, fresh: np.ndarray, resize: Resize) -> np.ndarray:
+    """Fits learned embeddings [1, tokens, features]: those of the patches are interpolated.
+
+    That of the class token goes on, is dropped, or is the fresh one.
+
+    Raises:
+        UserError: the patches are not as many as the grid has, or no square.
+    """
+    old_class, new_class = resize.has_class
+    same_tokens = old.shape == fresh.shape and old_class == new_class
+    if old.ndim != 3 or old.shape[::2] != fresh.shape[::2]:
+        return old
+    if same_tokens and resize.grids == (None, None):
+        return old
+    old_grid = _grid(old.shape[1] - old_class, resize.grids[0])
+    new_grid = _grid(fresh.shape[1] - new_class, resize.grids[1])
+    if same_tokens and old_grid == new_grid:
+        return old
+    patches = old[0, int(old_class) :].reshape(*old_grid, -1)
+    patches = resize_grid(patches, new_grid).reshape(1, math.prod(new_grid), -1)
+    class_position = (old if old_class else fresh)[:, : int(new_class)]
+    return np.concatenate([class_position, patches], axis=1)
+
+
+def _grid(patches: int, grid: Grid | None) -> Grid:
+    side = math.isqrt(patches)
+    grid = grid or (side, side)
+    if math.prod(grid) != patches:
+        raise UserError(
+            f"{patches} position embeddings are no grid of {grid[0]} x {grid[1]} patches: "
+            "give the grid, rows and columns"
+        )
+    return grid
+
+
+def keep_offsets(old: np.ndarray, fresh: np.ndarray, _: Resize) -> np.ndarray:
+    """Refuses relative embeddings of another grid.
+
+    An offset in the sequence is a row and a column apart, and others in another grid.
+
+    Raises:
+        UserError: the numbers of patches differ.
+    """
+    if old.ndim == 3 and len(old) != len(fresh):
+        before, now = ((len(x) + 1) // 2 for x in (old, fresh))
+        raise UserError(
+            f"relative position embeddings of {before} patches cannot be those of {now}: their "
+            "offsets are in one dimension; use the image size of the pretrained model"
+        )
+    return old
+
+
+RESIZERS: dict[str, Resizer] = {
+    "pos_embedding": resize_tokens,
+    "pos_embedding_x": resize_axis,
+    "pos_embedding_y": resize_axis,
+    "rel_embedding": keep_offsets,
+}

@@ -1,14 +1,14 @@
 """Residual networks with GroupNorm and standardized convolutions, in Flax Linen.
 
-Two of them, each with the names and shapes of its published checkpoints:
-
-- `resnet_features`, the feature map that the hybrids cut into patches (Section 3.1, "Hybrid
-  Architecture"): post-activation units, TensorFlow's SAME padding.
-- `ResNet`, the paper's baseline "ResNet (BiT)" (Section 4.1), which is the one of Big Transfer
-  (Kolesnikov et al., 2020, arXiv 1912.11370): pre-activation (v2) units, the same padding on both
-  sides. Where the paper is silent it follows github.com/google-research/big_transfer.
+What `models.bit` and `models.axial` have in common with the hybrids, and `resnet_features`, the
+feature map that the hybrids cut into patches (Section 3.1, "Hybrid Architecture"): post-activation
+units, TensorFlow's SAME padding, the names and shapes of the published checkpoints.
 """
 
+import dataclasses
+import math
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError
+from vit_jax.models.base import Arrays, ModelConfig, option
 
 Array = jax.Array
 
@@ -28,6 +29,36 @@ EXPANSION = 4
 # AxialResNet) to the variance.
 STANDARDIZE_EPSILON = 1e-5
 BIT_STANDARDIZE_EPSILON = 1e-10
+
+
+def units_per_stage(layers: Sequence[Any]) -> str | None:
+    """Checks `resnet_layers` in a config."""
+    wrong = [units for units in layers if type(units) is not int or units < 1]
+    return f"has {wrong[0]!r}: it must be units per stage" if wrong else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StagesConfig(ModelConfig):
+    """Describes what has the stages of a ResNet.
+
+    Attributes:
+        resnet_layers: units of each stage; (3, 4, 6, 3) is ResNet50.
+        group_norm_epsilon: of every GroupNorm.
+
+    The others are those of `ModelConfig`.
+    """
+
+    resnet_layers: tuple[int, ...] = option(check=units_per_stage)
+    group_norm_epsilon: float = option()
+
+    def validate(self) -> None:
+        """Checks that there are units in every stage."""
+        super().validate()
+        if units_per_stage(self.resnet_layers):
+            raise UserError(
+                f"resnet_layers {self.resnet_layers} is no list of units per stage: use for "
+                "example (3, 4, 6, 3)"
+            )
 
 
 def standardize(kernel: Array) -> Array:
@@ -77,7 +108,9 @@ class StdConv(nn.Module):
         """
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        padding = "SAME" if self.padding is None else ((self.padding,) * 2,) * 2
+        padding: str | list[tuple[int, int]] = "SAME"
+        if self.padding is not None:
+            padding = [(self.padding, self.padding)] * 2
         return jax.lax.conv_general_dilated(
             x,
             # In float32 also where the computation is not: it is of the parameters alone.
@@ -92,38 +125,53 @@ class GroupNorm(nn.Module):
     """Normalizes groups of channels over all positions (Wu & He, 2018, arXiv 1803.08494).
 
     As flax.linen.GroupNorm, which repeats the statistics for every channel: in an exported graph
-    that is a dozen nodes more for each. `names` are those of the parameters.
+    that is a dozen nodes more for each.
+
+    Attributes:
+        epsilon: added to the variance.
+        scale_init: of the scale; the bias starts at 0.
+        dtype: of the result.
+        names: of the two parameters.
+        batch_axes: how many axes come before those of the positions: 1 for feature maps; 2 where
+            every row of one is normalized alone.
     """
 
     epsilon: float
     scale_init: Any = nn.initializers.ones
     dtype: Any = jnp.float32
     names: tuple[str, str] = ("scale", "bias")
+    batch_axes: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps x [batch, height, width, channels] to the same shape; float32 inside."""
-        batch, height, width, channels = x.shape
+        channels = x.shape[-1]
         scale = self.param(self.names[0], self.scale_init, (channels,))
         bias = self.param(self.names[1], nn.initializers.zeros, (channels,))
+        alone, positions = x.shape[: self.batch_axes], math.prod(x.shape[self.batch_axes : -1])
         y = x.astype(jnp.float32)
-        y = y.reshape(batch, height * width, NUM_GROUPS, channels // NUM_GROUPS)
-        y = y - y.mean(axis=(1, 3), keepdims=True)
-        variance = jnp.square(y).mean(axis=(1, 3), keepdims=True)
+        y = y.reshape(*alone, positions, NUM_GROUPS, channels // NUM_GROUPS)
+        y = y - y.mean(axis=(-3, -1), keepdims=True)
+        variance = jnp.square(y).mean(axis=(-3, -1), keepdims=True)
         y = (y * jax.lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
         return (y * scale + bias).astype(self.dtype)
 
 
 class BottleneckUnit(nn.Module):
-    """A post-activation bottleneck: 1 x 1, 3 x 3 and 1 x 1 convolutions beside a shortcut."""
+    """A post-activation bottleneck: 1 x 1, 3 x 3 and 1 x 1 convolutions beside a shortcut.
+
+    Attributes:
+        config: the description of the model.
+        features: of the 3 x 3 convolution.
+        stride: of the 3 x 3 convolution.
+    """
 
     # Of the kernels of the units, and of the root before them.
     standardize = staticmethod(standardize)
 
+    config: StagesConfig
     features: int
     stride: int = 1
-    group_norm_epsilon: float = 1e-6
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -143,45 +191,67 @@ class BottleneckUnit(nn.Module):
         return self._norm("gn2")(self._conv(self.features, 3, self.stride, "conv2")(x))
 
     def _conv(self, features: int, kernel_size: int, stride: int, name: str) -> StdConv:
+        dtype = self.config.compute_dtype
         return StdConv(
-            features, kernel_size, stride, self.dtype, standardize=self.standardize, name=name
+            features, kernel_size, stride, dtype, standardize=self.standardize, name=name
         )
 
-    def _norm(self, name: str, **options: Any) -> GroupNorm:
-        return GroupNorm(self.group_norm_epsilon, dtype=self.dtype, name=name, **options)
+    def _norm(self, name: str, scale_init: Any = nn.initializers.ones) -> GroupNorm:
+        config = self.config
+        return GroupNorm(config.group_norm_epsilon, scale_init, config.compute_dtype, name=name)
 
 
 class ResNetStage(nn.Module):
-    """Units of one resolution; the first has the stride."""
+    """Units of one resolution; the first has the stride.
 
+    Attributes:
+        config: the description of the model.
+        unit: what the stage is made of: a module of config, features and stride.
+        num_units: how many.
+        features: of the 3 x 3 convolution of each.
+        stride: of the first.
+        digits: that the numbers in the units' names have at least.
+    """
+
+    config: StagesConfig
+    unit: type[nn.Module]
     num_units: int
     features: int
-    stride: int = 1
-    group_norm_epsilon: float = 1e-6
-    remat: bool = False
-    dtype: Any = jnp.float32
-    unit: type[BottleneckUnit] = BottleneckUnit
+    stride: int
+    digits: int
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps x [batch, height, width, channels] to [batch, height', width', 4 * features]."""
-        unit = nn.remat(self.unit) if self.remat else self.unit
+        unit = nn.remat(self.unit) if self.config.remat else self.unit
         for u in range(self.num_units):
             stride = self.stride if u == 0 else 1
-            x = unit(
-                self.features, stride, self.group_norm_epsilon, self.dtype, name=f"unit{u + 1}"
-            )(x)
+            name = f"unit{u + 1:0{self.digits}}"
+            x = unit(self.config, self.features, stride, name=name)(x)
         return x
 
 
+def apply_stages(
+    x: Array, config: StagesConfig, unit: type[nn.Module], *, width: int, digits: int = 1
+) -> Array:
+    """Applies the stages `block1`, `block2`, ..., to be called in a compact method of a module.
+
+    Args:
+        x: what the root gives, [batch, height, width, channels].
+        config: the description of the model, which has their `resnet_layers`.
+        unit: what the stages are made of.
+        width: features of the first stage; each further one has twice as many.
+        digits: see `ResNetStage`.
+    """
+    for s, num_units in enumerate(config.resnet_layers):
+        stride = 1 if s == 0 else 2
+        name = f"block{s + 1}"
+        x = ResNetStage(config, unit, num_units, width * 2**s, stride, digits, name=name)(x)
+    return x
+
+
 def resnet_features(
-    images: Array,
-    layers: Sequence[int],
-    *,
-    group_norm_epsilon: float = 1e-6,
-    remat: bool = False,
-    dtype: Any = jnp.float32,
-    unit: type[BottleneckUnit] = BottleneckUnit,
+    images: Array, config: StagesConfig, unit: type[BottleneckUnit] = BottleneckUnit
 ) -> Array:
     """The feature map of a ResNet, to be called in a compact method of a module.
 
@@ -190,33 +260,19 @@ def resnet_features(
 
     Args:
         images: [batch, height, width, 3].
-        layers: the number of units of each stage, () for the root alone.
-        group_norm_epsilon: of every GroupNorm.
-        remat: recompute each unit in the backward pass.
-        dtype: of the computation.
+        config: the description of the model; its `resnet_layers` are () for the root alone.
         unit: what the stages are made of.
 
     Returns:
         [batch, height', width', channels]: the sides are divided by `downsampling(layers)`; 256
         channels after the first stage and twice as many after each further one, 64 after the root.
     """
+    dtype = config.compute_dtype
     root = StdConv(ROOT_WIDTH, 7, 2, dtype, standardize=unit.standardize, name="conv_root")
-    x = root(images.astype(dtype))
-    x = nn.relu(GroupNorm(group_norm_epsilon, dtype=dtype, name="gn_root")(x))
+    norm = GroupNorm(config.group_norm_epsilon, dtype=dtype, name="gn_root")
+    x = nn.relu(norm(root(images.astype(dtype))))
     x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding="SAME")
-    for s, num_units in enumerate(layers):
-        stage = ResNetStage(
-            num_units,
-            features=ROOT_WIDTH * 2**s,
-            stride=1 if s == 0 else 2,
-            group_norm_epsilon=group_norm_epsilon,
-            remat=remat,
-            dtype=dtype,
-            unit=unit,
-            name=f"block{s + 1}",
-        )
-        x = stage(x)
-    return x
+    return apply_stages(x, config, unit, width=ROOT_WIDTH)
 
 
 def downsampling(layers: Sequence[int]) -> int:
@@ -224,233 +280,65 @@ def downsampling(layers: Sequence[int]) -> int:
     return 4 * 2 ** max(len(layers) - 1, 0)
 
 
-class ConvBlock(nn.Module):
-    """A convolution of BiT's under the name of its block: `root_block`, `proj`."""
+def convolve(side: int, size: int, stride: int, same: bool = True) -> tuple[int, int]:
+    """How often a convolution's kernel elements meet the image, and the side of its output.
 
-    features: int
-    kernel_size: int
-    stride: int = 1
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps x [batch, height, width, channels] to [batch, height', width', features]."""
-        return StdConv(
-            self.features,
-            self.kernel_size,
-            self.stride,
-            self.dtype,
-            padding=self.kernel_size // 2,
-            standardize=standardize_bit,
-            name="standardized_conv2d",
-        )(x)
-
-
-class ActivatedConvBlock(ConvBlock):
-    """GroupNorm and ReLU before a convolution of BiT's: `a`, `b` and `c` of a unit.
-
-    With shortcut_features a 1 x 1 convolution `proj` of what the ReLU gives is returned too.
+    Args:
+        side: of the image.
+        size: of the kernel.
+        stride: in both directions.
+        same: whether padding is TensorFlow's SAME, or half the kernel on both sides.
     """
-
-    group_norm_epsilon: float = 1e-5
-    shortcut_features: int = 0
-    shortcut_stride: int = 1
-
-    @nn.compact
-    def __call__(self, x: Array) -> Any:
-        """Maps x to [batch, height', width', features], or to that and the shortcut."""
-        x = nn.relu(bit_group_norm(self.group_norm_epsilon, self.dtype)(x))
-        y = super().__call__(x)
-        if not self.shortcut_features:
-            return y
-        project = ConvBlock(
-            self.shortcut_features, 1, self.shortcut_stride, self.dtype, name="proj"
-        )
-        return y, project(x)
+    outputs = -(-side // stride)
+    padding = max((outputs - 1) * stride + size - side, 0) // 2 if same else size // 2
+    positions = (o * stride - padding + k for o in range(outputs) for k in range(size))
+    return sum(0 <= x < side for x in positions) ** 2, outputs
 
 
-def bit_group_norm(epsilon: float, dtype: Any) -> GroupNorm:
-    """The GroupNorm of BiT, under its names."""
-    return GroupNorm(epsilon, dtype=dtype, names=("gamma", "beta"), name="group_norm")
+# Of a side, features and stride: the multiply-adds of what looks at more than one position in a
+# unit, and the side of what it gives.
+Mix = Callable[[int, int, int], tuple[int, int]]
 
 
-class PreActivationUnit(nn.Module):
-    """A bottleneck of a ResNet v2 (He et al., 2016, arXiv 1603.05027) as BiT has it.
+def convolution(side: int, features: int, stride: int, same: bool = True) -> tuple[int, int]:
+    """The `Mix` of a 3 x 3 convolution."""
+    taps, side = convolve(side, 3, stride, same)
+    return taps * features**2, side
 
-    Norm and activation come before each convolution, and before that of the shortcut, too. The
-    stride is that of the 3 x 3 convolution.
+
+def multiply_adds(
+    layers: Sequence[int],
+    image_size: int,
+    *,
+    root_width: int = ROOT_WIDTH,
+    same: bool = True,
+    mix: Mix = convolution,
+) -> tuple[int, int, int]:
+    """The multiply-adds of root and stages, and the side and channels of their feature map.
+
+    Args:
+        layers: units of each stage.
+        image_size: side of the image in pixels.
+        root_width: channels of the root.
+        same: the root's padding, see `convolve`.
+        mix: of the units.
     """
-
-    features: int
-    stride: int = 1
-    group_norm_epsilon: float = 1e-5
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps x [batch, height, width, channels] to [batch, height', width', 4 * features]."""
-
-        def block(features: int, size: int, stride: int, name: str, **options: Any) -> Any:
-            return ActivatedConvBlock(
-                features, size, stride, self.dtype, self.group_norm_epsilon, name=name, **options
-            )
-
-        width = EXPANSION * self.features
-        if x.shape[-1] != width or self.stride != 1:
-            options = {"shortcut_features": width, "shortcut_stride": self.stride}
-            y, shortcut = block(self.features, 1, 1, "a", **options)(x)
-        else:
-            y, shortcut = block(self.features, 1, 1, "a")(x), x
-        y = block(self.features, 3, self.stride, "b")(y)
-        y = block(width, 1, 1, "c")(y)
-        return shortcut + y
+    taps, side = convolve(image_size, 7, 2, same)
+    total = taps * 3 * root_width
+    side, channels = -(-side // 2), root_width
+    for s, num_units in enumerate(layers):
+        features = root_width * 2**s
+        width = EXPANSION * features
+        for u in range(num_units):
+            total += side**2 * channels * features  # The first convolution.
+            mixed, side_after = mix(side, features, 2 if s and u == 0 else 1)
+            total += mixed + side_after**2 * features * width  # And the third.
+            total += side_after**2 * channels * width * (u == 0)  # The shortcut's.
+            side, channels = side_after, width
+    return total, side, channels
 
 
-class PreActivationStage(nn.Module):
-    """Units of one resolution; the first has the stride."""
-
-    num_units: int
-    features: int
-    stride: int
-    group_norm_epsilon: float
-    remat: bool
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps x [batch, height, width, channels] to [batch, height', width', 4 * features]."""
-        unit = nn.remat(PreActivationUnit) if self.remat else PreActivationUnit
-        for u in range(self.num_units):
-            stride = self.stride if u == 0 else 1
-            x = unit(
-                self.features,
-                stride,
-                self.group_norm_epsilon,
-                self.dtype,
-                name=f"unit{u + 1:02d}",
-            )(x)
-        return x
-
-
-class LinearHead(nn.Module):
-    """The classifier, in BiT's checkpoints a 1 x 1 convolution; starts at 0."""
-
-    num_classes: int
-    bias_init: float = 0.0
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps x [batch, channels] to logits [batch, num_classes]."""
-        conv = nn.Conv(
-            self.num_classes,
-            (1, 1),
-            kernel_init=nn.initializers.zeros,
-            bias_init=nn.initializers.constant(self.bias_init),
-            name="conv2d",
-        )
-        return conv(x[:, None, None])[:, 0, 0]
-
-
-class ResNetV2(nn.Module):
-    """What BiT's checkpoints have under `resnet`: all of it."""
-
-    num_classes: int
-    layers: tuple[int, ...]
-    width_factor: int
-    group_norm_epsilon: float
-    head_bias_init: float
-    remat: bool
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, images: Array) -> Array:
-        """Maps images [batch, height, width, 3] to logits, or to what the head would see."""
-        width = ROOT_WIDTH * self.width_factor
-        x = ConvBlock(width, 7, 2, self.dtype, name="root_block")(images.astype(self.dtype))
-        # With zeros as the published code pads: max_pool itself would pad with minus infinity.
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding="VALID")
-        for s, num_units in enumerate(self.layers):
-            x = PreActivationStage(
-                num_units,
-                features=width * 2**s,
-                stride=1 if s == 0 else 2,
-                group_norm_epsilon=self.group_norm_epsilon,
-                remat=self.remat,
-                dtype=self.dtype,
-                name=f"block{s + 1}",
-            )(x)
-        x = nn.relu(bit_group_norm(self.group_norm_epsilon, self.dtype)(x))
-        x = x.astype(jnp.float32).mean(axis=(1, 2))
-        if not self.num_classes:
-            return x
-        return LinearHead(self.num_classes, self.head_bias_init, name="head")(x)
-
-
-class ResNet(nn.Module):
-    """ResNet (BiT), the paper's baseline: an image to the logits of its classes.
-
-    It has no dropout, no hidden layer before its head, and takes images of any size.
-
-    Attributes:
-        num_classes: width of the head; 0 leaves the head out, and features are returned.
-        resnet_layers: units of each stage; (3, 4, 6, 3) is ResNet50.
-        width_factor: times as many channels everywhere, the 2 of R50x2.
-        group_norm_epsilon: 1e-5 in the published code.
-        head_bias_init: start value of the head's bias; -10 goes with the sigmoid loss.
-        remat: recompute each unit in the backward pass: less memory, about a third more time.
-        dtype: of the computation; parameters and logits are always float32.
-    """
-
-    num_classes: int
-    resnet_layers: tuple[int, ...]
-    width_factor: int = 1
-    group_norm_epsilon: float = 1e-5
-    head_bias_init: float = 0.0
-    remat: bool = False
-    dtype: Any = jnp.float32
-
-    @property
-    def downsampling(self) -> int:
-        """How many times smaller than the image the last feature map is."""
-        return downsampling(self.resnet_layers)
-
-    @nn.compact
-    def __call__(self, images: Array, *, train: bool = False) -> Array:
-        """Computes logits.
-
-        Args:
-            images: [batch, height, width, 3], values in [-1, 1].
-            train: as in the other models; here both are the same.
-
-        Returns:
-            Logits [batch, num_classes], or where num_classes is 0 the representation [batch,
-            2048 * width_factor], in float32.
-
-        Raises:
-            UserError: resnet_layers are no numbers of units.
-        """
-        del train
-        check_layers(self.resnet_layers)
-        return ResNetV2(
-            self.num_classes,
-            self.resnet_layers,
-            self.width_factor,
-            self.group_norm_epsilon,
-            self.head_bias_init,
-            self.remat,
-            self.dtype,
-            name="resnet",
-        )(images)
-
-
-def check_layers(layers: Sequence[int]) -> None:
-    """Checks that these are units per stage.
-
-    Raises:
-        UserError: one of them is no positive integer.
-    """
-    if not all(isinstance(units, int) and units > 0 for units in layers):
-        raise UserError(
-            f"resnet_layers {layers} is no list of units per stage: use for example (3, 4, 6, 3)"
-        )
+def count_units(arrays: Arrays, pattern: str) -> list[int]:
+    """How many names of each stage, the pattern's group, there are."""
+    units = Counter(int(match[1]) for name in arrays if (match := re.match(pattern, name)))
+    return [units[stage] for stage in sorted(units)]
