@@ -45,7 +45,7 @@ def tiny_config(data_dir):
                 "duration": "6 steps",
                 "ema_decay": 0.9,
                 "log_every": "1 step",
-                "eval_every": "4 steps",
+                "evals.val.every": "4 steps",
                 "checkpoint_every": "2 steps",
                 "dataset.data_dir": data_dir,
                 "dataset.image_size": 8,

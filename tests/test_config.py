@@ -23,7 +23,7 @@ from vit_jax.config import (
     to_dict,
 )
 from vit_jax.errors import UserError
-from vit_jax.recipes import ADOPTED
+from vit_jax.recipes import LEFT_TO_WEIGHTS
 from vit_jax.recipes import get_config as recipe
 from vit_jax.state import OPTIMIZERS, create_optimizer, create_schedule, optimizer_keys
 
@@ -245,7 +245,7 @@ def test_what_a_config_json_leaves_to_the_weights_can_be_given_by_flags(tmp_path
     path.write_text(json.dumps(to_dict(config)))
     read = get_config(str(path))
     assert to_dict(read) == to_dict(config)
-    for key, kind in ADOPTED.items():
+    for key, kind in LEFT_TO_WEIGHTS.items():
         if key in config.model:
             assert config.model[key] is None
             # ml_collections parses a flag by this type.
