@@ -67,6 +67,32 @@ def tiny_config(data_dir):
     return make
 
 
+@pytest.fixture(scope="session")
+def finished_workdir(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs") / "finished"
+
+
+@pytest.fixture
+def finished(tiny_config, finished_workdir):
+    """A run of six steps, done once for all tests that only look at it."""
+    from vit_jax.train import train
+
+    if not finished_workdir.exists():
+        train(tiny_config(), finished_workdir)
+    return finished_workdir
+
+
+@pytest.fixture
+def masked_config(tiny_config):
+    """Six steps of masked patch prediction, of 2 x 2 pixels each."""
+
+    def make(**overrides):
+        fixed = {"objective": "masked_patches", "model.representation_size": 0}
+        return tiny_config(**fixed, **{"model.patch_size": 2, **overrides})
+
+    return make
+
+
 @pytest.fixture
 def command(tmp_path):
     """The command line of a run of a config, from its JSON."""
