@@ -298,6 +298,7 @@ def test_a_config_of_before_evals_has_them():
             "every": "3 steps",
         },
     }  # fmt: skip
+    before["masking"]["target"] = "mean_color"
     assert after == {key: x for key, x in before.items() if key not in ("eval_every", "fewshot")}
     check_config(get_config(str(BEFORE_EVALS)))
 

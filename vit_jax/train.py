@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from vit_jax.analysis import flops
@@ -286,7 +287,8 @@ def _evaluate(
     for evaluator in run.evaluators:
         if not (ended or evaluator in due.evaluators):
             continue
-        scalars = evaluator.run(state.eval_params)
+        found = evaluator.run(state.eval_params)
+        scalars = {name: np.asarray(x).item() for name, x in found.items()}  # JSON takes these.
         run.reporter.evaluated(step, evaluator, scalars)
         if evaluator.name != DECIDING:
             continue

@@ -29,7 +29,7 @@ def norm(settings, watched):
     """The evaluator that the docs add: the norm of all parameters, to some power."""
     del watched
     return lambda params: {
-        "norm": float(sum(jnp.sum(x**2) for x in jax.tree.leaves(params))) ** settings["power"]
+        "norm": sum(jnp.sum(x**2) for x in jax.tree.leaves(params)) ** settings["power"]
     }
 
 
@@ -275,7 +275,10 @@ def test_the_evaluators_come_in_one_order_and_the_deciding_one_first(watched):
     ("entry", "message"),
     [
         ({"type": "fewshots"}, "config.evals.new: type 'fewshots' is unknown: did you mean fewsho"),
-        ({"type": 7}, "config.evals.new: type 7 is unknown: use one of objective, classification"),
+        (
+            {"type": 7},
+            "config.evals.new: type '7' is unknown: use one of objective, classification",
+        ),
         ({"every": "1 step"}, "config.evals.new: type '' is unknown: use one of objective"),
         (
             {"type": "objective", "splits": ""},

@@ -104,9 +104,9 @@ def complete(settings: Settings) -> dict[str, Any]:
     Raises:
         UserError: its type is missing or unknown.
     """
-    kind = settings.get("type", "")
+    kind = str(settings.get("type", ""))
     if kind not in EVALUATORS:
-        near = difflib.get_close_matches(str(kind), EVALUATORS, n=1)
+        near = difflib.get_close_matches(kind, EVALUATORS, n=1)
         hint = f"did you mean {near[0]}? Valid are" if near else "use one of"
         raise UserError(f"type {kind!r} is unknown: {hint} {', '.join(EVALUATORS)}")
     return {"type": kind, **EVALUATORS[kind].defaults, **settings}
@@ -134,7 +134,7 @@ def create_evaluators(
         count_steps: of an interval, such as "1000 steps" or "5 epochs".
 
     Raises:
-        UserError: an evaluator cannot be made, with the name of its entry unless it decides.
+        UserError: an evaluator cannot be made, with the name of its entry.
     """
     evaluators = []
     for name in sorted(evals, key=lambda name: (name != DECIDING, name)):
