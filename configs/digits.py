@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     config.duration = "65 epochs"
     config.label_smoothing = 0.1
     config.log_every = "5 epochs"
-    config.eval_every = "5 epochs"
+    config.evals.val.every = "5 epochs"
     config.checkpoint_every = "5 epochs"
     config.dataset.image_size = 8
     config.dataset.protocol = "pad"

@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 128
     config.duration = "10 epochs"
     config.log_every = "100 steps"
-    config.eval_every = "1 epoch"
+    config.evals.val.every = "1 epoch"
     config.checkpoint_every = "1 epoch"
     config.dataset.image_size = 32
     config.dataset.protocol = "pad"

@@ -39,13 +39,13 @@ def get_config(spec: str = "ViT-B/32,imagenet21k,10%") -> ConfigDict:
     # An epoch of the subset is shorter: the hyperparameters, and so the steps, stay the same.
     config.duration = _epochs(config.duration, 1 / share)
     config.schedule.warmup = _epochs(config.schedule.warmup, 1 / share)
-    config.eval_every = _epochs(config.duration, 1 / EVALUATIONS)
-    config.checkpoint_every = config.eval_every
+    config.evals.val.every = _epochs(config.duration, 1 / EVALUATIONS)
+    config.checkpoint_every = config.evals.val.every
     config.dataset.subset = subset
     config.patience = PATIENCE
-    config.fewshot.dataset = "imagenet2012"
-    config.fewshot.shots = "5"
-    config.fewshot.every = config.eval_every
+    config.evals.fewshot.dataset = "imagenet2012"
+    config.evals.fewshot.shots = "5"
+    config.evals.fewshot.every = config.evals.val.every
     return config
 
 

@@ -32,7 +32,7 @@ def masked_config(args: argparse.Namespace) -> ConfigDict:
     config = _small(recipes.get_config("ViT-Ti/4", "masked,cifar10"), args)
     config.duration = f"{args.pretrain_steps} steps"
     config.schedule.warmup = f"{max(args.pretrain_steps // 10, 1)} steps"
-    config.eval_every = f"{max(args.pretrain_steps // 8, 1)} steps"
+    config.evals.val.every = f"{max(args.pretrain_steps // 8, 1)} steps"
     config.dataset.random_crop = False  # The black beyond a shifted image's edge is too easy.
     return config
 
@@ -43,7 +43,7 @@ def classification_config(args: argparse.Namespace, init_from: str = "") -> Conf
     config.dataset.train_split = f"train[:{args.labeled}]"
     config.duration = f"{args.finetune_steps} steps"
     config.schedule.warmup = f"{max(args.finetune_steps // 10, 1)} steps"
-    config.eval_every = f"{max(args.finetune_steps // 6, 1)} steps"
+    config.evals.val.every = f"{max(args.finetune_steps // 6, 1)} steps"
     config.model.representation_size = 0
     config.model.dropout_rate = 0.0
     config.init_from = init_from

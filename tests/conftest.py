@@ -45,7 +45,7 @@ def tiny_config(data_dir):
                 "duration": "6 steps",
                 "ema_decay": 0.9,
                 "log_every": "1 step",
-                "eval_every": "4 steps",
+                "evals.val.every": "4 steps",
                 "checkpoint_every": "2 steps",
                 "dataset.data_dir": data_dir,
                 "dataset.image_size": 8,
@@ -63,6 +63,32 @@ def tiny_config(data_dir):
             }
         )
         return config
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished_workdir(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs") / "finished"
+
+
+@pytest.fixture
+def finished(tiny_config, finished_workdir):
+    """A run of six steps, done once for all tests that only look at it."""
+    from vit_jax.train import train
+
+    if not finished_workdir.exists():
+        train(tiny_config(), finished_workdir)
+    return finished_workdir
+
+
+@pytest.fixture
+def masked_config(tiny_config):
+    """Six steps of masked patch prediction, of 2 x 2 pixels each."""
+
+    def make(**overrides):
+        fixed = {"objective": "masked_patches", "model.representation_size": 0}
+        return tiny_config(**fixed, **{"model.patch_size": 2, **overrides})
 
     return make
 

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -14,20 +15,23 @@ from ml_collections import ConfigDict
 from vit_jax import models
 from vit_jax.config import (
     ADDED_KEYS,
+    MOVED_KEYS,
     check_config,
     count_steps,
     get_config,
     migrate,
-    parse_shots,
     to_dict,
+    unknown_key,
 )
 from vit_jax.errors import UserError
 from vit_jax.models.base import option
-from vit_jax.recipes import ADOPTED
+from vit_jax.recipes import LEFT_TO_WEIGHTS
 from vit_jax.recipes import get_config as recipe
 from vit_jax.state import OPTIMIZERS, create_optimizer, create_schedule, optimizer_keys
 
 ROOT = pathlib.Path(__file__).parents[1]
+# Written by the code of before config.evals.
+BEFORE_EVALS = pathlib.Path(__file__).with_name("config_of_before_evals.json")
 FILES = [
     *ROOT.glob("configs/*.py"),
     ROOT / "experiments/cifar10_from_scratch.py",
@@ -45,6 +49,10 @@ def test_every_recipe_passes_its_own_check(spec):
     check_config(recipe("ViT-L/16", spec))
 
 
+def _section(config, path):
+    return functools.reduce(getattr, path.split("."), config) if path else config
+
+
 @pytest.mark.parametrize(
     ("section", "key", "nearest"),
     [
@@ -52,18 +60,32 @@ def test_every_recipe_passes_its_own_check(spec):
         ("dataset", "random_flips", "did you mean config.dataset.random_flip"),
         ("masking", "rates", "did you mean config.masking.rate"),
         ("model", "dropout", "did you mean config.model.dropout_rate"),
-        ("fewshot", "shot", "did you mean config.fewshot.shots"),
+        ("evals.fewshot", "shot", "did you mean config.evals.fewshot.shots"),
         ("optimizer", "momentum", "valid are b1, b2, clip_norm"),
         ("schedule", "warmup_steps", "did you mean config.schedule.warmup"),
     ],
 )
 def test_an_unknown_key_raises_and_names_the_nearest(section, key, nearest):
     config = recipe("ViT-B/16")
-    (config[section] if section else config)[key] = 1
+    _section(config, section)[key] = 1
     name = f"{section}.{key}".lstrip(".")
     with pytest.raises(UserError, match=f"config.{name} is not a key that anything") as error:
         check_config(config)
     assert nearest in str(error.value)
+
+
+@pytest.mark.parametrize(("key", "moved"), MOVED_KEYS.items())
+def test_a_key_of_before_says_what_replaces_it(key, moved):
+    error = unknown_key(key, ["evals"])
+    assert str(error) == f"config.{key} is config.{moved} today: set that"
+
+
+def test_a_config_file_of_before_says_what_replaces_its_keys():
+    for key, moved in (("eval_every", "evals.val.every"), ("fewshot", "evals.fewshot")):
+        config = recipe("ViT-B/16")
+        config[key] = "5 epochs"
+        with pytest.raises(UserError, match=f"config.{key} is config.{moved} today: set that"):
+            check_config(config)
 
 
 def test_a_missing_key_raises():
@@ -81,15 +103,20 @@ def test_a_missing_key_raises():
         ("", "batch_size", True, "config.batch_size is True: it must be of type int"),
         ("dataset", "random_flip", 1, "config.dataset.random_flip is 1: it must be of type bool"),
         ("", "schedule", 3, "config.schedule is 3: it is a section of keys"),
-        ("", "fewshot", "flowers", "config.fewshot is 'flowers': it is a section of keys"),
-        ("fewshot", "shots", (1, 5), "config.fewshot.shots is (1, 5): it must be of type str"),
+        ("", "evals", "flowers", "config.evals is 'flowers': it is a section of keys"),
+        (
+            "evals.fewshot",
+            "shots",
+            (1, 5),
+            "config.evals.fewshot.shots is (1, 5): it must be of typ",
+        ),
         ("", "patience", -1, "config.patience is -1: it must not be negative"),
         ("", "augment", "strong3", "augment 'strong3' is not understood: use none, light1, light2"),
         ("", "augment_contrast", "mean", "config.augment_contrast is 'mean': use augreg or pil"),
         ("dataset", "jpeg_dct", "best", "config.dataset.jpeg_dct is 'best': use accurate or fast"),
         ("dataset", "subset", "half", "dataset.subset 'half' is not understood: use a number of"),
         ("dataset", "subset_seed", -1, "config.dataset.subset_seed is -1: it must not be neg"),
-        ("fewshot", "shots", "few", "shots 'few' are not positive numbers, each once"),
+        ("evals.fewshot", "shots", "few", "shots 'few' are not positive numbers, each once"),
         ("optimizer", "name", "lamb", "optimizer.name 'lamb' is unknown: use adam or sgd"),
         ("model", "architecture", "cnn", "model.architecture 'cnn' is unknown: use vit"),
         ("optimizer", "weight_decay", "0.1", "config.optimizer.weight_decay is '0.1': it must be"),
@@ -116,7 +143,7 @@ def test_a_missing_key_raises():
 )
 def test_a_wrong_value_raises(section, key, value, message):
     config = ConfigDict(to_dict(recipe("ViT-B/16")), type_safe=False)
-    (config[section] if section else config)[key] = value
+    _section(config, section)[key] = value
     with pytest.raises(UserError, match=re.escape(message)):
         check_config(config)
 
@@ -245,7 +272,7 @@ def test_what_a_config_json_leaves_to_the_weights_can_be_given_by_flags(tmp_path
     path.write_text(json.dumps(to_dict(config)))
     read = get_config(str(path))
     assert to_dict(read) == to_dict(config)
-    for key, kind in ADOPTED.items():
+    for key, kind in LEFT_TO_WEIGHTS.items():
         if key in config.model:
             assert config.model[key] is None
             # ml_collections parses a flag by this type.
@@ -256,6 +283,24 @@ def test_a_value_of_before_is_called_as_today():
     config = to_dict(recipe("ViT-B/16", "masked,imagenet2012"))
     config["masking"]["target"] = "mean_colour"
     assert migrate(config)["masking"]["target"] == "mean_color"
+
+
+def test_a_config_of_before_evals_has_them():
+    before = json.loads(BEFORE_EVALS.read_text())
+    assert (before["eval_every"], before["fewshot"]["shots"]) == ("4 steps", "1,10")
+    after = migrate(before)
+    assert after.pop("evals") == {
+        "val": {
+            "type": "objective", "dataset": "", "data_dir": "", "split": "", "every": "4 steps"
+        },
+        "fewshot": {
+            "type": "fewshot", "dataset": "digits", "data_dir": "", "split": "", "shots": "1,10",
+            "every": "3 steps",
+        },
+    }  # fmt: skip
+    before["masking"]["target"] = "mean_color"
+    assert after == {key: x for key, x in before.items() if key not in ("eval_every", "fewshot")}
+    check_config(get_config(str(BEFORE_EVALS)))
 
 
 @pytest.mark.parametrize("key", ADDED_KEYS)
@@ -275,19 +320,6 @@ def test_a_broken_config_json_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json cannot be read"):
         get_config(str(tmp_path / "config.json"))
-
-
-@pytest.mark.parametrize(
-    ("text", "shots"), [("10", (10,)), ("1,5,10,25", (1, 5, 10, 25)), (" 5, 1", (1, 5))]
-)
-def test_shots(text, shots):
-    assert parse_shots(text) == shots
-
-
-@pytest.mark.parametrize("text", ["", "0", "1,,5", "-1", "5,5", "1.5", "all", "1 5"])
-def test_shots_of_another_form_are_refused(text):
-    with pytest.raises(UserError, match="are not positive numbers, each once: for example 1,5"):
-        parse_shots(text)
 
 
 # Another value of every key of a section that is handed on as a whole: something must change.

@@ -27,6 +27,11 @@ B16 = "configs/b16.py"
         (["--config", "configs/b17.py"], "config configs/b17.py does not exist"),
         (["--config", f"{B16}:finetun,cifar10"], "recipe 'finetun' is unknown"),
         ([f"--config={B16}", "--config.bacth_size=8"], "did you mean config.batch_size?"),
+        (["--config", B16, "--config.eval_every=1"], "config.eval_every is config.evals.val.every"),
+        (
+            ["--config", B16, "--config.fewshot.dataset=cifar100"],
+            "config.fewshot.dataset is config.evals.fewshot.dataset today: set that",
+        ),
         (["--config", B16, "--config.base_lr=1"], "did you mean config.schedule.base_lr?"),
         (["--config", B16, "--config.batch_size=big"], "--config.batch_size=big: invalid literal"),
         (["--config", B16, "batch_size=8"], "argument 'batch_size=8' is not a flag"),

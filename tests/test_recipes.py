@@ -260,7 +260,7 @@ def test_a_model_without_a_row_is_refused():
 def test_finetuning_leaves_to_the_weights_what_travels_with_them(model):
     finetune, pretrain = (get_config(model, f"{recipe},cifar10").model for recipe in RECIPES)
     traveling = {key for key in finetune if finetune[key] is None}
-    assert traveling == recipes.ADOPTED.keys() & set(finetune)
+    assert traveling == recipes.LEFT_TO_WEIGHTS.keys() & set(finetune)
     assert traveling >= {"group_norm_epsilon"} if "R" in model else traveling >= {"gelu"}
     assert all(value is not None for value in pretrain.values())
 
@@ -426,10 +426,10 @@ def test_figure_4_trains_on_a_part_for_the_steps_of_the_whole(spec, images, epoc
     model, dataset, subset = spec.split(",")
     count = functools.partial(count_steps, num_examples=round(images), batch_size=4096)
     assert count(config.duration) == pytest.approx(epochs * 303e6 / 4096, rel=1e-3)
-    assert count(config.eval_every) == pytest.approx(count(config.duration) / 50, abs=1)
+    assert count(config.evals.val.every) == pytest.approx(count(config.duration) / 50, abs=1)
     assert (config.dataset.subset, config.dataset.development) == (subset, True)
     assert config.patience > 0
-    assert (config.fewshot.dataset, config.fewshot.shots) == ("imagenet2012", "5")
+    assert (config.evals.fewshot.dataset, config.evals.fewshot.shots) == ("imagenet2012", "5")
     row = get_config(model, f"pretrain,{dataset}")
     assert config.schedule.to_dict() == row.schedule.to_dict()
     assert config.optimizer.to_dict() == row.optimizer.to_dict()

@@ -212,7 +212,7 @@ class FixedPredictions:
 def test_the_loss_of_masked_patches_is_of_the_corrupted_ones_only():
     model = FixedPredictions()
     objective = masked_patches(model, 0.5, "mean_color")
-    found = objective({}, BATCH, jax.random.key(5))
+    found = objective({}, BATCH, train=True, rng=jax.random.key(5))
     assert model.train and set(model.rngs) == {"dropout"}
     chosen = np.asarray(model.corruption.chosen)
     assert chosen.shape == (8, 2)  # Half of 2 x 2 patches.
@@ -227,7 +227,8 @@ def test_the_loss_of_masked_patches_is_of_the_corrupted_ones_only():
         for i, j in enumerate(patches):
             row, column = divmod(int(j), 2)
             images[i, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 1
-        return objective({}, BATCH | {"image": jnp.array(images)}, jax.random.key(5))["loss"]
+        batch = BATCH | {"image": jnp.array(images)}
+        return objective({}, batch, train=True, rng=jax.random.key(5))["loss"]
 
     others = [next(j for j in range(4) if j not in row) for row in chosen]
     np.testing.assert_array_equal(brightened(others), found["loss"])
@@ -239,7 +240,7 @@ def test_training_draws_another_corruption_each_time_and_evaluation_always_the_s
     objective = masked_patches(model, 0.5, "mean_color")
 
     def drawn(rng):
-        objective({}, BATCH, rng)
+        objective({}, BATCH, train=rng is not None, rng=rng)
         return np.asarray(model.corruption.masked)
 
     assert not np.array_equal(drawn(jax.random.key(1)), drawn(jax.random.key(2)))
@@ -260,7 +261,7 @@ def test_padding_counts_for_nothing_in_the_evaluation_of_masked_patches(target):
     sums = eval_step(params, batch, objective=objective)
     broken = batch | {"image": BATCH["image"].at[5:].set(jnp.nan)}
     again = eval_step(params, broken, objective=objective)
-    each = objective(params, BATCH, None)
+    each = objective(params, BATCH, train=False)
     assert int(sums["count"]) == 5
     assert sums.keys() == each.keys() | {"count"}
     for name, value in each.items():
@@ -345,3 +346,24 @@ def test_every_step_draws_its_own_share():
     _, state, step = setup(mixup_alpha=0.8)
     losses = {float(step(state.replace(step=jnp.int32(i)), BATCH)[1]["loss"]) for i in range(5)}
     assert len(losses) == 5
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: classification(FixedPredictions(), "softmax"),
+        lambda: masked_patches(FixedPredictions(), 0.5, "mean_color"),
+    ],
+)
+def test_training_without_a_key_is_not_taken_for_evaluation(make):
+    with pytest.raises(ValueError, match="train is True but rng is None"):
+        make()({}, BATCH, train=True)
+
+
+def test_evaluation_does_not_depend_on_a_key():
+    model = FixedPredictions()
+    objective = masked_patches(model, 0.5, "mean_color")
+    without = objective({}, BATCH, train=False)
+    given = objective({}, BATCH, train=False, rng=jax.random.key(7))
+    np.testing.assert_array_equal(without["loss"], given["loss"])
+    assert not model.train and not model.rngs

@@ -1,4 +1,4 @@
-"""Checks, durations, shots and JSON of a run's config.
+"""Checks, durations and JSON of a run's config.
 
 A config is an `ml_collections.ConfigDict` that describes a whole run; `vit_jax.recipes` makes them.
 """
@@ -18,6 +18,7 @@ from vit_jax.data.augmentation import CONTRASTS, parse_augment
 from vit_jax.data.protocols import JPEG_DCTS
 from vit_jax.data.subset import parse_subset
 from vit_jax.errors import UserError
+from vit_jax.evaluation import registry
 from vit_jax.models import DTYPES, describe, field_type, masked, model_fields
 from vit_jax.state import optimizer_keys
 
@@ -44,13 +45,21 @@ NOT_NEGATIVE = {
     "schedule.base_lr",
     "schedule.end_lr",
 }
-_ADOPTED = {f"model.{key}" for key in recipes.ADOPTED}
+_LEFT_TO_WEIGHTS = {f"model.{key}" for key in recipes.LEFT_TO_WEIGHTS}
 
 # Keys that configs did not have from the beginning, and what runs did without them: the value that
 # a saved config without the key has.
 ADDED_KEYS = {
     "augment_contrast": "pil",
     "dataset.jpeg_dct": "accurate",
+}
+# Keys that have moved.
+MOVED_KEYS = {
+    "eval_every": "evals.val.every",
+    "fewshot.dataset": "evals.fewshot.dataset",
+    "fewshot.data_dir": "evals.fewshot.data_dir",
+    "fewshot.shots": "evals.fewshot.shots",
+    "fewshot.every": "evals.fewshot.every",
 }
 # Values that were once called otherwise.
 RENAMED_VALUES = {"masking.target": {"mean_colour": "mean_color"}}
@@ -65,37 +74,82 @@ def check_config(config: ConfigDict) -> None:
     """
     template = recipes.pretrain("ViT-B/16", "imagenet2012")
     template.optimizer.update(recipes.finetune("ViT-B/16", "cifar10").optimizer)
-    _check_keys(config, template, "")
+    _check_keys(config.keys(), template.keys(), "")
     for section, values in template.items():
         if not isinstance(values, ConfigDict):
             _check_type(section, config[section], type(values))
             continue
         if not isinstance(config[section], ConfigDict):
             raise UserError(f"config.{section} is {config[section]!r}: it is a section of keys")
+        if section == "evals":
+            _check_evals(config.evals)
+            continue
         types = {key: type(value) for key, value in values.items()}
         if section == "model":
             fields = model_fields(config.model.get("architecture"))
             types = {"architecture": str, **{key: field_type(x) for key, x in fields.items()}}
         if section == "optimizer":
             types = {key: types[key] for key in optimizer_keys(config.optimizer.get("name"))}
-        _check_keys(config[section], types, f"{section}.")
+        _check_keys(config[section].keys(), types, f"{section}.")
         for key, kind in types.items():
             _check_type(f"{section}.{key}", config[section][key], kind)
     _check_model(config.model)
     _check_ranges(config)
 
 
-def _check_keys(config: Mapping[str, Any], valid: Iterable[str], prefix: str) -> None:
-    for key in sorted(set(config) - set(valid)):
+def _check_keys(keys: Iterable[str], valid: Iterable[str], prefix: str) -> None:
+    for key in sorted(set(keys) - set(valid)):
         raise unknown_key(prefix + key, [prefix + name for name in valid])
-    for key in sorted(set(valid) - set(config)):
+    for key in sorted(set(valid) - set(keys)):
         raise UserError(f"config.{prefix}{key} is missing")
+
+
+def _check_evals(evals: ConfigDict) -> None:
+    prefixes = {}
+    for name, values in evals.items():
+        if not isinstance(values, ConfigDict):
+            raise UserError(f"config.evals.{name} is {values!r}: it is a section of keys")
+        try:
+            settings = registry.complete(values.to_dict())
+        except UserError as error:
+            raise UserError(f"config.evals.{name}: {error}") from error
+        row = registry.EVALUATORS[settings["type"]]
+        for key in sorted(set(values) - {"type"}):
+            if key not in row.defaults:
+                raise unknown_key(f"evals.{name}.{key}", [f"evals.{name}.{x}" for x in settings])
+            _check_type(f"evals.{name}.{key}", values[key], type(row.defaults[key]))
+        row.check(settings)
+        if registry.is_on(settings):
+            other = prefixes.setdefault(registry.prefix(name, settings), name)
+            if other != name:
+                raise UserError(
+                    f"config.evals.{name} would write its scalars under the names of those of "
+                    f"config.evals.{other}: make one entry of the two"
+                )
+    _check_deciding(evals)
+
+
+def _check_deciding(evals: ConfigDict) -> None:
+    name = registry.DECIDING
+    if name not in evals:
+        raise UserError(
+            f"config.evals.{name} is missing: it decides which checkpoint is the best; its every "
+            "may be '0 steps', which is at the end alone"
+        )
+    settings = registry.complete(evals[name].to_dict())
+    deciding = [kind for kind, row in registry.EVALUATORS.items() if row.decides]
+    if settings["type"] not in deciding or not registry.is_on(settings):
+        raise UserError(
+            f"config.evals.{name} is of type {settings['type']!r} and data set "
+            f"{settings['dataset']!r}, but it decides which checkpoint is the best: use images and "
+            f"a type with an accuracy or loss, {' or '.join(deciding)}"
+        )
 
 
 def _check_type(key: str, value: Any, kind: type) -> None:
     if value == recipes.REQUIRED:
         raise UserError(f"config.{key} must be given: --config.{key}=...")
-    if value is None and key in _ADOPTED:
+    if value is None and key in _LEFT_TO_WEIGHTS:
         return
     alike = {float: (int, float), tuple: (tuple, list)}  # JSON has no tuples.
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, alike.get(kind, kind)):
@@ -127,7 +181,6 @@ def _check_ranges(config: ConfigDict) -> None:
     if values["schedule.base_lr"] == 0:
         raise UserError("config.schedule.base_lr is 0.0: it must be above 0")
     _check_objective(values)
-    parse_shots(values["fewshot.shots"])
     parse_augment(values["augment"])
     if values["dataset.subset"]:
         parse_subset(values["dataset.subset"])
@@ -167,7 +220,10 @@ def _check_objective(values: Mapping[str, Any]) -> None:
 
 
 def unknown_key(key: str, valid: Iterable[str]) -> UserError:
-    """The error for a key that nothing reads, which names the nearest valid one."""
+    """The error for a key that nothing reads, with its name of today or the nearest valid one."""
+    sections = {old.partition(".")[0]: new.rpartition(".")[0] for old, new in MOVED_KEYS.items()}
+    if moved := (sections | MOVED_KEYS).get(key):
+        return UserError(f"config.{key} is config.{moved} today: set that")
     leaves = {name.rpartition(".")[2]: name for name in sorted(valid)}
     near = difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1)
     hint = f"did you mean config.{leaves[near[0]]}?" if near else f"valid are {', '.join(leaves)}"
@@ -189,33 +245,34 @@ def count_steps(duration: str, num_examples: int, batch_size: int) -> int:
     return int(number)
 
 
-def parse_shots(text: str) -> tuple[int, ...]:
-    """The numbers of images per class in "1,5,10,25", ascending.
-
-    Raises:
-        UserError: it is not a list of positive numbers, each given once.
-    """
-    words = [word.strip() for word in text.split(",")]
-    if not all(re.fullmatch(r"[1-9]\d{0,5}", word) for word in words) or len({*words}) < len(words):
-        raise UserError(
-            f"shots {text!r} are not positive numbers, each once: for example 1,5,10,25"
-        )
-    return tuple(sorted(map(int, words)))
+def left_to_weights(config: ConfigDict) -> list[str]:
+    """The keys of `config.model` that a config leaves to its weights, see `recipes`."""
+    return sorted(key for key in recipes.LEFT_TO_WEIGHTS if config.model.get(key, "") is None)
 
 
-def adopt(config: ConfigDict, model: Mapping[str, Any]) -> ConfigDict:
-    """A config with what it leaves to its weights, see `recipes.ADOPTED`.
+def take_from_weights(config: ConfigDict, model: Mapping[str, Any]) -> ConfigDict:
+    """A config with what it leaves to its weights, see `recipes.LEFT_TO_WEIGHTS`.
 
     Args:
         config: of a run.
         model: the `model` section of its weights, which is asked for what the config has as None.
     """
-    left = [key for key in recipes.ADOPTED if config.model.get(key, "") is None]
+    left = left_to_weights(config)
     if not left:
         return config
-    adopted = config.copy_and_resolve_references()
-    adopted.model.update({key: model.get(key) for key in left})
-    return adopted
+    filled = config.copy_and_resolve_references()
+    filled.model.update({key: model.get(key) for key in left})
+    return filled
+
+
+def complete_evals(config: ConfigDict) -> ConfigDict:
+    """A config whose evaluators have all their keys, see `evaluation.registry`."""
+    complete = {name: registry.complete(x.to_dict()) for name, x in config.evals.items()}
+    if config.evals.to_dict() == complete:
+        return config
+    filled = config.copy_and_resolve_references()
+    filled.evals = complete
+    return filled
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:
@@ -224,22 +281,36 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
 
 
 def migrate(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved config as it would be written today, see `ADDED_KEYS` and `RENAMED_VALUES`."""
+    """A saved config as it would be written today.
+
+    See `ADDED_KEYS`, `MOVED_KEYS` and `RENAMED_VALUES`.
+    """
     values = flatten_dict(dict(saved), keep_empty_nodes=True, sep=".")
     for key, renamed in RENAMED_VALUES.items():
         if key in values:
             values[key] = renamed.get(values[key], values[key])
+    if "eval_every" in values:
+        for name, kind in (("val", "objective"), ("fewshot", "fewshot")):
+            defaults = registry.complete({"type": kind})
+            values |= {f"evals.{name}.{key}": value for key, value in defaults.items()}
+    for key, moved in MOVED_KEYS.items():
+        if key in values:
+            values[moved] = values.pop(key)
     return unflatten_dict(ADDED_KEYS | values, sep=".")
 
 
-def get_config(path: str) -> ConfigDict:
+def read_config(path: str) -> ConfigDict:
     """The config of a run's config.json: `--config runs/x/config.json` runs it again."""
     try:
         config = ConfigDict(migrate(json.loads(pathlib.Path(path).read_text())))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"config {path} cannot be read: {error}") from error
-    for key, kind in recipes.ADOPTED.items():
+    for key, kind in recipes.LEFT_TO_WEIGHTS.items():
         # A flag can replace null only where it knows the type.
         if isinstance(model := config.get("model"), ConfigDict) and model.get(key, "") is None:
             model[key] = config_dict.placeholder(kind)
     return config
+
+
+# ml_collections calls it so: this file is the config file that a config.json is read by.
+get_config = read_config

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict, config_dict
 from vit_jax import models
 from vit_jax.data import vtab
 from vit_jax.errors import UserError
+from vit_jax.evaluation import registry
 
 
 class Pretraining(NamedTuple):
@@ -261,7 +262,7 @@ def finetune(model: str, dataset: str) -> ConfigDict:
     Not in the paper: dropout is that of `FINETUNE_DROPOUT`, by the model alone, for VTAB too; a
     model that the published code does not have is fine-tuned without. The tasks of VTAB share one
     row; some are not cropped or not mirrored, where the label would not survive it. What travels
-    with weights is left to them, see `ADOPTED`.
+    with weights is left to them, see `LEFT_TO_WEIGHTS`.
     """
     row = finetuning_row(dataset)
     config = base(model, dataset)
@@ -291,8 +292,8 @@ def finetune(model: str, dataset: str) -> ConfigDict:
     config.schedule.decay = "cosine"
     config.schedule.warmup = f"{row.warmup_steps} steps"
     config.init_from = REQUIRED
-    for key in ADOPTED.keys() & config.model.keys():
-        config.model[key] = config_dict.placeholder(ADOPTED[key])
+    for key in LEFT_TO_WEIGHTS.keys() & config.model.keys():
+        config.model[key] = config_dict.placeholder(LEFT_TO_WEIGHTS[key])
     return config
 
 
@@ -332,7 +333,7 @@ RECIPES = {"pretrain": pretrain, "masked": masked, "finetune": finetune}
 REQUIRED = "REQUIRED"
 # What travels with weights, in `config.model`, and its type. None, as fine-tuning has it, is what
 # the weights of init_from were trained with, and without weights the model's default.
-ADOPTED = {
+LEFT_TO_WEIGHTS = {
     "classifier": str,
     "gelu": str,
     "group_norm_epsilon": float,
@@ -366,8 +367,16 @@ def base(model: str, dataset: str) -> ConfigDict:
             "ema_decay": 0.0,
             "sharding": "replicated",
             "log_every": "50 steps",
-            "eval_every": "1000 steps",
-            "patience": 0,  # evaluations without a better one until the run stops; 0 never does
+            # What is evaluated while the run goes and at its end, see `evaluation.registry`; "val"
+            # decides which checkpoint is the best.
+            "evals": {
+                "val": registry.complete({"type": "objective"}),
+                "fewshot": registry.complete(
+                    {"type": "fewshot"}
+                ),  # off until it is given a data set
+            },
+            # Evaluations of val without a better one until the run stops; 0 never does.
+            "patience": 0,
             "checkpoint_every": "1000 steps",
             "keep_checkpoints": 2,
             "dataset": {
@@ -394,12 +403,5 @@ def base(model: str, dataset: str) -> ConfigDict:
             },
             "optimizer": {},
             "schedule": {"base_lr": 0.0, "decay": "cosine", "warmup": "0 steps", "end_lr": 0.0},
-            # Few-shot accuracy on another data set while the run goes; "" measures none.
-            "fewshot": {
-                "dataset": "",
-                "data_dir": "",
-                "shots": "1,5,10,25",
-                "every": "10000 steps",  # and at the end
-            },
         }
     )

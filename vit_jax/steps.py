@@ -1,7 +1,8 @@
 """One training step and one evaluation step, as pure functions of (state, batch)."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, cast
 
 import flax.linen as nn
 import jax
@@ -14,10 +15,30 @@ from vit_jax.state import TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-# Maps (params, batch, rng) to the "loss" of each image and, where there is something to get right,
-# "correct": whether it was, or the share that was; both [batch]. Without an rng nothing is random:
-# that is evaluation.
-Objective = Callable[[Any, Batch, jax.Array | None], Metrics]
+
+
+class Objective(Protocol):
+    """What a model is trained for, of each image."""
+
+    def __call__(
+        self, params: Any, batch: Batch, *, train: bool, rng: jax.Array | None = None
+    ) -> Metrics:
+        """Scores the images of a batch.
+
+        Args:
+            params: of the model.
+            batch: as in `train_step`.
+            train: whether dropout and the like are on.
+            rng: a key to draw from in training; evaluation is not random and needs none.
+
+        Returns:
+            "loss" and, where there is something to get right, "correct": whether it was, or the
+            share that was; both [batch].
+
+        Raises:
+            ValueError: training has no rng.
+        """
+        ...
 
 
 def softmax_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -89,10 +110,11 @@ def classification(model: nn.Module, loss: str, label_smoothing: float = 0.0) ->
         label_smoothing: see `classification_loss`.
     """
 
-    def objective(params: Any, batch: Batch, rng: jax.Array | None = None) -> Metrics:
-        train = rng is not None
-        rngs = {"dropout": rng} if train else {}
-        logits = model.apply({"params": params}, batch["image"], train=train, rngs=rngs)
+    def objective(
+        params: Any, batch: Batch, *, train: bool, rng: jax.Array | None = None
+    ) -> Metrics:
+        rngs = {"dropout": _training_rng(rng)} if train else {}
+        logits = _apply(model, params, batch["image"], train=train, rngs=rngs)
         smoothing = label_smoothing if train else 0.0
         targets = batch.get("targets", batch["label"])  # Those of mixed images.
         return {
@@ -115,13 +137,16 @@ def masked_patches(model: masked.MaskedVisionTransformer, rate: float, target: s
         target: one of `masked.TARGETS`.
     """
 
-    def objective(params: Any, batch: Batch, rng: jax.Array | None = None) -> Metrics:
-        train = rng is not None
-        corruption_rng, dropout_rng = jax.random.split(rng if train else jax.random.key(0))
+    def objective(
+        params: Any, batch: Batch, *, train: bool, rng: jax.Array | None = None
+    ) -> Metrics:
+        key = _training_rng(rng) if train else jax.random.key(0)
+        corruption_rng, dropout_rng = jax.random.split(key)
         targets = masked.TARGETS[target](batch["image"], model.downsampling)
         corruption = masked.draw_corruption(corruption_rng, *targets.shape[:2], rate)
-        predictions = model.apply(
-            {"params": params},
+        predictions = _apply(
+            model,
+            params,
             batch["image"],
             corruption,
             train=train,
@@ -131,6 +156,17 @@ def masked_patches(model: masked.MaskedVisionTransformer, rate: float, target: s
         return masked.scores(predictions, jnp.take_along_axis(targets, chosen, axis=1))
 
     return objective
+
+
+def _training_rng(rng: jax.Array | None) -> jax.Array:
+    if rng is None:
+        raise ValueError("train is True but rng is None: training draws from a key")
+    return rng
+
+
+def _apply(model: nn.Module, params: Any, *inputs: Any, **options: Any) -> jax.Array:
+    # Flax may return variables as well, but not where none is mutable.
+    return cast(jax.Array, model.apply({"params": params}, *inputs, **options))
 
 
 def train_step(
@@ -166,7 +202,7 @@ def train_step(
         batch = mix(mix_rng, batch)
 
     def loss_fn(params: Any, part: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
-        means = jax.tree.map(jnp.mean, objective(params, part, rng))
+        means = jax.tree.map(jnp.mean, objective(params, part, train=True, rng=rng))
         metrics = {"loss": means["loss"]}
         if "correct" in means:
             metrics["accuracy"] = means["correct"]
@@ -182,8 +218,8 @@ def train_step(
     ema_params = state.ema_params
     if ema_params is not None:
         ema_params = optax.incremental_update(params, ema_params, 1.0 - ema_decay)
-    state = state.replace(
-        step=state.step + 1, params=params, opt_state=opt_state, ema_params=ema_params
+    state = dataclasses.replace(
+        state, step=state.step + 1, params=params, opt_state=opt_state, ema_params=ema_params
     )
     return state, {**metrics, "grad_norm": optax.global_norm(grads)}
 
@@ -218,6 +254,6 @@ def eval_step(params: Any, batch: Batch, *, objective: Objective) -> Metrics:
         Scalars: what the objective tells of each image, summed, and "count" (int32).
     """
     real = batch["mask"] > 0
-    found = objective(params, batch, None)
+    found = objective(params, batch, train=False)
     sums = {name: jnp.sum(jnp.where(real, x, 0)) for name, x in found.items()}
     return {**sums, "count": jnp.sum(real, dtype=jnp.int32)}

@@ -8,33 +8,35 @@ the support set, a constant feature 100 as the bias, lambda = 2^10, three seeds,
 256 x 256 whatever their aspect and cropped to the central 224 x 224.
 """
 
-import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorflow as tf
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vit_jax.data.datasets import Source
-from vit_jax.data.pipeline import EvalBatches, eval_batches
 from vit_jax.data.protocols import Preprocessing, fewshot_view
-from vit_jax.evaluate import ApplyFn, Batches, make_apply_fn, outputs
+from vit_jax.errors import UserError
+from vit_jax.evaluation.metrics import ApplyFn, Batches, make_apply_fn, outputs
+from vit_jax.evaluation.watched import Watched
 from vit_jax.sharding import Mesh, to_devices
+
+if TYPE_CHECKING:  # They import TensorFlow.
+    from vit_jax.data.pipeline import EvalBatches
+    from vit_jax.data.source import Source
 
 L2 = 2.0**10
 BIAS = 100.0
 SEEDS = (0, 1, 2)
 
-_SHUFFLE_LIMIT = 256 * 2**20  # bytes of encoded images to shuffle among
 _ROWS = 4096  # of the support set that are in float64 at a time
 
 
-class LinearHead(NamedTuple):
+class LeastSquaresHead(NamedTuple):
     """scores = (features - mean) / std @ kernel + bias, of shapes [D], [D], [D, K] and [K]."""
 
     mean: np.ndarray
@@ -43,7 +45,9 @@ class LinearHead(NamedTuple):
     bias: np.ndarray
 
 
-def fit(features: np.ndarray, labels: np.ndarray, num_classes: int, l2: float = L2) -> LinearHead:
+def fit(
+    features: np.ndarray, labels: np.ndarray, num_classes: int, l2: float = L2
+) -> LeastSquaresHead:
     """Solves the regularized least squares in float64.
 
     The bias is the weight of a constant feature and so is regularized too, as in the reference.
@@ -80,19 +84,34 @@ def fit(features: np.ndarray, labels: np.ndarray, num_classes: int, l2: float = 
         x, y = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         # X^T (X X^T + lambda)^-1 Y is the same solution, from the smaller of the two matrices.
         solution = x.T @ _solve(x @ x.T, y, l2)
-    return LinearHead(mean, std, kernel=solution[:-1], bias=BIAS * solution[-1])
+    return LeastSquaresHead(mean, std, kernel=solution[:-1], bias=BIAS * solution[-1])
 
 
 def _mean(features: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    parts = range(0, len(features), _ROWS)
-    sums = (function(features[i : i + _ROWS].astype(np.float64)).sum(0) for i in parts)
-    return sum(sums) / len(features)
+    total = np.zeros(features.shape[1])
+    for start in range(0, len(features), _ROWS):
+        total += function(features[start : start + _ROWS].astype(np.float64)).sum(0)
+    return total / len(features)
 
 
 def _solve(gram: np.ndarray, target: np.ndarray, l2: float) -> np.ndarray:
     """V diag(1 / (eigenvalues + lambda)) V^T target."""
     eigenvalues, vectors = np.linalg.eigh(gram)
     return vectors @ ((vectors.T @ target) / (eigenvalues + l2)[:, None])
+
+
+def parse_shots(text: str) -> tuple[int, ...]:
+    """The numbers of images per class in "1,5,10,25", ascending.
+
+    Raises:
+        UserError: it is not a list of positive numbers, each given once.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(re.fullmatch(r"[1-9]\d{0,5}", word) for word in words) or len({*words}) < len(words):
+        raise UserError(
+            f"shots {text!r} are not positive numbers, each once: for example 1,5,10,25"
+        )
+    return tuple(sorted(map(int, words)))
 
 
 def short_name(dataset: str) -> str:
@@ -102,46 +121,10 @@ def short_name(dataset: str) -> str:
     return dataset.partition(":")[0]
 
 
-def support(source: Source, shots: int, seed: int) -> Source:
-    """The first `shots` images of each class of `source`, in an order that the seed decides.
-
-    The order is that of `source.examples(seed)`, shuffled once more among up to 256 MiB of encoded
-    images; reading ends as soon as every class is full. So the images are a pure function of the
-    seed, fewer shots are a subset of more, and of a large data set a small part is read. A class
-    with fewer images gives all that it has.
-    """
-    num_classes = len(source.class_names)
-    limit = min(num_classes * shots, source.num_examples)
-    share = min(1.0, _SHUFFLE_LIMIT / max(source.num_bytes, 1))
-    buffer = max(int(source.num_examples * share), 1)
-
-    def count(seen: tf.Tensor, example: dict[str, tf.Tensor]) -> tuple[tf.Tensor, Any]:
-        label = example["label"]
-        full = tf.reduce_all(seen >= shots)
-        seen_then = tf.tensor_scatter_nd_add(seen, [[label]], [1])
-        return seen_then, {"example": example, "wanted": seen[label] < shots, "full": full}
-
-    def examples() -> tf.data.Dataset:
-        order = tf.constant(seed, tf.int64)
-        return (
-            source.examples(order)
-            .shuffle(buffer, order, reshuffle_each_iteration=False)
-            .filter(lambda example: example["label"] >= 0)
-            .scan(tf.zeros(num_classes, tf.int32), count)
-            # Not take(limit): tf.data may prefetch before it, and read on for one more to the end.
-            .take_while(lambda counted: not counted["full"])
-            .filter(lambda counted: counted["wanted"])
-            .map(lambda counted: counted["example"])
-        )
-
-    # An upper bound of the images: what is missing is padding.
-    return dataclasses.replace(source, num_examples=limit, examples=examples)
-
-
 def create_fewshot(
     model: nn.Module,
-    train: Source,
-    test: Source,
+    train: "Source",
+    test: "Source",
     *,
     shots: Sequence[int],
     preprocessing: Preprocessing,
@@ -157,7 +140,7 @@ def create_fewshot(
 
     Args:
         model: whose head, if it has one, is left out.
-        train: where the support sets are taken from, see `support`.
+        train: where the support sets are taken from, see `data.support.take_support`.
         test: the images to recognize.
         shots: numbers of images per class.
         preprocessing: of the model; what is looked at is `protocols.fewshot_view`, whatever its own
@@ -169,10 +152,13 @@ def create_fewshot(
     Returns:
         A function from params to the accuracies in [0, 1] of `SEEDS`, by number of shots.
     """
+    from vit_jax.data.pipeline import eval_batches
+    from vit_jax.data.support import take_support
+
     apply_fn = make_apply_fn(model.without_head(), mesh)
     num_classes = len(train.class_names)
 
-    def batches(source: Source) -> EvalBatches:
+    def batches(source: "Source") -> "EvalBatches":
         return eval_batches(
             source,
             batch_size=batch_size,
@@ -181,10 +167,10 @@ def create_fewshot(
             process_count=jax.process_count(),
         )
 
-    def evaluate(params: Any) -> dict[int, list[float]]:
+    def accuracies_by_shots(params: Any) -> dict[int, list[float]]:
         heads = []
         for seed in SEEDS:
-            chosen = outputs(apply_fn, params, batches(support(train, max(shots), seed)), mesh)
+            chosen = outputs(apply_fn, params, batches(take_support(train, max(shots), seed)), mesh)
             features, labels = map(np.concatenate, zip(*chosen, strict=True))
             if seed == SEEDS[0]:
                 _report_small_classes(np.bincount(labels, minlength=num_classes), shots, report)
@@ -193,7 +179,7 @@ def create_fewshot(
         accuracies = _accuracies(apply_fn, params, batches(test), mesh, heads)
         return {k: accuracies[i :: len(shots)] for i, k in enumerate(shots)}
 
-    return evaluate
+    return accuracies_by_shots
 
 
 def _report_small_classes(
@@ -218,9 +204,9 @@ def _place_in_class(labels: np.ndarray) -> np.ndarray:
 
 @jax.jit
 def _count_correct(
-    features: jax.Array, labels: jax.Array, mask: jax.Array, heads: LinearHead
+    features: jax.Array, labels: jax.Array, mask: jax.Array, heads: LeastSquaresHead
 ) -> tuple[jax.Array, jax.Array]:
-    def correct(head: LinearHead) -> jax.Array:
+    def correct(head: LeastSquaresHead) -> jax.Array:
         x = (features - head.mean) / head.std
         scores = jnp.matmul(x, head.kernel, precision=jax.lax.Precision.HIGHEST) + head.bias
         return jnp.sum((jnp.argmax(scores, -1) == labels) & (mask > 0), dtype=jnp.int32)
@@ -229,9 +215,9 @@ def _count_correct(
 
 
 def _accuracies(
-    apply_fn: ApplyFn, params: Any, batches: Batches, mesh: Mesh, heads: Sequence[LinearHead]
+    apply_fn: ApplyFn, params: Any, batches: Batches, mesh: Mesh, heads: Sequence[LeastSquaresHead]
 ) -> list[float]:
-    stacked = LinearHead(
+    stacked = LeastSquaresHead(
         *(np.stack(arrays).astype(np.float32) for arrays in zip(*heads, strict=True))
     )
     stacked = jax.device_put(stacked, NamedSharding(mesh, PartitionSpec()))
@@ -241,3 +227,38 @@ def _accuracies(
         correct += sums[0]
         count += int(sums[1])
     return (correct / count).tolist()
+
+
+def describe(title: str, scalars: Mapping[str, float]) -> str:
+    """What is printed: "few-shot accuracy on flowers: 1-shot 0.5621  5-shot 0.8033"."""
+    listed = "  ".join(f"{k.removesuffix('shot')}-shot {mean:.4f}" for k, mean in scalars.items())
+    return f"few-shot accuracy on {title}: {listed}"
+
+
+def create(settings: Mapping[str, Any], watched: Watched) -> Callable[[Any], dict[str, float]]:
+    """Makes the evaluator of `config.evals`: the mean accuracy over the seeds, "1shot" and so on.
+
+    Args:
+        settings: "dataset", "data_dir", "split", of the images to recognize, and "shots".
+        watched: the run.
+    """
+    from vit_jax.data import datasets
+
+    train, test = datasets.open_dataset(
+        settings["dataset"], data_dir=settings["data_dir"], eval_split=settings["split"]
+    )
+    accuracies = create_fewshot(
+        watched.trunk,
+        train,
+        test,
+        shots=parse_shots(settings["shots"]),
+        preprocessing=watched.preprocessing,
+        batch_size=watched.batch_size,
+        mesh=watched.mesh,
+        report=watched.report,
+    )
+
+    def fewshot(params: Any) -> dict[str, float]:
+        return {f"{k}shot": float(np.mean(values)) for k, values in accuracies(params).items()}
+
+    return fewshot

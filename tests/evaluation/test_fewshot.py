@@ -1,4 +1,4 @@
-"""The closed form against other solvers, the choice of the support set, and the whole procedure."""
+"""The closed form against other solvers, and the whole procedure."""
 
 import subprocess
 import sys
@@ -6,13 +6,15 @@ import sys
 import flax.linen as nn
 import numpy as np
 import pytest
-import tensorflow as tf
 from sklearn.linear_model import Ridge
 
-from vit_jax import fewshot
 from vit_jax.data.protocols import Preprocessing
-from vit_jax.data.source import Source
+from vit_jax.errors import UserError
+from vit_jax.evaluation import fewshot
+from vit_jax.evaluation.fewshot import parse_shots
 from vit_jax.sharding import make_mesh
+
+from ..sources import chosen, tiny_source
 
 # More examples than features, as many as features with the constant one, fewer.
 SHAPES = [(50, 7), (8, 7), (7, 7), (5, 60)]
@@ -81,85 +83,6 @@ def test_one_class_alone_is_always_right():
     head = fewshot.fit(np.ones((3, 2), np.float32), np.zeros(3, int), 1)
     # Targets are all 1: w = 3 * 100 / (3 * 100^2 + 2^10) of the constant feature 100.
     assert head.bias == pytest.approx(100 * 300 / 31024)
-
-
-def tiny_source(counts, size=16, seed=0):
-    """A source of noisy images whose classes differ a little; `counts` images of each."""
-    rng = np.random.default_rng(seed)
-    means = np.random.default_rng(7).integers(110, 140, (len(counts), size, size, 3))
-    labels = rng.permutation(np.repeat(np.arange(len(counts)), counts))
-    pixels = np.clip(means[labels] + rng.normal(0, 90, (len(labels), size, size, 3)), 0, 255)
-    pixels = pixels.astype(np.uint8)
-    # Twice as wide: what is squashed to a square is `pixels` again.
-    encoded = [tf.io.encode_png(np.repeat(image, 2, axis=1)).numpy() for image in pixels]
-
-    def examples(seed=None):
-        dataset = tf.data.Dataset.from_tensor_slices(
-            {
-                "image": encoded,
-                "label": labels.astype(np.int64),
-                "id": [str(index) for index in range(len(labels))],
-            }
-        )
-        return dataset if seed is None else dataset.shuffle(len(labels), seed)
-
-    names = tuple(f"class {index}" for index in range(len(counts)))
-    source = Source("tiny", "train", names, len(labels), sum(map(len, encoded)), examples)
-    return source, pixels, labels
-
-
-def chosen(source, shots, seed):
-    examples = list(fewshot.support(source, shots, seed).examples())
-    ids = [int(example["id"].numpy()) for example in examples]
-    return ids, np.array([int(example["label"]) for example in examples])
-
-
-def test_support_has_so_many_images_of_each_class():
-    source, _, labels = tiny_source([9, 30, 12])
-    ids, found = chosen(source, 5, seed=0)
-    assert np.bincount(found).tolist() == [5, 5, 5]
-    assert len(set(ids)) == 15
-    np.testing.assert_array_equal(labels[ids], found)
-
-
-def test_support_is_a_function_of_the_seed():
-    source, _, _ = tiny_source([20, 20])
-    picks = [chosen(source, 4, seed)[0] for seed in (0, 1, 2)]
-    assert picks == [chosen(source, 4, seed)[0] for seed in (0, 1, 2)]
-    assert len({frozenset(ids) for ids in picks}) == 3
-
-
-def test_fewer_shots_are_a_subset_of_more():
-    source, _, _ = tiny_source([20, 20])
-    many, labels = chosen(source, 8, seed=1)
-    few, _ = chosen(source, 3, seed=1)
-    firsts = [many[i] for label in (0, 1) for i in np.flatnonzero(labels == label)[:3]]
-    assert set(few) == set(firsts)
-
-
-def test_a_small_class_gives_all_it_has():
-    source, _, _ = tiny_source([2, 20])
-    _, labels = chosen(source, 5, seed=0)
-    assert np.bincount(labels).tolist() == [2, 5]
-
-
-def test_reading_ends_when_every_class_is_full(monkeypatch):
-    # A shuffle buffer of one example: what is read is what was asked for.
-    monkeypatch.setattr(fewshot, "_SHUFFLE_LIMIT", 1)
-    seen = []
-    source, _, _ = tiny_source([200, 200], size=2)
-    examples = source.examples
-
-    def counting(seed=None):
-        def note(example):
-            tf.py_function(lambda: seen.append(1), [], [])
-            return example
-
-        return examples(seed).map(note)
-
-    object.__setattr__(source, "examples", counting)
-    assert len(chosen(source, 2, seed=0)[0]) == 4
-    assert 4 <= len(seen) < 60
 
 
 class Pixels(nn.Module):
@@ -241,7 +164,7 @@ def test_imagenet_scale_takes_little_memory():
     program = """
 import resource
 import numpy as np
-from vit_jax import fewshot
+from vit_jax.evaluation import fewshot
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
@@ -262,3 +185,24 @@ print(peak() - before, np.mean((x @ head.kernel + head.bias).argmax(1) == labels
     assert accuracy > 0.99
     # The features are 51 MB in float32, X in float64 would be 103, Y 80.
     assert megabytes < 400
+
+
+@pytest.mark.parametrize(
+    ("text", "shots"), [("10", (10,)), ("1,5,10,25", (1, 5, 10, 25)), (" 5, 1", (1, 5))]
+)
+def test_shots(text, shots):
+    assert parse_shots(text) == shots
+
+
+@pytest.mark.parametrize("text", ["", "0", "1,,5", "-1", "5,5", "1.5", "all", "1 5"])
+def test_shots_of_another_form_are_refused(text):
+    with pytest.raises(UserError, match="are not positive numbers, each once: for example 1,5"):
+        parse_shots(text)
+
+
+def test_importing_few_shot_imports_no_tensorflow():
+    program = "import sys; import vit_jax.evaluation.registry; print('tensorflow' in sys.modules)"
+    output = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    ).stdout
+    assert output.strip() == "False"

@@ -1,17 +1,27 @@
 """What a run tells while it goes: a line to read, metrics.jsonl and TensorBoard."""
 
 import collections
+import contextlib
 import json
 import math
 import pathlib
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 from clu import metric_writers
 
+from vit_jax.analysis import flops
+from vit_jax.evaluation.registry import Evaluator
 from vit_jax.files import atomic_write
+from vit_jax.progress import Progress
+
+
+def say(line: str) -> None:
+    """Prints a line at once; of several processes the first does."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
 
 
 class JsonlWriter(metric_writers.MetricWriter):
@@ -172,3 +182,100 @@ def format_seconds(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes:02d}m"
     return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+
+
+class Cost(NamedTuple):
+    """What a step takes.
+
+    Attributes:
+        batch_size: of all devices together.
+        devices: their number.
+        flops: floating-point operations to train on one image.
+    """
+
+    batch_size: int
+    devices: int
+    flops: float
+
+
+class Reporter:
+    """Keeps the sums and the clock of a run, and writes what they show.
+
+    Args:
+        workdir: of the run.
+        step: that the run begins or goes on from.
+        total_steps: of the run.
+        progress: of the run so far.
+        cost: of a step.
+        schedule: from the step to the learning rate.
+    """
+
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        step: int,
+        total_steps: int,
+        progress: Progress,
+        cost: Cost,
+        schedule: Callable[[int], Any],
+    ):
+        self._writer = create_writer(workdir, step)
+        self._window = Window(progress.window)
+        self._stopwatch = Stopwatch(progress.seconds)
+        self._logged = step  # The lap's first step is the next.
+        self._total_steps = total_steps
+        self._cost = cost
+        self._schedule = schedule
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of a training step; raises as `Window.add` does."""
+        self._window.add(step, metrics)
+
+    def log(self, step: int) -> None:
+        """Writes the means since the last time, and what the run has cost so far."""
+        scalars = self._window.mean()
+        steps, seconds = step - self._logged, self._stopwatch.lap()
+        self._logged = step
+        scalars |= self._costs(step, steps, seconds)
+        self._writer.write_scalars(step, scalars)
+        left = (self._total_steps - step) * seconds / steps
+        say(progress_line(step, self._total_steps, scalars, left))
+
+    def _costs(self, step: int, steps: int, seconds: float) -> dict[str, float]:
+        batch_size, devices, needed = self._cost
+        images_per_second = steps * batch_size / seconds
+        scalars = {
+            "device_days": self._stopwatch.total() * devices / (24 * 60 * 60),
+            "learning_rate": float(self._schedule(step - 1)),
+            "images_per_second": images_per_second,
+            "exaflops": needed * batch_size * step / 1e18,
+        }
+        peak = flops.peak_flops(jax.devices()[0].device_kind)
+        return scalars | ({"mfu": needed * images_per_second / (peak * devices)} if peak else {})
+
+    def evaluated(self, step: int, evaluator: Evaluator, scalars: Mapping[str, float]) -> None:
+        """Writes what an evaluator has found."""
+        named = {evaluator.prefix + name: x for name, x in scalars.items() if name != "examples"}
+        self._writer.write_scalars(step, named)
+        self.say(step, evaluator.describe(scalars))
+
+    def say(self, step: int, text: str) -> None:
+        """Prints a line that begins with the step."""
+        say(f"step {step}/{self._total_steps}  {text}")
+
+    def update(self, progress: Progress) -> None:
+        """Waits for all steps and puts sums and seconds into `progress`; raises as `add` does."""
+        progress.window = self._window.drain()
+        progress.seconds = self._stopwatch.total()
+
+    def paused(self) -> contextlib.AbstractContextManager[None]:
+        """Stops the clock for what is not training."""
+        return self._stopwatch
+
+    def flush(self) -> None:
+        """Puts all that is written on disk."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._writer.close()

@@ -3,7 +3,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from vit_jax import metrics
+from vit_jax import reporting
 
 
 def lines(path):
@@ -13,14 +13,14 @@ def lines(path):
 def test_a_resumed_run_drops_what_was_written_after_its_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
-    writer = metrics.JsonlWriter(path, last_step=1)
+    writer = reporting.JsonlWriter(path, last_step=1)
     writer.write_scalars(2, {"loss": 2.5})
     writer.close()
     assert lines(path) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}]
 
 
 def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
-    writer = metrics.JsonlWriter(tmp_path / "metrics.jsonl", last_step=0)
+    writer = reporting.JsonlWriter(tmp_path / "metrics.jsonl", last_step=0)
     writer.write_scalars(1, {"loss": 0.1})
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.1}]
 
@@ -30,7 +30,7 @@ def step(loss=1.0, grad_norm=1.0):
 
 
 def test_a_window_gives_means_and_starts_anew():
-    window = metrics.Window({})
+    window = reporting.Window({})
     for i, loss in enumerate((1.0, 2.0, 6.0)):
         window.add(i, step(loss))
     assert window.mean() == {"loss": 3.0, "grad_norm": 1.0}
@@ -39,10 +39,10 @@ def test_a_window_gives_means_and_starts_anew():
 
 
 def test_a_window_goes_on_after_a_checkpoint():
-    first = metrics.Window({})
+    first = reporting.Window({})
     first.add(1, step(1.0))
     saved = json.loads(json.dumps(first.drain()))
-    second = metrics.Window(saved)
+    second = reporting.Window(saved)
     second.add(2, step(2.0))
     assert second.mean() == {"loss": 1.5, "grad_norm": 1.0}
 
@@ -55,7 +55,7 @@ def test_a_window_goes_on_after_a_checkpoint():
     ],
 )
 def test_what_is_not_finite_is_found_with_its_step(bad, message):
-    window = metrics.Window({})
+    window = reporting.Window({})
     window.add(6, step())
     window.add(7, bad)
     window.add(8, step())
@@ -65,8 +65,8 @@ def test_what_is_not_finite_is_found_with_its_step(bad, message):
 
 def test_evaluation_does_not_count_as_training_time(monkeypatch):
     clock = iter([0.0, 10.0, 15.0, 20.0])
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
-    stopwatch = metrics.Stopwatch()
+    monkeypatch.setattr(reporting.time, "perf_counter", lambda: next(clock))
+    stopwatch = reporting.Stopwatch()
     with stopwatch:
         pass
     assert stopwatch.lap() == 15.0
@@ -75,8 +75,8 @@ def test_evaluation_does_not_count_as_training_time(monkeypatch):
 def test_a_stopwatch_goes_on_from_what_the_run_has_taken(monkeypatch):
     # Started at 0, lapped at 10, left out from 12 to 15, asked at 20.
     clock = iter([0.0, 10.0, 12.0, 15.0, 20.0])
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
-    stopwatch = metrics.Stopwatch(100.0)
+    monkeypatch.setattr(reporting.time, "perf_counter", lambda: next(clock))
+    stopwatch = reporting.Stopwatch(100.0)
     assert stopwatch.lap() == 10.0
     with stopwatch:
         pass
@@ -85,16 +85,16 @@ def test_a_stopwatch_goes_on_from_what_the_run_has_taken(monkeypatch):
 
 def test_the_progress_line_has_all_that_is_asked_for():
     scalars = {"loss": 0.51234, "accuracy": 0.845, "images_per_second": 12345.6}
-    line = metrics.progress_line(200, 1000, scalars, 192.0)
+    line = reporting.progress_line(200, 1000, scalars, 192.0)
     assert line == "step 200/1000  loss 0.5123  accuracy 0.8450  12,346 images/s  ETA 3m12s"
     without = {key: scalars[key] for key in ("loss", "images_per_second")}
-    line = metrics.progress_line(200, 1000, without, 192.0)
+    line = reporting.progress_line(200, 1000, without, 192.0)
     assert line == "step 200/1000  loss 0.5123  12,346 images/s  ETA 3m12s"
-    assert "MFU 41.2%" in metrics.progress_line(200, 1000, scalars | {"mfu": 0.412}, 1.0)
+    assert "MFU 41.2%" in reporting.progress_line(200, 1000, scalars | {"mfu": 0.412}, 1.0)
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0s"), (59.6, "1m00s"), (185, "3m05s"), (3725, "1h02m")]
 )
 def test_durations_are_read_at_a_glance(seconds, text):
-    assert metrics.format_seconds(seconds) == text
+    assert reporting.format_seconds(seconds) == text

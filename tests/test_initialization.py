@@ -1,0 +1,115 @@
+import json
+import math
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from vit_jax import train
+from vit_jax.checkpoints.pretrained import Pretrained, abstract_params, load_pretrained
+from vit_jax.checkpoints.save import save_pretrained
+from vit_jax.data import datasets
+from vit_jax.data.protocols import evaluation
+from vit_jax.errors import UserError
+from vit_jax.models import create_model, prediction_defaults
+from vit_jax.recipes import get_config
+
+from .runs import read_losses, train_until
+
+
+def test_finetuning_from_a_run_replaces_its_head(tiny_config, tmp_path, finished, capsys):
+    config = tiny_config(
+        init_from=str(finished),
+        duration="1 step",
+        **{"dataset.image_size": 16, "model.representation_size": 0, "schedule.warmup": "0 steps"},
+    )
+    train.train(config, tmp_path / "run")
+    output = capsys.readouterr().out
+    for action in ("loaded", "resized", "dropped", "new"):
+        assert action in output
+    assert read_losses(tmp_path / "run")[0] == pytest.approx(math.log(10), rel=1e-5)
+
+
+TINY_SIZES = {
+    "patch_size": 4, "hidden_size": 16, "num_layers": 1, "mlp_dim": 32, "num_heads": 2
+}  # fmt: skip
+
+
+@pytest.fixture
+def foreign_weights(tmp_path):
+    """Weights of a model that differs from Google's in all that travels with them."""
+    model = {"architecture": "vit", "num_classes": 3, **TINY_SIZES, "gelu": "erf"}
+    model |= {"classifier": "gap", "layer_norm_epsilon": 1e-3}
+    shapes = abstract_params(model, 8)
+    noise = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: noise.standard_normal(x.shape).astype(np.float32), shapes)
+    model = prediction_defaults("vit") | model
+    pretrained = Pretrained(params, model, evaluation("bit", 8), None, "softmax", "")
+    save_pretrained(pretrained, tmp_path / "timm", "timm")
+    return tmp_path / "timm"
+
+
+def finetune_config(data_dir, init_from, **overrides):
+    config = get_config("ViT-Ti/4", "finetune,digits")
+    fixed = {f"model.{key}": value for key, value in TINY_SIZES.items()}
+    fixed |= {"dataset.data_dir": data_dir, "dataset.image_size": 8, "dataset.protocol": "pad"}
+    fixed |= {"batch_size": 32, "duration": "2 steps", "model.dtype": "float32"}
+    fixed |= {"schedule.warmup": "1 step", "init_from": str(init_from)}
+    config.update_from_flattened_dict(fixed | overrides)
+    return config
+
+
+def test_finetuning_takes_what_travels_with_the_weights(
+    data_dir, tmp_path, foreign_weights, capsys
+):
+    config = finetune_config(data_dir, foreign_weights, checkpoint_every="1 step")
+    with pytest.raises(KeyboardInterrupt):
+        train_until(config, tmp_path / "run", step=2)
+    expected = {"classifier": "gap", "gelu": "erf", "layer_norm_epsilon": 1e-3}
+    expected |= {"position_embedding": "learned", "position_placement": "stem"}
+    listed = ", ".join(f"{key} {value}" for key, value in expected.items())
+    assert f"has it: {listed}\n" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "run/config.json").read_text())["model"]
+    assert expected.items() <= saved.items()
+    assert config.model.gelu is None  # The caller's stays as it was.
+    # The first step has a rate of 0: the features are those of the weights, by their own model.
+    first, weights = load_pretrained(tmp_path / "run"), load_pretrained(foreign_weights)
+    images = np.random.default_rng(1).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
+    features = [
+        create_model(each.model, num_classes=0).apply({"params": each.params}, images)
+        for each in (first, weights)
+    ]
+    np.testing.assert_allclose(*features, rtol=1e-5, atol=1e-5)
+    # What was taken is in the checkpoint, so that the weights are not needed to go on.
+    shutil.rmtree(foreign_weights)
+    train.train(config, tmp_path / "run")
+    assert "continuing from step 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model.gelu": "tanh"}, "model.gelu is tanh but .* was trained with erf: set --config.mo"),
+        ({"model.layer_norm_epsilon": 1e-6}, "set --config.model.layer_norm_epsilon=0.001"),
+        ({"model.position_embedding": "none"}, "none but .*: set --config.model.position_embedd"),
+        ({"model.hidden_size": 32}, "model.hidden_size is 32 but .* was trained with 16: set"),
+        ({"model.representation_size": 8}, "do not fit the model .* pre_logits/bias is missing"),
+        ({"init_from": "/nowhere"}, "/nowhere does not exist"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_before_the_data_set_is_opened(
+    data_dir, tmp_path, foreign_weights, monkeypatch, overrides, message
+):
+    monkeypatch.delattr(datasets, "open_dataset")
+    config = finetune_config(data_dir, **({"init_from": foreign_weights} | overrides))
+    with pytest.raises(UserError, match=message):
+        train.train(config, tmp_path / "run")
+
+
+def test_finetuning_without_weights_has_the_models_defaults(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_start", lambda *_: (None, None))
+    monkeypatch.setattr(train, "_finish", lambda *_: {})
+    train.train(finetune_config(data_dir, ""), tmp_path / "run")
+    saved = json.loads((tmp_path / "run/config.json").read_text())["model"]
+    assert prediction_defaults("vit").items() <= saved.items()

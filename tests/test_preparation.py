@@ -1,0 +1,149 @@
+import numpy as np
+import PIL.Image
+import pytest
+from ml_collections import ConfigDict
+
+from vit_jax import recipes, train
+from vit_jax.checkpoints.pretrained import load_pretrained
+from vit_jax.config import check_config, to_dict
+from vit_jax.data import classes
+from vit_jax.errors import UserError
+
+from .runs import assert_same_run, train_until
+
+
+def read_by_running(runs, monkeypatch):
+    """Trains configs; returns the keys that each reads, by attribute, as dotted names.
+
+    The check and the copy to JSON read every key, whatever becomes of it: they do not count. Nor
+    does what takes a section as a whole, of which tests/test_config.py shows that it uses it all.
+    """
+    original, read = ConfigDict.__getattr__, set()
+    for config, workdir in runs:
+        plain = to_dict(config)
+        names = {id(config): ""} | {
+            id(part): f"{key}." for key, part in config.items() if isinstance(part, ConfigDict)
+        }
+
+        def recording(self, key, names=names):
+            read.add(names.get(id(self), "unknown.") + key)
+            return original(self, key)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "check_config", lambda config: None)
+            patch.setattr(train, "to_dict", lambda config, plain=plain: plain)
+            patch.setattr(ConfigDict, "__getattr__", recording)
+            train.train(config, workdir)
+    return read
+
+
+def test_every_config_key_is_read(tiny_config, masked_config, tmp_path, monkeypatch):
+    def short(make, **overrides):
+        steps = {"duration": "1 step", "evals.val.every": "1 step", "schedule.warmup": "0 steps"}
+        return make(**steps, **overrides)
+
+    everything = {"augment": "light2", "dataset.subset": "50%", "patience": 1}
+    everything |= {"evals.fewshot.dataset": "digits"}
+    everything |= {"evals.fewshot.data_dir": tiny_config().dataset.data_dir}
+    tuned = short(tiny_config, init_from=str(tmp_path / "pretrain"))
+    tuned.optimizer = recipes.finetune("ViT-B/16", "cifar10").optimizer
+    configs = {
+        "pretrain": short(tiny_config, **everything),
+        "finetune": tuned,
+        "masked": short(masked_config),
+    }
+    for config in configs.values():
+        check_config(config)
+        # Nothing reads these: the test must see it.
+        config.surplus = config.dataset.surplus = 1
+    read = read_by_running(
+        [(config, tmp_path / name) for name, config in configs.items()], monkeypatch
+    )
+    sections = {key for key, part in configs["masked"].items() if isinstance(part, ConfigDict)}
+    whole = {"evals", "model", "optimizer", "schedule"}
+    keys = {f"{name}.{key}" for name in sections - whole for key in configs["masked"][name]}
+    keys |= set(configs["masked"]) - sections | whole
+    assert keys - read == {"surplus", "dataset.surplus"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"batch_size": 30, "accumulate_steps": 4},
+            "batch_size 30 does not divide evenly over 1 dev",
+        ),
+        ({"batch_size": 0}, "config.batch_size is 0: it must be at least 1"),
+        ({"model.num_classes": 7}, "model.num_classes is 7 but digits has 10 classes"),
+        (
+            {"dataset.image_size": 10},
+            "image_size 10 is not a multiple of patch_size 4: use 8 or 12",
+        ),
+        ({"schedule.warmup": "6 steps"}, "schedule.warmup is 6 steps but the run has 6"),
+        ({"loss": "hinge"}, "loss 'hinge' is unknown"),
+        ({"sharding": "zero"}, "sharding 'zero' is unknown: use replicated or fsdp"),
+        ({"dataset.name": "no_such_data"}, "data set 'no_such_data' is not known to TFDS"),
+        ({"dataset.name": "folder:/nowhere"}, "folder '/nowhere' has no train/"),
+        ({"init_from": "/nowhere/model.npz"}, "/nowhere/model.npz does not exist"),
+        ({"duration": "5 hours"}, "duration '5 hours' is not understood"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_and_leaves_no_checkpoint(
+    tiny_config, tmp_path, overrides, message
+):
+    with pytest.raises(UserError) as error:
+        train.train(tiny_config(**overrides), tmp_path / "run")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "run/checkpoints").glob("[0-9]*"))
+
+
+def test_a_subset_is_what_epochs_are_of(tiny_config, tmp_path, capsys):
+    # 577 of 1,442 images are 18 batches of 32; evaluation is on all 355.
+    config = tiny_config(
+        duration="0.12 epochs", **{"dataset.subset": "40%", "schedule.warmup": "0 steps"}
+    )
+    final = train.train(config, tmp_path / "run")
+    assert "577 training images, 2 steps of 32" in capsys.readouterr().out
+    assert (final["step"], final["examples"]) == (2, 355)
+    assert "stopped_early" not in final
+
+
+def test_more_than_the_training_images_are_refused(tiny_config, tmp_path):
+    config = tiny_config(**{"dataset.subset": "2000"})
+    with pytest.raises(UserError, match="'2000' is 2,000 of the 1,442 images of train: it must"):
+        train.train(config, tmp_path / "run")
+
+
+def test_a_run_of_when_numbers_were_sorted_as_text_goes_on_with_its_labels(
+    tiny_config, tmp_path, monkeypatch
+):
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        directory = tmp_path / "data" / "train" / str(number)
+        directory.mkdir(parents=True)
+        for i in range(4):
+            pixels = np.clip(20 * number + rng.integers(0, 20, (8, 8, 3)), 0, 255)
+            PIL.Image.fromarray(pixels.astype(np.uint8)).save(directory / f"{i}.png")
+    config = tiny_config(
+        **{"dataset.name": f"folder:{tmp_path / 'data'}", "dataset.eval_split": "train"}
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(classes, "in_order", lambda names: tuple(sorted(names)))
+        train.train(config, tmp_path / "whole")
+        with pytest.raises(KeyboardInterrupt):
+            train_until(config, tmp_path / "stopped", step=3)
+    train.train(config, tmp_path / "stopped")
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped", 6)
+    names = load_pretrained(str(tmp_path / "stopped")).class_names
+    assert names == tuple(sorted(map(str, range(12))))
+    # One that begins today has them in the order of their values.
+    train.train(config, tmp_path / "new")
+    names = load_pretrained(str(tmp_path / "new")).class_names
+    assert names == tuple(map(str, range(12)))
+
+    (tmp_path / "data/train/11").rename(tmp_path / "data/train/12")
+    for run in ("stopped", "new"):
+        (tmp_path / run / "metrics.json").unlink()
+        with pytest.raises(UserError, match=f"{run} holds a run whose 12 classes are not the 12 "):
+            train.train(config, tmp_path / run)

@@ -1,0 +1,95 @@
+"""Runs on several devices and processes."""
+
+import json
+import socket
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+
+from vit_jax.models import create_model
+from vit_jax.sharding import state_sharding
+
+from .runs import WIDE, read_losses, read_metrics, train_until
+
+
+def count_split_parameters(config):
+    model = create_model(config.model, num_classes=10)
+    images = jax.ShapeDtypeStruct((1, 8, 8, 3), np.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), images)
+    sharding = state_sharding(params, AbstractMesh((8,), ("data",)), config.sharding)
+    return sum("data" in s.spec for s in jax.tree.leaves(sharding))
+
+
+@pytest.mark.slow
+def test_eight_devices_give_the_losses_of_one(tiny_config, masked_config, tmp_path, command, run):
+    mixed = {"augment": "medium2", **WIDE}
+    runs = {
+        "one": (tiny_config(**WIDE), 1),
+        "eight": (tiny_config(**WIDE), 8),
+        "fsdp": (tiny_config(sharding="fsdp", accumulate_steps=2, **WIDE), 8),
+        "parts": (tiny_config(accumulate_steps=2, **WIDE), 1),
+        "masked": (masked_config(**WIDE), 1),
+        "masked_fsdp": (masked_config(sharding="fsdp", **WIDE), 8),
+        "mixed": (tiny_config(**mixed), 1),
+        "mixed eight": (tiny_config(**mixed), 8),
+    }
+    losses = {}
+    for name, (config, devices) in runs.items():
+        code, output = run(command(config, tmp_path / name), devices)
+        assert code == 0, output
+        assert f"on {devices} cpu device(s)" in output
+        losses[name] = read_losses(tmp_path / name)
+        assert len(losses[name]) == 6
+        assert json.loads((tmp_path / name / "metrics.json").read_text())["examples"] == 355
+    assert count_split_parameters(runs["fsdp"][0]) == 2  # The kernels of the MLP.
+    np.testing.assert_allclose(losses["eight"], losses["one"], atol=1e-5)
+    np.testing.assert_allclose(losses["masked_fsdp"], losses["masked"], atol=1e-5)
+    np.testing.assert_allclose(losses["mixed eight"], losses["mixed"], atol=1e-5)
+    # Parts draw their own dropout, so that these two compare with each other.
+    np.testing.assert_allclose(losses["fsdp"], losses["parts"], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_moves_between_numbers_of_devices(tiny_config, tmp_path, command, run):
+    first = tiny_config(**WIDE)
+    assert run(command(first, tmp_path / "one"))[0] == 0
+    moved = tmp_path / "moved"
+    with pytest.raises(KeyboardInterrupt):
+        train_until(tiny_config(**WIDE), moved, step=5)
+    code, output = run(command(tiny_config(sharding="fsdp", **WIDE), moved), 8)
+    assert code == 0, output
+    assert "continuing from step 4" in output
+    np.testing.assert_allclose(read_losses(moved), read_losses(tmp_path / "one"), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["replicated", "fsdp"])
+def test_two_processes_give_the_losses_of_one(tiny_config, tmp_path, command, start, run, sharding):
+    first = tiny_config(duration="3 steps", **WIDE)
+    assert run(command(first, tmp_path / "first"))[0] == 0
+    config = tiny_config(init_from=str(tmp_path / "first"), sharding=sharding, **WIDE)
+    config.evals.fewshot.update(
+        {"dataset": "digits", "data_dir": config.dataset.data_dir, "shots": "5"}
+    )
+    assert run(command(config, tmp_path / "one"))[0] == 0
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    flags = ("--coordinator", address, "--num_processes", "2", "--process_id")
+    logs = [tmp_path / f"{i}.log" for i in range(2)]
+    processes = [
+        start(command(config, tmp_path / "two", *flags, str(i)), 2, stdout=log.open("w"))
+        for i, log in enumerate(logs)
+    ]
+    assert [p.wait(300) for p in processes] == [0, 0], [log.read_text() for log in logs]
+    assert "on 4 cpu device(s)" in logs[0].read_text()
+    assert "step 1/6" not in logs[1].read_text()
+    losses = [read_losses(tmp_path / name) for name in ("one", "two")]
+    np.testing.assert_allclose(losses[1], losses[0], atol=1e-5)
+    final = [json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("one", "two")]
+    assert final[0]["accuracy"] == final[1]["accuracy"]
+    few = [read_metrics(tmp_path / name)[-1]["fewshot/digits/5shot"] for name in ("one", "two")]
+    # The features differ by rounding: one image of 355 may be taken for another class.
+    assert few[0] == pytest.approx(few[1], abs=2 / 355)

@@ -1,0 +1,1 @@
+"""Evaluation: what scores a model, and the evaluators that watch a run."""

@@ -1,0 +1,154 @@
+"""The evaluators of a run: entries of `config.evals`, each of a type that is listed here.
+
+An entry names its type, its images, and how often it is due:
+
+    config.evals.imagenet_v2 = {"type": "objective", "dataset": "imagenet_v2", "every": "5 epochs"}
+
+What it leaves out has the default of its type. An evaluator is a function from parameters to
+scalars; "examples" among them is the number of images that they are of. A new type is a function
+that makes one from the settings of an entry and the run, and a line in `EVALUATORS`.
+"""
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vit_jax.errors import UserError
+from vit_jax.evaluation import fewshot, splits
+from vit_jax.evaluation.watched import Watched
+
+Settings = Mapping[str, Any]
+Scalars = Mapping[str, float]
+Evaluate = Callable[[Any], dict[str, float]]  # from the parameters
+
+# The entry that decides which checkpoint is the best and, with config.patience, when a run stops.
+DECIDING = "val"
+
+# What every entry has. Of dataset, "" is the run's own.
+COMMON_KEYS = {"dataset": "", "data_dir": "", "split": "", "every": "1000 steps"}
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluatorType:
+    """How the evaluators of a type are made.
+
+    Attributes:
+        create: from the settings of an entry and the run it watches to the evaluator.
+        keys: of an entry beyond `COMMON_KEYS`, or with another default.
+        needs_dataset: whether it has no images without a data set: "" switches it off.
+        decides: whether its scalars are a "loss" or an "accuracy", by which the best is told.
+        check: raises a UserError if the settings have no meaning; nothing is opened.
+        title: of an entry, from its name and settings.
+        label: before the title, in the names of the scalars in metrics.jsonl.
+        describe: from the title and the scalars to what is printed.
+    """
+
+    create: Callable[[Settings, Watched], Evaluate]
+    keys: Settings = dataclasses.field(default_factory=dict)
+    needs_dataset: bool = False
+    decides: bool = False
+    check: Callable[[Settings], Any] = lambda settings: None  # noqa: ARG005
+    title: Callable[[str, Settings], str] = lambda name, settings: name  # noqa: ARG005
+    label: str = ""
+    describe: Callable[[str, Scalars], str] = splits.describe
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The keys of an entry but its type, with their defaults."""
+        return {**COMMON_KEYS, **self.keys}
+
+
+EVALUATORS = {
+    "objective": EvaluatorType(splits.objective, decides=True),
+    "classification": EvaluatorType(splits.classification, decides=True),
+    "real": EvaluatorType(
+        splits.real, keys={"dataset": "imagenet2012_real"}, needs_dataset=True, decides=True
+    ),
+    "objectnet": EvaluatorType(splits.objectnet, needs_dataset=True, decides=True),
+    "fewshot": EvaluatorType(
+        fewshot.create,
+        keys={"shots": "1,5,10,25", "every": "10000 steps"},
+        needs_dataset=True,
+        check=lambda settings: fewshot.parse_shots(settings["shots"]),
+        title=lambda _, settings: fewshot.short_name(settings["dataset"]),
+        label="fewshot/",
+        describe=fewshot.describe,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """An entry of `config.evals` in a run.
+
+    Attributes:
+        name: of the entry.
+        every: steps from one evaluation to the next; 0 is at the end alone.
+        run: the evaluator itself, from parameters to scalars.
+        prefix: of its scalars in metrics.jsonl.
+        describe: from the scalars to what is printed.
+    """
+
+    name: str
+    every: int
+    run: Evaluate
+    prefix: str
+    describe: Callable[[Scalars], str]
+
+
+def complete(settings: Settings) -> dict[str, Any]:
+    """An entry of `config.evals` with the default of every key that it leaves out.
+
+    Raises:
+        UserError: its type is missing or unknown.
+    """
+    kind = str(settings.get("type", ""))
+    if kind not in EVALUATORS:
+        near = difflib.get_close_matches(kind, EVALUATORS, n=1)
+        hint = f"did you mean {near[0]}? Valid are" if near else "use one of"
+        raise UserError(f"type {kind!r} is unknown: {hint} {', '.join(EVALUATORS)}")
+    return {"type": kind, **EVALUATORS[kind].defaults, **settings}
+
+
+def is_on(settings: Settings) -> bool:
+    """Whether an entry with all its keys is evaluated at all."""
+    return bool(settings["dataset"]) or not EVALUATORS[settings["type"]].needs_dataset
+
+
+def prefix(name: str, settings: Settings) -> str:
+    """What the names of an entry's scalars begin with in metrics.jsonl."""
+    row = EVALUATORS[settings["type"]]
+    return "eval_" if name == DECIDING else f"{row.label}{row.title(name, settings)}/"
+
+
+def create_evaluators(
+    evals: Mapping[str, Settings], watched: Watched, count_steps: Callable[[str], int]
+) -> list[Evaluator]:
+    """The evaluators of a run that are on, the deciding one first.
+
+    Args:
+        evals: of the config, each with all its keys.
+        watched: the run.
+        count_steps: of an interval, such as "1000 steps" or "5 epochs".
+
+    Raises:
+        UserError: an evaluator cannot be made, with the name of its entry.
+    """
+    evaluators = []
+    for name in sorted(evals, key=lambda name: (name != DECIDING, name)):
+        settings = evals[name]
+        if not is_on(settings):
+            continue
+        row = EVALUATORS[settings["type"]]
+        try:
+            run, every = row.create(settings, watched), count_steps(settings["every"])
+        except UserError as error:
+            raise UserError(f"config.evals.{name}: {error}") from error
+        title = row.title(name, settings)
+        if name == DECIDING and not settings["dataset"]:
+            title = settings["split"] or watched.eval_source.split
+        describe = functools.partial(row.describe, title)
+        evaluators.append(Evaluator(name, every, run, prefix(name, settings), describe))
+    return evaluators

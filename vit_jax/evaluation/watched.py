@@ -1,0 +1,104 @@
+"""What an evaluator may know of the run that it watches."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
+import jax
+
+from vit_jax.data import classes
+from vit_jax.data.protocols import Preprocessing
+from vit_jax.errors import UserError
+from vit_jax.sharding import Mesh
+from vit_jax.steps import Objective
+
+if TYPE_CHECKING:  # They import TensorFlow.
+    from vit_jax.data.pipeline import EvalBatches
+    from vit_jax.data.source import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched:
+    """A run, as its evaluators see it.
+
+    Attributes:
+        model: of the run, which maps images to logits unless patches are predicted.
+        trunk: the same without a head, which maps images to the representation.
+        objective: that is trained for.
+        loss: "softmax" or "sigmoid", for which the logits are trained.
+        class_names: in the order of the logits; None where no classes are predicted.
+        dataset: name of the run's data set.
+        data_dir: of the same.
+        eval_source: its split to evaluate on.
+        preprocessing: what evaluation makes of an image.
+        batch_size: of all devices together.
+        mesh: the devices.
+        report: prints a line.
+    """
+
+    model: nn.Module
+    trunk: nn.Module
+    objective: Objective
+    loss: str
+    class_names: Sequence[str] | None
+    dataset: str
+    data_dir: str
+    eval_source: "Source"
+    preprocessing: Preprocessing
+    batch_size: int
+    mesh: Mesh
+    report: Callable[[str], None] = print
+
+    def open(self, settings: Mapping[str, Any]) -> "Source":
+        """Opens the images of an entry, their labels being those of the run's head.
+
+        Args:
+            settings: "dataset" and "split", which are those of the run where both are "", else
+                the run's data set or the usual split of the data set; "data_dir".
+
+        Raises:
+            UserError: the data set or split cannot be read, or has other classes than the run's.
+        """
+        from vit_jax.data import datasets
+
+        if not settings["dataset"] and not settings["split"]:
+            return self.eval_source
+        name = settings["dataset"] or self.dataset
+        data_dir = settings["data_dir"] or (self.data_dir if name == self.dataset else "")
+        source = datasets.open_evaluation(name, data_dir=data_dir, split=settings["split"])
+        return source if self.class_names is None else self.label(source)
+
+    def label(self, source: "Source") -> "Source":
+        """Gives a source the labels of the run's head, by the names of the classes.
+
+        Raises:
+            UserError: the source has other classes, or the run none.
+        """
+        from vit_jax.data import datasets
+
+        if self.class_names is None:
+            raise UserError(f"{source.name} has classes, but the run's objective predicts none")
+        num_classes = len(self.class_names)
+        labels = classes.match(num_classes, self.class_names, source.class_names)
+        if labels is None:
+            raise UserError(
+                f"{source.name} has {len(source.class_names)} classes that are not all among the "
+                f"{num_classes} of {self.dataset}, so the run's head cannot be scored on it: "
+                "choose another data set, or type fewshot, which needs no head"
+            )
+        if labels == tuple(range(num_classes)):
+            return source
+        return datasets.relabel(source, labels, self.class_names)
+
+    def batches(self, source: "Source") -> "EvalBatches":
+        """This process' padded batches of a source."""
+        from vit_jax.data.pipeline import eval_batches
+
+        return eval_batches(
+            source,
+            batch_size=self.batch_size,
+            preprocessing=self.preprocessing,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )

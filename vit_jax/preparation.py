@@ -1,0 +1,276 @@
+"""What a config describes, built: data sets, model, objective, optimizer and evaluators."""
+
+import functools
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from vit_jax.analysis import flops
+from vit_jax.config import count_steps
+from vit_jax.data import datasets, pipeline
+from vit_jax.data.augmentation import parse_augment
+from vit_jax.data.protocols import evaluation
+from vit_jax.data.subset import take_subset
+from vit_jax.errors import UserError
+from vit_jax.evaluation.registry import DECIDING, Evaluator, create_evaluators
+from vit_jax.evaluation.watched import Watched
+from vit_jax.models import create_model, masked
+from vit_jax.reporting import say
+from vit_jax.sharding import Mesh, batch_sharding, make_mesh
+from vit_jax.state import TrainState, create_optimizer, create_schedule
+from vit_jax.steps import (
+    Metrics,
+    Objective,
+    classification,
+    masked_patches,
+    mixup,
+    train_step,
+)
+
+
+class Prepared(NamedTuple):
+    """All that is fixed for the length of a run.
+
+    Attributes:
+        config: of the run.
+        workdir: takes what the run writes.
+        mesh: all devices.
+        train_source: the images to train on.
+        model: maps images to logits, or to predicted patches.
+        objective: what it is trained for.
+        multiply_adds: of the forward pass of one image.
+        schedule: from the step to the learning rate.
+        optimizer: follows the schedule.
+        evaluators: that are on, the deciding one first.
+        total_steps: of the run.
+        log_every: steps from one log line to the next; 0 is at the end alone.
+        checkpoint_every: steps from one checkpoint to the next, likewise.
+    """
+
+    config: ConfigDict
+    workdir: pathlib.Path
+    mesh: Mesh
+    train_source: datasets.Source
+    model: nn.Module
+    objective: Objective
+    multiply_adds: int
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    evaluators: list[Evaluator]
+    total_steps: int
+    log_every: int
+    checkpoint_every: int
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """In the order of the logits; None where no classes are predicted."""
+        predicts_classes = self.config.objective == "classification"
+        return list(self.train_source.class_names) if predicts_classes else None
+
+
+def prepare(
+    config: ConfigDict, workdir: pathlib.Path, saved_names: Sequence[str] | None
+) -> Prepared:
+    """Opens the data sets and builds the rest; nothing is computed yet.
+
+    Args:
+        config: of the run, checked.
+        workdir: of the run.
+        saved_names: class names in the order of the labels that the run began with, if it did.
+
+    Raises:
+        UserError: for any mistake of the user's.
+    """
+    mesh = make_mesh()
+    _check_batch_size(config, mesh)
+    train_source, eval_source = _open_sources(config, workdir, saved_names)
+    count = functools.partial(
+        count_steps, num_examples=train_source.num_examples, batch_size=config.batch_size
+    )
+    total_steps = count(config.duration)
+    if total_steps < 1:
+        raise UserError(
+            f"duration {config.duration!r} is {total_steps} steps: it must be at least 1"
+        )
+    schedule_keys = dict(config.schedule)
+    schedule = create_schedule(
+        warmup_steps=count(schedule_keys.pop("warmup")), total_steps=total_steps, **schedule_keys
+    )
+    model, objective, multiply_adds = create_objective(config, len(train_source.class_names))
+    prepared = Prepared(
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        train_source=train_source,
+        model=model,
+        objective=objective,
+        multiply_adds=multiply_adds,
+        schedule=schedule,
+        optimizer=create_optimizer(config.optimizer, schedule),
+        evaluators=[],
+        total_steps=total_steps,
+        log_every=count(config.log_every),
+        checkpoint_every=count(config.checkpoint_every),
+    )
+    return prepared._replace(evaluators=_create_evaluators(prepared, eval_source, count))
+
+
+def _check_batch_size(config: ConfigDict, mesh: Mesh) -> None:
+    parts = mesh.size * config.accumulate_steps
+    if config.batch_size % parts:
+        raise UserError(
+            f"batch_size {config.batch_size} does not divide evenly over {mesh.size} devices x "
+            f"{config.accumulate_steps} accumulate_steps: use a multiple of {parts}"
+        )
+
+
+def _open_sources(
+    config: ConfigDict, workdir: pathlib.Path, saved_names: Sequence[str] | None
+) -> tuple[datasets.Source, datasets.Source]:
+    data = config.dataset
+    train_source, eval_source = datasets.open_dataset(
+        data.name,
+        data_dir=data.data_dir,
+        train_split=data.train_split,
+        eval_split=data.eval_split,
+        development=data.development,
+    )
+    if saved_names is not None:
+        sources = (train_source, eval_source)
+        train_source, eval_source = (_with_labels(x, saved_names, workdir) for x in sources)
+    return take_subset(train_source, data.subset, data.subset_seed), eval_source
+
+
+def _with_labels(
+    source: datasets.Source, saved_names: Sequence[str], workdir: pathlib.Path
+) -> datasets.Source:
+    """The source with the labels that a run began with: folders of numbers were once text."""
+    if list(source.class_names) == list(saved_names):
+        return source
+    if sorted(source.class_names) != sorted(saved_names):
+        raise UserError(
+            f"{workdir} holds a run whose {len(saved_names)} classes are not the "
+            f"{len(source.class_names)} that {source.name} has now: choose another --workdir"
+        )
+    labels = [saved_names.index(name) for name in source.class_names]
+    return datasets.relabel(source, labels, saved_names)
+
+
+def create_objective(config: ConfigDict, num_classes: int) -> tuple[nn.Module, Objective, int]:
+    """The model, what it is trained for, and the multiply-adds of one image.
+
+    Args:
+        config: of a run.
+        num_classes: of its data set.
+
+    Raises:
+        UserError: the model has fewer classes than the data set.
+    """
+    size = config.dataset.image_size
+    if config.objective == "masked_patches":
+        rate, target = config.masking.rate, config.masking.target
+        model = masked.predictor(create_model(config.model), target)
+        multiply_adds = masked.multiply_adds(model, size, rate)
+        return model, masked_patches(model, rate, target), multiply_adds
+    if 0 < config.model.num_classes < num_classes:
+        raise UserError(
+            f"model.num_classes is {config.model.num_classes} but {config.dataset.name} has "
+            f"{num_classes} classes: use at least as many, or 0 to take the data set's"
+        )
+    num_classes = config.model.num_classes or num_classes
+    model = create_model(config.model, num_classes=num_classes)
+    objective = classification(model, config.loss, config.label_smoothing)
+    return model, objective, flops.multiply_adds(config.model, size, num_classes)
+
+
+def _create_evaluators(
+    prepared: Prepared, eval_source: datasets.Source, count: Callable[[str], int]
+) -> list[Evaluator]:
+    config, data = prepared.config, prepared.config.dataset
+    watched = Watched(
+        model=prepared.model,
+        trunk=create_model(config.model, num_classes=0),
+        objective=prepared.objective,
+        loss=config.loss,
+        class_names=prepared.class_names,
+        dataset=data.name,
+        data_dir=data.data_dir,
+        eval_source=eval_source,
+        preprocessing=evaluation(data.protocol, data.image_size, data.jpeg_dct),
+        batch_size=config.batch_size // config.accumulate_steps,
+        mesh=prepared.mesh,
+        report=say,
+    )
+    evaluators = create_evaluators(config.evals.to_dict(), watched, count)
+    if config.patience and not evaluators[0].every:
+        raise UserError(
+            f"patience is {config.patience} but evals.{DECIDING}.every is "
+            f"{config.evals[DECIDING].every!r}: only evaluations can stop the run, set an interval"
+        )
+    return evaluators
+
+
+def compile_train_step(
+    prepared: Prepared, state: TrainState
+) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
+    """Compiles `steps.train_step`, so that the first step takes no longer than the others.
+
+    Args:
+        prepared: the run.
+        state: in the shardings that it keeps; each step takes the memory of the one before.
+    """
+    config = prepared.config
+    size = config.dataset.image_size
+    sharding = jax.tree.map(lambda x: x.sharding, state)
+    batch = {
+        "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.float32),
+        "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
+    }
+    mix = None
+    if alpha := parse_augment(config.augment).mixup_alpha:
+        mix = functools.partial(mixup, alpha=alpha, num_classes=prepared.model.num_classes)
+    step = jax.jit(
+        functools.partial(
+            train_step,
+            objective=prepared.objective,
+            optimizer=prepared.optimizer,
+            accumulate_steps=config.accumulate_steps,
+            ema_decay=config.ema_decay,
+            mix=mix,
+        ),
+        in_shardings=(sharding, batch_sharding(prepared.mesh)),
+        out_shardings=(sharding, None),
+        donate_argnums=0,
+    )
+    return step.lower(state, batch).compile()
+
+
+def train_batches(prepared: Prepared, first_step: int) -> Iterator[dict[str, np.ndarray]]:
+    """This process' rows of the batches from `first_step` on, see `pipeline.train_batches`."""
+    config, data = prepared.config, prepared.config.dataset
+    augmentation = parse_augment(config.augment)
+    return pipeline.train_batches(
+        prepared.train_source,
+        batch_size=config.batch_size,
+        image_size=data.image_size,
+        protocol=data.protocol,
+        jpeg_dct=data.jpeg_dct,
+        random_crop=data.random_crop,
+        random_flip=data.random_flip,
+        num_operations=augmentation.num_operations,
+        magnitude=augmentation.magnitude,
+        contrast=config.augment_contrast,
+        seed=config.seed,
+        first_step=first_step,
+        shuffle_buffer=data.shuffle_buffer,
+        cache=data.cache,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
