@@ -5,8 +5,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,7 @@ import numpy as np
 from vit_jax import command
 from vit_jax.checkpoints import flags
 from vit_jax.data import imagenet
-from vit_jax.data.images import SUFFIXES, preprocess, read_image
-from vit_jax.data.protocols import Preprocessing
+from vit_jax.data.image_files import find_images, read_batches
 from vit_jax.errors import UserError
 from vit_jax.files import atomic_write
 
@@ -53,26 +51,6 @@ def main() -> int:
         with atomic_write(Path(args.logits)) as temporary, temporary.open("wb") as file:
             np.savez(file, files=np.array(done), logits=np.stack(rows))
     return 0 if len(done) == len(files) else 1
-
-
-def find_images(paths: Iterable[str]) -> list[str]:
-    """Lists the images that paths name, in their order.
-
-    A directory stands for the files below it whose names end like an image's, sorted; hidden ones
-    are left out, links to directories not followed. One that has none stands for itself.
-    """
-    files = []
-    for path in paths:
-        found = []
-        for directory, subdirectories, names in os.walk(path):
-            subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
-            found += [
-                os.path.join(directory, name)
-                for name in names
-                if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
-            ]
-        files += sorted(found) or [path]
-    return files
 
 
 def read_class_names(path: str, num_classes: int) -> tuple[str, ...]:
@@ -119,53 +97,11 @@ def classify(
     model = create_model(pretrained.model, **dict.fromkeys(scan, True))
     apply = jax.jit(lambda params, images: model.apply({"params": params}, images))
     params = jax.device_put(pretrained.params)
-    for found, batch in read_batches(files, pretrained.preprocessing, batch_size):
+    for found, batch in read_batches(files, pretrained.preprocessing, batch_size, command.report):
         logits = np.asarray(apply(params, batch))[: len(found)]
         if not np.isfinite(logits).all():
             raise UserError(f"{pretrained.source} gives logits that are not finite: mend it")
         yield from zip(found, logits, strict=True)
-
-
-def read_batches(
-    files: Sequence[str], preprocessing: Preprocessing, batch_size: int
-) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Yields images as evaluation sees them, in batches of one shape.
-
-    An image that cannot be read is a line on stderr.
-
-    Args:
-        files: image files.
-        preprocessing: of the model.
-        batch_size: how many files are read at a time, at most.
-
-    Yields:
-        The files that could be read, at least one, and [batch_size, image_size, image_size, 3] in
-        float32, whose rows beyond these files are 0.
-    """
-    size = preprocessing.image_size
-    batch_size = min(batch_size, len(files))
-
-    def read(file: str) -> np.ndarray | UserError:
-        try:
-            if os.path.isdir(file):
-                raise UserError(f"{file} holds no image")
-            return preprocess(read_image(file), preprocessing)
-        except UserError as error:
-            return error
-
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for begin in range(0, len(files), batch_size):
-            part = files[begin : begin + batch_size]
-            found = []
-            for file, image in zip(part, pool.map(read, part), strict=True):
-                if isinstance(image, UserError):
-                    command.report(image)
-                else:
-                    found.append((file, image))
-            if found:
-                batch = np.zeros((batch_size, size, size, 3), np.float32)
-                batch[: len(found)] = [image for _, image in found]
-                yield [file for file, _ in found], batch
 
 
 def top(

@@ -13,10 +13,10 @@ import numpy as np
 
 from vit_jax import command
 from vit_jax.checkpoints import flags
+from vit_jax.data.image_files import find_images, read_batches
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 from vit_jax.files import atomic_write
-from vit_jax.predict import find_images, read_batches
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -129,7 +129,7 @@ def _look(
     observe = _observer(pretrained, names, grid, side)
     seen: Counter[str] = Counter()
     done, pictures, kept = [], [], {name: [] for name in names}
-    for found, batch in read_batches(files, pretrained.preprocessing, batch_size):
+    for found, batch in read_batches(files, pretrained.preprocessing, batch_size, command.report):
         # Only as many rows leave the device as there are images.
         observed = {name: np.asarray(x[: len(found)]) for name, x in observe(batch).items()}
         for name in ("rollout", "distance"):
