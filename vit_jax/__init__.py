@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["VisionModel", "create_model", "load"]
 
-# Imported when they are asked for: JAX takes a second, for which a command's --help should not wait.
+# Imported when they are asked for: JAX takes a second, for which --help should not wait.
 _MODULES = {"VisionModel": "inference", "create_model": "models", "load": "inference"}
 
 avoid_stale_weights()

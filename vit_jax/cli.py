@@ -20,7 +20,7 @@ COMMANDS = {
     "train": Command("vit_jax.main", "pre-train or fine-tune a model"),
     "evaluate": Command("vit_jax.evaluate", "score a model on a data set"),
     "predict": Command("vit_jax.predict", "tell the classes of images"),
-    "convert": Command("vit_jax.convert", "write weights in Google's, timm's or Hugging Face's format"),
+    "convert": Command("vit_jax.convert", "write weights in Google's, timm's or HF's format"),
     "export": Command("vit_jax.export.__main__", "make a SavedModel, ONNX file or TensorRT engine"),
     "analyze": Command("vit_jax.analysis.__main__", "draw what a model looks at and has learned"),
     "weights": Command("vit_jax.checkpoints.__main__", "find and fetch published weights"),

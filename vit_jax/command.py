@@ -23,9 +23,10 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
         )
 
-    def parse_args(  # ty: ignore[invalid-method-override]  # the stub's overloads say no more
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> argparse.Namespace:
+    # The stub has an overload for each kind of namespace.
+    def parse_args(  # ty: ignore[incompatible-method-override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
         """Returns the values of the flags; raises a UserError for what is none of them."""
         args = sys.argv[1:] if args is None else list(args)
         # First: a flag that lacks because its name is misspelled would be asked for otherwise.

@@ -33,9 +33,7 @@ _GIVE = (
 )
 
 
-def load(
-    path: str | os.PathLike[str], *, batch_size: int = 32, **overrides: Any
-) -> "VisionModel":
+def load(path: str | os.PathLike[str], *, batch_size: int = 32, **overrides: Any) -> "VisionModel":
     """Loads a model from any format, ready for use.
 
     >>> vit = vit_jax.load("B_16")
@@ -128,9 +126,7 @@ class VisionModel:
         self.pretrained.check_head()
         logits = self._map(self._logits, images)
         if not np.isfinite(logits).all():
-            raise UserError(
-                f"{self.pretrained.source} gives logits that are not finite: mend it"
-            )
+            raise UserError(f"{self.pretrained.source} gives logits that are not finite: mend it")
         return logits
 
     def features(self, images: Images) -> np.ndarray:
@@ -241,8 +237,9 @@ class VisionModel:
             raise UserError(f"there are no images: {self._give}")
         # Of few images, the next power of two: 5 and then 7 are compiled once.
         size = min(self.batch_size, 1 << (count - 1).bit_length())
-        if isinstance(given, list) and all(isinstance(image, str) for image in given):
-            for files, batch in read_batches(given, self.preprocessing, size, _raise):
+        paths = [image for image in given if isinstance(image, str)]
+        if len(paths) == count:
+            for files, batch in read_batches(paths, self.preprocessing, size, _raise):
                 yield _pad(batch, size), len(files)
             return
         for begin in range(0, count, size):
@@ -290,13 +287,11 @@ class VisionModel:
         size = self.preprocessing.image_size
         if images.ndim != 4 or images.shape[1:] != (size, size, 3):
             raise UserError(f"images are {images.dtype} {list(images.shape)}: {self._give}")
-        mean, std = (np.float64(x) for x in (self.preprocessing.mean, self.preprocessing.std))
+        mean, std = (np.array(x) for x in (self.preprocessing.mean, self.preprocessing.std))
         lowest, highest = (-mean / std).min(), ((1 - mean) / std).max()
         # Kernels of resizing overshoot by less than this, not scaled pixels by far more.
         slack = 0.25 * (highest - lowest)
-        if images.size and not (
-            lowest - slack <= images.min() and images.max() <= highest + slack
-        ):
+        if images.size and not (lowest - slack <= images.min() and images.max() <= highest + slack):
             raise UserError(
                 f"images have values from {images.min():g} to {images.max():g}, preprocessed ones "
                 f"from {lowest:.3g} to {highest:.3g}: {self._give}"

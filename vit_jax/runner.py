@@ -65,17 +65,18 @@ def run_all(runs: Sequence[Run], workdir: str | os.PathLike) -> dict[str, dict[s
         raise UserError(
             f"workdir {workdir} is not writable ({error.strerror}): choose another --workdir"
         ) from error
-    found = {}
+    found: dict[str, dict[str, Any] | None] = {}
     with _sigterm_exits():
         for number, run in enumerate(runs, 1):
             label = f"[{number}/{len(runs)}] {run.name}"
             try:
-                found[run.name] = _finish(run, workdir, label)
+                metrics = _finish(run, workdir, label)
             except UserError as error:
                 found[run.name] = None
                 say(f"{label}: failed: {error}")
             else:
-                say(f"{label}: accuracy {found[run.name]['accuracy']:.4f}")
+                found[run.name] = metrics
+                say(f"{label}: accuracy {metrics['accuracy']:.4f}")
     return found
 
 

@@ -110,27 +110,28 @@ def sweep(
     Raises:
         UserError: as `runner.run_all` does.
     """
-    held_out = {}
+    held_out: dict[float, float | None] = {}
     if len(rates) > 1:
-        held_out = {rate: f"held-out-lr{rate:g}" for rate in rates}
+        names = {rate: f"held-out-lr{rate:g}" for rate in rates}
         runs = [
             runner.Run(name, _variant(config, rate, config.seed, development=True))
-            for rate, name in held_out.items()
+            for rate, name in names.items()
         ]
         metrics = runner.run_all(runs, workdir)
-        held_out = {rate: _accuracy(metrics[name]) for rate, name in held_out.items()}
+        held_out = {rate: _accuracy(metrics[name]) for rate, name in names.items()}
         rates = [rate for rate in rates if held_out[rate] is not None]
-    result = {
+    result: dict[str, Any] = {
         "dataset": config.dataset.name,
         "held_out": held_out,
-        "learning_rate": max(rates, key=lambda rate: held_out.get(rate, 0.0), default=None),
+        "learning_rate": None,
         "final": {},
         "mean": None,
         "sd": None,
         "examples": None,
     }
     if rates:
-        result |= _final(config, result["learning_rate"], num_seeds, workdir)
+        best = max(rates, key=lambda rate: held_out.get(rate) or 0.0)
+        result |= {"learning_rate": best} | _final(config, best, num_seeds, workdir)
     result["failed"] = [*held_out.values(), *result["final"].values()].count(None)
     return result
 
