@@ -7,7 +7,7 @@ the hidden layer before the head. On ImageNet, gradients are clipped at norm 1.
 
     spec                     epochs   base_lr   decay    weight_decay   dropout
     pretrain,jft             14       0.0003    linear   0.1            0
-    pretrain,imagenet21k     90       0.001     linear   0.03           0.1   (not in the paper: L's)
+    pretrain,imagenet21k     90       0.001     linear   0.03           0.1   (the row of L)
     pretrain,imagenet2012    300      0.003     cosine   0.3            0.1
 
 Fine-tuning (Table 4): 378 px, batch 512, SGD with momentum 0.9, cosine decay, no weight decay,
