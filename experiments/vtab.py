@@ -10,7 +10,7 @@ table goes to stdout, every number to vtab.json.
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vit_jax import command
 from vit_jax.data.vtab import GROUPS, PREFIX, TASKS, get_task
@@ -85,13 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     workdir = pathlib.Path(args.workdir or config_files.default_workdir(loaded.name))
     metrics = run_all(list(runs.values()), workdir)
     found = {key: metrics[run.name] for key, run in runs.items()}
-    accuracies = {
-        task: [found[task, seed]["accuracy"] if found[task, seed] else None for seed in seeds]
-        for task in tasks
-    }
+    accuracies = {task: [_accuracy(found[task, seed]) for seed in seeds] for task in tasks}
     write_json(workdir / "vtab.json", {"seeds": list(seeds), "accuracies": accuracies})
     print(f"\n{table(accuracies)}\n\n{summary(accuracies)}")
     return int(None in found.values())
+
+
+def _accuracy(metrics: Mapping[str, Any] | None) -> float | None:
+    return None if metrics is None else metrics["accuracy"]
 
 
 def _run(config: "ConfigDict", task: str, seed: int) -> Run:
