@@ -15,8 +15,14 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["vit_jax", "vit_jax.*"]),
-    package_data={"vit_jax.data": ["imagenet_classes.txt", "objectnet_classes.txt"]},
+    # The configs are what people type and edit: in a clone they lie at the top.
+    packages=[*find_packages(include=["vit_jax", "vit_jax.*"]), "vit_jax.configs"],
+    package_dir={"vit_jax.configs": "configs"},
+    package_data={
+        "vit_jax": ["py.typed"],
+        "vit_jax.data": ["imagenet_classes.txt", "objectnet_classes.txt"],
+    },
+    entry_points={"console_scripts": ["vit-jax = vit_jax.cli:main"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.5",
@@ -63,6 +69,7 @@ setup(
             "onnxruntime>=1.31",
             "onnxscript>=0.7.2",
         ],
+        "docs": ["mkdocs-material>=9", "mkdocstrings[python]>=0.24"],
         # The other implementations, to compare with. PyTorch and torchvision go together by release
         # and by build: on Linux, PyPI's are both for CUDA.
         "peers": ["timm>=1.0.31", "torch==2.14.1", "torchvision==0.29.1", "transformers>=5.23"],
@@ -71,9 +78,11 @@ setup(
         "test": [
             "hypothesis>=6.170",
             "pytest>=9.2",
+            "pytest-cov>=7.1",
             "pytest-xdist>=3.8",
             "ruff>=0.17.5",
             "scipy>=1.17",
+            "ty>=0.0.62",
         ],
     },
 )

@@ -235,7 +235,7 @@ def compile_train_step(
     }
     mix = None
     if alpha := parse_augment(config.augment).mixup_alpha:
-        mix = functools.partial(mixup, alpha=alpha, num_classes=prepared.model.num_classes)
+        mix = functools.partial(mixup, alpha=alpha, num_classes=prepared.model.config.num_classes)
     step = jax.jit(
         functools.partial(
             train_step,
