@@ -187,14 +187,14 @@ def sources(made: Recorded) -> dict[str, str]:
     row, shared = _SOURCES[recipe]
     where = dict.fromkeys(shared, _TABLES[recipe])
     where |= dict.fromkeys(row, f"{_TABLES[recipe]}, {_row_name(recipe, made.model, dataset)}")
-    where |= dict.fromkeys((f"model.{key}" for key in models.architecture(made.model)), made.model)
+    where |= dict.fromkeys((f"model.{key}" for key in models.model_config(made.model)), made.model)
     where |= _OTHER_SOURCES[recipe]
     if "512" in options:
         where |= dict.fromkeys(("dataset.image_size", "ema_decay"), "Table 2")
     where |= dict.fromkeys(("dataset.name", "dataset.development"), f"spec {made.spec!r}")
     where |= {
         f"model.{key}": "taken from the weights of init_from"
-        for key in ADOPTED
+        for key in LEFT_TO_WEIGHTS
         if made.config.model.get(key, "") is None
     }
     keys = flatten_dict(made.config.to_dict(), sep=".", keep_empty_nodes=True)
