@@ -15,8 +15,14 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["vit_jax", "vit_jax.*"]),
-    package_data={"vit_jax.data": ["imagenet_classes.txt", "objectnet_classes.txt"]},
+    # The configs are what people type and edit: in a clone they lie at the top.
+    packages=[*find_packages(include=["vit_jax", "vit_jax.*"]), "vit_jax.configs"],
+    package_dir={"vit_jax.configs": "configs"},
+    package_data={
+        "vit_jax": ["py.typed"],
+        "vit_jax.data": ["imagenet_classes.txt", "objectnet_classes.txt"],
+    },
+    entry_points={"console_scripts": ["vit-jax = vit_jax.cli:main"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.5",

@@ -1,6 +1,6 @@
 """A small ViT on CIFAR-10 from scratch, sized for half an hour on two CPU cores.
 
-python -m vit_jax.main --config experiments/cifar10_from_scratch.py
+vit-jax train --config experiments/cifar10_from_scratch.py
 """
 
 from ml_collections import ConfigDict

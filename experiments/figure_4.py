@@ -1,6 +1,6 @@
 """Figure 4: pre-training on parts of a data set, compared by ImageNet 5-shot accuracy.
 
-python -m vit_jax.main --config experiments/figure_4.py:ViT-B/32,imagenet21k,10%
+vit-jax train --config experiments/figure_4.py:ViT-B/32,imagenet21k,10%
 
 The paper takes 9M, 30M, 90M and all 303M images of JFT (3%, 10%, 30%, 100%) for ViT-L/16, L/32,
 B/32 and b/32, ResNets R50x1 and R152x2, with the same hyperparameters for every size and early

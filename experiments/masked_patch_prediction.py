@@ -1,6 +1,6 @@
 """Masked patch prediction on CIFAR-10 (Section 4.6), sized for an hour on two CPU cores.
 
-python experiments/masked_patch_prediction.py [--data_dir D] [--workdir W]
+python -m experiments.masked_patch_prediction [--data_dir D] [--workdir W]
 
 Pre-trains a small ViT on all training images without their labels. Then trains it to classify, from
 there and from scratch, under one recipe and for equal steps, on the part of the images whose labels
@@ -10,8 +10,12 @@ it may see. Prints a table and draws the curves. Started again it goes on where 
 import argparse
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+if not __package__:
+    sys.exit("error: this is a module now: run python -m experiments.masked_patch_prediction")
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -22,8 +26,8 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from ml_collections import ConfigDict
-from training_curves import read_curve
 
+from experiments.training_curves import read_curve
 from vit_jax import command, recipes
 from vit_jax.models import masked
 
@@ -162,27 +166,42 @@ def run(
     return results
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = command.Parser(
-        prog="python experiments/masked_patch_prediction.py", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--data_dir", default="", help="where TFDS looks [its default]")
+def build_parser(prog: str) -> command.Parser:
+    """Returns the parser of the command."""
+    parser = command.Parser(prog=prog, description=__doc__)
     parser.add_argument(
-        "--workdir", type=pathlib.Path, default=pathlib.Path("runs/masked_patch_prediction")
+        "--data_dir", default="", metavar="DIR", help="where TFDS looks [its default]"
     )
-    parser.add_argument("--output", type=pathlib.Path, help="a PNG [WORKDIR/curves.png]")
-    parser.add_argument("--pretrain_steps", type=command.positive, default=2000, metavar="N")
-    parser.add_argument("--finetune_steps", type=command.positive, default=600, metavar="N")
+    parser.add_argument(
+        "--workdir",
+        type=pathlib.Path,
+        default=pathlib.Path("runs/masked_patch_prediction"),
+        metavar="DIR",
+        help="where the runs go [runs/masked_patch_prediction]",
+    )
+    parser.add_argument(
+        "--output", type=pathlib.Path, metavar="PNG", help="the curves [WORKDIR/curves.png]"
+    )
+    parser.add_argument(
+        "--pretrain_steps", type=command.positive, default=2000, metavar="N", help="[2000]"
+    )
+    parser.add_argument(
+        "--finetune_steps", type=command.positive, default=600, metavar="N", help="[600]"
+    )
     parser.add_argument(
         "--labeled", type=command.positive, default=5000, metavar="N", help="images [5000]"
     )
-    return parser.parse_args(argv)
+    return parser
 
 
-def main() -> int:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the command line."""
+    return build_parser("python -m experiments.masked_patch_prediction").parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    args = parse_arguments()
+    args = parse_arguments(argv)
     from vit_jax.train import train  # TensorFlow takes seconds to import: --help should not
 
     results = run(args, train)

@@ -1,17 +1,19 @@
 """Draws the training curves of runs from their metrics.jsonl.
 
-python experiments/training_curves.py runs/digits [runs/other ...] [--output curves.png]
+python -m experiments.training_curves runs/digits [runs/other ...] [--output curves.png]
 """
 
-import argparse
 import json
 import pathlib
-import sys
+from collections.abc import Sequence
 
 import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+
+from vit_jax import command
+from vit_jax.errors import UserError
 
 TRAIN, EVALUATION = "#9aa5b1", "#0b6bcb"
 
@@ -43,18 +45,26 @@ def draw(runs: list[pathlib.Path], output: pathlib.Path) -> None:
     figure.savefig(output, dpi=110)
 
 
-def main() -> int:
-    """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=pathlib.Path, help="workdirs of runs")
-    parser.add_argument("--output", type=pathlib.Path, help="a PNG [RUN/curves.png of the first]")
-    args = parser.parse_args()
-    missing = [run for run in args.runs if not (run / "metrics.jsonl").is_file()]
-    if missing:
-        print(
-            f"error: {missing[0]} has no metrics.jsonl: give the workdir of a run", file=sys.stderr
-        )
-        return 2
+def build_parser(prog: str) -> command.Parser:
+    """Returns the parser of the command."""
+    parser = command.Parser(prog=prog, description=__doc__)
+    parser.add_argument(
+        "runs", nargs="+", type=pathlib.Path, metavar="RUN", help="workdirs of runs"
+    )
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        metavar="PNG",
+        help="the picture [RUN/curves.png]",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    args = build_parser("python -m experiments.training_curves").parse_args(argv)
+    if missing := [run for run in args.runs if not (run / "metrics.jsonl").is_file()]:
+        raise UserError(f"{missing[0]} has no metrics.jsonl: give the workdir of a run")
     output = args.output or args.runs[0] / "curves.png"
     draw(args.runs, output)
     print(f"training curves: {output}")
@@ -62,4 +72,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

@@ -1,27 +1,26 @@
 """VTAB-1k: all 19 tasks under the paper's one setting, beside the paper's Table 9.
 
-python experiments/vtab.py --config configs/b16.py:finetune,vtab --config.init_from=B_16.npz
+python -m experiments.vtab --config b16:finetune,vtab --config.init_from=B_16
 
 Learning rate 0.01, 2,500 steps, 384 px; 1,000 images to train on, the full test set to evaluate
-on. --tasks a,b runs some of them, --seeds 3 each several times. A task whose data set is not
-prepared is named and left out. The same command continues. Every number goes to vtab.json.
+on. A task whose data set is not prepared is named and left out. The same command continues. The
+table goes to stdout, every number to vtab.json.
 """
 
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import runner
-from absl import flags
-from ml_collections import ConfigDict
-from runner import Run, markdown, mean_and_sd, percent
-
+from vit_jax import command
 from vit_jax.data.vtab import GROUPS, PREFIX, TASKS, get_task
 from vit_jax.errors import UserError
 from vit_jax.files import write_json
-from vit_jax.main import default_workdir
+from vit_jax.runner import Run, markdown, mean_and_sd, percent, run_all
+from vit_jax.sweep import add_seeds
 
-_TASKS = flags.DEFINE_list("tasks", list(TASKS), "Which, such as svhn,dtd [all 19].")
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 COLUMNS = ("H/14 JFT", "L/16 JFT", "L/16 I21k")
 # Table 9, in percent; rows in the order of TASKS.
@@ -54,21 +53,37 @@ TABLE_9 = dict(
 )
 
 
-def main() -> int:
-    """The command; returns its exit code."""
-    name, config = runner.config_name(), flags.FLAGS.config
+def build_parser(prog: str) -> command.Parser:
+    """Returns the parser of the command."""
+    parser = command.Parser(prog=prog, description=__doc__)
+    command.add_config_flags(parser)
+    add_seeds(parser, 1)
+    parser.add_argument(
+        "--tasks", default=",".join(TASKS), metavar="TASK,...", help="such as svhn,dtd [all 19]"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    parser = build_parser("python -m experiments.vtab")
+    args, values = command.parse_config_flags(parser, argv)
+    from vit_jax import config_files
+
+    loaded = config_files.load(args.config, values, parser)
+    config = loaded.config
     if config.dataset.name != "vtab":
         raise UserError(
-            f"--config {name} is of data set {config.dataset.name!r}: give the setting of all "
-            "tasks, for example configs/b16.py:finetune,vtab"
+            f"--config {loaded.name} is of data set {config.dataset.name!r}: give the setting of "
+            "all tasks, for example configs/b16.py:finetune,vtab"
         )
-    tasks = _TASKS.value
-    if not tasks or len({*tasks}) < len(tasks):
-        raise UserError(f"--tasks {','.join(tasks)} is not a list of tasks, each once: svhn,dtd")
-    seeds = range(config.seed, config.seed + (runner.SEEDS.value or 1))
+    tasks = [task.strip() for task in args.tasks.split(",")]
+    if not all(tasks) or len({*tasks}) < len(tasks):
+        raise UserError(f"--tasks {args.tasks} is not a list of tasks, each once: svhn,dtd")
+    seeds = range(config.seed, config.seed + args.seeds)
     runs = {(task, seed): _run(config, task, seed) for task in tasks for seed in seeds}
-    workdir = pathlib.Path(flags.FLAGS.workdir or default_workdir(name))
-    metrics = runner.run_all(list(runs.values()), workdir)
+    workdir = pathlib.Path(args.workdir or config_files.default_workdir(loaded.name))
+    metrics = run_all(list(runs.values()), workdir)
     found = {key: metrics[run.name] for key, run in runs.items()}
     accuracies = {
         task: [found[task, seed]["accuracy"] if found[task, seed] else None for seed in seeds]
@@ -79,7 +94,7 @@ def main() -> int:
     return int(None in found.values())
 
 
-def _run(config: ConfigDict, task: str, seed: int) -> Run:
+def _run(config: "ConfigDict", task: str, seed: int) -> Run:
     facts = get_task(f"{PREFIX}{task}")
     config = config.copy_and_resolve_references()
     config.seed = seed
@@ -142,4 +157,4 @@ def summary(accuracies: Mapping[str, Sequence[float | None]]) -> str:
 
 
 if __name__ == "__main__":
-    runner.run_program(main)
+    command.run(main)

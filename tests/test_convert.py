@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from vit_jax import convert as command
+from vit_jax.checkpoints.conversion import convert
 from vit_jax.checkpoints.pretrained import load_pretrained
-from vit_jax.convert import convert
+from vit_jax.checkpoints.save import FORMATS
 from vit_jax.errors import UserError
 from vit_jax.train import train
 
@@ -24,10 +26,10 @@ def finished(tiny_config, workdir):
 
 
 @pytest.mark.parametrize(
-    ("layout", "name"), [("official", "a.npz"), ("timm", "a"), ("huggingface", "a")]
+    ("format", "name"), [("official", "a.npz"), ("timm", "a"), ("huggingface", "a")]
 )
-def test_a_trained_run_goes_out_and_comes_back_with_its_head(tmp_path, finished, layout, name):
-    assert convert(finished, str(tmp_path / name), layout) == (0.0, 0.0)
+def test_a_trained_run_goes_out_and_comes_back_with_its_head(tmp_path, finished, format, name):
+    assert convert(finished, str(tmp_path / name), format) == (0.0, 0.0)
     again = load_pretrained(tmp_path / name)
     assert again.class_names == tuple("0123456789") and np.any(again.params["head"]["kernel"])
     for key, x in flatten_dict(finished.params).items():
@@ -35,13 +37,13 @@ def test_a_trained_run_goes_out_and_comes_back_with_its_head(tmp_path, finished,
 
 
 def test_a_result_that_differs_is_not_called_converted(tmp_path, finished, monkeypatch):
-    def forget_names(pretrained, path, layout):
+    def forget_names(pretrained, path, format):
         import vit_jax.checkpoints.save as save
 
-        save.save_pretrained(pretrained, path, layout)
+        save.save_pretrained(pretrained, path, format)
         (tmp_path / "a.npz.json").unlink()
 
-    monkeypatch.setattr("vit_jax.convert.save_pretrained", forget_names)
+    monkeypatch.setattr("vit_jax.checkpoints.conversion.save_pretrained", forget_names)
     with pytest.raises(UserError, match="is not what was converted .* do not use it"):
         convert(finished, str(tmp_path / "a.npz"), "official")
 
@@ -54,3 +56,7 @@ def test_the_command_proves_itself(tmp_path, finished, run):
     assert "largest difference of the logits on 2 random images: 0\n" in output
     code, output = run([sys.executable, "-m", "vit_jax.convert", *arguments])
     assert code == 2 and output.startswith("error: ") and output.count("\n") == 1
+
+
+def test_the_command_offers_every_format():
+    assert command.FORMATS == FORMATS

@@ -8,10 +8,10 @@ import pytest
 import tensorflow_datasets as tfds
 from flax.traverse_util import flatten_dict
 
-from vit_jax import config, train
+from vit_jax import train
 from vit_jax.checkpoints.pretrained import abstract_params
+from vit_jax.config_files import default_workdir
 from vit_jax.data.datasets import open_dataset
-from vit_jax.main import default_workdir
 from vit_jax.models import architecture
 from vit_jax.recipes import get_config
 
@@ -48,7 +48,12 @@ def test_a_number_that_the_weights_would_give_is_given_by_a_flag(run, tmp_path):
     model = {"architecture": "vit", "num_classes": 0, **architecture("ViT-Ti/16"), "num_layers": 1}
     params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), abstract_params(model, 32))
     np.savez(tmp_path / "a.npz", **flatten_dict(params, sep="/"))
-    flags = ["--config", "configs/ti16.py:finetune,cifar10", "--workdir", str(tmp_path / "run")]
+    flags = [
+        "--config",
+        "configs/vit.py:ViT-Ti/16,finetune,cifar10",
+        "--workdir",
+        str(tmp_path / "run"),
+    ]
     flags += [f"--config.init_from={tmp_path / 'a.npz'}", "--config.model.num_layers=1"]
     flags += [f"--config.dataset.data_dir={tmp_path}", "--config.model.layer_norm_epsilon=1e-5"]
     code, output = run([*MAIN, *flags])
@@ -107,7 +112,7 @@ def test_b16_takes_two_real_steps_at_a_reduced_width(tmp_path, monkeypatch):
             "configs/b16.py:finetune,folder:/data/my flowers",
             "runs/b16-finetune-folder-data-my-flowers",
         ),
-        (f"{config.__file__}:runs/x/config.json", "runs/x"),
+        ("runs/x/config.json", "runs/x"),
     ],
 )
 def test_the_default_workdir_is_named_after_the_config(name, workdir):

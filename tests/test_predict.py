@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from vit_jax import command, predict
+from vit_jax import command, inference, predict
 from vit_jax.data.images import read_image
 from vit_jax.data.preprocess import eval_view
 from vit_jax.data.protocols import evaluation
@@ -173,7 +173,7 @@ def test_weights_of_the_sigmoid_loss_give_probabilities_each_on_its_own(
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_extreme_logits_neither_overflow_nor_lose_the_small(loss):
     with np.errstate(all="raise", under="ignore"):
-        best, _, last = predict.top(np.float32([-700, 700, 0]), None, loss, 3)
+        best, _, last = inference.top(np.float32([-700, 700, 0]), None, loss, 3)
     assert (best["index"], best["probability"]) == (1, 1)
     expected = {"softmax": 0, "sigmoid": np.exp(-700)}[loss]
     assert last["probability"] == pytest.approx(expected, rel=1e-9)

@@ -6,6 +6,7 @@ import pytest
 
 from vit_jax import recipes
 from vit_jax.config import count_steps
+from vit_jax.config_files import load
 from vit_jax.errors import UserError
 from vit_jax.models import with_defaults
 from vit_jax.recipes import get_config
@@ -321,10 +322,8 @@ def test_a_wrong_spec_is_refused(spec, message):
     ],
 )
 def test_every_config_file_is_its_model(file, patch_size, hidden_size):
-    path = pathlib.Path(__file__).parents[1] / "configs" / f"{file}.py"
-    get = runpy.run_path(str(path))["get_config"]
     for spec in ("", "pretrain,imagenet21k", "finetune,cifar100"):
-        model = get(spec).model
+        model = load(f"configs/{file}.py:{spec}").config.model
         assert (model.patch_size, model.hidden_size) == (patch_size, hidden_size)
 
 
@@ -341,10 +340,8 @@ def test_every_config_file_is_its_model(file, patch_size, hidden_size):
     ],
 )
 def test_every_config_file_of_a_hybrid_is_its_model(file, resnet_layers, patch_size, hidden_size):
-    path = pathlib.Path(__file__).parents[1] / "configs" / f"{file}.py"
-    get = runpy.run_path(str(path))["get_config"]
     for spec in ("", "pretrain,imagenet21k", "finetune,cifar100"):
-        model = get(spec).model
+        model = load(f"configs/{file}.py:{spec}").config.model
         assert (model.architecture, model.resnet_layers) == ("hybrid", resnet_layers)
         assert (model.patch_size, model.hidden_size) == (patch_size, hidden_size)
 
@@ -354,10 +351,11 @@ def test_every_config_file_of_a_hybrid_is_its_model(file, resnet_layers, patch_s
 )
 @pytest.mark.parametrize("data", ["jft", "imagenet21k", "imagenet2012"])
 def test_an_axial_model_is_trained_as_what_it_was_made_from(file, twin, data):
-    root = pathlib.Path(__file__).parents[1] / "configs"
-    get, other = (runpy.run_path(str(root / f"{x}.py"))["get_config"] for x in (file, twin))
     for spec in (f"pretrain,{data}", "finetune,cifar100"):
-        config, expected = get(spec), other(spec)
+        config, expected = (
+            load(f"configs/{x}.py:{spec}").config.copy_and_resolve_references().unlock()
+            for x in (file, twin)
+        )
         assert config.model.architecture == ("axial_resnet" if "r50" in file else "axial_vit")
         if "vit" in config.model.architecture:
             models = (with_defaults(x.model) for x in (config, expected))
@@ -383,10 +381,8 @@ def test_an_axial_model_is_trained_as_what_it_was_made_from(file, twin, data):
     ],
 )
 def test_every_config_file_of_a_resnet_is_its_model(file, resnet_layers, width_factor):
-    path = pathlib.Path(__file__).parents[1] / "configs" / f"{file}.py"
-    get = runpy.run_path(str(path))["get_config"]
     for spec in ("", "pretrain,imagenet21k", "finetune,cifar100"):
-        model = get(spec).model
+        model = load(f"configs/{file}.py:{spec}").config.model
         assert (model.architecture, model.resnet_layers) == ("resnet", resnet_layers)
         assert model.width_factor == width_factor
 

@@ -1,10 +1,12 @@
 """How every command reads its flags and ends: a mistake is one line and exit code 2."""
 
 import argparse
+import difflib
 import os
+import re
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 from vit_jax.errors import UserError
 
@@ -12,17 +14,45 @@ from vit_jax.errors import UserError
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose error is a UserError, without the usage above it.
 
-    Flags are written out in full: an abbreviation would change its meaning with the next flag.
+    Flags are written out in full: an abbreviation would change its meaning with the next flag. Of
+    one that does not exist, the nearest is named.
     """
 
-    def __init__(self, **options):
+    def __init__(self, **options: Any):
         super().__init__(
             allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
         )
 
+    # The stub has an overload for each kind of namespace.
+    def parse_args(  # ty: ignore[incompatible-method-override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        """Returns the values of the flags; raises a UserError for what is none of them."""
+        args = sys.argv[1:] if args is None else list(args)
+        # First: a flag that lacks because its name is misspelled would be asked for otherwise.
+        for flag in _flags(args):
+            if flag not in self._option_string_actions and (near := self.nearest(flag)):
+                self.error(f"unrecognized arguments: {flag}: did you mean {near}?")
+        return super().parse_args(args, namespace)
+
+    def nearest(self, flag: str) -> str | None:
+        """The flag of this parser whose name is most like another, if any is like it."""
+        return nearest(flag, [name for name in self._option_string_actions if name[:2] == "--"])
+
     def error(self, message: str) -> NoReturn:
         """Raises UserError."""
         raise UserError(f"{message} (--help lists all flags)")
+
+
+def _flags(args: Sequence[str]) -> list[str]:
+    """The names of the flags among arguments, up to a `--`."""
+    end = args.index("--") if "--" in args else len(args)
+    return [arg.partition("=")[0] for arg in args[:end] if arg.startswith("--")]
+
+
+def nearest(name: str, valid: Iterable[str]) -> str | None:
+    """The name among `valid` that is most like another, None if none is like it."""
+    return next(iter(difflib.get_close_matches(name, list(valid), n=1)), None)
 
 
 def positive(text: str) -> int:
@@ -30,6 +60,33 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of a command that runs configs."""
+    parser.add_argument(
+        "--config",
+        nargs="?",
+        const="",
+        metavar="NAME[:SPEC]",
+        help="what to run: a file (configs/b16.py), a name (b16, digits, vit), both with a spec "
+        "(b16:finetune,cifar10), or a run's config.json",
+    )
+    parser.add_argument("--workdir", metavar="DIR", help="where it goes [runs/<config>-<spec>]")
+
+
+def parse_config_flags(
+    parser: Parser, argv: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, list[str]]:
+    """Returns the values of a parser's flags, and what is left for `config_files.load`.
+
+    Args:
+        parser: has the flags of `add_config_flags`.
+        argv: without the program's name.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    # absl's flags, which these were, may have a single dash.
+    return parser.parse_known_args([re.sub(r"^-(?=[a-z]\w)", "--", word) for word in argv])
 
 
 def run(main: Callable[[], int]) -> NoReturn:

@@ -8,7 +8,6 @@ import logging
 import os
 import pathlib
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -297,15 +296,9 @@ def match_classes(
     raise UserError(f"{difference}: if {condition}, add --ignore_class_names")
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line.
-
-    Raises:
-        UserError: an argument is unknown, missing or impossible.
-    """
-    parser = command.Parser(
-        prog="python -m vit_jax.evaluate", description="Evaluates a model on a data set."
-    )
+def build_parser(prog: str) -> command.Parser:
+    """Returns the parser of the command."""
+    parser = command.Parser(prog=prog, description="Evaluates a model on a data set.")
     flags.add_flags(parser)
     parser.add_argument(
         "--dataset",
@@ -331,7 +324,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="class i of the model is class i of the data set, whatever the two are called",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the command line.
+
+    Raises:
+        UserError: an argument is unknown, missing or impossible.
+    """
+    args = build_parser("python -m vit_jax.evaluate").parse_args(argv)
     args.fewshot = parse_shots(args.fewshot) if args.fewshot is not None else ()
     if args.confusion and not args.confusion.endswith((".npz", ".csv")):
         raise UserError(f"--confusion {args.confusion} is neither .npz nor .csv")
@@ -379,9 +381,9 @@ class _Checkpoint:
         return function(self.apply_fn, self.params, batches, self.mesh, **options)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    args = parse_arguments(sys.argv[1:])
+    args = parse_arguments(argv)
     _silence()
     from vit_jax.data import datasets
 

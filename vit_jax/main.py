@@ -1,121 +1,73 @@
-"""Trains a model: `python -m vit_jax.main --config configs/b16.py`."""
+"""Trains a model: `python -m vit_jax.main --config configs/b16.py`, or `vit-jax train`."""
 
 import os
-import pathlib
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # With it TensorFlow greets on every start.
 
-import jax
-from absl import app, flags, logging
-from flax.traverse_util import flatten_dict
-from ml_collections import config_flags
-
-from vit_jax import config as config_lib
+from vit_jax import command
 from vit_jax.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "What to run: configs/b16.py, configs/b16.py:SPEC, or a run's config.json."
-)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where it goes [runs/<config>-<spec>].")
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of process 0, where there are several processes."
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_EPILOG = """examples:
+  %(prog)s --config digits
+  %(prog)s --config b16:pretrain,imagenet21k --workdir runs/b16
+  %(prog)s --config b16:finetune,cifar10 --config.init_from=B_16 --config.batch_size=128
+  %(prog)s --config b16:finetune,folder:/data/flowers --config.init_from=B_16
+  %(prog)s --config vit:R50+ViT-B/16,finetune,cifar10 --print_config
+  %(prog)s --config runs/b16/config.json
+
+Every value of the config can be changed: --config.KEY=VALUE; --print_config lists them. The same
+command continues a run that was stopped."""
 
 
-def main(argv: Sequence[str]) -> None:
-    """Runs the config that the flags name."""
-    check_arguments(argv)
-    distributed = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+def build_parser(prog: str) -> command.Parser:
+    """Returns the parser of the command; `--config.KEY=VALUE` is left to `config_files`."""
+    parser = command.Parser(
+        prog=prog, description="Pre-trains or fine-tunes a model.", epilog=_EPILOG
+    )
+    command.add_config_flags(parser)
+    parser.add_argument(
+        "--print_config",
+        action="store_true",
+        help="print every value with where it comes from, and do nothing else",
+    )
+    group = parser.add_argument_group("several processes, each started with all three")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
+    group.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process_id", type=int, metavar="I", help="which this is, from 0")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the config that the flags name; returns the exit code."""
+    parser = build_parser("python -m vit_jax.main")
+    args, values = command.parse_config_flags(parser, argv)
+    from vit_jax import config_files  # With JAX it takes a second to import: --help should not.
+
+    loaded = config_files.load(args.config, values, parser)
+    distributed = (args.coordinator, args.num_processes, args.process_id)
     if None in distributed and any(value is not None for value in distributed):
         raise UserError(
             "--coordinator, --num_processes and --process_id go together: give all three"
         )
-    if _COORDINATOR.value:
+    if args.print_config:
+        print(config_files.explain(loaded))
+        return 0
+    import jax
+
+    if args.coordinator:
         jax.distributed.initialize(*distributed)
-    workdir = _WORKDIR.value or default_workdir(
-        config_flags.get_config_filename(flags.FLAGS["config"])
-    )
+    workdir = args.workdir or config_files.default_workdir(loaded.name)
     from vit_jax import train  # TensorFlow takes seconds to import: a wrong flag should not
 
+    sys.unraisablehook = _hide_abandoned_writes
     if jax.process_index() == 0:
         print(f"workdir: {workdir}", flush=True)
-    train.train(_CONFIG.value, workdir)
-
-
-def check_arguments(argv: Sequence[str]) -> None:
-    """Checks what is left of the command line when the flags are parsed, and quietens libraries.
-
-    Raises:
-        UserError: there is more than the command's name, or no --config.
-    """
-    if not flags.FLAGS["verbosity"].present:
-        # Libraries log what they raise as well, with its traceback; --verbosity=0 shows it.
-        logging.set_verbosity(logging.FATAL)
-    if len(argv) > 1:
-        raise UserError(f"argument {argv[1]!r} is not a flag: values go as --config.KEY=VALUE")
-    if _CONFIG.value is None:
-        raise UserError("--config is missing: for example --config configs/digits.py")
-
-
-def default_workdir(config: str) -> str:
-    """`configs/b16.py:finetune,cifar10` gives `runs/b16-finetune-cifar10`."""
-    path, _, spec = config.partition(":")
-    if pathlib.Path(path) == pathlib.Path(config_lib.__file__):
-        return os.path.dirname(spec) or "."
-    words = [pathlib.Path(path).stem, *re.split(r"[^\w.]+", spec)]
-    return os.path.join("runs", "-".join(word for word in words if word))
-
-
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line.
-
-    Raises:
-        UserError: in place of the errors of absl and ml_collections.
-    """
-    # "--config VALUE" and "-config=VALUE" become "--config=VALUE".
-    argv = re.sub(r"\0--?config[\0=]", "\0--config=", "\0".join(argv)).split("\0")
-    argv = [_find_config(argument) for argument in argv]
-    try:
-        return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError) as error:
-        cause = error
-        while cause:  # What get_config(spec) raised is wrapped twice.
-            if isinstance(cause, UserError):
-                error = cause
-            cause = cause.__cause__ or cause.__context__
-        if isinstance(error, UserError):
-            raise error from None
-        if not isinstance(error, flags.Error):
-            _check_overrides(argv)
-        raise UserError(str(error).splitlines()[0]) from error
-
-
-def _find_config(argument: str) -> str:
-    """Checks that the config exists, and lets a config.json be read like a config file."""
-    match = re.fullmatch(r"--config=([^:]*).*", argument)
-    if not match:
-        return argument
-    path = match[1]
-    if not os.path.isfile(path):
-        raise UserError(f"config {path} does not exist: for example configs/digits.py")
-    return f"--config={config_lib.__file__}:{path}" if path.endswith(".json") else argument
-
-
-def _check_overrides(argv: Sequence[str]) -> None:
-    values = dict(argument.partition("=")[::2] for argument in argv)
-    config = flags.FLAGS["config"].parser.parse(values["--config"])
-    valid = flatten_dict(config_lib.to_dict(config), sep=".")
-    for flag in values:
-        key = flag.removeprefix("--config.")
-        if key != flag and key not in valid:
-            raise config_lib.unknown_key(key, valid)
+    train.train(loaded.config, workdir)
+    return 0
 
 
 def _hide_abandoned_writes(unraisable: Any) -> None:
@@ -124,15 +76,5 @@ def _hide_abandoned_writes(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def run(program: Callable[[Sequence[str]], int | None] = main) -> None:
-    """Runs a command with these flags: a user's mistake is one line and exit code 2."""
-    sys.unraisablehook = _hide_abandoned_writes
-    try:
-        app.run(program, flags_parser=parse_flags)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    run()
+    command.run(main)

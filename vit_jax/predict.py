@@ -1,41 +1,49 @@
 """From images to their classes: `python -m vit_jax.predict --checkpoint C IMAGE_OR_DIR...`."""
 
 import argparse
+import io
 import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from vit_jax import command
 from vit_jax.checkpoints import flags
-from vit_jax.data import imagenet
-from vit_jax.data.images import SUFFIXES, preprocess, read_image
-from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 from vit_jax.files import atomic_write
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from vit_jax.checkpoints.pretrained import Pretrained
 
-_EPILOG = """exit codes:
+_EPILOG = """examples:
+  %(prog)s --checkpoint ViT-B_16-224 photo.jpg
+  %(prog)s --checkpoint runs/digits --topk 1 --json photos/ > predictions.jsonl
+
+exit codes:
   0  every image was classified
   1  some could not be read; each is one line on stderr, the others were done
   2  none could be read, or a flag or the checkpoint is wrong"""
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    args = _parse(sys.argv[1:])
+    args = _parse(argv)
     # PIL warns of odd metadata and large sizes, from several threads.
     warnings.simplefilter("ignore")
     # A terminal that lacks a letter of a class's name should not end the command.
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    # Imported here: --help should wait for neither NumPy nor JAX.
+    import numpy as np
+
+    from vit_jax.data.image_files import find_images
+    from vit_jax.inference import top
+
     files = find_images(args.images)
     pretrained = flags.load(args)
     names = pretrained.class_names
@@ -53,26 +61,6 @@ def main() -> int:
         with atomic_write(Path(args.logits)) as temporary, temporary.open("wb") as file:
             np.savez(file, files=np.array(done), logits=np.stack(rows))
     return 0 if len(done) == len(files) else 1
-
-
-def find_images(paths: Iterable[str]) -> list[str]:
-    """Lists the images that paths name, in their order.
-
-    A directory stands for the files below it whose names end like an image's, sorted; hidden ones
-    are left out, links to directories not followed. One that has none stands for itself.
-    """
-    files = []
-    for path in paths:
-        found = []
-        for directory, subdirectories, names in os.walk(path):
-            subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
-            found += [
-                os.path.join(directory, name)
-                for name in names
-                if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
-            ]
-        files += sorted(found) or [path]
-    return files
 
 
 def read_class_names(path: str, num_classes: int) -> tuple[str, ...]:
@@ -95,7 +83,7 @@ def read_class_names(path: str, num_classes: int) -> tuple[str, ...]:
 
 def classify(
     pretrained: "Pretrained", files: Sequence[str], batch_size: int
-) -> Iterator[tuple[str, np.ndarray]]:
+) -> Iterator[tuple[str, "np.ndarray"]]:
     """Yields every image that can be read, with its logits, float32 [num_classes].
 
     One that cannot is a line on stderr. Images are seen as in evaluation, in batches of one shape.
@@ -108,94 +96,14 @@ def classify(
     Raises:
         UserError: the model has no head or an untrained one, or its logits are not finite.
     """
-    # Here because JAX takes half a second to import, for which --help should not wait.
-    import jax
+    from vit_jax.data.image_files import read_batches
+    from vit_jax.inference import VisionModel
 
-    from vit_jax.models import create_model, model_keys
-
+    size = min(batch_size, len(files))
+    model = VisionModel(pretrained, size)
     pretrained.check_head()
-    # Compiling one layer instead of all takes half the time, which one image waits for.
-    scan = {"scan_layers"} & model_keys(pretrained.model["architecture"])
-    model = create_model(pretrained.model, **dict.fromkeys(scan, True))
-    apply = jax.jit(lambda params, images: model.apply({"params": params}, images))
-    params = jax.device_put(pretrained.params)
-    for found, batch in read_batches(files, pretrained.preprocessing, batch_size):
-        logits = np.asarray(apply(params, batch))[: len(found)]
-        if not np.isfinite(logits).all():
-            raise UserError(f"{pretrained.source} gives logits that are not finite: mend it")
-        yield from zip(found, logits, strict=True)
-
-
-def read_batches(
-    files: Sequence[str], preprocessing: Preprocessing, batch_size: int
-) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Yields images as evaluation sees them, in batches of one shape.
-
-    An image that cannot be read is a line on stderr.
-
-    Args:
-        files: image files.
-        preprocessing: of the model.
-        batch_size: how many files are read at a time, at most.
-
-    Yields:
-        The files that could be read, at least one, and [batch_size, image_size, image_size, 3] in
-        float32, whose rows beyond these files are 0.
-    """
-    size = preprocessing.image_size
-    batch_size = min(batch_size, len(files))
-
-    def read(file: str) -> np.ndarray | UserError:
-        try:
-            if os.path.isdir(file):
-                raise UserError(f"{file} holds no image")
-            return preprocess(read_image(file), preprocessing)
-        except UserError as error:
-            return error
-
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for begin in range(0, len(files), batch_size):
-            part = files[begin : begin + batch_size]
-            found = []
-            for file, image in zip(part, pool.map(read, part), strict=True):
-                if isinstance(image, UserError):
-                    command.report(image)
-                else:
-                    found.append((file, image))
-            if found:
-                batch = np.zeros((batch_size, size, size, 3), np.float32)
-                batch[: len(found)] = [image for _, image in found]
-                yield [file for file, _ in found], batch
-
-
-def top(
-    logits: np.ndarray, class_names: Sequence[str] | None, loss: str, topk: int
-) -> list[dict[str, Any]]:
-    """The most probable classes of one image, the first one first.
-
-    Args:
-        logits: [num_classes].
-        class_names: one per class, or None if nobody knows them; labels are then None. WordNet ids
-            of ImageNet's classes become their names.
-        loss: "softmax", or "sigmoid" for probabilities each on its own, that need not sum to 1.
-        topk: how many; all if there are fewer.
-
-    Returns:
-        `index`, `label` and `probability` of each.
-    """
-    logits = logits.astype(np.float64)
-    if loss == "sigmoid":
-        probabilities = np.exp(-np.logaddexp(0, -logits))
-    else:
-        probabilities = np.exp(logits - np.logaddexp.reduce(logits))
-    return [
-        {
-            "index": int(index),
-            "label": None if class_names is None else imagenet.readable(class_names[index]),
-            "probability": float(probabilities[index]),
-        }
-        for index in np.argsort(-logits, kind="stable")[:topk]
-    ]
+    for found, batch in read_batches(files, pretrained.preprocessing, size, command.report):
+        yield from zip(found, model.logits(batch)[: len(found)], strict=True)
 
 
 def _print(file: str, predictions: list[dict[str, Any]], as_json: bool) -> None:
@@ -209,8 +117,11 @@ def _print(file: str, predictions: list[dict[str, Any]], as_json: bool) -> None:
     print("\n".join(lines), flush=True)
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = command.Parser(prog="python -m vit_jax.predict", description=__doc__, epilog=_EPILOG)
+def build_parser(prog: str) -> command.Parser:
+    """Returns the parser of the command."""
+    parser = command.Parser(
+        prog=prog, description="Tells the most probable classes of images.", epilog=_EPILOG
+    )
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE_OR_DIR", help="directories are searched recursively"
     )
@@ -237,7 +148,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="FILE",
         help="one name a line, in the order of the logits, in place of the checkpoint's",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    args = build_parser("python -m vit_jax.predict").parse_args(argv)
     if args.logits and (os.path.isdir(args.logits) or not os.path.isdir(_parent(args.logits))):
         raise UserError(f"--logits {args.logits} is not a file in a directory that exists")
     return args

@@ -4,10 +4,14 @@ Tables and sections are those of "An Image is Worth 16x16 Words" (Dosovitskiy et
 What the paper leaves open is marked "not in the paper", with the choice and its reason.
 """
 
+import contextlib
 import difflib
 import re
+from collections.abc import Generator
+from contextvars import ContextVar
 from typing import NamedTuple
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_dict
 
 from vit_jax import models
@@ -142,7 +146,124 @@ def get_config(model: str, spec: str = "") -> ConfigDict:
     config.dataset.development = "dev" in options
     if "512" in options:
         _enlarge(config)
+    if (recorded := _recorded.get()) is not None:
+        recorded.append(Recorded(model, spec, config.copy_and_resolve_references()))
     return config
+
+
+class Recorded(NamedTuple):
+    """What `get_config` was asked for, and a copy of what it gave."""
+
+    model: str
+    spec: str
+    config: ConfigDict
+
+
+_recorded: ContextVar[list[Recorded] | None] = ContextVar("recorded", default=None)
+
+
+@contextlib.contextmanager
+def recording() -> Generator[list[Recorded]]:
+    """Lists the calls of `get_config` in this context, which tells what a config file changed."""
+    calls: list[Recorded] = []
+    token = _recorded.set(calls)
+    try:
+        yield calls
+    finally:
+        _recorded.reset(token)
+
+
+def sources(made: Recorded) -> dict[str, str]:
+    """Where every value of a recipe comes from, by its key, such as "schedule.base_lr"."""
+    recipe, dataset, options = _parse(made.spec)
+    row, shared = _SOURCES[recipe]
+    where = dict.fromkeys(shared, _TABLES[recipe])
+    where |= dict.fromkeys(row, f"{_TABLES[recipe]}, {_row_name(recipe, made.model, dataset)}")
+    where |= dict.fromkeys((f"model.{key}" for key in models.architecture(made.model)), made.model)
+    where |= _OTHER_SOURCES[recipe]
+    if "512" in options:
+        where |= dict.fromkeys(("dataset.image_size", "ema_decay"), "Table 2")
+    where |= dict.fromkeys(("dataset.name", "dataset.development"), f"spec {made.spec!r}")
+    where |= {
+        f"model.{key}": "taken from the weights of init_from"
+        for key in ADOPTED
+        if made.config.model.get(key, "") is None
+    }
+    keys = flatten_dict(made.config.to_dict(), sep=".", keep_empty_nodes=True)
+    return {key: where.get(key, f"recipe {recipe}") for key in keys}
+
+
+# Of every recipe the values of the row of its table, and those that all of its rows share.
+_SOURCES = {
+    "pretrain": (
+        ("duration", "model.dropout_rate", "optimizer.weight_decay", "schedule.base_lr")
+        + ("schedule.decay",),
+        ("batch_size", "dataset.image_size", "optimizer.b1", "optimizer.b2", "optimizer.clip_norm")
+        + ("optimizer.name", "schedule.warmup"),
+    ),
+    "finetune": (
+        ("duration", "schedule.base_lr"),
+        ("batch_size", "dataset.image_size", "optimizer.clip_norm", "optimizer.momentum")
+        + ("optimizer.name", "optimizer.weight_decay", "schedule.decay"),
+    ),
+    "masked": (
+        (),
+        ("batch_size", "duration", "masking.rate", "masking.target", "objective")
+        + ("optimizer.name", "schedule.base_lr", "schedule.decay", "schedule.warmup"),
+    ),
+}
+_TABLES = {"pretrain": "Table 3", "finetune": "Table 4", "masked": "Appendix B.1.2"}
+_OTHER_SOURCES = {
+    "pretrain": {"model.representation_size": "Section 3.1", "loss": "published code"},
+    "finetune": {"model.dropout_rate": "published code", "schedule.warmup": "published code"},
+    "masked": {},
+}
+
+
+def _row_name(recipe: str, model: str, dataset: str) -> str:
+    """The row of Table 3 or 4 that is taken for a model and a data set, in its table's words."""
+    dataset = _table_name(dataset)
+    if recipe == "pretrain":
+        row = pretraining_row(model, dataset)
+        found = next((" on ".join(key) for key, value in TABLE_3.items() if value is row), model)
+        return found.replace("ViT-*", "ViT")
+    return dataset if dataset in TABLE_4 else "oxford_flowers102"
+
+
+# What the official code and its files of weights call the models, in lower case and without "ViT-",
+# "+" and "_": its ViT-B_16 and b16, R50+ViT-B_16 and r50_b16.
+OFFICIAL_NAMES = {
+    "ti16": "ViT-Ti/16",
+    "s16": "ViT-S/16",
+    "s32": "ViT-S/32",
+    "b16": "ViT-B/16",
+    "b32": "ViT-B/32",
+    "l16": "ViT-L/16",
+    "l32": "ViT-L/32",
+    "h14": "ViT-H/14",
+    "rti16": "R+ViT-Ti/16",
+    "r26s32": "R26+ViT-S/32",
+    "r26b32": "R26+ViT-B/32",
+    "r50b16": "R50+ViT-B/16",
+    "r50b32": "R50+ViT-B/32",
+    "r50l16": "R50+ViT-L/16",
+    "r50l32": "R50+ViT-L/32",
+    "r50x1": "R50x1",
+    "r50x2": "R50x2",
+    "r101x1": "R101x1",
+    "r152x1": "R152x1",
+    "r152x2": "R152x2",
+    "r152x4": "R152x4",
+    "r200x3": "R200x3",
+    "axialb16": "Axial-ViT-B/16",
+    "axialb32": "Axial-ViT-B/32",
+    "axialr50": "AxialResNet50",
+}
+
+
+def model_name(name: str) -> str:
+    """The paper's name of a model for one of the official code, any other name as it is."""
+    return OFFICIAL_NAMES.get(re.sub(r"vit-|[+_]", "", name.lower()), name)
 
 
 def _parse(spec: str) -> tuple[str, str, set[str]]:

@@ -2,8 +2,8 @@ import json
 
 import numpy as np
 import pytest
-import vtab
 
+from experiments import vtab
 from vit_jax.data.vtab import TASKS
 from vit_jax.recipes import get_config
 
@@ -74,7 +74,7 @@ def test_two_tasks_from_data_to_table_and_a_missing_one_named(program, tmp_path,
     prepared.write("clevr:3.*.*", tmp_path, scenes)
     workdir = tmp_path / "vtab"
     flags = [f"--workdir={workdir}", "--tasks=dsprites_location,svhn,clevr_count"]
-    code, output = program("vtab.py", tiny("vtab", tmp_path), *flags)
+    code, output = program("experiments.vtab", tiny("vtab", tmp_path), *flags)
     assert code == 1, output
     (missing,) = [line for line in output.splitlines() if "failed:" in line]
     assert "data set 'vtab:svhn' is not prepared in data_dir" in missing
@@ -108,7 +108,9 @@ def test_two_tasks_from_data_to_table_and_a_missing_one_named(program, tmp_path,
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(program, tmp_path, task, flag, message):
-    code, output = program("vtab.py", tiny(task, tmp_path), *flag, f"--workdir={tmp_path / 'w'}")
+    code, output = program(
+        "experiments.vtab", tiny(task, tmp_path), *flag, f"--workdir={tmp_path / 'w'}"
+    )
     assert (code, output.count("\n")) == (2, 1)
     assert output.startswith("error: ") and message in output
     assert not (tmp_path / "w").exists()

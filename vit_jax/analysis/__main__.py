@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,7 +15,6 @@ from vit_jax.checkpoints import flags
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 from vit_jax.files import atomic_write
-from vit_jax.predict import find_images, read_batches
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,6 +32,10 @@ _EPILOG = """analyses, each of which writes pictures (PNG) and their numbers (NP
   positions      similarity of the position embeddings (Figure 7); needs no images, as filters
   intermediates  the tokens after every layer, two files an image
 
+examples:
+  %(prog)s rollout --checkpoint B_16 --images photos/ --output rollout
+  %(prog)s filters --checkpoint ViT-B_16 --output figure7
+
 exit codes:
   0  everything was written
   1  some images could not be read; each is one line on stderr, the others were done
@@ -43,11 +45,13 @@ exit codes:
 _SHOWN = 24
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    args = _parse(sys.argv[1:])
+    args = _parse(argv)
     warnings.simplefilter("ignore")  # PIL warns of odd metadata and large sizes.
     names = _OF_IMAGES + _OF_WEIGHTS if args.analysis == "all" else (args.analysis,)
+    from vit_jax.data.image_files import find_images  # With PIL: --help should not wait for it.
+
     files = find_images(args.images)
     pretrained = flags.load(args)
     try:
@@ -62,7 +66,7 @@ def main() -> int:
     of_images = [name for name in names if name in _OF_IMAGES]
     if not of_images:
         return 0
-    done = _look(pretrained, files, args.batch_size, of_images, save)
+    done = _analyze_images(pretrained, files, args.batch_size, of_images, save)
     return 0 if done == len(files) else 1 if done else 2
 
 
@@ -115,7 +119,7 @@ def _grid(pretrained: "Pretrained") -> tuple[tuple[int, int], int]:
     return (count, count), side
 
 
-def _look(
+def _analyze_images(
     pretrained: "Pretrained",
     files: Sequence[str],
     batch_size: int,
@@ -124,12 +128,13 @@ def _look(
 ) -> int:
     """The analyses that run the model, all in one pass; returns how many images it had."""
     from vit_jax.analysis import plots
+    from vit_jax.data.image_files import read_batches
 
     grid, side = _grid(pretrained)
     observe = _observer(pretrained, names, grid, side)
     seen: Counter[str] = Counter()
     done, pictures, kept = [], [], {name: [] for name in names}
-    for found, batch in read_batches(files, pretrained.preprocessing, batch_size):
+    for found, batch in read_batches(files, pretrained.preprocessing, batch_size, command.report):
         # Only as many rows leave the device as there are images.
         observed = {name: np.asarray(x[: len(found)]) for name, x in observe(batch).items()}
         for name in ("rollout", "distance"):
@@ -152,10 +157,12 @@ def _look(
     if not done:
         return 0
     if "rollout" in names:
+        import jax.numpy as jnp
+
         from vit_jax.analysis.attention import to_mask
 
         maps = np.stack(kept["rollout"])
-        masks = np.asarray(to_mask(maps, pictures[0].shape[:2]))
+        masks = np.asarray(to_mask(jnp.asarray(maps), pictures[0].shape[:2]))
         figure = plots.masked_images(np.stack(pictures), masks[: len(pictures)])
         save("rollout", figure, files=np.array(done), rollout=maps, mask=masks)
     if "distance" in names:
@@ -210,10 +217,12 @@ def _attention(
     weights: np.ndarray,
     grid: tuple[int, int],
 ) -> None:
+    import jax.numpy as jnp
+
     from vit_jax.analysis import plots
     from vit_jax.analysis.attention import on_patches
 
-    maps = np.asarray(on_patches(weights, grid))
+    maps = np.asarray(on_patches(jnp.asarray(weights), grid))
     has_class_token = weights.shape[-1] > grid[0] * grid[1]
     who = "Attention of the class token" if has_class_token else "Mean attention of the patches"
     figure = plots.head_maps(picture, maps, f"{who} to every patch")
@@ -237,11 +246,17 @@ def _intermediates(
 
 def _to_pixels(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     """What the model was fed, as pixels in [0, 1] again."""
-    return np.clip(image * np.float32(preprocessing.std) + np.float32(preprocessing.mean), 0, 1)
+    mean, std = (np.array(x, np.float32) for x in (preprocessing.mean, preprocessing.std))
+    return np.clip(image * std + mean, 0, 1)
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = command.Parser(prog="python -m vit_jax.analysis", description=__doc__, epilog=_EPILOG)
+def build_parser(prog: str) -> command.Parser:
+    """Returns the parser of the command."""
+    parser = command.Parser(
+        prog=prog,
+        description="Draws what a model looks at and has learned, as pictures and their numbers.",
+        epilog=_EPILOG,
+    )
     parser.add_argument("analysis", choices=[*_OF_IMAGES, *_OF_WEIGHTS, "all"])
     flags.add_flags(parser)
     parser.add_argument(
@@ -264,7 +279,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dpi", type=command.positive, default=110, metavar="N", help="of the pictures [110]"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    args = build_parser("python -m vit_jax.analysis").parse_args(argv)
     if args.analysis not in _OF_WEIGHTS and not args.images:
         raise UserError(f"{args.analysis} looks at images: give some with --images")
     return args

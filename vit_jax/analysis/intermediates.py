@@ -34,8 +34,9 @@ def attention_weights(model: nn.Module, params: Mapping[str, Any], images: Array
         images: [batch, height, width, 3], as the model takes them.
 
     Raises:
-        UserError: the model has no attention between all its patches.
+        UserError: the model has no attention between all its patches, or images are no batch.
     """
+    _check_batch(images)
     _, state = model.apply({"params": params}, images, mutable="intermediates")
 
     def sown(block: Mapping[str, Any]) -> tuple:
@@ -70,6 +71,7 @@ def layer_tokens(model: nn.Module, params: Mapping[str, Any], images: Array) -> 
 
     For arguments and what it raises, see `attention_weights`.
     """
+    _check_batch(images)
     _, state = model.apply(
         {"params": params},
         images,
@@ -102,6 +104,14 @@ def position_embedding(model: nn.Module, params: Mapping[str, Any], images: Arra
         raise UserError("this model has no position embedding that all its layers share")
     (embedding,) = encoder["posembed_input"]["__call__"]
     return embedding[0].astype(jnp.float32)
+
+
+def _check_batch(images: Array) -> None:
+    if images.ndim != 4:
+        raise UserError(
+            f"images are {list(images.shape)}: give [batch, height, width, 3], of a single image "
+            "images[None]"
+        )
 
 
 def _of_layers(state: Mapping[str, Any], choose: Callable[[Mapping[str, Any]], tuple]) -> Array:

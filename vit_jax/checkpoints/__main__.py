@@ -7,13 +7,19 @@ from vit_jax import command
 from vit_jax.checkpoints import augreg, remote
 from vit_jax.errors import UserError
 
+_EPILOG = """examples:
+  %(prog)s B_16
+  %(prog)s B_16 --dataset imagenet2012 --resolution 224 --fetch
+  %(prog)s hf:google/vit-base-patch16-224 --fetch"""
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table, and with `--fetch` the path of the file that was fetched."""
+
+def build_parser(prog: str) -> command.Parser:
+    """Returns the parser of the command."""
     parser = command.Parser(
-        prog="python -m vit_jax.checkpoints",
-        description="Finds published weights. Of an AugReg model (B_16) it lists the recommended "
+        prog=prog,
+        description="Finds published weights. Of an AugReg model (B_16) it lists the recommended\n"
         "pre-trained file and the best fine-tunes of it.",
+        epilog=_EPILOG,
     )
     parser.add_argument("name", help="B_16, ViT-B_16, augreg/FILE, hf:OWNER/NAME, ...")
     parser.add_argument("--dataset", help="only fine-tunes on this: imagenet2012, cifar100, ...")
@@ -22,7 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--fetch", action="store_true", help="fetch the first file listed, and print where it is"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table, and with `--fetch` the path of the file that was fetched."""
+    args = build_parser("python -m vit_jax.checkpoints").parse_args(argv)
     if augreg.model_of(args.name) in remote.AUGREG_MODELS and "-" not in args.name:
         index = augreg.read_index(remote.fetch_index())
         rows = _recommendations(

@@ -28,7 +28,7 @@ def add_flags(
         required=required,
         metavar="C",
         help="a run's directory, a file or folder of weights in Google's, timm's or Hugging Face's "
-        "format, or a published name (ViT-B_16, hf:OWNER/NAME)",
+        "format, or a published name (B_16, ViT-B_16, hf:OWNER/NAME)",
     )
     group.add_argument(
         "--image_size",
@@ -36,10 +36,10 @@ def add_flags(
         metavar="PIXELS",
         help="side of the input; position embeddings are interpolated [the checkpoint's]",
     )
-    silent = "where the checkpoint does not say"
-    group.add_argument("--num_heads", type=command.positive, metavar="N", help=silent)
-    group.add_argument("--gelu", choices=["tanh", "erf"], help=silent)
-    group.add_argument("--layer_norm_epsilon", type=float, metavar="EPSILON", help=silent)
+    unknown = "where the checkpoint does not say"
+    group.add_argument("--num_heads", type=command.positive, metavar="N", help=unknown)
+    group.add_argument("--gelu", choices=["tanh", "erf"], help=unknown)
+    group.add_argument("--layer_norm_epsilon", type=float, metavar="EPSILON", help=unknown)
 
 
 def load(args: argparse.Namespace) -> "Pretrained":

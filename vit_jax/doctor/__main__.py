@@ -8,7 +8,7 @@ compiled and operation by operation, in 32 and in 16 bits, which are held agains
 import os
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from vit_jax import __version__, command
 from vit_jax.doctor import environment
@@ -18,11 +18,14 @@ _EPILOG = """exit codes:
   1  one does not: trust no result of it"""
 
 
-def main() -> int:
+def build_parser(prog: str) -> command.Parser:
+    """Returns the parser of the command, which has no flags."""
+    return command.Parser(prog=prog, description=__doc__, epilog=_EPILOG)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    command.Parser(
-        prog="python -m vit_jax.doctor", description=__doc__, epilog=_EPILOG
-    ).parse_args()
+    build_parser("python -m vit_jax.doctor").parse_args(argv)
     _print_environment()
     # Here because JAX takes half a second to import, for which --help should not wait.
     import jax

@@ -36,9 +36,9 @@ _EPILOG = """exit codes:
      (without --stages, one that this machine has not the packages for is named and left out)"""
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    args = _parse(sys.argv[1:])
+    args = _parse(argv)
     report = _Report(Path(args.output), args.latency_seconds, args.batch)
     if args.stages != ["tensorrt"]:
         _convert(args, report)
@@ -199,8 +199,9 @@ def _print_stage(start: float, text: str) -> None:
     print(f"{text} ({time.perf_counter() - start:.0f} s)", flush=True)
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = command.Parser(prog="python -m vit_jax.export", description=__doc__, epilog=_EPILOG)
+def build_parser(prog: str) -> command.Parser:
+    """Returns the parser of the command."""
+    parser = command.Parser(prog=prog, description=__doc__, epilog=_EPILOG)
     flags.add_flags(parser, required=False)
     parser.add_argument("--output", required=True, metavar="DIR", help="what it writes goes there")
     parser.add_argument(
@@ -258,7 +259,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="S",
         help="how long to time each batch size; 0 for not at all [2]",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    args = build_parser("python -m vit_jax.export").parse_args(argv)
     if args.checkpoint is None and args.stages != ["tensorrt"]:
         raise UserError("--checkpoint is missing: only --stages tensorrt goes without")
     if args.data and args.dataset:

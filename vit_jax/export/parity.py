@@ -68,9 +68,9 @@ def read_images(
     Raises:
         UserError: there are no images, or one is damaged.
     """
+    from vit_jax.data.image_files import find_images
     from vit_jax.data.imagenet import comparable
     from vit_jax.data.images import preprocess, read_image
-    from vit_jax.predict import find_images
 
     files = find_images([directory])
     files = (

@@ -1,6 +1,6 @@
 """Runs configs one after another, each in its own process, and puts what they found in tables.
 
-A program of this folder lists its runs, hands them to `run_all` and reads the accuracies:
+A sweep or an experiment lists its runs, hands them to `run_all` and reads the accuracies:
 
     runs = [Run("lr0.01", config), ...]      # the name is also the directory of the run
     metrics = run_all(runs, workdir)         # {"lr0.01": what its metrics.json holds, or None}
@@ -19,20 +19,15 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
-
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import vit_jax
-from vit_jax.config import check_config, to_dict
 from vit_jax.errors import UserError
 from vit_jax.files import write_json
-from vit_jax.main import check_arguments
-from vit_jax.main import run as run_command
 
-SEEDS = flags.DEFINE_integer("seeds", None, "How many, from config.seed on.", lower_bound=1)
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 MAIN = (sys.executable, "-m", "vit_jax.main")
 
@@ -41,25 +36,7 @@ class Run(NamedTuple):
     """A config, and the name of the directory in which it runs."""
 
     name: str
-    config: ConfigDict
-
-
-def run_program(main: Callable[[], int]) -> None:
-    """Runs a program that takes the flags of `vit_jax.main` and its own, and exits.
-
-    A user's mistake is one line and exit code 2.
-    """
-
-    def checked(argv: Sequence[str]) -> int:
-        check_arguments(argv)
-        return main()
-
-    run_command(checked)
-
-
-def config_name() -> str:
-    """What --config names: "configs/b16.py:finetune,cifar10"."""
-    return config_flags.get_config_filename(flags.FLAGS["config"])
+    config: "ConfigDict"
 
 
 def run_all(runs: Sequence[Run], workdir: str | os.PathLike) -> dict[str, dict[str, Any] | None]:
@@ -77,6 +54,8 @@ def run_all(runs: Sequence[Run], workdir: str | os.PathLike) -> dict[str, dict[s
         UserError: a config is wrong, or `workdir` cannot be written; nothing has run then.
         SystemExit: 143 after SIGTERM, when the present run has saved its state.
     """
+    from vit_jax.config import check_config  # With JAX it takes a second to import.
+
     for run in runs:
         check_config(run.config)
     workdir = pathlib.Path(workdir).absolute()
@@ -86,21 +65,24 @@ def run_all(runs: Sequence[Run], workdir: str | os.PathLike) -> dict[str, dict[s
         raise UserError(
             f"workdir {workdir} is not writable ({error.strerror}): choose another --workdir"
         ) from error
-    found = {}
+    found: dict[str, dict[str, Any] | None] = {}
     with _sigterm_exits():
         for number, run in enumerate(runs, 1):
             label = f"[{number}/{len(runs)}] {run.name}"
             try:
-                found[run.name] = _finish(run, workdir, label)
+                metrics = _finish(run, workdir, label)
             except UserError as error:
                 found[run.name] = None
                 say(f"{label}: failed: {error}")
             else:
-                say(f"{label}: accuracy {found[run.name]['accuracy']:.4f}")
+                found[run.name] = metrics
+                say(f"{label}: accuracy {metrics['accuracy']:.4f}")
     return found
 
 
 def _finish(run: Run, workdir: pathlib.Path, label: str) -> dict[str, Any]:
+    from vit_jax.config import to_dict
+
     directory = workdir / run.name
     finished, config = directory / "metrics.json", to_dict(run.config)
     # A finished run of a config that differs is left to vit_jax.train: it knows what may differ.
@@ -162,7 +144,7 @@ def _read(path: pathlib.Path) -> Any:
 
 
 @contextlib.contextmanager
-def _sigterm_exits() -> Iterator[None]:
+def _sigterm_exits() -> Generator[None]:
     def stop(*_: Any) -> None:
         raise SystemExit(128 + signal.SIGTERM)
 

@@ -2,8 +2,8 @@ import json
 
 import numpy as np
 import pytest
-import sweep
 
+from vit_jax import sweep
 from vit_jax.errors import UserError
 
 
@@ -95,7 +95,7 @@ def test_a_real_sweep_on_the_digits(program, tiny_config, tmp_path, read_metrics
     workdir = tmp_path / "sweep"
     config = tiny_config(**{"eval_every": "0 steps", "duration": "30 steps"})
     flags = ["--learning_rates=0.02,1e-6", "--seeds=1", f"--workdir={workdir}"]
-    code, output = program("sweep.py", config, *flags)
+    code, output = program("vit_jax.sweep", config, *flags)
     assert code == 0, output
     result = json.loads((workdir / "sweep.json").read_text())
     assert result["learning_rate"] == 0.02
@@ -110,13 +110,13 @@ def test_a_real_sweep_on_the_digits(program, tiny_config, tmp_path, read_metrics
     assert all(accuracy in output for accuracy in accuracies)
 
     before = {path: path.stat().st_mtime_ns for path in workdir.glob("*/*")}
-    code, again = program("sweep.py", config, *flags)
+    code, again = program("vit_jax.sweep", config, *flags)
     assert code == 0
     assert again.splitlines()[-6:] == output.splitlines()[-6:]
     assert {path: path.stat().st_mtime_ns for path in workdir.glob("*/*")} == before
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(program, tiny_config):
-    code, output = program("sweep.py", tiny_config(), "--learning_rates=0", "--workdir=x")
+    code, output = program("vit_jax.sweep", tiny_config(), "--learning_rates=0", "--workdir=x")
     assert (code, output.count("\n")) == (2, 1)
     assert output.startswith("error: --learning_rates 0 are not positive numbers")

@@ -7,10 +7,10 @@ import time
 
 import numpy as np
 import pytest
-import runner
-from runner import Run
 
+from vit_jax import runner
 from vit_jax.errors import UserError
+from vit_jax.runner import Run
 
 
 @pytest.fixture

@@ -1,0 +1,32 @@
+"""Any model by its name, under the paper's recipes or those that one writes after it.
+
+    --config configs/vit.py:ViT-Ti/16                               pre-train on ImageNet (Table 3)
+    --config configs/vit.py:R50+ViT-B/16,pretrain,imagenet21k
+    --config configs/vit.py:ViT-S/32,finetune,cifar10               fine-tune (Table 4)
+    --config configs/vit.py:R152x2,finetune,imagenet2012
+    --config configs/vit.py:Axial-ViT-B/16,masked,jft               Appendix B.1.2
+    --config configs/vit.py:b16,cifar10                             fine-tune, as the official code
+
+`vit_jax.models.architecture` lists the names; those of the official code (b16, ti16, r50_b16,
+ViT-B_16) are read too. `vit_jax.recipes.get_config` has what may follow.
+"""
+
+import difflib
+
+from ml_collections import ConfigDict
+
+from vit_jax import recipes
+
+
+def get_config(spec: str = "ViT-B/16") -> ConfigDict:
+    """The config of "MODEL", "MODEL,RECIPE,DATASET" or, to fine-tune, "MODEL,DATASET"."""
+    model, _, rest = spec.partition(",")
+    return recipes.get_config(recipes.model_name(model), _with_recipe(rest))
+
+
+def _with_recipe(spec: str) -> str:
+    first, _, rest = spec.partition(",")
+    named = difflib.get_close_matches(first, recipes.RECIPES, n=1, cutoff=0.75)
+    if not spec or named or (rest and not {*rest.split(",")} <= {"dev", "512"}):
+        return spec
+    return f"finetune,{spec}"

@@ -1,0 +1,68 @@
+"""Conversion of weights between formats, which is proved by reading the result again."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from vit_jax import models
+from vit_jax.checkpoints.pretrained import Pretrained, load_pretrained
+from vit_jax.checkpoints.save import save_pretrained
+from vit_jax.errors import UserError
+
+NUM_IMAGES = 2  # on which the logits are compared
+
+
+def convert(source: Pretrained, path: str, format: str) -> tuple[float, float]:
+    """Writes a model in another format, reads it again and compares.
+
+    Args:
+        source: the model.
+        path: where to, see `save_pretrained`.
+        format: one of `FORMATS`.
+
+    Returns:
+        The largest absolute difference of any parameter, and of the logits on random images.
+
+    Raises:
+        UserError: the model cannot be written in this format, or is another when it is read again.
+    """
+    save_pretrained(source, path, format)
+    again = load_pretrained(path)
+    before, after = (flatten_dict(x.params, sep="/") for x in (source, again))
+    of_params = max(float(np.abs(after[name] - x).max()) for name, x in before.items())
+    of_logits = float(np.abs(_logits(again) - _logits(source)).max())
+    described, found = (dataclasses.replace(x, params={}, source="") for x in (source, again))
+    if of_params or of_logits or described != found:
+        raise UserError(
+            f"{path} is not what was converted (parameters differ by {of_params:.3g}, logits by "
+            f"{of_logits:.3g}; {described} became {found}): do not use it"
+        )
+    return of_params, of_logits
+
+
+def _logits(pretrained: Pretrained) -> np.ndarray:
+    size = pretrained.preprocessing.image_size
+    images = np.random.default_rng(0).uniform(-1, 1, (NUM_IMAGES, size, size, 3))
+    model = models.create_model(pretrained.model)
+    return np.asarray(jax.jit(model.apply)({"params": pretrained.params}, np.float32(images)))
+
+
+def reader_notes(source: Pretrained, format: str) -> list[str]:
+    """Lists what readers other than this project would do otherwise, unless they are told."""
+    model, notes = source.model, []
+    if format == "timm":
+        if model["gelu"] == "tanh":
+            notes += ["timm's GELU is the exact one: create the model with act_layer='gelu_tanh'"]
+        if model["layer_norm_epsilon"] != 1e-6:
+            notes += [f"timm's LayerNorm epsilon is 1e-6, here {model['layer_norm_epsilon']:g}"]
+    if format == "official" and model.get("gelu") == "erf":
+        notes += ["Google's code has the tanh form of GELU, these weights the exact one"]
+    if format != "official" and source.preprocessing.resize != format:
+        resize, antialias = source.preprocessing.resize, source.preprocessing.antialias
+        notes += [
+            f"{format} resizes with PIL, with antialiasing and to whole pixels; these weights saw "
+            f"images by resize {resize}" + ", without antialiasing" * (not antialias)
+        ]
+    return notes

@@ -1,0 +1,189 @@
+"""Configs as a command line names them: found by path or by name, changed by flags, explained.
+
+`configs/b16.py:finetune,cifar10`, or `b16:finetune,cifar10` from anywhere, is a file and what its
+`get_config` is asked for; `runs/b16/config.json` is a run's. `--config.KEY=VALUE` changes a value.
+"""
+
+import dataclasses
+import importlib.util
+import inspect
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import flags, logging
+from flax.traverse_util import empty_node, flatten_dict
+from ml_collections import ConfigDict, config_flags
+
+from vit_jax import command, config, recipes
+from vit_jax.errors import UserError
+
+_PACKAGE = pathlib.Path(__file__).parent
+# Where this package is installed the configs are in it, in a clone of the repository beside it.
+_DIRECTORY = next(
+    (path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir()),
+    _PACKAGE / "configs",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A config, and where it came from.
+
+    Attributes:
+        name: as the user gave it.
+        config: with the values of the command line.
+        sources: for every key, such as "schedule.base_lr", who set it.
+    """
+
+    name: str
+    config: ConfigDict
+    sources: Mapping[str, str]
+
+
+def load(
+    name: str | None, argv: Sequence[str] = (), parser: command.Parser | None = None
+) -> Loaded:
+    """Loads a config and applies `--config.KEY=VALUE`.
+
+    Args:
+        name: see the module; None is a UserError.
+        argv: these flags, and absl's own.
+        parser: of the command, for whoever misspells one of its flags.
+
+    Raises:
+        UserError: there is no such config or key, or a value is of another type.
+    """
+    if name is None:
+        _parse_flags(parser, flags.FlagValues(), argv)
+        raise UserError("--config is missing: for example --config configs/digits.py")
+    if not name:
+        raise UserError("Missing value for flag --config")
+    path, spec = find(name)
+    with recipes.recording() as recorded:
+        loaded = _read(path, spec)
+    sources = _sources(loaded, name, recorded)
+    values = flags.FlagValues()
+    try:
+        # It parses the flags that it is asked to define.
+        holder = config_flags.DEFINE_config_dict(
+            "config", loaded, flag_values=values, sys_argv=["", *argv]
+        )
+    except (AttributeError, KeyError) as error:
+        _check_keys(argv, loaded)
+        raise UserError(str(error).splitlines()[0]) from error
+    except flags.Error as error:
+        raise UserError(str(error).splitlines()[0]) from error
+    _parse_flags(parser, values, argv)
+    changed = config_flags.get_override_values(values["config"])
+    for key in flatten_dict(changed, sep="."):
+        sources |= {name: "command line" for name in sources if f"{name}.".startswith(f"{key}.")}
+    return Loaded(name, holder.value, sources)
+
+
+def find(name: str) -> tuple[pathlib.Path, str | None]:
+    """The file of a config and the spec for it, None if the name has none.
+
+    A config of this package is found by its name; one that had a file of its own once, such as
+    `configs/r50_b16.py`, is a spec of `configs/vit.py` now.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    path, colon, spec = name.partition(":")
+    if os.path.isfile(path):
+        return pathlib.Path(path), spec if colon else None
+    if match := re.fullmatch(r"(?:configs/)?(\w+)(?:\.py)?", path):
+        if (file := _DIRECTORY / f"{match[1]}.py").is_file():
+            return file, spec if colon else None
+        if recipes.model_name(match[1]) != match[1]:
+            return _DIRECTORY / "vit.py", ",".join(filter(None, (match[1], spec)))
+    raise UserError(f"config {path} does not exist: for example configs/digits.py")
+
+
+def default_workdir(name: str) -> str:
+    """`configs/b16.py:finetune,cifar10` gives `runs/b16-finetune-cifar10`."""
+    path, _, spec = name.partition(":")
+    if path.endswith(".json"):
+        return os.path.dirname(path) or "."
+    words = [pathlib.Path(path).stem, *re.split(r"[^\w.]+", spec)]
+    return os.path.join("runs", "-".join(word for word in words if word))
+
+
+def explain(loaded: Loaded) -> str:
+    """Every value of a config in a line, with who set it."""
+    values = flatten_dict(loaded.config.to_dict(), sep=".", keep_empty_nodes=True)
+    written = {key: f"config.{key} = {_show(value)}" for key, value in values.items()}
+    width = min(max(map(len, written.values())), 60)
+    return "\n".join(f"{line:{width}}  # {loaded.sources[key]}" for key, line in written.items())
+
+
+def _show(value: Any) -> str:
+    return "{}" if value is empty_node else repr(value)
+
+
+def _read(path: pathlib.Path, spec: str | None) -> ConfigDict:
+    if path.suffix == ".json":
+        return config.get_config(str(path))
+    module_spec = importlib.util.spec_from_file_location(f"{path.stem}_config", path)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"config {path} is no Python file: for example configs/digits.py")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    get_config = getattr(module, "get_config", None)
+    if get_config is None:
+        raise UserError(f"config {path} has no get_config: see configs/digits.py")
+    if spec is None:
+        return get_config()
+    if not inspect.signature(get_config).parameters:
+        raise UserError(f"config {path} takes no spec: leave out ':{spec}'")
+    return get_config(spec)
+
+
+def _sources(loaded: ConfigDict, name: str, recorded: Sequence[recipes.Recorded]) -> dict[str, str]:
+    """Who set each value: a recipe, by the row of its table, or the file that changed it."""
+    values = flatten_dict(loaded.to_dict(), sep=".", keep_empty_nodes=True)
+    path = name.partition(":")[0]
+    if not recorded:
+        return dict.fromkeys(values, path)
+    made = recorded[-1]
+    of_recipe = recipes.sources(made)
+    given = flatten_dict(made.config.to_dict(), sep=".", keep_empty_nodes=True)
+    return {
+        key: of_recipe[key] if key in given and given[key] == value else path
+        for key, value in values.items()
+    }
+
+
+def _parse_flags(
+    parser: command.Parser | None, values: flags.FlagValues, argv: Sequence[str]
+) -> None:
+    """Parses the values of the config and absl's own flags, and quiets libraries."""
+    values.append_flag_values(flags.FLAGS)
+    try:
+        rest = values(["", *argv])[1:]
+    except flags.UnrecognizedFlagError as error:
+        flag = f"--{error.flagname}"
+        near = parser.nearest(flag) if parser else None
+        hint = f": did you mean {near}?" if near else ""
+        raise UserError(f"{str(error).splitlines()[0]}{hint}") from error
+    except flags.Error as error:
+        raise UserError(str(error).splitlines()[0]) from error
+    flags.FLAGS.mark_as_parsed()
+    logging.use_absl_handler()
+    if not flags.FLAGS["verbosity"].present:
+        # Libraries log what they raise as well, with its traceback; --verbosity=0 shows it.
+        logging.set_verbosity(logging.FATAL)
+    if rest:
+        raise UserError(f"argument {rest[0]!r} is not a flag: values go as --config.KEY=VALUE")
+
+
+def _check_keys(argv: Sequence[str], loaded: ConfigDict) -> None:
+    valid = flatten_dict(config.to_dict(loaded), sep=".")
+    for argument in argv:
+        flag = argument.partition("=")[0]
+        key = flag.removeprefix("--config.")
+        if key != flag and key not in valid:
+            raise config.unknown_key(key, valid)

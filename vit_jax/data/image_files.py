@@ -1,0 +1,75 @@
+"""Image files on disk, found and read in batches as evaluation sees them, without TensorFlow."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from vit_jax.data.images import SUFFIXES, preprocess, read_image
+from vit_jax.data.protocols import Preprocessing
+from vit_jax.errors import UserError
+
+
+def find_images(paths: Iterable[str]) -> list[str]:
+    """Lists the images that paths name, in their order.
+
+    A directory stands for the files below it whose names end like an image's, sorted; hidden ones
+    are left out, links to directories not followed. One that has none stands for itself.
+    """
+    files = []
+    for path in paths:
+        found = []
+        for directory, subdirectories, names in os.walk(path):
+            subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
+            found += [
+                os.path.join(directory, name)
+                for name in names
+                if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+            ]
+        files += sorted(found) or [path]
+    return files
+
+
+def read_batches(
+    files: Sequence[str],
+    preprocessing: Preprocessing,
+    batch_size: int,
+    report: Callable[[UserError], None],
+) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Yields images as evaluation sees them, in batches of one shape.
+
+    Args:
+        files: image files.
+        preprocessing: of the model.
+        batch_size: how many files are read at a time, at most.
+        report: is called for every image that cannot be read; unless it raises, the others follow.
+
+    Yields:
+        The files that could be read, at least one, and [batch_size, image_size, image_size, 3] in
+        float32, whose rows beyond these files are 0.
+    """
+    size = preprocessing.image_size
+    batch_size = min(batch_size, len(files))
+
+    def read(file: str) -> np.ndarray | UserError:
+        try:
+            if os.path.isdir(file):
+                raise UserError(f"{file} holds no image")
+            return preprocess(read_image(file), preprocessing)
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for begin in range(0, len(files), batch_size):
+            part = files[begin : begin + batch_size]
+            found = []
+            for file, image in zip(part, pool.map(read, part), strict=True):
+                if isinstance(image, UserError):
+                    report(image)
+                else:
+                    found.append((file, image))
+            if found:
+                batch = np.zeros((batch_size, size, size, 3), np.float32)
+                batch[: len(found)] = [image for _, image in found]
+                yield [file for file, _ in found], batch

@@ -1,0 +1,350 @@
+"""A model ready for use: `vit_jax.load("B_16").predict("photo.jpg")`."""
+
+import functools
+import os
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image, ImageOps
+
+from vit_jax.checkpoints.pretrained import Pretrained, load_pretrained
+from vit_jax.data import imagenet
+from vit_jax.data.image_files import find_images, read_batches
+from vit_jax.data.images import preprocess, read_image
+from vit_jax.data.protocols import Preprocessing
+from vit_jax.errors import UserError
+from vit_jax.models import create_model, model_keys
+
+# What the methods of `VisionModel` take.
+Images = (
+    str
+    | os.PathLike[str]
+    | Image.Image
+    | np.ndarray
+    | jax.Array
+    | Sequence["str | os.PathLike[str] | Image.Image | np.ndarray"]
+)
+
+_GIVE = (
+    "give a path, a PIL image, uint8 pixels [height, width, 3] or [n, height, width, 3], a list of "
+    "these, or what is preprocessed already as float32 [n, {size}, {size}, 3]"
+)
+
+
+def load(path: str | os.PathLike[str], *, batch_size: int = 32, **overrides: Any) -> "VisionModel":
+    """Loads a model from any format, ready for use.
+
+    >>> vit = vit_jax.load("B_16")
+    >>> vit.predict("photo.jpg", topk=1)
+    [[{'index': 282, 'label': 'tiger cat', 'probability': 0.71}]]
+
+    Args:
+        path: a run's workdir, a file or folder of weights in Google's, timm's or Hugging Face's
+            format, or a published name (B_16, ViT-B_16, hf:OWNER/NAME).
+        batch_size: how many images are computed at a time, at most.
+        **overrides: `image_size`, `num_heads`, `gelu`, `layer_norm_epsilon`, see
+            `vit_jax.checkpoints.pretrained.load_pretrained`.
+
+    Raises:
+        UserError: as `load_pretrained`.
+    """
+    return VisionModel(load_pretrained(path, **overrides), batch_size)
+
+
+class VisionModel:
+    """A pretrained model, compiled when it is first used.
+
+    Its methods take images in any of these forms:
+
+    - a path, of an image or of a folder, which stands for the images below it, sorted
+    - a PIL image
+    - uint8 pixels, [height, width, 3] or [n, height, width, 3], RGB
+    - a list of these
+    - floats [n, image_size, image_size, 3], which are fed to the model as they are
+
+    All but the last are resized, cropped and scaled as the model's evaluation does. Results have a
+    row for every image, also where there is one; they are NumPy arrays in float32.
+
+    Attributes:
+        pretrained: the weights with all that goes with them.
+        batch_size: how many images are computed at a time, at most.
+    """
+
+    def __init__(self, pretrained: Pretrained, batch_size: int = 32):
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}: it must be at least 1")
+        self.pretrained = pretrained
+        self.batch_size = batch_size
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The architecture and its sizes, as `vit_jax.create_model` takes them."""
+        return self.pretrained.model
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """The parameters under their official names, float32."""
+        return self.pretrained.params
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """One name per class in the order of the logits, None if nobody knows them."""
+        return self.pretrained.class_names
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What evaluation makes of an image before the model sees it."""
+        return self.pretrained.preprocessing
+
+    def predict(self, images: Images, topk: int = 5) -> list[list[dict[str, Any]]]:
+        """Returns the most probable classes of every image, see `top`.
+
+        Args:
+            images: see the class.
+            topk: how many classes; all if there are fewer.
+
+        Raises:
+            UserError: as `logits`.
+        """
+        if topk < 1:
+            raise UserError(f"topk is {topk}: it must be at least 1")
+        loss, names = self.pretrained.loss, self.class_names
+        return [top(logits, names, loss, topk) for logits in self.logits(images)]
+
+    def logits(self, images: Images) -> np.ndarray:
+        """Returns the logits, [n, num_classes].
+
+        Args:
+            images: see the class.
+
+        Raises:
+            UserError: an image is none or cannot be read; the model has no head or an untrained
+                one, or its logits are not finite.
+        """
+        self.pretrained.check_head()
+        logits = self._map(self._logits, images)
+        if not np.isfinite(logits).all():
+            raise UserError(f"{self.pretrained.source} gives logits that are not finite: mend it")
+        return logits
+
+    def features(self, images: Images) -> np.ndarray:
+        """Returns what the head is applied to, [n, features].
+
+        That is the class token or the mean of the patches after the last LayerNorm (Eq. 4), and
+        after the hidden layer of a head of pre-training; of a ResNet the pooled feature map.
+
+        Args:
+            images: see the class.
+
+        Raises:
+            UserError: an image is none or cannot be read.
+        """
+        return self._map(self._features, images)
+
+    def attention(self, images: Images) -> np.ndarray:
+        """Returns what the model looks at, [n, image_size, image_size], in [0, 1].
+
+        That is attention rollout (Appendix D.8) of the class token, or of the mean of the patches
+        where there is none, enlarged to the image that the model saw; each map's maximum is 1
+        before it is enlarged. `vit_jax.analysis` has the maps of single heads and layers.
+
+        Args:
+            images: see the class.
+
+        Raises:
+            UserError: an image is none or cannot be read, or the model has no attention between
+                all patches.
+        """
+        return self._map(self._attention, images)
+
+    def save(self, path: str | os.PathLike[str], format: str = "official") -> None:
+        """Writes the model so that `load` and others can read it.
+
+        Args:
+            path: a file ending in .npz (official, timm) or .safetensors (timm), or a folder to be
+                made (timm, huggingface). It must not exist.
+            format: "official" (Google's), "timm" or "huggingface".
+
+        Raises:
+            UserError: as `vit_jax.checkpoints.save.save_pretrained`.
+        """
+        from vit_jax.checkpoints.save import FORMATS, save_pretrained
+
+        if format not in FORMATS:
+            raise UserError(f"format {format!r} is unknown: use {', '.join(FORMATS)}")
+        save_pretrained(self.pretrained, path, format)
+
+    def __repr__(self) -> str:
+        config, size = self.config, self.preprocessing.image_size
+        count = sum(x.size for x in jax.tree.leaves(self.params))
+        shape = ", ".join(
+            f"{key}={config[key]}"
+            for key in ("patch_size", "num_layers", "hidden_size", "num_heads", "num_classes")
+            if key in config
+        )
+        return (
+            f"<VisionModel {self.pretrained.source}: {config['architecture']}, {shape}, "
+            f"{count / 1e6:.1f}M parameters, images of {size} x {size}>"
+        )
+
+    # What runs on the device: a method is compiled for few shapes, the parameters sent once.
+
+    @functools.cached_property
+    def _device_params(self) -> Any:
+        return jax.device_put(self.pretrained.params)
+
+    @functools.cached_property
+    def _logits(self) -> Any:
+        # Compiling one layer instead of all takes half the time, which one image waits for.
+        scan = {"scan_layers"} & model_keys(self.config["architecture"])
+        return self._compile(create_model(self.config, **dict.fromkeys(scan, True)))
+
+    @functools.cached_property
+    def _features(self) -> Any:
+        return self._compile(create_model(self.config, num_classes=0))
+
+    @functools.cached_property
+    def _attention(self) -> Any:
+        from vit_jax.analysis.attention import on_patches, rollout, to_mask
+        from vit_jax.analysis.intermediates import attention_weights
+
+        model, size = create_model(self.config), self.preprocessing.image_size
+
+        def apply(params: Any, images: jax.Array) -> jax.Array:
+            weights = attention_weights(model, params, images)
+            side = size // model.downsampling
+            return to_mask(on_patches(rollout(weights), (side, side)), (size, size))
+
+        return jax.jit(apply)
+
+    @staticmethod
+    def _compile(model: Any) -> Any:
+        return jax.jit(lambda params, images: model.apply({"params": params}, images))
+
+    def _map(self, function: Any, images: Images) -> np.ndarray:
+        rows = []
+        for batch, count in self._batches(images):
+            rows.append(np.asarray(function(self._device_params, batch))[:count])
+        return np.concatenate(rows)
+
+    def _batches(self, images: Images) -> Generator[tuple[np.ndarray, int]]:
+        """Yields preprocessed batches of few shapes, and how many of their rows are images."""
+        given = self._list(images)
+        count = len(given)
+        if not count:
+            raise UserError(f"there are no images: {self._give}")
+        # Of few images, the next power of two: 5 and then 7 are compiled once.
+        size = min(self.batch_size, 1 << (count - 1).bit_length())
+        paths = [image for image in given if isinstance(image, str)]
+        if len(paths) == count:
+            for files, batch in read_batches(paths, self.preprocessing, size, _raise):
+                yield _pad(batch, size), len(files)
+            return
+        for begin in range(0, count, size):
+            part = given[begin : begin + size]
+            if isinstance(part, list):
+                part = np.stack([self._preprocess(image) for image in part])
+            yield _pad(part, size), len(part)
+
+    def _preprocess(self, image: "str | np.ndarray") -> np.ndarray:
+        pixels = read_image(image) if isinstance(image, str) else image
+        return preprocess(pixels, self.preprocessing)
+
+    def _list(self, images: Images) -> "list[str | np.ndarray] | np.ndarray":
+        """Files and pixels of single images; or all of them, preprocessed, as one array."""
+        if isinstance(images, jax.Array):
+            images = np.asarray(images)
+        if isinstance(images, np.ndarray):
+            if np.issubdtype(images.dtype, np.floating):
+                return self._check_preprocessed(images)
+            return list(self._check_pixels(images, (3, 4)).reshape(-1, *images.shape[-3:]))
+        if isinstance(images, str | os.PathLike | Image.Image):
+            images = [images]
+        if not isinstance(images, Iterable):
+            raise UserError(f"images are of type {type(images).__name__}: {self._give}")
+        found: list[str | np.ndarray] = []
+        for image in images:
+            if isinstance(image, str | os.PathLike):
+                found += find_images([os.fspath(image)])
+            elif isinstance(image, Image.Image):
+                found.append(_pixels_of(image))
+            else:
+                found.append(self._check_pixels(image, (3,)))
+        return found
+
+    def _check_pixels(self, image: Any, dimensions: tuple[int, ...]) -> np.ndarray:
+        if not isinstance(image, np.ndarray | jax.Array):
+            raise UserError(f"an image is of type {type(image).__name__}: {self._give}")
+        if image.dtype != np.uint8 or image.ndim not in dimensions or image.shape[-1] != 3:
+            raise UserError(f"an image is {image.dtype} {list(image.shape)}: {self._give}")
+        if 0 in image.shape[-3:]:
+            raise UserError(f"an image of {list(image.shape)} has no pixels: {self._give}")
+        return np.asarray(image)
+
+    def _check_preprocessed(self, images: np.ndarray) -> np.ndarray:
+        size = self.preprocessing.image_size
+        if images.ndim != 4 or images.shape[1:] != (size, size, 3):
+            raise UserError(f"images are {images.dtype} {list(images.shape)}: {self._give}")
+        mean, std = (np.array(x) for x in (self.preprocessing.mean, self.preprocessing.std))
+        lowest, highest = (-mean / std).min(), ((1 - mean) / std).max()
+        # Kernels of resizing overshoot by less than this, not scaled pixels by far more.
+        slack = 0.25 * (highest - lowest)
+        if images.size and not (lowest - slack <= images.min() and images.max() <= highest + slack):
+            raise UserError(
+                f"images have values from {images.min():g} to {images.max():g}, preprocessed ones "
+                f"from {lowest:.3g} to {highest:.3g}: {self._give}"
+            )
+        return images.astype(np.float32, copy=False)
+
+    @property
+    def _give(self) -> str:
+        return _GIVE.format(size=self.preprocessing.image_size)
+
+
+def top(
+    logits: np.ndarray, class_names: Sequence[str] | None, loss: str, topk: int
+) -> list[dict[str, Any]]:
+    """The most probable classes of one image, the first one first.
+
+    Args:
+        logits: [num_classes].
+        class_names: one per class, or None if nobody knows them; labels are then None. WordNet ids
+            of ImageNet's classes become their names.
+        loss: "softmax", or "sigmoid" for probabilities each on its own, that need not sum to 1.
+        topk: how many; all if there are fewer.
+
+    Returns:
+        `index`, `label` and `probability` of each.
+    """
+    logits = logits.astype(np.float64)
+    if loss == "sigmoid":
+        probabilities = np.exp(-np.logaddexp(0, -logits))
+    else:
+        probabilities = np.exp(logits - np.logaddexp.reduce(logits))
+    return [
+        {
+            "index": int(index),
+            "label": None if class_names is None else imagenet.readable(class_names[index]),
+            "probability": float(probabilities[index]),
+        }
+        for index in np.argsort(-logits, kind="stable")[:topk]
+    ]
+
+
+def _raise(error: UserError) -> None:
+    raise error
+
+
+def _pad(batch: np.ndarray, size: int) -> np.ndarray:
+    return np.concatenate([batch, np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)])
+
+
+def _pixels_of(image: Image.Image) -> np.ndarray:
+    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
+        raise UserError(
+            f"a PIL image has mode {image.mode}, whose range is unknown: give its path, or convert "
+            "it to RGB"
+        )
+    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
