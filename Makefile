@@ -2,32 +2,47 @@
 PYTHON ?= python3
 VENV ?= .venv
 # The newest JAX that this Python can have; EXTRAS=export,test is the pinned one, for a SavedModel.
-EXTRAS ?= export-newest,test
+EXTRAS ?= export-newest,docs,test
 # Processes that tests run in, each of up to 8 GB, and further flags of pytest.
 JOBS ?= 2
 FLAGS ?=
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip install --quiet
+# Python compiles the files that it imports; of all that is installed they are a part.
+PIP := $(RUN) -m pip install --quiet --no-compile
+# Compiled programs are kept for the next run, and for the other process of this one.
+CACHE := JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/xla JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
-.PHONY: demo test lint doctor clean
+.PHONY: demo test lint types docs doctor clean
 
 demo: $(VENV)/installed
-	$(RUN) -m vit_jax.doctor
-	$(RUN) -m vit_jax.main --config configs/digits.py
-	$(RUN) experiments/training_curves.py runs/digits
-	$(RUN) -m vit_jax.predict --checkpoint runs/digits docs/seven.png
-	$(RUN) -m vit_jax.export --checkpoint runs/digits --output runs/digits/export --latency_seconds 0.5
+	$(RUN) -m vit_jax doctor
+	$(RUN) -m vit_jax train --config digits
+	$(RUN) -m experiments.training_curves runs/digits
+	$(RUN) -m vit_jax predict --checkpoint runs/digits docs/seven.png
+	$(RUN) -m vit_jax export --checkpoint runs/digits --output runs/digits/export --latency_seconds 0.5
 
+# Files with slow tests come first (tests/conftest.py), so that none is left to one process at the end.
 test: $(VENV)/installed
-	JAX_COMPILATION_CACHE_DIR=$(VENV)/xla JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
-		$(RUN) -m pytest -n $(JOBS) --dist loadfile $(FLAGS)
+	$(CACHE) $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(FLAGS)
+
+# What CI prints: the share of lines that the tests run, without those in other processes.
+coverage: FLAGS += --cov=vit_jax --cov-report=term:skip-covered
+coverage: export COVERAGE_CORE = sysmon
+coverage: test
 
 doctor: $(VENV)/installed
-	$(RUN) -m vit_jax.doctor
+	$(RUN) -m vit_jax doctor
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/installed
+	$(VENV)/bin/ty check --python $(VENV)
+
+# The notebook runs the commands of this environment.
+docs: $(VENV)/installed
+	PATH="$(abspath $(VENV))/bin:$$PATH" NO_MKDOCS_2_WARNING=1 $(CACHE) $(RUN) -m mkdocs build --strict
 
 $(VENV)/installed: setup.py vit_jax/__init__.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -38,4 +53,4 @@ $(VENV)/installed: setup.py vit_jax/__init__.py
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) site

@@ -1,3 +1,4 @@
+import collections
 import contextlib
 import gc
 import json
@@ -18,6 +19,16 @@ from vit_jax.config import to_dict
 from vit_jax.recipes import get_config
 
 ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Begins with the files that take longest: one that is left to the end keeps one process busy.
+
+    They are those with slow tests, before `-m "not slow"` leaves these out.
+    """
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="module", autouse=True)
