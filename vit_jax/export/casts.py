@@ -16,18 +16,18 @@ from onnx_ir.passes import common as passes
 
 from vit_jax.errors import UserError
 from vit_jax.export.graph import array_of, known, producer_of
-from vit_jax.export.precisions import Precision
 
 _FLOAT = ir.DataType.FLOAT
 _NORMS = ("LayerNormalization", "InstanceNormalization")
 
 
-def to_half(model: ir.Model, precision: Precision) -> ir.Model:
+def to_half(model: ir.Model, onnx_type: int, overflow: str | None = None) -> ir.Model:
     """Gives a float32 graph the types of a 16-bit one, in place.
 
     Args:
         model: from `to_onnx.to_model`.
-        precision: a row whose `dtype` has 16 bits.
+        onnx_type: the number of a type of 16 bits in TensorProto.DataType.
+        overflow: what is said of a weight that is infinite in this type; None lets it be.
 
     Returns:
         The model.
@@ -35,7 +35,7 @@ def to_half(model: ir.Model, precision: Precision) -> ir.Model:
     Raises:
         UserError: a weight is too large for the type.
     """
-    half = ir.DataType(known(precision.onnx_type))
+    half = ir.DataType(onnx_type)
     graph = model.graph
     types: dict[ir.Node | None, ir.DataType] = dict.fromkeys(graph, half)
     types |= dict.fromkeys(_float32_nodes(graph), _FLOAT)
@@ -48,7 +48,7 @@ def to_half(model: ir.Model, precision: Precision) -> ir.Model:
             if types.get(value.producer(), _FLOAT) != types[node]:
                 key = (value, types[node])
                 if key not in casts:
-                    casts[key] = _cast(graph, node, value, types[node], precision)
+                    casts[key] = _cast(graph, node, value, types[node], overflow)
                 node.replace_input_with(i, casts[key])
         for value in node.outputs:
             if value.dtype == _FLOAT:
@@ -83,7 +83,7 @@ def _float32_nodes(graph: ir.Graph) -> set[ir.Node]:
 
 
 def _cast(
-    graph: ir.Graph, node: ir.Node, value: ir.Value, dtype: ir.DataType, precision: Precision
+    graph: ir.Graph, node: ir.Node, value: ir.Value, dtype: ir.DataType, overflow: str | None
 ) -> ir.Value:
     """The value in another type: of a weight by rounding it, of anything else by a Cast before."""
     name = f"{value.name}/{dtype.short_name()}"
@@ -92,11 +92,8 @@ def _cast(
         with np.errstate(over="ignore"):
             rounded = array.astype(dtype.numpy())
         beyond = np.isfinite(array).all() and not np.isfinite(rounded.astype(np.float32)).all()
-        if precision.largest and beyond:
-            raise UserError(
-                f"{value.name} has {np.abs(array).max():.3g}, above {precision.largest}, the "
-                f"largest number of {precision.name}: use --precision {precision.wider}"
-            )
+        if overflow and beyond:
+            raise UserError(f"{value.name} has {np.abs(array).max():.3g}, {overflow}")
         tensor = ir.Tensor(rounded, name=name)
         result = ir.Value(
             name=name, type=ir.TensorType(dtype), shape=tensor.shape, const_value=tensor

@@ -107,16 +107,20 @@ class Precision:
         return f"{self.name} engine" if engine and self.engine_tolerance else self.name
 
 
+_LARGEST_FP16 = 65504
+
+
 def _to_fp16(model: "ir.Model", _images: Any) -> "ir.Model":
     from vit_jax.export import casts
 
-    return casts.to_half(model, PRECISIONS["fp16"])
+    overflow = f"above {_LARGEST_FP16}, the largest number of fp16: use --precision bf16"
+    return casts.to_half(model, onnx_type=10, overflow=overflow)
 
 
 def _to_bf16(model: "ir.Model", _images: Any) -> "ir.Model":
     from vit_jax.export import casts
 
-    return casts.to_half(model, PRECISIONS["bf16"])
+    return casts.to_half(model, onnx_type=16)
 
 
 def _to_int8(model: "ir.Model", images: "np.ndarray | None") -> "ir.Model":
@@ -141,7 +145,7 @@ _ROWS = (
         tolerance=Tolerance(relative_difference=1e-2, cosine=0.999, top1_agreement=0.995),
         dtype="float16",
         onnx_type=10,
-        largest=65504,
+        largest=_LARGEST_FP16,
         wider="bf16",
         emulated=True,
         # The second is for what is constrained.
