@@ -26,7 +26,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 def blocks(page: pathlib.Path) -> list[tuple[str, str]]:
     """The titles and the code of a page's blocks of Python."""
-    found = re.findall(r"^```python(?: title=\"([^\"]*)\")?\n(.*?)^```$", page.read_text(), re.M | re.S)
+    fence = r"^```python(?: title=\"([^\"]*)\")?\n(.*?)^```$"
+    found = re.findall(fence, page.read_text(), re.M | re.S)
     assert found or page.name != "extending.md"
     return found
 
