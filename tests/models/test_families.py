@@ -37,7 +37,7 @@ class PooledConfig(ModelConfig):
 
     patch_size: int = option(check=at_least(1))
     width: int = option(check=at_least(1))
-    slope: float = option(0.0)
+    slope: float = 0.0
 
     @property
     def downsampling(self):

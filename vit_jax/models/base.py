@@ -29,7 +29,7 @@ def option(
     check: Check | None = None,
     training_only: bool = False,
 ) -> Any:
-    """A field of a description.
+    """A field of a description that says more than its type and default.
 
     Args:
         default: its value where nothing is said of it; without one it must be given.
@@ -94,7 +94,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, choices = getattr(self, field.name), field.metadata["choices"]
+            value, choices = getattr(self, field.name), field.metadata.get("choices")
             if choices and value not in choices:
                 some = (" or " if len(choices) == 2 else ", ").join(choices)
                 raise UserError(f"model.{field.name} {value!r} is unknown: use {some}")
@@ -159,7 +159,7 @@ class ModelConfig:
         return {
             field.name: field.default
             for field in dataclasses.fields(cls)
-            if not field.metadata["training_only"] and field.default is not dataclasses.MISSING
+            if not field.metadata.get("training_only") and field.default is not dataclasses.MISSING
         }
 
 

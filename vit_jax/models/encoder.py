@@ -85,6 +85,7 @@ class EncoderConfig(ModelConfig):
 
     def validate(self) -> None:
         """Checks that the sizes, and the position embeddings and their place, go together."""
+        super().validate()
         if self.hidden_size % self.num_heads:
             raise UserError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
