@@ -158,7 +158,7 @@ def _check_type(key: str, value: Any, kind: type) -> None:
 
 def _check_model(model: ConfigDict) -> None:
     for key, field in model_fields(model.architecture).items():
-        check = field.metadata["check"]
+        check = field.metadata.get("check")
         if check and model[key] is not None and (problem := check(model[key])):
             raise UserError(f"config.model.{key} {problem}")
     describe(dict(model))

@@ -13,7 +13,7 @@ from vit_jax.checkpoints.layouts import POSITIONS
 from vit_jax.checkpoints.transfer import Row, print_report, transfer
 from vit_jax.errors import UserError
 from vit_jax.models import create_model
-from vit_jax.models.base import resize_grid
+from vit_jax.models.positions import resize_grid
 
 WIDTH = 8
 

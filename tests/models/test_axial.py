@@ -20,8 +20,8 @@ from vit_jax.models.axial import (
     AxisBlock,
     PositionSensitiveAttention,
 )
+from vit_jax.models.encoder import MultiHeadSelfAttention
 from vit_jax.models.resnet import GroupNorm
-from vit_jax.models.vit import MultiHeadSelfAttention
 from vit_jax.recipes import get_config
 from vit_jax.train import train
 

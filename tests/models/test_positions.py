@@ -6,8 +6,8 @@ from flax.traverse_util import flatten_dict
 
 from vit_jax.errors import UserError
 from vit_jax.models import create_model, describe
+from vit_jax.models.encoder import Encoder, EncoderBlock, MultiHeadSelfAttention
 from vit_jax.models.positions import PositionEmbedding, RelativePositionBias, sincos2d
-from vit_jax.models.vit import Encoder, EncoderBlock, MultiHeadSelfAttention
 
 ROWS, COLUMNS, WIDTH, HEADS = 2, 3, 24, 3
 PATCHES = ROWS * COLUMNS

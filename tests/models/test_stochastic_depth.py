@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vit_jax.models import create_model
-from vit_jax.models.vit import StochasticDepth
+from vit_jax.models.encoder import StochasticDepth
 
 TINY = {
     "architecture": "vit",

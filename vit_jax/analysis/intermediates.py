@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from vit_jax.errors import UserError
 from vit_jax.models.axial import AxialVisionTransformer
+from vit_jax.models.encoder import EncoderBlock
 from vit_jax.models.positions import PositionEmbedding
-from vit_jax.models.vit import EncoderBlock
 
 Array = jax.Array
 

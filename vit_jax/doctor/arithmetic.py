@@ -12,8 +12,8 @@ import numpy as np
 
 from vit_jax.doctor import reference
 from vit_jax.models import create_model, describe, model_config
+from vit_jax.models.encoder import EncoderConfig, MultiHeadSelfAttention, gelu_tanh, layer_norm
 from vit_jax.models.resnet import NUM_GROUPS, GroupNorm
-from vit_jax.models.vit import MultiHeadSelfAttention, ViTConfig, gelu_tanh, layer_norm
 from vit_jax.state import TrainState, adam
 from vit_jax.steps import classification, train_step
 
@@ -100,7 +100,7 @@ def _cases(dtype: Any) -> dict[str, tuple[Callable, list[np.ndarray], Callable]]
     maps = _normal((2, 14, 14, 64), seed=4) + 4
     attend = _attention_params()
     scale, bias = 1 + _normal((_WIDTH,), seed=5) / 10, _normal((_WIDTH,), seed=6)
-    config = cast(ViTConfig, describe(_MODEL, dtype=str(dtype)))
+    config = cast(EncoderConfig, describe(_MODEL, dtype=str(dtype)))
     norm = layer_norm(config)
     group_norm = GroupNorm(1e-6, dtype=dtype)
     attention = MultiHeadSelfAttention(config)

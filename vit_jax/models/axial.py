@@ -17,10 +17,12 @@ import numpy as np
 
 from vit_jax.errors import UserError
 from vit_jax.models import resnet
-from vit_jax.models.base import Arrays, Model, linear_head, option, resize_axis, width_of
+from vit_jax.models.base import Arrays, Model, linear_head, option, width_of
 from vit_jax.models.bit import RESNETS
+from vit_jax.models.encoder import EncoderBlock
+from vit_jax.models.positions import resize_axis
 from vit_jax.models.resnet import GroupNorm
-from vit_jax.models.vit import SIZES, EncoderBlock, VisionTransformer, ViTConfig
+from vit_jax.models.vit import SIZES, VisionTransformer, ViTConfig
 
 Array = jax.Array
 

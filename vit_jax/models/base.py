@@ -1,4 +1,7 @@
-"""What all models have: a description, the module that is built from it, and a linear head."""
+"""What all models have: a description, the module that is built from it, and a linear head.
+
+A family of models is a file with both, and a line in `models.ARCHITECTURES`.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -29,7 +32,7 @@ def option(
     check: Check | None = None,
     training_only: bool = False,
 ) -> Any:
-    """A field of a description.
+    """A field of a description that says more than its type and default.
 
     Args:
         default: its value where nothing is said of it; without one it must be given.
@@ -94,7 +97,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, choices = getattr(self, field.name), field.metadata["choices"]
+            value, choices = getattr(self, field.name), field.metadata.get("choices")
             if choices and value not in choices:
                 some = (" or " if len(choices) == 2 else ", ").join(choices)
                 raise UserError(f"model.{field.name} {value!r} is unknown: use {some}")
@@ -159,7 +162,7 @@ class ModelConfig:
         return {
             field.name: field.default
             for field in dataclasses.fields(cls)
-            if not field.metadata["training_only"] and field.default is not dataclasses.MISSING
+            if not field.metadata.get("training_only") and field.default is not dataclasses.MISSING
         }
 
 
@@ -221,29 +224,3 @@ class Resize:
 # Maps a pretrained parameter and the fresh one to what takes its place: the pretrained array itself
 # where nothing is to change, or its shape has another mistake.
 Resizer = Callable[[np.ndarray, np.ndarray, Resize], np.ndarray]
-
-
-def resize_grid(embeddings: np.ndarray, grid: Grid) -> np.ndarray:
-    """Resizes embeddings [rows, columns, features] bilinearly to `grid`, the corners kept in place.
-
-    This is what the official code uses `scipy.ndimage.zoom(order=1)` for, and equal to it but for
-    the last row or column of some pairs of sides, 22 of those up to 40, such as 28 to 14: there
-    SciPy's rounding puts the last sample beyond the edge, where it takes zeros.
-    """
-    rows, columns = (
-        _interpolation(old, new) for old, new in zip(embeddings.shape[:2], grid, strict=True)
-    )
-    resized = np.einsum("ri,cj,ijd->rcd", rows, columns, embeddings, optimize=True)
-    return resized.astype(embeddings.dtype)
-
-
-def _interpolation(old: int, new: int) -> np.ndarray:
-    positions = np.linspace(0, old - 1, new)
-    return np.maximum(0.0, 1.0 - np.abs(positions[:, None] - np.arange(old)))
-
-
-def resize_axis(old: np.ndarray, fresh: np.ndarray, _: Resize) -> np.ndarray:
-    """Fits embeddings [1, positions, features] of one axis."""
-    if old.ndim != 3 or old.shape == fresh.shape or old.shape[::2] != fresh.shape[::2]:
-        return old
-    return resize_grid(old, (1, fresh.shape[1]))

@@ -39,11 +39,6 @@ class HybridConfig(ViTConfig, resnet.StagesConfig):
     resnet_layers: tuple[int, ...] = option((3, 4, 6, 3), check=resnet.units_per_stage)
     group_norm_epsilon: float = option(1e-6)
 
-    def validate(self) -> None:
-        """Checks both parts."""
-        ViTConfig.validate(self)
-        resnet.StagesConfig.validate(self)
-
     @property
     def downsampling(self) -> int:
         """Side in pixels of the square of the image that becomes one token."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.errors import UserError
-from vit_jax.models.base import Grid, Resize, Resizer, resize_axis, resize_grid
+from vit_jax.models.base import Grid, Resize, Resizer
 
 Array = jax.Array
 
@@ -127,6 +127,32 @@ class RelativePositionBias(nn.Module):
         bias = bias[..., patches - 1 : patches - 1 + patches * (2 * patches - 1)]
         bias = bias.reshape(*batch, heads, patches, -1)[..., :patches]
         return jnp.pad(bias, (*others, (first, 0), (first, 0)))
+
+
+def resize_grid(embeddings: np.ndarray, grid: Grid) -> np.ndarray:
+    """Resizes embeddings [rows, columns, features] bilinearly to `grid`, the corners kept in place.
+
+    This is what the official code uses `scipy.ndimage.zoom(order=1)` for, and equal to it but for
+    the last row or column of some pairs of sides, 22 of those up to 40, such as 28 to 14: there
+    SciPy's rounding puts the last sample beyond the edge, where it takes zeros.
+    """
+    rows, columns = (
+        _interpolation(old, new) for old, new in zip(embeddings.shape[:2], grid, strict=True)
+    )
+    resized = np.einsum("ri,cj,ijd->rcd", rows, columns, embeddings, optimize=True)
+    return resized.astype(embeddings.dtype)
+
+
+def _interpolation(old: int, new: int) -> np.ndarray:
+    positions = np.linspace(0, old - 1, new)
+    return np.maximum(0.0, 1.0 - np.abs(positions[:, None] - np.arange(old)))
+
+
+def resize_axis(old: np.ndarray, fresh: np.ndarray, _: Resize) -> np.ndarray:
+    """Fits embeddings [1, positions, features] of one axis."""
+    if old.ndim != 3 or old.shape == fresh.shape or old.shape[::2] != fresh.shape[::2]:
+        return old
+    return resize_grid(old, (1, fresh.shape[1]))
 
 
 def resize_tokens(old: np.ndarray, fresh: np.ndarray, resize: Resize) -> np.ndarray:
