@@ -26,7 +26,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 def blocks(page: pathlib.Path) -> list[tuple[str, str]]:
     """The titles and the code of a page's blocks of Python."""
-    found = re.findall(r"^```python(?: title=\"([^\"]*)\")?\n(.*?)^```$", page.read_text(), re.M | re.S)
+    block = re.compile(r"^```python(?: title=\"([^\"]*)\")?\n(.*?)^```$", re.M | re.S)
+    found = block.findall(page.read_text())
     assert found or page.name != "extending.md"
     return found
 
