@@ -7,7 +7,7 @@
     --config configs/vit.py:Axial-ViT-B/16,masked,jft               Appendix B.1.2
     --config configs/vit.py:b16,cifar10                             fine-tune, as the official code
 
-`vit_jax.models.architecture` lists the names; those of the official code (b16, ti16, r50_b16,
+`vit_jax.models.model_config` lists the names; those of the official code (b16, ti16, r50_b16,
 ViT-B_16) are read too. `vit_jax.recipes.get_config` has what may follow.
 """
 
