@@ -15,8 +15,8 @@ from vit_jax.checkpoints.formats.checks import (
     check_declared,
     check_names,
     to_float32,
-    unique_keys,
     to_writable,
+    unique_keys,
 )
 from vit_jax.errors import first_line
 from vit_jax.files import atomic_write
