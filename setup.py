@@ -69,7 +69,6 @@ setup(
             "onnxruntime>=1.31",
             "onnxscript>=0.7.2",
         ],
-        "docs": ["mkdocs-material>=9", "mkdocstrings[python]>=0.24"],
         # The other implementations, to compare with. PyTorch and torchvision go together by release
         # and by build: on Linux, PyPI's are both for CUDA.
         "peers": ["timm>=1.0.31", "torch==2.14.1", "torchvision==0.29.1", "transformers>=5.23"],
@@ -82,7 +81,7 @@ setup(
             "pytest-xdist>=3.8",
             "ruff>=0.17.5",
             "scipy>=1.17",
-            "ty>=0.0.62",
+            "ty>=0.0.107",
         ],
     },
 )
