@@ -140,7 +140,7 @@ def test_attention_is_rollout_at_the_size_of_the_image(vit, path, pixels):
     images, model, params = by_hand(path, pixels)
     weights = rollout(attention_weights(model, params, images))
     maps = np.asarray(weights)[:, 0, 1:].reshape(9, 4, 4)
-    maps /= maps.max((1, 2), keepdims=True)
+    maps = maps / maps.max((1, 2), keepdims=True)
     found = vit.attention(pixels)
     assert (found.shape, found.dtype) == ((9, SIZE, SIZE), np.float32)
     assert found.min() >= 0 and found.max() <= 1

@@ -17,7 +17,7 @@ from absl import flags, logging
 from flax.traverse_util import empty_node, flatten_dict
 from ml_collections import ConfigDict, config_flags
 
-from vit_jax import command, config, recipes
+from vit_jax import command, config, provenance, recipes
 from vit_jax.errors import UserError
 
 _PACKAGE = pathlib.Path(__file__).parent
@@ -149,7 +149,7 @@ def _sources(loaded: ConfigDict, name: str, recorded: Sequence[recipes.Recorded]
     if not recorded:
         return dict.fromkeys(values, path)
     made = recorded[-1]
-    of_recipe = recipes.sources(made)
+    of_recipe = provenance.sources(made)
     given = flatten_dict(made.config.to_dict(), sep=".", keep_empty_nodes=True)
     return {
         key: of_recipe[key] if key in given and given[key] == value else path

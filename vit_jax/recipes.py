@@ -12,7 +12,6 @@ from collections.abc import Generator
 from contextvars import ContextVar
 from typing import NamedTuple
 
-from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_dict
 
 from vit_jax import models
@@ -149,7 +148,7 @@ def get_config(model: str, spec: str = "") -> ConfigDict:
     Raises:
         UserError: the spec has a word that is none of these.
     """
-    recipe, dataset, options = _parse(spec)
+    recipe, dataset, options = parse_spec(spec)
     config = RECIPES[recipe](model, dataset)
     config.dataset.development = "dev" in options
     if "512" in options:
@@ -179,63 +178,6 @@ def recording() -> Generator[list[Recorded]]:
         yield calls
     finally:
         _recorded.reset(token)
-
-
-def sources(made: Recorded) -> dict[str, str]:
-    """Where every value of a recipe comes from, by its key, such as "schedule.base_lr"."""
-    recipe, dataset, options = _parse(made.spec)
-    row, shared = _SOURCES[recipe]
-    where = dict.fromkeys(shared, _TABLES[recipe])
-    where |= dict.fromkeys(row, f"{_TABLES[recipe]}, {_row_name(recipe, made.model, dataset)}")
-    where |= dict.fromkeys((f"model.{key}" for key in models.model_config(made.model)), made.model)
-    where |= _OTHER_SOURCES[recipe]
-    if "512" in options:
-        where |= dict.fromkeys(("dataset.image_size", "ema_decay"), "Table 2")
-    where |= dict.fromkeys(("dataset.name", "dataset.development"), f"spec {made.spec!r}")
-    where |= {
-        f"model.{key}": "taken from the weights of init_from"
-        for key in LEFT_TO_WEIGHTS
-        if made.config.model.get(key, "") is None
-    }
-    keys = flatten_dict(made.config.to_dict(), sep=".", keep_empty_nodes=True)
-    return {key: where.get(key, f"recipe {recipe}") for key in keys}
-
-
-# Of every recipe the values of the row of its table, and those that all of its rows share.
-_SOURCES = {
-    "pretrain": (
-        ("duration", "model.dropout_rate", "optimizer.weight_decay", "schedule.base_lr")
-        + ("schedule.decay",),
-        ("batch_size", "dataset.image_size", "optimizer.b1", "optimizer.b2", "optimizer.clip_norm")
-        + ("optimizer.name", "schedule.warmup"),
-    ),
-    "finetune": (
-        ("duration", "schedule.base_lr"),
-        ("batch_size", "dataset.image_size", "optimizer.clip_norm", "optimizer.momentum")
-        + ("optimizer.name", "optimizer.weight_decay", "schedule.decay"),
-    ),
-    "masked": (
-        (),
-        ("batch_size", "duration", "masking.rate", "masking.target", "objective")
-        + ("optimizer.name", "schedule.base_lr", "schedule.decay", "schedule.warmup"),
-    ),
-}
-_TABLES = {"pretrain": "Table 3", "finetune": "Table 4", "masked": "Appendix B.1.2"}
-_OTHER_SOURCES = {
-    "pretrain": {"model.representation_size": "Section 3.1", "loss": "published code"},
-    "finetune": {"model.dropout_rate": "published code", "schedule.warmup": "published code"},
-    "masked": {},
-}
-
-
-def _row_name(recipe: str, model: str, dataset: str) -> str:
-    """The row of Table 3 or 4 that is taken for a model and a data set, in its table's words."""
-    dataset = _table_name(dataset)
-    if recipe == "pretrain":
-        row = pretraining_row(model, dataset)
-        found = next((" on ".join(key) for key, value in TABLE_3.items() if value is row), model)
-        return found.replace("ViT-*", "ViT")
-    return dataset if dataset in TABLE_4 else "oxford_flowers102"
 
 
 # What the official code and its files of weights call the models, in lower case and without "ViT-",
@@ -274,7 +216,8 @@ def model_name(name: str) -> str:
     return OFFICIAL_NAMES.get(re.sub(r"vit-|[+_]", "", name.lower()), name)
 
 
-def _parse(spec: str) -> tuple[str, str, set[str]]:
+def parse_spec(spec: str) -> tuple[str, str, set[str]]:
+    """The recipe, the data set and the options that a spec names, see `get_config`."""
     recipe, comma, dataset = (spec or "pretrain").partition(",")
     if recipe not in RECIPES:
         near = difflib.get_close_matches(recipe, RECIPES, n=1)
@@ -299,7 +242,7 @@ def _parse(spec: str) -> tuple[str, str, set[str]]:
     return recipe, dataset or "imagenet2012", options
 
 
-def _table_name(dataset: str) -> str:
+def table_name(dataset: str) -> str:
     """The name without the version and configuration of TFDS, `cifar10` of `cifar10:3.0.2`."""
     return dataset if dataset.startswith("folder:") else re.split("[:/]", dataset)[0]
 
@@ -317,7 +260,7 @@ def pretrain(model: str, dataset: str) -> ConfigDict:
     take the rows of what they were made from: ViT-B, and for AxialResNet50 R50x1.
     """
     config = base(model, dataset)
-    dataset = _table_name(dataset)
+    dataset = table_name(dataset)
     row = pretraining_row(model, dataset)
     config.batch_size = PRETRAIN_BATCH_SIZE
     config.duration = f"{max(row.epochs)} epochs"
@@ -439,7 +382,7 @@ def finetuning_row(dataset: str) -> FineTuning:
     Not in the paper: one that Table 4 does not have takes the row of Pets and Flowers, which are of
     the size that people fine-tune on.
     """
-    return TABLE_4.get(_table_name(dataset), TABLE_4["oxford_flowers102"])
+    return TABLE_4.get(table_name(dataset), TABLE_4["oxford_flowers102"])
 
 
 def _enlarge(config: ConfigDict) -> None:
