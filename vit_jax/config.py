@@ -116,7 +116,9 @@ def _check_evals(evals: ConfigDict) -> None:
         row = registry.EVALUATORS[settings["type"]]
         for key in sorted(set(values) - {"type"}):
             if key not in row.defaults:
-                raise unknown_key(f"evals.{name}.{key}", [f"evals.{name}.{x}" for x in settings])
+                raise unknown_key(
+                    f"evals.{name}.{key}", [f"evals.{name}.{x}" for x in row.defaults]
+                )
             _check_type(f"evals.{name}.{key}", values[key], type(row.defaults[key]))
         row.check(settings)
         if registry.is_on(settings):

@@ -329,7 +329,7 @@ def test_which_images_decide_may_not_change_but_what_else_is_watched_may(
     train.train(config, finished)
     assert "holds a finished run: nothing to do" in capsys.readouterr().out
     config.evals.val.split = "train"
-    with pytest.raises(UserError, match="evals.val.split: '' in the checkpoint, 'train' now"):
+    with pytest.raises(UserError, match="evals.val.split:  in the checkpoint, train now"):
         train.train(config, finished)
 
 
