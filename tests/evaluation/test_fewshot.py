@@ -95,6 +95,9 @@ class Pixels(nn.Module):
         x = images.reshape(len(images), -1)
         return nn.Dense(self.num_classes)(x) if self.num_classes else x
 
+    def without_head(self):
+        return self.clone(num_classes=0)
+
 
 def accuracies(train, test, shots=(1, 3), batch_size=7, **options):
     run = fewshot.create_fewshot(
