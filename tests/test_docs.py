@@ -120,7 +120,8 @@ def test_a_data_set_and_an_evaluator_of_ones_own(monkeypatch, module, tmp_path):
     exec(example("a config file"), {"config": config})
     small = {"hidden_size": 16, "num_layers": 1, "mlp_dim": 32, "num_heads": 2}
     config.model.update({**small, "dtype": "float32", "representation_size": 0})
-    config.duration, config.dataset.data_dir = "2 steps", str(tmp_path / "tfds")
+    config.duration, config.schedule.warmup = "2 steps", "1 step"
+    config.dataset.data_dir = str(tmp_path / "tfds")
     train(config, tmp_path / "run")
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     (sure,) = [record["sure/confidence"] for record in records if "sure/confidence" in record]

@@ -18,7 +18,7 @@ LAYERS = (
     ("evaluation",),
     ("recipes", "config"),
     ("analysis", "checkpoints"),
-    ("config_files", "doctor", "export", "inference", "reporting", "workdir"),
+    ("config_files", "doctor", "export", "inference", "provenance", "reporting", "workdir"),
     ("preparation", "initialization"),
     ("train",),
     ("runner",),
