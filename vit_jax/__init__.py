@@ -1,7 +1,7 @@
 """Vision Transformers in JAX/Flax, faithful to "An Image is Worth 16x16 Words" (ICLR 2021).
 
 >>> import vit_jax
->>> vit = vit_jax.load("B_16")
+>>> vit = vit_jax.load("ViT-B_16-224")
 >>> vit.predict("photo.jpg", topk=3)
 """
 

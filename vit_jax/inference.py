@@ -1,4 +1,4 @@
-"""A model ready for use: `vit_jax.load("B_16").predict("photo.jpg")`."""
+"""A model ready for use: `vit_jax.load("ViT-B_16-224").predict("photo.jpg")`."""
 
 import functools
 import os
@@ -39,13 +39,13 @@ _GIVE = (
 def load(path: str | os.PathLike[str], *, batch_size: int = 32, **overrides: Any) -> "VisionModel":
     """Loads a model from any format, ready for use.
 
-    >>> vit = vit_jax.load("B_16")
+    >>> vit = vit_jax.load("ViT-B_16-224")
     >>> vit.predict("photo.jpg", topk=1)
-    [[{'index': 282, 'label': 'tiger cat', 'probability': 0.71}]]
+    [[{'index': 985, 'label': 'daisy', 'probability': ...}]]
 
     Args:
         path: a run's workdir, a file or folder of weights in Google's, timm's or Hugging Face's
-            format, or a published name (B_16, ViT-B_16, hf:OWNER/NAME).
+            format, or a published name (ViT-B_16-224, B_16, hf:OWNER/NAME).
         batch_size: how many images are computed at a time, at most.
         **overrides: `image_size`, `num_heads`, `gelu`, `layer_norm_epsilon`, see
             `vit_jax.checkpoints.pretrained.load_pretrained`.

@@ -3,35 +3,25 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from vit_jax.checkpoints.pretrained import Pretrained, fold_normalization, load_pretrained
+from vit_jax.checkpoints.pretrained import (
+    Pretrained,
+    fit_params,
+    fold_normalization,
+    load_pretrained,
+)
 from vit_jax.checkpoints.transfer import print_report, transfer
 from vit_jax.config import left_to_weights, take_from_weights
 from vit_jax.errors import UserError
+from vit_jax.models import prediction_fields
 from vit_jax.preparation import create_objective
 from vit_jax.reporting import say
 from vit_jax.state import Params, TrainState, replace_params
 
-# What the weights of init_from decide: a model that differs in one of these is another.
-FIXED_BY_WEIGHTS = (
-    "architecture",
-    "patch_size",
-    "hidden_size",
-    "num_layers",
-    "mlp_dim",
-    "num_heads",
-    "resnet_layers",
-    "width_factor",
-    "gelu",
-    "layer_norm_epsilon",
-    "group_norm_epsilon",
-    "position_embedding",
-    "position_placement",
-)
+# Of what predictions depend on the weights decide all but what goes with the head.
+_OF_THE_HEAD = {"classifier", "num_classes", "representation_size"}
 
 
 def read_weights(config: ConfigDict) -> tuple[ConfigDict, Params]:
@@ -47,7 +37,9 @@ def read_weights(config: ConfigDict) -> tuple[ConfigDict, Params]:
     _check_model(config.model, pretrained)
     filled = take_from_weights(config, pretrained.model)
     weights = {**fold_normalization(pretrained), **pretrained.masked}
-    _check_fit(filled, weights)
+    # Only the data set tells how many classes the head has, and weights do not fill the head.
+    module, *_ = create_objective(filled, num_classes=1)
+    fit_params(module, config.dataset.image_size, weights)
     if left := left_to_weights(config):
         values = ", ".join(f"{key} {filled.model[key]}" for key in left)
         say(f"as {pretrained.source} has it: {values}")
@@ -55,7 +47,7 @@ def read_weights(config: ConfigDict) -> tuple[ConfigDict, Params]:
 
 
 def _check_model(model: ConfigDict, pretrained: Pretrained) -> None:
-    for key in FIXED_BY_WEIGHTS:
+    for key in sorted(prediction_fields(model.to_dict()).keys() - _OF_THE_HEAD):
         wanted, found = (_plain(x.get(key)) for x in (model, pretrained.model))
         if wanted is not None and wanted != found:
             known = f"--config.model.{key}={found}" if key != "architecture" else "its own config"
@@ -67,15 +59,6 @@ def _check_model(model: ConfigDict, pretrained: Pretrained) -> None:
 
 def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _check_fit(config: ConfigDict, weights: Params) -> None:
-    # Only the data set tells how many classes the head has, and weights do not fill the head.
-    model, *_ = create_objective(config, num_classes=1)
-    size = config.dataset.image_size
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-    transfer(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes), weights)
 
 
 def initialize_from(weights: Params, state: TrainState) -> TrainState:
