@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from vit_jax import convert
+from vit_jax.checkpoints.conversion import convert
 from vit_jax.checkpoints.pretrained import fold_normalization, load_pretrained, resize
 from vit_jax.checkpoints.save import save_pretrained
 from vit_jax.checkpoints.transfer import transfer
@@ -77,7 +77,7 @@ def test_weights_without_a_head_give_features(tmp_path):
 
 def test_converting_writes_the_official_format_and_reads_it_again(tmp_path):
     source = load_pretrained(save(tmp_path / "a.npz", make_arrays()), image_size=40)
-    assert convert.convert(source, str(tmp_path / "b.npz"), "official") == (0.0, 0.0)
+    assert convert(source, str(tmp_path / "b.npz"), "official") == (0.0, 0.0)
     with np.load(tmp_path / "b.npz") as file:
         assert set(file.files) == set(make_arrays())
 
