@@ -8,7 +8,7 @@ import pytest
 import tensorflow_datasets as tfds
 from flax.traverse_util import flatten_dict
 
-from vit_jax import train
+from vit_jax import preparation, train
 from vit_jax.checkpoints.pretrained import abstract_params
 from vit_jax.config_files import default_workdir
 from vit_jax.data.datasets import open_dataset
@@ -100,7 +100,7 @@ def test_b16_takes_two_real_steps_at_a_reduced_width(tmp_path, monkeypatch):
     with tfds.testing.mock_data(num_examples=12):
         # Opened first: the mock replaces the file system under which checkpoints are looked for.
         sources = open_dataset("imagenet2012")
-        monkeypatch.setattr(train.datasets, "open_dataset", lambda *_, **__: sources)
+        monkeypatch.setattr(preparation.datasets, "open_dataset", lambda *_, **__: sources)
         final = train.train(real, tmp_path / "run")
     assert (final["step"], final["examples"]) == (2, 12)
     losses = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
