@@ -115,9 +115,7 @@ def test_the_command_counts_exactly_on_any_number_of_devices(
     ]
 
 
-def test_per_class_accuracy_confusion_and_few_shots(
-    checkpoint, data_dir, tmp_path, monkeypatch, capsys
-):
+def test_per_class_accuracy_confusion_and_few_shots(checkpoint, data_dir, tmp_path, capsys):
     paths = [str(tmp_path / name) for name in ("result.json", "confusion.csv")]
     run_main(
         "--checkpoint", checkpoint.source, "--dataset", "digits", "--per_class",
@@ -140,9 +138,7 @@ def test_per_class_accuracy_confusion_and_few_shots(
     assert "10-shot accuracy" in capsys.readouterr().out
 
 
-def test_a_head_for_other_classes_is_refused_but_few_shots_need_none(
-    data_dir, tmp_path, monkeypatch, capsys
-):
+def test_a_head_for_other_classes_is_refused_but_few_shots_need_none(data_dir, tmp_path, capsys):
     path = str(tmp_path / "other.npz")
     save_random(path, None, num_classes=7)
     arguments = ["--checkpoint", path, "--dataset", "digits", "--data_dir", data_dir]
@@ -154,7 +150,7 @@ def test_a_head_for_other_classes_is_refused_but_few_shots_need_none(
     assert lines[1].startswith("1-shot accuracy")
 
 
-def test_a_head_of_zeros_scores_nothing(data_dir, tmp_path, monkeypatch):
+def test_a_head_of_zeros_scores_nothing(data_dir, tmp_path):
     pretrained = save_random(tmp_path / "trained.npz", None)
     pretrained.params["head"] = jax.tree.map(np.zeros_like, pretrained.params["head"])
     save_pretrained(pretrained, str(tmp_path / "trunk.npz"), "official")
@@ -163,7 +159,7 @@ def test_a_head_of_zeros_scores_nothing(data_dir, tmp_path, monkeypatch):
         run_main(*arguments, "--data_dir", data_dir)
 
 
-def test_class_names_in_another_order_are_matched_by_name(data_dir, tmp_path, monkeypatch, capsys):
+def test_class_names_in_another_order_are_matched_by_name(data_dir, tmp_path, capsys):
     names = "5678901234"
     path = str(tmp_path / "other.npz")
     pretrained = save_random(path, names)
@@ -195,7 +191,7 @@ def test_class_names_in_another_order_are_matched_by_name(data_dir, tmp_path, mo
 
 @pytest.mark.parametrize("split", ["val", "valid", "validation", "test"])
 def test_a_folder_of_some_classes_and_nothing_to_train_on_is_matched_by_name(
-    split, tmp_path, monkeypatch, capsys
+    split, tmp_path, capsys
 ):
     images, digits = digits_test_set()
     words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -226,7 +222,7 @@ def imagenet_checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
-def run_imagenet(imagenet_checkpoint, monkeypatch, tmp_path):
+def run_imagenet(imagenet_checkpoint, tmp_path):
     """Evaluates on six made-up images of imagenet2012, and returns the results."""
 
     def run_mocked(*flags):
@@ -264,7 +260,7 @@ def test_imagenet_without_real_says_so(run_imagenet, monkeypatch, capsys):
     assert line == "ImageNet-ReaL is left out: data set 'imagenet2012_real' is not prepared"
 
 
-def test_real_alone_has_no_single_label(imagenet_checkpoint, monkeypatch):
+def test_real_alone_has_no_single_label(imagenet_checkpoint):
     for flag in (["--fewshot=1"], ["--per_class"], ["--confusion=confusion.csv"]):
         with pytest.raises(UserError, match="need --dataset imagenet2012"):
             run_main(
@@ -306,9 +302,7 @@ def save_for_objectnet(path, pixels):
     return names, np.asarray(model.apply({"params": pretrained.params}, images))
 
 
-def test_objectnet_counts_every_class_that_it_stands_for(
-    objectnet_folder, tmp_path, monkeypatch, capsys
-):
+def test_objectnet_counts_every_class_that_it_stands_for(objectnet_folder, tmp_path, capsys):
     folder, pixels = objectnet_folder
     names, logits = save_for_objectnet(tmp_path / "imagenet.npz", pixels)
     top1 = top5 = 0
@@ -332,9 +326,7 @@ def test_objectnet_counts_every_class_that_it_stands_for(
     ]
 
 
-def test_objectnet_needs_imagenets_classes_in_their_order(
-    objectnet_folder, checkpoint, tmp_path, monkeypatch
-):
+def test_objectnet_needs_imagenets_classes_in_their_order(objectnet_folder, checkpoint, tmp_path):
     dataset = ["--dataset", f"objectnet:{objectnet_folder[0]}"]
     with pytest.raises(UserError, match="has 10 classes and ObjectNet is scored by ImageNet's"):
         run_main("--checkpoint", checkpoint.source, *dataset)
