@@ -4,11 +4,10 @@ import contextlib
 import errno
 import os
 import pathlib
-from collections.abc import Generator
 
 import jax
 
-from vit_jax.errors import UserError
+from vit_jax.files import storage_errors
 
 
 def make_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
@@ -19,26 +18,21 @@ def make_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
     """
     workdir = pathlib.Path(workdir).absolute()
     probe = workdir / f".writable-{jax.process_index()}"
-    try:
+    with storage_errors(
+        lambda reason: f"workdir {workdir} is not writable ({reason}): choose another --workdir"
+    ):
         workdir.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"workdir {workdir} is not writable ({error.strerror}): choose another --workdir"
-        ) from error
     return workdir
 
 
-@contextlib.contextmanager
-def full_disk(workdir: pathlib.Path) -> Generator[None]:
+def full_disk(workdir: pathlib.Path) -> contextlib.AbstractContextManager[None]:
     """Turns the error of a disk that takes no more into a UserError with the way out."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-            raise
-        raise UserError(
-            f"{workdir} cannot be written: {error.strerror}; free space and run the same command "
-            "again, it continues from the last checkpoint"
-        ) from error
+    return storage_errors(
+        lambda reason: (
+            f"{workdir} cannot be written: {reason}; free space and run the same command again, it "
+            "continues from the last checkpoint"
+        ),
+        errnos=(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
+    )
