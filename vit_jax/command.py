@@ -1,4 +1,4 @@
-"""How every command reads its flags and ends: a mistake is one line and exit code 2."""
+"""The parsing of flags and the exit of every command: a mistake is one line and exit code 2."""
 
 import argparse
 import difflib

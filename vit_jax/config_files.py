@@ -143,7 +143,7 @@ def _read(path: pathlib.Path, spec: str | None) -> ConfigDict:
 
 
 def _sources(loaded: ConfigDict, name: str, recorded: Sequence[recipes.Recorded]) -> dict[str, str]:
-    """Who set each value: a recipe, by the row of its table, or the file that changed it."""
+    """Returns each value's source: a recipe, by its table's row, or the file that changed it."""
     values = flatten_dict(loaded.to_dict(), sep=".", keep_empty_nodes=True)
     path = name.partition(":")[0]
     if not recorded:

@@ -93,12 +93,12 @@ class VisionModel:
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """One name per class in the order of the logits, None if nobody knows them."""
+        """The names of the classes in the order of the logits, None if they are not known."""
         return self.pretrained.class_names
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """What evaluation makes of an image before the model sees it."""
+        """The preprocessing of an image in evaluation, before the model."""
         return self.pretrained.preprocessing
 
     def predict(self, images: Images, topk: int = 5) -> list[list[dict[str, Any]]]:

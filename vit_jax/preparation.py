@@ -1,4 +1,4 @@
-"""What a config describes, built: data sets, model, objective, optimizer and evaluators."""
+"""The parts of a run, built from a config: data sets, model, objective, optimizer, evaluators."""
 
 import functools
 import pathlib
@@ -70,7 +70,7 @@ class Prepared(NamedTuple):
 
     @property
     def class_names(self) -> list[str] | None:
-        """In the order of the logits; None where no classes are predicted."""
+        """The class names in the order of the logits; None where no classes are predicted."""
         predicts_classes = self.config.objective == "classification"
         return list(self.train_source.class_names) if predicts_classes else None
 

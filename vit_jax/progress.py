@@ -1,4 +1,4 @@
-"""How far a run has come: what is saved beside its state and goes on when it resumes."""
+"""The progress of a run: what is saved beside its state and continues when it resumes."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclasses.dataclass
 class Progress:
-    """What a run has measured so far; a checkpoint's metadata has these fields as "progress".
+    """The measurements of a run so far; a checkpoint's metadata has these fields as "progress".
 
     Attributes:
         window: sums of the training metrics since the last log line, see `reporting.Window`.
@@ -35,12 +35,12 @@ class Progress:
         return True
 
     def is_out_of_patience(self, patience: int) -> bool:
-        """Whether there were so many evaluations without a better one; 0 is endless patience."""
+        """Tells whether the last `patience` evaluations were no better; 0 is endless patience."""
         return 0 < patience <= self.evaluations_since_best
 
 
 def is_better(result: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
-    """Whether an evaluation is better than the best: by its loss where there is no accuracy."""
+    """Tells whether an evaluation is better than the best: by its loss if it has no accuracy."""
     if "accuracy" in result:
         return result["accuracy"] > best.get("accuracy", -1.0)
     return result["loss"] < best.get("loss", math.inf)

@@ -1,4 +1,4 @@
-"""Where the values of a recipe come from, in the words of the paper's tables.
+"""The sources of a recipe's values, in the words of the paper's tables.
 
 `vit-jax train --print_config` shows it beside every value.
 """
@@ -40,7 +40,7 @@ _OTHER_SOURCES = {
 
 
 def sources(made: recipes.Recorded) -> dict[str, str]:
-    """Where every value of a recipe comes from, by its key, such as "schedule.base_lr"."""
+    """Returns the source of every value of a recipe, by its key, such as "schedule.base_lr"."""
     recipe, dataset, options = recipes.parse_spec(made.spec)
     row, shared = _SOURCES[recipe]
     where = dict.fromkeys(shared, _TABLES[recipe])

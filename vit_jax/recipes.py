@@ -159,7 +159,7 @@ def get_config(model: str, spec: str = "") -> ConfigDict:
 
 
 class Recorded(NamedTuple):
-    """What `get_config` was asked for, and a copy of what it gave."""
+    """The arguments of a call of `get_config`, and a copy of its result."""
 
     model: str
     spec: str

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: a line to read, metrics.jsonl and TensorBoard."""
+"""The reports of a run in progress: a line to read, metrics.jsonl and TensorBoard."""
 
 import collections
 import contextlib
@@ -158,7 +158,7 @@ class Stopwatch:
 
 
 def progress_line(step: int, total_steps: int, scalars: Mapping[str, float], seconds: float) -> str:
-    """One line for a person to read.
+    """Formats a line of progress for a person to read.
 
     Args:
         step: the steps done.
@@ -185,7 +185,7 @@ def format_seconds(seconds: float) -> str:
 
 
 class Cost(NamedTuple):
-    """What a step takes.
+    """The cost of a step.
 
     Attributes:
         batch_size: of all devices together.

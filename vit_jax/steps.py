@@ -1,4 +1,4 @@
-"""One training step and one evaluation step, as pure functions of (state, batch)."""
+"""A training step and an evaluation step, as pure functions of (state, batch)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Metrics = dict[str, jax.Array]
 
 
 class Objective(Protocol):
-    """What a model is trained for, of each image."""
+    """The training objective of a model, for each image."""
 
     def __call__(
         self, params: Any, batch: Batch, *, train: bool, rng: jax.Array | None = None

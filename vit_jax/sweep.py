@@ -189,7 +189,7 @@ def _cell(accuracy: float | str | None) -> str:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """What the numbers of the table are, in a line or two."""
+    """Describes the numbers of the table in a line or two."""
     if result["learning_rate"] is None:
         return "No learning rate was left to choose: every held-out run failed."
     final = result["final"].values()

@@ -143,7 +143,7 @@ def _start(
 
 
 class Run(NamedTuple):
-    """What the loop reads.
+    """The inputs of the training loop.
 
     Attributes:
         workdir: takes what the run writes.
@@ -239,7 +239,7 @@ def _loop(
 
 
 class Due(NamedTuple):
-    """What is due after a step.
+    """The actions that are due after a step.
 
     Attributes:
         log: a line of the training metrics.

@@ -1,4 +1,4 @@
-"""What a model looks at and has learned: `python -m vit_jax.analysis all --checkpoint C ...`."""
+"""Draws what a model looks at and learns: `python -m vit_jax.analysis all --checkpoint C ...`."""
 
 import argparse
 import warnings
@@ -241,7 +241,7 @@ def _intermediates(
 
 
 def _to_pixels(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """What the model was fed, as pixels in [0, 1] again."""
+    """Returns the model's input as pixels in [0, 1] again."""
     mean, std = (np.array(x, np.float32) for x in (preprocessing.mean, preprocessing.std))
     return np.clip(image * std + mean, 0, 1)
 

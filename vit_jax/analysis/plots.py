@@ -93,7 +93,7 @@ def layer_colors(image: np.ndarray, tokens: np.ndarray, title: str) -> Figure:
 
 
 def attention_distances(distances: np.ndarray, uniform: float, num_images: int) -> Figure:
-    """One dot per head and layer (Figure 7 right).
+    """Draws one dot per head and layer (Figure 7 right).
 
     Args:
         distances: [layers, heads] in pixels.

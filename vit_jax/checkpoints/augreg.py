@@ -21,7 +21,7 @@ UPSTREAM = ("i21k", "i21k_30", "i1k")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-    """One row of the index; scores are fractions, NaN where the index has none.
+    """A row of the index; scores are fractions, NaN where the index has none.
 
     Attributes:
         name: the model as in the paper, "R26+S/32".

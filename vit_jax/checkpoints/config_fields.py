@@ -1,4 +1,4 @@
-"""What the configuration files of timm and of Hugging Face have in common."""
+"""The common parts of the configuration files of timm and of Hugging Face."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -1,7 +1,7 @@
-"""One file over HTTPS: resumed where a connection broke, verified, and moved to its place whole.
+"""A file over HTTPS: resumed where a connection broke, verified, and moved to its place whole.
 
-An unfinished download is `<file>.partial`. Beside it, `<file>.partial.json` records what the server
-said of the file, so that the next call, of whichever process, goes on with the same one.
+An unfinished download is `<file>.partial`. Beside it, `<file>.partial.json` records the server's
+description of the file, so that the next call, in any process, resumes the same one.
 """
 
 import base64
@@ -86,7 +86,7 @@ def root_reason(error: BaseException) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Published:
-    """What the server says of a file."""
+    """The server's description of a file: its ETag, size and checksums."""
 
     etag: str
     size: int | None

@@ -1,4 +1,4 @@
-"""What a folder of Hugging Face's or timm's tells of its model, also after somebody changed it."""
+"""The description of a model in its Hugging Face or timm folder, also after that was edited."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""What the names and shapes of a model's parameters tell of its architecture."""
+"""The architecture of a model, inferred from the names and shapes of its parameters."""
 
 from typing import Any
 

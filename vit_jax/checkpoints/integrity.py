@@ -1,4 +1,4 @@
-"""One checkpoint directory: the items in it, and the proof that they are what was saved.
+"""A checkpoint directory: the items in it, and the proof that they are what was saved.
 
 A step holds two orbax items. `state` is the tree of arrays. `metadata` is a JSON document with the
 caller's own metadata, the shape, dtype and fingerprint of every array, and its own checksum.
@@ -124,7 +124,7 @@ def fingerprints(tree: Any) -> dict[str, int]:
 
 
 def mapping_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """One line for every key whose value differs: `base_lr: 0.03 in the checkpoint, 0.01 now`."""
+    """Lists the differing values, one line a key: `base_lr: 0.03 in the checkpoint, 0.01 now`."""
     absent = object()
 
     def show(value: Any) -> str:

@@ -22,7 +22,7 @@ _LAYER = "Transformer/encoderblock_"
 
 
 class Rearrangement(NamedTuple):
-    """How an array of the official layout becomes PyTorch's, and back, given num_heads."""
+    """The conversion of an array of the official layout to PyTorch's, and back, by num_heads."""
 
     to_torch: Callable[[np.ndarray], np.ndarray]
     from_torch: Callable[[np.ndarray, int], np.ndarray]
@@ -50,7 +50,7 @@ JOIN = Rearrangement(
 
 
 class Name(NamedTuple):
-    """One parameter in the three layouts; None where a layout does not have it."""
+    """The name of a parameter in the three layouts; None where a layout does not have it."""
 
     official: str
     timm: str | None
@@ -361,7 +361,7 @@ def _with_class_position(positions: np.ndarray, has_class: bool) -> np.ndarray:
 
 
 def has_fixed_positions(present: Iterable[str]) -> bool:
-    """Whether these are big_vision's names without positions, which its code then computes."""
+    """Tells whether these are big_vision's names without positions, which its code computes."""
     present = list(present)
     newer = any(_NEWER_MLP in name for name in present)
     return newer and not any(name.endswith("pos_embedding") for name in present)
@@ -429,7 +429,7 @@ _OTHERS = {
 
 
 def other_model(present: Iterable[str]) -> str | None:
-    """What a model is that has parameters which no plain or hybrid ViT has, None if nobody knows.
+    """Identifies a model by parameters that no plain or hybrid ViT has; None if it is unknown.
 
     Args:
         present: the names in any layout.

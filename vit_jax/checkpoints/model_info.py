@@ -1,7 +1,7 @@
-"""What must be known of weights beyond their values, and the info file beside them that says it.
+"""The facts about weights beyond their values, and the info file beside them that records them.
 
-Google's and timm's files hold arrays and nothing else. `vit_jax.convert` writes what they cannot
-say to an info file: `<file>.json`, in a folder `vit_jax.json`. One written by hand is read as well:
+Google's and timm's files hold arrays and nothing else. `vit_jax.convert` writes the rest to an
+info file: `<file>.json`, in a folder `vit_jax.json`. One written by hand is read as well:
 
     {"model": {"gelu": "erf", "num_heads": 8}, "class_names": ["daisy", "iris"],
      "preprocessing": {"image_size": 224, "center_crop": 0.875}, "loss": "softmax"}
@@ -22,7 +22,7 @@ _MAX_BYTES = 2**26
 
 @dataclasses.dataclass(frozen=True)
 class ModelInfo:
-    """What is known, or a part of it, of a model besides its parameters; see `Pretrained`.
+    """The facts about a model besides its parameters, or some of them; see `Pretrained`.
 
     Attributes:
         model: some of the entries that `models.create_model` takes.

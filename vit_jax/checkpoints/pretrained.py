@@ -54,7 +54,7 @@ class Pretrained:
 
     @property
     def has_untrained_head(self) -> bool:
-        """Whether the head is as every one begins here: all classes are as probable."""
+        """Tells whether the head is as initialized here: all classes are equally probable."""
         flat = flatten_dict(self.params, sep="/")
         head = models.family_of(self.model["architecture"]).head
         if f"{head}/kernel" not in flat:

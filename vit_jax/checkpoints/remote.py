@@ -39,7 +39,7 @@ _HUB_NAME = re.compile(r"hf:(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
 
 
 def is_remote_name(name: str) -> bool:
-    """Whether `name` is one that `fetch` knows, and neither exists on disk nor looks like a path.
+    """Tells whether `fetch` knows `name`, and it neither exists on disk nor looks like a path.
 
     Of names with a directory, those in `DIRECTORIES` count. `ViT-B_16.npz` is a path.
     """

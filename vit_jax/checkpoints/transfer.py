@@ -15,7 +15,7 @@ Action = Literal["loaded", "resized", "dropped", "new"]
 
 
 class Row(NamedTuple):
-    """What became of one parameter; the shape is the model's, or the file's if it was dropped."""
+    """The outcome for one parameter; the shape is the model's, or the file's if it was dropped."""
 
     name: str
     shape: tuple[int, ...]

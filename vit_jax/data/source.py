@@ -15,7 +15,7 @@ ReadExamples = Callable[..., tf.data.Dataset]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One split of a data set.
+    """A split of a data set.
 
     Attributes:
         name: of the data set, as it was asked for.
@@ -29,7 +29,7 @@ class Source:
             The order is fixed; with an int64 scalar `seed`, which may be a tensor, it is another
             one (TFDS: of whole files) and a pure function of the seed.
         border: pixels of every side of an image that evaluation cuts off.
-        ids: the ids of all examples, without reading any; None if only reading tells.
+        ids: the ids of all examples, without reading any; None if only reading finds them.
         select: `select(chosen)`, of a bool for each of `ids`, returns `examples` of the chosen ones
             that does not read the others; None if none can be had without those before it.
     """

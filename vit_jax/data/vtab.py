@@ -25,7 +25,7 @@ DSPRITES_BINS = 16
 
 
 class Task(NamedTuple):
-    """One of the 19 tasks.
+    """A task, one of the 19.
 
     Attributes:
         builder: of TFDS, with its configuration and version.

@@ -1,4 +1,4 @@
-"""Whether this machine computes what it should, and what it has: `python -m vit_jax.doctor`.
+"""Checks that this machine computes correctly, and lists what it has: `python -m vit_jax.doctor`.
 
 Tells the versions, the devices, what each optional part lacks and where data sets and weights lie.
 Then every device computes the operations of the models and some training steps of a small ViT,

@@ -87,7 +87,7 @@ def attention(x: Array, params: Params) -> tuple[Array, Callable[[Array], tuple[
 
 
 def block(z: Array, params: Params) -> tuple[Array, Callable[[Array], tuple[Array, Params]]]:
-    """One Transformer layer (Eqs. 2 and 3)."""
+    """Computes one Transformer layer (Eqs. 2 and 3)."""
     x, norm_0 = layer_norm(z, params["LayerNorm_0"])
     x, attend = attention(x, params["MultiHeadDotProductAttention_1"])
     z = z + x

@@ -1,4 +1,4 @@
-"""Which class of a model each class of a data set is."""
+"""The mapping from the classes of a data set to those of a model."""
 
 from collections.abc import Sequence
 

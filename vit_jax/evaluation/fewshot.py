@@ -115,7 +115,7 @@ def parse_shots(text: str) -> tuple[int, ...]:
 
 
 def short_name(dataset: str) -> str:
-    """What a data set is called in metrics: "flowers" of "folder:/data/flowers"."""
+    """Returns the name of a data set in metrics: "flowers" of "folder:/data/flowers"."""
     if dataset.startswith("folder:"):
         return pathlib.Path(dataset.removeprefix("folder:")).name
     return dataset.partition(":")[0]
@@ -194,7 +194,7 @@ def _report_small_classes(
 
 
 def _place_in_class(labels: np.ndarray) -> np.ndarray:
-    """How many examples of its class come before each example."""
+    """Counts, for each example, those of its class that come before it."""
     order = np.argsort(labels, kind="stable")
     ordered = labels[order]
     places = np.empty(len(labels), int)
@@ -230,7 +230,7 @@ def _accuracies(
 
 
 def describe(title: str, scalars: Mapping[str, float]) -> str:
-    """What is printed: "few-shot accuracy on flowers: 1-shot 0.5621  5-shot 0.8033"."""
+    """Returns the line to print: "few-shot accuracy on flowers: 1-shot 0.5621  5-shot 0.8033"."""
     listed = "  ".join(f"{k.removesuffix('shot')}-shot {mean:.4f}" for k, mean in scalars.items())
     return f"few-shot accuracy on {title}: {listed}"
 

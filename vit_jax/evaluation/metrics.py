@@ -1,4 +1,4 @@
-"""What scores a model: functions over parameters and batches of one data set."""
+"""The scores of a model: functions over parameters and batches of one data set."""
 
 import collections
 import dataclasses
@@ -84,7 +84,7 @@ def outputs(
 
 @dataclasses.dataclass(frozen=True)
 class ClassificationMetrics:
-    """What `classification_metrics` finds.
+    """The result of `classification_metrics`.
 
     Attributes:
         accuracy: top-1, in [0, 1]. Of equal logits the first counts.
@@ -194,7 +194,7 @@ _LOSSES = {"softmax": _softmax, "sigmoid": _sigmoid}
 
 
 def _rank(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many classes come before the labeled one; of equal logits the first does."""
+    """Counts the classes that come before the labeled one; of equal logits the first does."""
     own = np.take_along_axis(logits, labels[:, None], 1)
     earlier = np.arange(logits.shape[1]) < labels[:, None]
     return ((logits > own) | ((logits == own) & earlier)).sum(1)
@@ -253,7 +253,7 @@ def real_accuracy(
 def _hits(
     apply_fn: ApplyFn, params: Any, batches: Batches, mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each of the highest logits is of a right class [images, TOP_K]; who has labels."""
+    """Tells which top logits are of a right class [images, TOP_K], and which images have labels."""
     hits, labeled = [], []
     for logits, labels in _finite(outputs(apply_fn, params, batches, mesh)):
         highest = np.argsort(-logits, axis=1, kind="stable")[:, :TOP_K]

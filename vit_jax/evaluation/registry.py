@@ -32,13 +32,13 @@ COMMON_KEYS = {"dataset": "", "data_dir": "", "split": "", "every": "1000 steps"
 
 @dataclasses.dataclass(frozen=True)
 class EvaluatorType:
-    """How the evaluators of a type are made.
+    """A type of evaluator: how it is made, and its settings.
 
     Attributes:
         create: from the settings of an entry and the run it watches to the evaluator.
         keys: of an entry beyond `COMMON_KEYS`, or with another default.
         needs_dataset: whether it has no images without a data set: "" switches it off.
-        decides: whether its scalars are a "loss" or an "accuracy", by which the best is told.
+        decides: whether its scalars are a "loss" or an "accuracy", which decide the best.
         check: raises a UserError if the settings have no meaning; nothing is opened.
         title: of an entry, from its name and settings.
         label: before the title, in the names of the scalars in metrics.jsonl.
@@ -113,12 +113,12 @@ def complete(settings: Settings) -> dict[str, Any]:
 
 
 def is_on(settings: Settings) -> bool:
-    """Whether an entry with all its keys is evaluated at all."""
+    """Tells whether an entry with all its keys is evaluated at all."""
     return bool(settings["dataset"]) or not EVALUATORS[settings["type"]].needs_dataset
 
 
 def prefix(name: str, settings: Settings) -> str:
-    """What the names of an entry's scalars begin with in metrics.jsonl."""
+    """Returns the prefix of the names of an entry's scalars in metrics.jsonl."""
     row = EVALUATORS[settings["type"]]
     return "eval_" if name == DECIDING else f"{row.label}{row.title(name, settings)}/"
 

@@ -16,7 +16,7 @@ Evaluate = Callable[[Any], dict[str, float]]
 
 
 def describe(title: str, scalars: Mapping[str, float]) -> str:
-    """What is printed of an evaluation: "evaluated on 355 images of test: accuracy 0.9437"."""
+    """Formats an evaluation to print: "evaluated on 355 images of test: accuracy 0.9437"."""
     values = {name: value for name, value in scalars.items() if name != "examples"}
     listed = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
     if "examples" in scalars:
@@ -25,7 +25,7 @@ def describe(title: str, scalars: Mapping[str, float]) -> str:
 
 
 def objective(settings: Settings, watched: Watched) -> Evaluate:
-    """What the run is trained for, on other images: "loss", and "accuracy" where there is one."""
+    """The training objective on other images: "loss", and "accuracy" where there is one."""
     step = jax.jit(functools.partial(eval_step, objective=watched.objective))
     batches = watched.batches(watched.open(settings))
     return lambda params: metrics.mean_metrics(step, params, batches, watched.mesh)

@@ -1,4 +1,4 @@
-"""What an evaluator may know of the run that it watches."""
+"""The parts of a run that its evaluators may use."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What an engineer needs next: a Triton model repository, and the commands that build the engine.
+"""Files for deployment: a Triton model repository, and the commands that build the engine.
 
     python -m vit_jax.export.deploy DIR
 

@@ -1,4 +1,4 @@
-"""What became of a model in its engine: layers, tensors, and whether attention was fused."""
+"""A report of a model's engine: layers, tensors, and whether attention was fused."""
 
 import json
 import re

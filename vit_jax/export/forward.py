@@ -18,7 +18,7 @@ from vit_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """What is exported, and what whoever runs it must know.
+    """The function that is exported, and all that is needed to run it.
 
     Attributes:
         apply: (params, images) to the output; a pure function that JAX can trace.

@@ -1,4 +1,4 @@
-"""What an ONNX graph holds, for code that knows it to be there."""
+"""Accessors to the contents of an ONNX graph, for code that knows them to be present."""
 
 from typing import TypeVar
 
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def known(x: T | None) -> T:
-    """What `onnx_ir` allows to be None and these graphs always have.
+    """Returns a value that `onnx_ir` allows to be None and these graphs always have.
 
     Raises:
         ValueError: it is None.
@@ -25,7 +25,7 @@ def producer_of(value: ir.Value | None) -> ir.Node:
 
 
 def array_of(value: ir.Value | None) -> np.ndarray | None:
-    """What a constant or a weight holds; None for anything else."""
+    """Returns the array of a constant or a weight; None for anything else."""
     if value is None or value.const_value is None:
         return None
     return value.const_value.numpy()

@@ -1,4 +1,4 @@
-"""What an ONNX file consists of, read without `onnx`: its weights are skipped, not loaded."""
+"""The contents of an ONNX file, read without `onnx`: its weights are skipped, not loaded."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class OnnxFile:
-    """What the builder wants to know about an ONNX file, read without `onnx`.
+    """The description of an ONNX file that the builder needs, read without `onnx`.
 
     Attributes:
         path: of the file.
@@ -104,7 +104,7 @@ def _external_errors(path: Path, name: str) -> contextlib.AbstractContextManager
 
 @dataclasses.dataclass
 class _Graph:
-    """What was found in a file: elements of the weights by type, nodes by operator, and so on."""
+    """The contents of a file: elements of the weights by type, nodes by operator, and so on."""
 
     weights: dict[str, int] = dataclasses.field(default_factory=dict)
     operators: dict[str, int] = dataclasses.field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""How far an exported model is from Flax in float32, and how fast it is. Imports no JAX."""
+"""The difference of an exported model from Flax in float32, and its speed. Imports no JAX."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ _STAGES = "hops"  # The key that parity.json has always had for the stages.
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What Flax makes of some images in float32.
+    """The outputs of Flax for some images in float32.
 
     Attributes:
         images: [n, height, width, 3], of the type of the model's input.
@@ -163,10 +163,10 @@ def compare(reference: Reference, outputs: np.ndarray) -> dict[str, float]:
 
 
 def failures(row: Mapping[str, float], precision: str, reference: Reference) -> list[str]:
-    """What is beyond the thresholds of a precision, one phrase each; none if all is well.
+    """Lists what is beyond the thresholds of a precision, one phrase each; none if all is well.
 
     Args:
-        row: from `compare`, and of an emulation what its `range` tells.
+        row: from `compare`, and of an emulation also the result of its `range`.
         precision: of the model, a key of `precisions.thresholds`.
         reference: what was compared with; of few or synthetic images the first class says little.
     """

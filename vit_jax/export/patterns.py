@@ -1,4 +1,4 @@
-"""What converters make of a layer, and what it is turned into: patterns and their replacements.
+"""Patterns of nodes that converters make of a layer, and their replacements.
 
 Every rule holds for graphs whose shapes are all known; a rule that is not sure does not match.
 """
@@ -44,7 +44,7 @@ def _permutation(value: ir.Value) -> list[int]:
 
 
 def _keeps_axes(value: ir.Value) -> bool:
-    """Whether the reduction that makes a value leaves its axes with size 1."""
+    """Tells whether the reduction that makes a value leaves its axes with size 1."""
     return bool(_attribute(producer_of(value), "keepdims", 1))
 
 
@@ -265,7 +265,7 @@ class _TwoConstants(_Rule):
 
 
 class _OneIndex(_RootRule):
-    """One index of axis 1 by Slice: the class token."""
+    """A rule for one index of axis 1 by Slice: the class token."""
 
     def pattern(self, op, x, starts, ends, axes, shape):
         part = op.Slice(x, starts, ends, axes, _allow_other_inputs=True, _outputs=["part"])

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Photographs:
-    """What to compare on: a data set, photographs below a directory, or else synthetic images.
+    """The images to compare on: a data set, photographs below a directory, or else synthetic ones.
 
     Attributes:
         dataset: a TFDS name, folder:PATH or digits; or "".

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
-    """What makes the command fail, beyond it.
+    """The limits beyond which the command fails.
 
     Attributes:
         relative_difference: the largest difference relative to the largest output, at most.
@@ -44,7 +44,7 @@ class Tolerance:
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """One way to compute an exported model.
+    """A way to compute an exported model.
 
     Attributes:
         name: of the flag `--precision`, in the file's metadata and in reports.
@@ -52,9 +52,9 @@ class Precision:
         cast: gives a float32 graph its types, perhaps in place, and returns it; its second
             argument are the calibration images. None: the graph stays as it is.
         engine_tolerance: like `tolerance`, of an engine, where that is another.
-        dtype: NumPy's name of the type that most weights have; None if that does not tell it.
+        dtype: NumPy's name of the type that most weights have; None if that does not identify it.
         onnx_type: the number of `dtype` in TensorProto.DataType.
-        operators: operators that tell it in a file, whatever its weights are.
+        operators: operators that identify it in a file, whatever its weights are.
         largest: the largest number of `dtype`, where activations may be beyond it.
         wider: the precision to use where a number is beyond `largest`.
         calibration_images: how many images the cast takes its scales from.
@@ -63,7 +63,7 @@ class Precision:
         builder_flags: the names of the BuilderFlags where the network is weakly typed, that is, in
             TensorRT 8.6; None where 8.6 does not know the type.
         trtexec_flags: the same for trtexec and polygraphy.
-        constrained: whether 8.6 must be told, layer by layer, what stays in float32.
+        constrained: whether 8.6 must be given, layer by layer, what stays in float32.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Precision:
 
     @property
     def converts(self) -> bool:
-        """Whether the float32 graph is changed for it."""
+        """Tells whether the float32 graph is changed for this precision."""
         return self.cast is not None
 
     def apply(self, model: "ir.Model", images: "np.ndarray | None" = None) -> "ir.Model":

@@ -58,7 +58,7 @@ def _bind(graph: ir.Graph, weights: Mapping[str, np.ndarray]) -> None:
 
 
 def _apply(model: ir.Model, rules: RewriteRuleSet) -> bool:
-    """One round of folding and rewriting; returns whether a rule matched."""
+    """Runs one round of folding and rewriting; returns whether a rule matched."""
     optimizer.fold_constants(
         model,
         input_size_limit=sys.maxsize,
@@ -111,7 +111,7 @@ def _free_batch(model: ir.Model) -> None:
 
 
 def _has_free_size(shape: ir.Shape | None) -> bool:
-    """Whether a shape depends on the batch size and has nothing of the traced one."""
+    """Tells whether a shape depends on the batch size and has nothing of the traced one."""
     fixed = [size for size in shape or () if isinstance(size, int)]
     return (
         shape is not None

@@ -1,4 +1,4 @@
-"""One class that runs a SavedModel, an ONNX file or a TensorRT engine. No JAX.
+"""A class that runs a SavedModel, an ONNX file or a TensorRT engine. No JAX.
 
     with runtime.load("DIR/model.engine") as model:
         logits = model.predict(images)

@@ -1,4 +1,4 @@
-"""Which stages an export runs here, and by which converter to ONNX. Imports nothing heavy."""
+"""The stages that an export runs here, and its converter to ONNX. Imports nothing heavy."""
 
 import importlib.util
 from collections.abc import Container, Mapping, Sequence
@@ -14,14 +14,14 @@ PACKAGES = ("tensorflow", "tf2onnx", "jax2onnx", *_ONNX_PACKAGES)
 
 
 class Obstacle(NamedTuple):
-    """Why a stage or a converter is not to be had here, and the way out."""
+    """The reason that a stage or a converter is unavailable here, and the way out."""
 
     problem: str
     way_out: str
 
 
 class Resolution(NamedTuple):
-    """What is done: the stages before TensorRT, the converter of stage onnx, and what is not done.
+    """The plan: the stages before TensorRT, the converter of stage onnx, and what is left out.
 
     `left_out` is a line for each stage that would belong to the default and cannot be had here.
     """
@@ -32,14 +32,14 @@ class Resolution(NamedTuple):
 
 
 def missing_packages() -> set[str]:
-    """Those of `PACKAGES` that are not installed."""
+    """Returns those of `PACKAGES` that are not installed."""
     return {name for name in PACKAGES if importlib.util.find_spec(name) is None}
 
 
 def obstacles(
     jax_version: str, can_serialize_graphs: bool, missing: Container[str]
 ) -> dict[str, Obstacle]:
-    """What stands in the way of stages and converters; one that can be had is absent.
+    """Returns the obstacles to stages and converters; one that is available is absent.
 
     Args:
         jax_version: of the JAX that is installed.

@@ -150,7 +150,7 @@ def _build(
 
 
 def strongly_typed(trt: Any) -> bool:
-    """Whether this version of TensorRT takes the types of a network from the ONNX file."""
+    """Tells whether this version of TensorRT takes the types of a network from the ONNX file."""
     return hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
 
 

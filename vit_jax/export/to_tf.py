@@ -14,7 +14,7 @@ from vit_jax.files import atomic_folder, make_folder
 
 
 def can_serialize_graphs() -> bool:
-    """Whether this JAX can emit a TensorFlow graph.
+    """Tells whether this JAX can emit a TensorFlow graph.
 
     From 0.7.2 on it emits one opaque operation; jax2tf.convert still has the argument
     `native_serialization`, but ignores it.

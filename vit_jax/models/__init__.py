@@ -88,7 +88,7 @@ def prediction_defaults(architecture: str) -> dict[str, Any]:
 
 
 def prediction_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What predictions depend on of a config's `model` section."""
+    """Returns the entries of a config's `model` section that predictions depend on."""
     fields = model_fields(config.get("architecture"))
     training_only = {key for key, field in fields.items() if field.metadata.get("training_only")}
     return {key: x for key, x in config.items() if key not in training_only}

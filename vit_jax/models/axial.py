@@ -74,12 +74,12 @@ class AxialViTConfig(ViTConfig):
         return {"classifier": "gap", "patch_size": int(match[2]), **SIZES[match[1]]}
 
     def layer_multiply_adds(self, side: int) -> int:
-        """Those of a pair of layers: a token looks at its own row, then at its column."""
+        """The multiply-adds of a pair of layers: a token attends to its row, then to its column."""
         return 2 * self._attention_and_mlp(side**2, seen=side, offsets=2 * side - 1)
 
     @classmethod
     def recognizes(cls, arrays: Arrays) -> bool:
-        """Whether there is a layer along the rows."""
+        """Tells whether there is a layer along the rows."""
         return any(name.startswith(f"{cls.first_layer}/") for name in arrays)
 
 
@@ -102,7 +102,7 @@ class AxisBlock(EncoderBlock):
 
 
 class AxialBlock(EncoderBlock):
-    """What takes the place of a Transformer layer: row attention + MLP, column attention + MLP."""
+    """The substitute for a Transformer layer: row attention + MLP, column attention + MLP."""
 
     @nn.compact
     def __call__(
@@ -148,7 +148,7 @@ class AxialResNetConfig(resnet.StagesConfig):
 
     @property
     def downsampling(self) -> int:
-        """How many times smaller than the image the last feature map is."""
+        """The ratio of the image's side to that of the last feature map."""
         return resnet.downsampling(self.resnet_layers)
 
     def build(self) -> "AxialResNet":
@@ -163,7 +163,7 @@ class AxialResNetConfig(resnet.StagesConfig):
         return layers and {"resnet_layers": layers, "group_norm_epsilon": 1e-4}
 
     def multiply_adds(self, image_size: int) -> int:
-        """Those of the feature map and the head."""
+        """The multiply-adds of the feature map and the head."""
         features, _, channels = resnet.multiply_adds(self.resnet_layers, image_size, mix=_attention)
         return features + channels * self.num_classes
 
@@ -228,7 +228,7 @@ class PositionSensitiveAttention(nn.Module):
         return self._norm("gn_out")(y)
 
     def _norm(self, name: str) -> GroupNorm:
-        """Of each sequence on its own."""
+        """Makes a normalization of each sequence on its own."""
         config = self.config
         return GroupNorm(
             config.group_norm_epsilon, dtype=config.compute_dtype, batch_axes=2, name=name

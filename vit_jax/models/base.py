@@ -1,4 +1,4 @@
-"""What all models have: a description, the module that is built from it, and a linear head.
+"""The parts of every model: a description, the module that is built from it, and a linear head.
 
 A family of models is a file with both, and a line in `models.ARCHITECTURES`.
 """
@@ -144,7 +144,7 @@ class ModelConfig:
 
     @classmethod
     def recognizes(cls, arrays: Arrays) -> bool:
-        """Whether these are the parameters of a model of this family."""
+        """Tells whether these are the parameters of a model of this family."""
         return cls.landmark in arrays
 
     @classmethod

@@ -56,7 +56,7 @@ class BiTConfig(resnet.StagesConfig):
 
     @property
     def downsampling(self) -> int:
-        """How many times smaller than the image the last feature map is."""
+        """The ratio of the image's side to that of the last feature map."""
         return resnet.downsampling(self.resnet_layers)
 
     def build(self) -> "ResNet":
@@ -73,7 +73,7 @@ class BiTConfig(resnet.StagesConfig):
         return {**layers, "group_norm_epsilon": 1e-5}
 
     def multiply_adds(self, image_size: int) -> int:
-        """Those of the feature map and the head."""
+        """The multiply-adds of the feature map and the head."""
         features, _, channels = resnet.multiply_adds(
             self.resnet_layers,
             image_size,
@@ -196,7 +196,7 @@ class ConvHead(nn.Module):
 
 
 class ResNetV2(nn.Module):
-    """What BiT's checkpoints have under `resnet`: all of it."""
+    """A BiT model, whose checkpoints have all parameters under `resnet`."""
 
     config: BiTConfig
 

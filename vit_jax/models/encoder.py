@@ -100,7 +100,7 @@ class EncoderConfig(ModelConfig):
 
     @property
     def has_class(self) -> bool:
-        """Whether a class token precedes the patches."""
+        """Tells whether a class token precedes the patches."""
         return self.classifier == "token"
 
 
@@ -201,7 +201,7 @@ class MlpBlock(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """One Transformer layer, Eqs. 2 and 3.
+    """A Transformer layer, Eqs. 2 and 3.
 
     Attributes:
         config: the description of the model.

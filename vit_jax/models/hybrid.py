@@ -49,7 +49,7 @@ class HybridConfig(ViTConfig, resnet.StagesConfig):
         return HybridVisionTransformer(self)
 
     def stem_multiply_adds(self, image_size: int) -> tuple[int, int, int]:
-        """Those of the ResNet, and its side and channels."""
+        """The multiply-adds of the ResNet, and its output's side and channels."""
         return resnet.multiply_adds(self.resnet_layers, image_size)
 
     @classmethod
@@ -62,12 +62,12 @@ class HybridConfig(ViTConfig, resnet.StagesConfig):
 
     @classmethod
     def recognizes(cls, arrays: Arrays) -> bool:
-        """Whether a ResNet lies before layers of a ViT."""
+        """Tells whether a ResNet lies before layers of a ViT."""
         return "conv_root/kernel" in arrays and "embedding/kernel" in arrays
 
     @classmethod
     def infer(cls, arrays: Arrays) -> dict[str, Any]:
-        """Those of the ViT and the units of each stage."""
+        """The fields of the ViT and the units of each stage."""
         layers = resnet.count_units(arrays, r"block(\d+)/.*/conv1/")
         return {**super().infer(arrays), "resnet_layers": layers}
 

@@ -30,7 +30,7 @@ DOWNSIZED_SIDE = 4
 
 
 class Corruption(NamedTuple):
-    """What is done to the patches of each image, numbered by rows.
+    """The corruption of the patches of each image, numbered by rows.
 
     Attributes:
         chosen: int32 [batch, corrupted], the corrupted patches, in no order.
@@ -45,7 +45,7 @@ class Corruption(NamedTuple):
 
 
 def num_corrupted(patches: int, rate: float) -> int:
-    """How many patches of each image are corrupted: `rate` of them, rounded.
+    """The number of corrupted patches in each image: `rate` of them, rounded.
 
     The number is fixed, and not drawn patch by patch with probability `rate`, so that every image
     weighs the same and what is predicted has one shape.
@@ -230,7 +230,7 @@ TARGETS = {"mean_color": mean_color, "downsized": downsized, "pixels": pixels}
 
 
 def num_outputs(target: str, size: int) -> int:
-    """How many numbers are predicted for a patch of a side: 512 logits a color, or the values."""
+    """Counts the outputs for a patch of side `size`: 512 logits a color, or the values."""
     patch = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     wanted = jax.eval_shape(lambda patch: TARGETS[target](patch, size), patch)
     each = NUM_COLORS if jnp.issubdtype(wanted.dtype, jnp.integer) else 1
@@ -238,7 +238,7 @@ def num_outputs(target: str, size: int) -> int:
 
 
 def scores(predictions: Array, targets: Array) -> dict[str, Array]:
-    """How good predictions of patches are.
+    """Scores predictions of patches.
 
     Args:
         predictions: [batch, corrupted, outputs].

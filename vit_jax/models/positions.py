@@ -1,4 +1,4 @@
-"""Where a token is: the position embeddings of Section 3.1 and Appendix D.4, in Flax Linen.
+"""The position embeddings of Section 3.1 and Appendix D.4, in Flax Linen.
 
 Learned 1D embeddings, the paper's choice, have one for every token. All others are about patches,
 and the class token has none: at the stem it would only be added to a vector that is learned itself.

@@ -75,7 +75,7 @@ def standardize(kernel: Array) -> Array:
 
 
 def standardize_bit(kernel: Array) -> Array:
-    """As `standardize`, but (w - mean) / sqrt(variance + 1e-10)."""
+    """Standardizes a kernel like `standardize`, but as (w - mean) / sqrt(variance + 1e-10)."""
     kernel = kernel - kernel.mean(axis=(0, 1, 2))
     variance = jnp.square(kernel).mean(axis=(0, 1, 2))
     return kernel * jax.lax.rsqrt(variance + BIT_STANDARDIZE_EPSILON)
@@ -187,7 +187,7 @@ class BottleneckUnit(nn.Module):
         return nn.relu(shortcut + norm(self._conv(width, 1, 1, "conv3")(x)))
 
     def _mix(self, x: Array) -> Array:
-        """What looks at more than one position, with the unit's stride."""
+        """Applies the operation that looks at more than one position, with the unit's stride."""
         return self._norm("gn2")(self._conv(self.features, 3, self.stride, "conv2")(x))
 
     def _conv(self, features: int, kernel_size: int, stride: int, name: str) -> StdConv:
@@ -276,12 +276,12 @@ def resnet_features(
 
 
 def downsampling(layers: Sequence[int]) -> int:
-    """How many times smaller than the image the feature map of these stages is."""
+    """The ratio of the image's side to that of the feature map of these stages."""
     return 4 * 2 ** max(len(layers) - 1, 0)
 
 
 def convolve(side: int, size: int, stride: int, same: bool = True) -> tuple[int, int]:
-    """How often a convolution's kernel elements meet the image, and the side of its output.
+    """Returns how often a convolution's kernel elements meet the image, and its output's side.
 
     Args:
         side: of the image.
@@ -339,6 +339,6 @@ def multiply_adds(
 
 
 def count_units(arrays: Arrays, pattern: str) -> list[int]:
-    """How many names of each stage, the pattern's group, there are."""
+    """Counts the names of each stage, the pattern's group."""
     units = Counter(int(match[1]) for name in arrays if (match := re.match(pattern, name)))
     return [units[stage] for stage in sorted(units)]

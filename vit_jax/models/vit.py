@@ -127,7 +127,7 @@ class ViTConfig(EncoderConfig):
         }
 
     def multiply_adds(self, image_size: int) -> int:
-        """Those of the patch embedding, the layers and the head."""
+        """The multiply-adds of the patch embedding, the layers and the head."""
         stem, side, channels = self.stem_multiply_adds(image_size)
         patches = (side // self.patch_size) ** 2
         embedding = patches * channels * self.patch_size**2 * self.hidden_size
@@ -136,16 +136,16 @@ class ViTConfig(EncoderConfig):
         return stem + embedding + layers + width * hidden + (hidden or width) * self.num_classes
 
     def stem_multiply_adds(self, image_size: int) -> tuple[int, int, int]:
-        """Those of what the patches are cut from, and its side and channels."""
+        """Returns the stem's multiply-adds, and the side and channels that patches are cut from."""
         return 0, image_size, 3
 
     def layer_multiply_adds(self, side: int) -> int:
-        """Those of a layer for a square of side * side patches."""
+        """The multiply-adds of a layer for a square of side * side patches."""
         tokens = side**2 + self.has_class
         return self._attention_and_mlp(tokens, seen=tokens, offsets=2 * side**2 - 1)
 
     def _attention_and_mlp(self, tokens: int, seen: int, offsets: int) -> int:
-        """Those of tokens that each attend to some, which are so many offsets apart."""
+        """The multiply-adds of tokens that attend to `seen` tokens each, at `offsets` offsets."""
         width = self.hidden_size
         total = tokens * width * (4 * width + 2 * self.mlp_dim) + 2 * tokens * seen * width
         if self.position_embedding == "relative":
@@ -154,7 +154,7 @@ class ViTConfig(EncoderConfig):
 
     @classmethod
     def recognizes(cls, arrays: Arrays) -> bool:
-        """Whether there are layers that attend to all patches, on the image itself."""
+        """Tells whether there are layers that attend to all patches, on the image itself."""
         return _query(cls.first_layer) in arrays and "conv_root/kernel" not in arrays
 
     @classmethod
@@ -266,7 +266,7 @@ class VisionTransformer(Model):
         return linear_head(y.astype(jnp.float32), config)
 
     def _stem(self, images: Array) -> Array:
-        """What the patches are cut from."""
+        """Returns the image or feature map that the patches are cut from."""
         return images
 
     def _embed(self, images: Array) -> Array:

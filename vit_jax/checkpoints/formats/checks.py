@@ -1,6 +1,6 @@
-"""What is checked of every file, whatever its format, before its arrays are allocated.
+"""The checks of every file, whatever its format, before its arrays are allocated.
 
-What a file makes the reader allocate is bounded by its own size: the arrays that it declares may
+The memory that a file makes the reader allocate is bounded by its size: the arrays it declares may
 take 256 MiB plus 8 times the size of the file, and never more than 16 GiB. Float16 doubles,
 compressed trained weights shrink by a tenth, and a head or biases that are still zero compress to
 nothing, which the 256 MiB allow for; a decompression bomb grows a thousandfold.
@@ -56,7 +56,7 @@ def check_names(path: Path, names: Iterable[Any]) -> None:
 
 
 def is_name(name: Any) -> bool:
-    """Whether a value can be the name of an array."""
+    """Tells whether a value can be the name of an array."""
     return (
         isinstance(name, str)
         and len(name) <= MAX_NAME

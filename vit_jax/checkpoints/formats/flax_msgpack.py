@@ -1,4 +1,4 @@
-"""What `flax.serialization.to_bytes` writes: msgpack without checksums."""
+"""The format that `flax.serialization.to_bytes` writes: msgpack without checksums."""
 
 import re
 from pathlib import Path
@@ -29,7 +29,7 @@ _MAX_DIMENSIONS = 32
 
 
 def is_flax(start: bytes) -> bool:
-    """Whether a file that begins so may be one of Flax: a map whose first key is a string."""
+    """Tells whether a file that begins so may be one of Flax: a map whose first key is a string."""
     return _MAP_START.match(start) is not None
 
 

@@ -45,7 +45,7 @@ _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_
 
 
 def is_torch_archive(path: Path) -> bool:
-    """Whether a zip archive is one of `torch.save`, as its pickle's name tells."""
+    """Tells whether a zip archive is one of `torch.save`, by the name of its pickle."""
     with zipfile.ZipFile(path) as archive:
         return any(name.endswith("/data.pkl") for name in archive.namelist())
 
