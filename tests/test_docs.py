@@ -137,3 +137,15 @@ def test_a_precision_is_one_row(monkeypatch):
 
 def test_an_experiment_is_one_file(module):
     assert module("experiments.dropout", "experiments/dropout.py").main
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun():
+    others = r"(What|Whether|How|Where|Which|Who|When|Why|That|Those|Of|As|In)\b"
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    found = []
+    for path in sorted((ROOT / "vit_jax").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            docstring = isinstance(node, documented) and ast.get_docstring(node)
+            if docstring and re.match(others, docstring):
+                found.append(f"{path}: {docstring.splitlines()[0]}")
+    assert not found
