@@ -178,7 +178,7 @@ def test_a_size_is_a_row(monkeypatch):
     monkeypatch.setitem(vit.SIZES, "g", giant)
     config = get_config("ViT-g/14", "pretrain,imagenet2012")
     check_config(config)
-    assert giant.items() <= config.model.items()
+    assert giant.items() <= config.model.to_dict().items()
     model = create_model(config.model, num_classes=1000, representation_size=0)
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
