@@ -27,6 +27,8 @@ def get_config(spec: str = "ViT-B/16") -> ConfigDict:
 def _with_recipe(spec: str) -> str:
     first, _, rest = spec.partition(",")
     named = difflib.get_close_matches(first, recipes.RECIPES, n=1, cutoff=0.75)
-    if not spec or named or (rest and not {*rest.split(",")} <= {"dev", "512"}):
+    # The name of a folder may have commas in it.
+    is_dataset = first.startswith("folder:") or {*rest.split(",")} <= {"", "dev", "512"}
+    if not spec or named or not is_dataset:
         return spec
     return f"finetune,{spec}"
