@@ -19,14 +19,25 @@ from vit_jax.config import to_dict
 from vit_jax.recipes import get_config
 
 ROOT = pathlib.Path(__file__).parents[1]
+# What depends on the versions of JAX, TensorFlow, PyTorch and their like.
+VERSIONED = (
+    *("analysis", "checkpoints", "doctor", "export", "models"),
+    *("data/test_images.py", "data/test_preprocess.py", "test_convert.py", "test_inference.py"),
+    *("test_sharding.py", "test_state.py", "test_steps.py", "test_train.py", "test_xla_flags.py"),
+)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Begins with the files that take longest: one that is left to the end keeps one process busy.
+    """Marks what is `VERSIONED`, and begins with the files that take longest.
 
-    They are those with slow tests, before `-m "not slow"` leaves these out.
+    One that is left to the end keeps one process busy. They are those with slow tests, before
+    `-m "not slow"` leaves these out.
     """
+    versioned = [ROOT / "tests" / name for name in VERSIONED]
+    for item in items:
+        if any(item.path.is_relative_to(path) for path in versioned):
+            item.add_marker("versions")
     slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
 

@@ -37,6 +37,7 @@ def read_by_running(runs, monkeypatch):
     return read
 
 
+@pytest.mark.slow
 def test_every_config_key_is_read(tiny_config, masked_config, tmp_path, monkeypatch):
     def short(make, **overrides):
         steps = {"duration": "1 step", "evals.val.every": "1 step", "schedule.warmup": "0 steps"}

@@ -103,6 +103,7 @@ def test_accumulated_gradients_equal_the_large_batch(parts):
         np.testing.assert_allclose(split_metrics[key], value, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_step_and_every_part_draws_its_own_dropout():
     _, state, step = setup({"dropout_rate": 0.5}, accumulate_steps=2)
     same = {"image": BATCH["image"][:1].repeat(8, 0), "label": jnp.zeros(8, jnp.int32)}

@@ -84,6 +84,7 @@ def test_masked_patch_prediction_knows_no_classes(masked_run):
         next(predict.classify(pretrained, ["image.png"], 1))
 
 
+@pytest.mark.slow
 def test_pixels_have_no_accuracy_and_the_best_has_the_lowest_loss(masked_config, tmp_path, capsys):
     config = masked_config(**{"evals.val.every": "1 step", "masking.target": "pixels"})
     final = train.train(config, tmp_path / "run")
@@ -95,6 +96,7 @@ def test_pixels_have_no_accuracy_and_the_best_has_the_lowest_loss(masked_config,
     assert [p.name for p in (tmp_path / "run/best").glob("[0-9]*")] == [str(best)]
 
 
+@pytest.mark.slow
 def test_masked_patch_prediction_learns_more_than_how_often_colors_are(masked_config, tmp_path):
     config = masked_config(
         duration="150 steps",

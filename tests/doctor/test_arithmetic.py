@@ -1,11 +1,13 @@
 import jax
 import numpy as np
+import pytest
 
 from vit_jax.doctor import arithmetic
 
 DEVICE = jax.devices("cpu")[0]
 
 
+@pytest.mark.slow
 def test_this_machine_computes_what_it_should():
     results = list(arithmetic.check_device(DEVICE))
     # Both dtypes, compiled and not: eight operations and five results of a ViT.
