@@ -164,7 +164,7 @@ def test_an_experiment_is_one_file(module, monkeypatch, tmp_path, data_dir, caps
         config = json.loads((tmp_path / str(rate) / "config.json").read_text())
         assert config["model"]["dropout_rate"] == rate
         result = json.loads((tmp_path / str(rate) / "metrics.json").read_text())
-        assert f"| {rate} | {result['eval_accuracy']:.2%} |" in printed
+        assert f"| {rate} | {result['accuracy']:.2%} |" in printed
 
 
 def test_size_and_cost_are_counted_as_the_page_says():
