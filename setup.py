@@ -51,6 +51,7 @@ setup(
         "tqdm>=4.70",
     ],
     extras_require={
+        # The doctor takes JAX's plugin for CUDA 13, jax[cuda13], as well.
         "cuda": ["jax[cuda12]"],
         "export": [
             "flax==0.12.0",  # Newer ones need a newer JAX; pip would try them all.

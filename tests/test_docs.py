@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import pytest
 from flax.traverse_util import flatten_dict
 
-from vit_jax import models
+from vit_jax import config_files, models
 from vit_jax.cli import COMMANDS
 from vit_jax.evaluation import registry
 from vit_jax.export import precisions
 from vit_jax.models import vit
+from vit_jax.train import train
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -94,8 +95,7 @@ def test_a_size_is_one_row(monkeypatch):
 def test_a_family_is_one_file_and_one_line(monkeypatch, module):
     family = module("vit_jax.models.pooled", "vit_jax/models/pooled.py").PooledConfig
     monkeypatch.setattr(models, "ARCHITECTURES", dict(models.ARCHITECTURES))
-    line = example("vit_jax/models/__init__.py")
-    exec(line, {"ARCHITECTURES": models.ARCHITECTURES, "PooledConfig": family})
+    exec(example("vit_jax/models/__init__.py"), dict(models.__dict__))
     config = {**models.model_config("Pooled-64/4"), "num_classes": 10}
     model = models.create_model(config)
     images = jnp.ones((2, 8, 8, 3))
@@ -107,25 +107,44 @@ def test_a_family_is_one_file_and_one_line(monkeypatch, module):
     assert models.describe(config).multiply_adds(8) == 4 * 48 * 64 + 64 * 10
 
 
-def test_a_data_set_and_an_evaluator_of_ones_own(monkeypatch, module, tmp_path):
-    from vit_jax.train import train
+def shorten(config, data_dir: str):
+    """Two steps of the smallest model, with all else as it was."""
+    config.model.update({"hidden_size": 16, "num_layers": 1, "mlp_dim": 32, "num_heads": 2})
+    config.model.update({"dtype": "float32", "representation_size": 0})
+    config.duration, config.schedule.warmup = "2 steps", "1 step"
+    config.dataset.data_dir = data_dir
+    return config
 
+
+def test_a_data_set_of_ones_own(module, tmp_path):
     blobs = module("blobs", "blobs.py")
     blobs.Blobs(data_dir=tmp_path / "tfds").download_and_prepare()
-    confidence = module("vit_jax.evaluation.confidence", "vit_jax/evaluation/confidence.py")
+    train(shorten(blobs.get_config(), str(tmp_path / "tfds")), tmp_path / "run")
+    assert (tmp_path / "run/metrics.json").is_file()
+
+
+def test_an_evaluator_of_ones_own(monkeypatch, module, tmp_path, data_dir, capsys):
+    module("vit_jax.evaluation.confidence", "vit_jax/evaluation/confidence.py")
     monkeypatch.setattr(registry, "EVALUATORS", dict(registry.EVALUATORS))
-    names = {**registry.__dict__, "confidence": confidence.confidence}
-    exec(example("vit_jax/evaluation/registry.py"), names)
-    config = blobs.get_config()
-    exec(example("a config file"), {"config": config})
-    small = {"hidden_size": 16, "num_layers": 1, "mlp_dim": 32, "num_heads": 2}
-    config.model.update({**small, "dtype": "float32", "representation_size": 0})
-    config.duration, config.schedule.warmup = "2 steps", "1 step"
-    config.dataset.data_dir = str(tmp_path / "tfds")
-    train(config, tmp_path / "run")
+    exec(example("vit_jax/evaluation/registry.py"), dict(registry.__dict__))
+    config = module("sure_digits", "sure_digits.py").get_config()
+    train(shorten(config, data_dir), tmp_path / "run")
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     (sure,) = [record["sure/confidence"] for record in records if "sure/confidence" in record]
-    assert 50 <= sure <= 100  # of two classes
+    assert 10 <= sure <= 100  # of ten classes
+    (printed,) = re.findall("prints `(.+?)`", (ROOT / "docs/extending.md").read_text())
+    assert f"{printed} {sure:.4f}" in capsys.readouterr().out
+
+
+def test_an_evaluator_is_added_to_the_digits_by_flags(monkeypatch, module, tmp_path, data_dir):
+    confidence = module("vit_jax.evaluation.confidence", "vit_jax/evaluation/confidence.py")
+    added = registry.EvaluatorType(confidence.confidence, keys={"scale": 100.0})
+    monkeypatch.setattr(registry, "EVALUATORS", {**registry.EVALUATORS, "confidence": added})
+    (line,) = [line for line in commands() if "type=confidence" in line]
+    _, _, _, name, *flags = shlex.split(line)
+    config = config_files.load(name, flags).config
+    train(shorten(config, data_dir), tmp_path / "run")
+    assert "sure/confidence" in (tmp_path / "run/metrics.jsonl").read_text()
 
 
 def test_a_precision_is_one_row(monkeypatch):
@@ -135,8 +154,26 @@ def test_a_precision_is_one_row(monkeypatch):
     assert precisions.detect("tf32", {"fp32": 100}, ["MatMul"]) == "tf32"
 
 
-def test_an_experiment_is_one_file(module):
-    assert module("experiments.dropout", "experiments/dropout.py").main
+def test_an_experiment_is_one_file(module, monkeypatch, tmp_path, data_dir, capsys):
+    dropout = module("experiments.dropout", "experiments/dropout.py")
+    short = lambda config, workdir: train(shorten(config, data_dir), workdir)  # noqa: E731
+    monkeypatch.setattr(dropout, "train", short)
+    assert dropout.main(["--workdir", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for rate in dropout.RATES:
+        config = json.loads((tmp_path / str(rate) / "config.json").read_text())
+        assert config["model"]["dropout_rate"] == rate
+        result = json.loads((tmp_path / str(rate) / "metrics.json").read_text())
+        assert f"| {rate} | {result['accuracy']:.2%} |" in printed
+
+
+def test_size_and_cost_are_counted_as_the_page_says():
+    ((_, count),) = [block for block in blocks(ROOT / "docs/models.md") if "eval_shape" in block[1]]
+    names = {}
+    exec(count, names)
+    table = (ROOT / "docs/models.md").read_text()
+    row = f"{names['parameters']:,} | {names['multiply_adds'] / 1e9:.2f} |"
+    assert re.search(rf"^\| ViT-B/16 .*{re.escape(row)}$", table, re.M)
 
 
 def test_docstrings_begin_with_a_verb_or_a_noun():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vit_jax.checkpoints.remote import cache_dir
+from vit_jax.export import stages
 
 PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"),
@@ -37,12 +38,12 @@ PARTS = (
     Part(
         "export to ONNX",
         ("onnx", "onnxscript", "onnxruntime", "jax2onnx|tf2onnx"),
-        "pip install -e '.[export-newest]' && pip install --no-deps jax2onnx",
+        stages.INSTALL_NEWEST,
     ),
     Part("read PyTorch's files", ("torch",), "pip install -e '.[peers]'"),
     Part(
         "compute on an NVIDIA GPU",
-        ("jax-cuda13-plugin|jax-cuda12-plugin",),
+        ("jax-cuda12-plugin|jax-cuda13-plugin",),
         "pip install -e '.[cuda]'",
     ),
     Part(

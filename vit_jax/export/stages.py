@@ -10,6 +10,9 @@ STAGES = ("tf", "onnx", "tensorrt")
 CONVERTERS = ("jax2tf", "jax2onnx")
 _MAKES = {"tf": "SavedModel", "onnx": "ONNX file"}
 _ONNX_PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
+# What installs the export's packages: with JAX 0.7.1, or for the newest JAX.
+INSTALL_PINNED = "pip install -e '.[export]'"
+INSTALL_NEWEST = "pip install -e '.[export-newest]' && pip install --no-deps jax2onnx"
 PACKAGES = ("tensorflow", "tf2onnx", "jax2onnx", *_ONNX_PACKAGES)
 
 
@@ -49,8 +52,7 @@ def obstacles(
     Returns:
         Obstacles by "tf", "onnx" (whatever the converter), "jax2tf" and "jax2onnx".
     """
-    extra = "export" if can_serialize_graphs else "export-newest"
-    install = f"pip install -e '.[{extra}]'"
+    install = INSTALL_PINNED if can_serialize_graphs else INSTALL_NEWEST
 
     def first_missing(packages: Sequence[str], way_out: str) -> Obstacle | None:
         names = (name for name in packages if name in missing)
@@ -60,16 +62,14 @@ def obstacles(
     if not can_serialize_graphs:
         graphs = Obstacle(
             f"JAX {jax_version} emits no TensorFlow graph",
-            "pip install -e '.[export]' (jax==0.7.1)",
+            f"{INSTALL_PINNED} (jax==0.7.1)",
         )
     tf = graphs or first_missing(["tensorflow"], install)
     found = {
         "tf": tf,
         "onnx": first_missing(_ONNX_PACKAGES, install),
         "jax2tf": tf or first_missing(["tf2onnx"], install),
-        "jax2onnx": first_missing(
-            ["jax2onnx"], "pip install -e '.[export-newest]' && pip install --no-deps jax2onnx"
-        ),
+        "jax2onnx": first_missing(["jax2onnx"], INSTALL_NEWEST),
     }
     return {name: obstacle for name, obstacle in found.items() if obstacle}
 

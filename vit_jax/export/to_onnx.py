@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 import vit_jax
 from vit_jax.errors import UserError
+from vit_jax.export import stages
 from vit_jax.export.forward import Forward
 from vit_jax.export.graph import known
 from vit_jax.export.rewrite import TRACED_BATCH, rewrite
@@ -74,8 +75,7 @@ def _by_jax2onnx(forward: Forward) -> onnx.ModelProto:
         import jax2onnx
     except ImportError as error:
         raise UserError(
-            f"--converter jax2onnx needs jax2onnx ({error}): pip install -e '.[export-newest]' && "
-            "pip install --no-deps jax2onnx"
+            f"--converter jax2onnx needs jax2onnx ({error}): {stages.INSTALL_NEWEST}"
         ) from error
     shapes = [((TRACED_BATCH, *forward.image_shape), np.dtype(forward.image_dtype))]
     shapes += [(weight.shape, weight.dtype) for weight in forward.flat_params().values()]

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from vit_jax.errors import UserError, first_line
+from vit_jax.export import stages
 from vit_jax.export.forward import Forward
 from vit_jax.files import atomic_folder, make_folder
 
@@ -26,7 +27,7 @@ def check_graph_serialization() -> None:
     """Raises a UserError where this JAX cannot emit a TensorFlow graph."""
     if not can_serialize_graphs():
         raise UserError(
-            f"JAX {jax.__version__} emits no TensorFlow graph: pip install -e '.[export]' "
+            f"JAX {jax.__version__} emits no TensorFlow graph: {stages.INSTALL_PINNED} "
             "(jax==0.7.1), or use --converter jax2onnx --stages onnx"
         )
 
