@@ -1,5 +1,7 @@
 import json
 import pathlib
+import re
+import subprocess
 import sys
 
 import jax
@@ -8,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 from flax.traverse_util import flatten_dict
 
-from vit_jax import preparation, train
+from vit_jax import main, preparation, train
 from vit_jax.checkpoints.pretrained import abstract_params
 from vit_jax.config_files import default_workdir
 from vit_jax.data.datasets import open_dataset
@@ -47,6 +49,45 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path, flags, message):
     assert message in output
     assert output.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.batch_size=-3"], "config.batch_size is -3: it must be at least 1"),
+        (["--config.duration=12 epchs"], "config.duration: duration '12 epchs' is not understood"),
+        (["--config.log_every=1 minute"], "config.log_every: duration '1 minute' is not under"),
+        (["--config.duration=20 steps"], "schedule.warmup is 500 steps but the run has 20"),
+        (
+            ["--config.duration=2 epochs", "--config.schedule.warmup=2.5 epochs"],
+            "schedule.warmup is 2.5 epochs but the run has 2",
+        ),
+        (["--config.init_from=/nowhere/a.npz"], "/nowhere/a.npz does not exist: give a run's"),
+        ([], "config.init_from must be given"),
+        (["--config.duration=20 steps", "--print_config"], "is 500 steps but the run has 20"),
+    ],
+)
+def test_a_mistake_that_needs_no_data_is_told_before_tensorflow_is_imported(
+    tmp_path, flags, message
+):
+    flags = ["--config", f"{B16}:finetune,cifar10", "--workdir", str(tmp_path / "run"), *flags]
+    if not any("init_from" in flag for flag in flags) and flags[4:]:
+        flags += [f"--config.init_from={tmp_path}"]
+    code = (
+        "import sys; from vit_jax import main\n"
+        f"try: main.main({flags!r})\n"
+        "except ValueError as error: print(error)\n"
+        "sys.exit('tensorflow' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 1)
+    assert message in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_is_shown_without_the_weights_that_it_asks_for(capsys):
+    assert main.main(["--config", f"{B16}:finetune,cifar10", "--print_config"]) == 0
+    assert re.search(r"^config.init_from = 'REQUIRED'", capsys.readouterr().out, re.M)
 
 
 def test_a_number_that_the_weights_would_give_is_given_by_a_flag(run, tmp_path):

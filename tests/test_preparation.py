@@ -89,14 +89,14 @@ def test_every_config_key_is_read(tiny_config, masked_config, tmp_path, monkeypa
         ({"duration": "5 hours"}, "duration '5 hours' is not understood"),
     ],
 )
-def test_a_mistake_is_told_in_one_line_and_leaves_no_checkpoint(
+def test_a_mistake_is_told_in_one_line_and_leaves_no_folder(
     tiny_config, tmp_path, overrides, message
 ):
     with pytest.raises(UserError) as error:
-        train.train(tiny_config(**overrides), tmp_path / "run")
+        train.train(tiny_config(**overrides), tmp_path / "runs/mine")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-    assert not list((tmp_path / "run/checkpoints").glob("[0-9]*"))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_subset_is_what_epochs_are_of(tiny_config, tmp_path, capsys):

@@ -109,6 +109,11 @@ def test_another_config_is_refused_with_what_differs(finished, tiny_config):
     assert "log_every" not in str(error.value)
 
 
+def test_what_is_not_understood_is_no_other_config(finished, tiny_config):
+    with pytest.raises(UserError, match="config.duration: duration '12 epchs' is not understood"):
+        train.train(tiny_config(duration="12 epchs"), finished)
+
+
 @pytest.mark.parametrize("key", ADDED_KEYS)
 def test_a_run_from_before_a_key_goes_on_with_what_it_did_then(tiny_config, tmp_path, key):
     saved = to_dict(tiny_config(augment="light1"))

@@ -20,7 +20,7 @@ from vit_jax.data.subset import parse_subset
 from vit_jax.errors import UserError
 from vit_jax.evaluation import registry
 from vit_jax.models import DTYPES, describe, field_type, masked, model_fields
-from vit_jax.state import optimizer_keys
+from vit_jax.state import check_warmup, optimizer_keys
 
 AT_LEAST_ONE = {
     "batch_size",
@@ -65,13 +65,22 @@ MOVED_KEYS = {
 RENAMED_VALUES = {"masking.target": {"mean_colour": "mean_color"}}
 
 
-def check_config(config: ConfigDict) -> None:
-    """Checks that a config has exactly the keys that a run reads, each of the right type.
+def check_config(config: ConfigDict, *, may_lack: bool = False) -> None:
+    """Checks all that can be told of a config without its data set, and opens nothing.
+
+    It has exactly the keys that a run reads, each of the right type and in its range, and durations
+    that are understood and fit together.
+
+    Args:
+        config: of a run.
+        may_lack: pass what only the user can give and has not.
 
     Raises:
         UserError: a key is unknown (the nearest valid one is named), missing, of another type, or
-            still to be given.
+            still to be given; a value is out of its range.
     """
+    if may_lack:
+        config = _without_required(config)
     template = recipes.pretrain("ViT-B/16", "imagenet2012")
     template.optimizer.update(recipes.finetune("ViT-B/16", "cifar10").optimizer)
     _check_keys(config.keys(), template.keys(), "")
@@ -95,6 +104,14 @@ def check_config(config: ConfigDict) -> None:
             _check_type(f"{section}.{key}", config[section][key], kind)
     _check_model(config.model)
     _check_ranges(config)
+    _check_durations(config)
+
+
+def _without_required(config: ConfigDict) -> ConfigDict:
+    given = config.copy_and_resolve_references()
+    if given.get("init_from") == recipes.REQUIRED:
+        given.init_from = ""
+    return given
 
 
 def _check_keys(keys: Iterable[str], valid: Iterable[str], prefix: str) -> None:
@@ -193,6 +210,33 @@ def _check_ranges(config: ConfigDict) -> None:
         )
 
 
+def _check_durations(config: ConfigDict) -> None:
+    parsed = {}
+    for key, text in {
+        "duration": config.duration,
+        "schedule.warmup": config.schedule.warmup,
+        "log_every": config.log_every,
+        "checkpoint_every": config.checkpoint_every,
+        **{f"evals.{name}.every": x["every"] for name, x in _complete_evals(config).items()},
+    }.items():
+        try:
+            parsed[key] = parse_duration(text)
+        except UserError as error:
+            raise UserError(f"config.{key}: {error}") from error
+    (duration, unit), (warmup, warmup_unit) = parsed["duration"], parsed["schedule.warmup"]
+    if duration == 0:
+        raise UserError(f"duration {config.duration!r} is 0 {unit}: it must be at least 1 step")
+    if unit == warmup_unit:  # Only the data set tells how many steps an epoch has.
+        check_warmup(warmup, duration, unit)
+    deciding = f"evals.{registry.DECIDING}.every"
+    if config.patience and parsed[deciding][0] == 0:
+        raise UserError(
+            f"patience is {config.patience} but {deciding} is "
+            f"{config.evals[registry.DECIDING].every!r}: only evaluations can stop the run, set an "
+            "interval"
+        )
+
+
 OBJECTIVES = ("classification", "masked_patches")
 # What is about classes, of which masked patch prediction has none.
 OF_CLASSES = (
@@ -232,8 +276,8 @@ def unknown_key(key: str, valid: Iterable[str]) -> UserError:
     return UserError(f"config.{key} is not a key that anything reads: {hint}")
 
 
-def count_steps(duration: str, num_examples: int, batch_size: int) -> int:
-    """Steps in a duration: "500 steps" (or "500"), or "7 epochs" of num_examples images each.
+def parse_duration(duration: str) -> tuple[float, str]:
+    """The number and the unit of a duration, "steps" or "epochs".
 
     Raises:
         UserError: the duration is of neither form.
@@ -241,8 +285,17 @@ def count_steps(duration: str, num_examples: int, batch_size: int) -> int:
     match = re.fullmatch(r"\s*([\d_]+(?:\.\d+)?)\s*(steps?|epochs?)?\s*", duration)
     if not match or (not (match[2] or "").startswith("epoch") and "." in match[1]):
         raise UserError(f"duration {duration!r} is not understood: use '500 steps' or '7 epochs'")
-    number = float(match[1])
-    if (match[2] or "").startswith("epoch"):
+    return float(match[1]), "epochs" if (match[2] or "").startswith("epoch") else "steps"
+
+
+def count_steps(duration: str, num_examples: int, batch_size: int) -> int:
+    """Steps in a duration: "500 steps" (or "500"), or "7 epochs" of num_examples images each.
+
+    Raises:
+        UserError: the duration is of neither form.
+    """
+    number, unit = parse_duration(duration)
+    if unit == "epochs":
         return max(round(number * num_examples / batch_size), 1) if number else 0
     return int(number)
 
@@ -269,12 +322,16 @@ def take_from_weights(config: ConfigDict, model: Mapping[str, Any]) -> ConfigDic
 
 def complete_evals(config: ConfigDict) -> ConfigDict:
     """A config whose evaluators have all their keys, see `evaluation.registry`."""
-    complete = {name: registry.complete(x.to_dict()) for name, x in config.evals.items()}
+    complete = _complete_evals(config)
     if config.evals.to_dict() == complete:
         return config
     filled = config.copy_and_resolve_references()
     filled.evals = complete
     return filled
+
+
+def _complete_evals(config: ConfigDict) -> dict[str, dict[str, Any]]:
+    return {name: registry.complete(x.to_dict()) for name, x in config.evals.items()}
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Trains a model: `python -m vit_jax.main --config configs/b16.py`, or `vit-jax train`."""
 
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -41,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the config that the flags name; returns the exit code."""
     parser = build_parser("python -m vit_jax.main")
     args, values = command.parse_config_flags(parser, argv)
-    from vit_jax import config_files  # With JAX it takes a second to import: --help should not.
+    # With JAX they take a second to import: --help should not.
+    from vit_jax import config_files
+    from vit_jax.config import check_config
 
     loaded = config_files.load(args.config, values, parser)
     distributed = (args.coordinator, args.num_processes, args.process_id)
@@ -49,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(
             "--coordinator, --num_processes and --process_id go together: give all three"
         )
+    check_config(loaded.config, may_lack=args.print_config)
     if args.print_config:
         print(config_files.explain(loaded))
         return 0
@@ -57,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.coordinator:
         jax.distributed.initialize(*distributed)
     workdir = args.workdir or config_files.default_workdir(loaded.name)
+    _check_weights(loaded.config.init_from, workdir)
     tensorflow_env.quiet()
     from vit_jax import train  # TensorFlow takes seconds to import: a wrong flag should not
 
@@ -65,6 +70,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"workdir: {workdir}", flush=True)
     train.train(loaded.config, workdir)
     return 0
+
+
+def _check_weights(init_from: str, workdir: str) -> None:
+    """Raises a UserError if a run is to begin with weights that are not there."""
+    from vit_jax.checkpoints.pretrained import check_exists
+    from vit_jax.checkpoints.training import saved_steps
+
+    has_begun = saved_steps(pathlib.Path(workdir, "checkpoints"))
+    if init_from and not has_begun:  # What has begun goes on without them.
+        check_exists(init_from)
 
 
 def _hide_abandoned_writes(unraisable: Any) -> None:

@@ -19,7 +19,7 @@ from vit_jax.data.augmentation import parse_augment
 from vit_jax.data.protocols import evaluation
 from vit_jax.data.subset import take_subset
 from vit_jax.errors import UserError
-from vit_jax.evaluation.registry import DECIDING, Evaluator, create_evaluators
+from vit_jax.evaluation.registry import Evaluator, create_evaluators
 from vit_jax.evaluation.watched import Watched
 from vit_jax.models import create_model, masked
 from vit_jax.reporting import say
@@ -95,10 +95,6 @@ def prepare(
         count_steps, num_examples=train_source.num_examples, batch_size=config.batch_size
     )
     total_steps = count(config.duration)
-    if total_steps < 1:
-        raise UserError(
-            f"duration {config.duration!r} is {total_steps} steps: it must be at least 1"
-        )
     schedule_keys = dict(config.schedule)
     schedule = create_schedule(
         warmup_steps=count(schedule_keys.pop("warmup")), total_steps=total_steps, **schedule_keys
@@ -208,13 +204,7 @@ def _create_evaluators(
         mesh=prepared.mesh,
         report=say,
     )
-    evaluators = create_evaluators(config.evals.to_dict(), watched, count)
-    if config.patience and not evaluators[0].every:
-        raise UserError(
-            f"patience is {config.patience} but evals.{DECIDING}.every is "
-            f"{config.evals[DECIDING].every!r}: only evaluations can stop the run, set an interval"
-        )
-    return evaluators
+    return create_evaluators(config.evals.to_dict(), watched, count)
 
 
 def compile_train_step(

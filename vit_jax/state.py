@@ -41,15 +41,20 @@ class TrainState(flax.struct.PyTreeNode):
         return self.params if self.ema_params is None else self.ema_params
 
 
+def check_warmup(warmup: float, total: float, unit: str = "steps") -> None:
+    """Raises a UserError if a run of `total` steps, or epochs, ends before its warm-up does."""
+    if warmup >= total:
+        raise UserError(
+            f"schedule.warmup is {warmup:.9g} {unit} but the run has {total:.9g}: "
+            "shorten --config.schedule.warmup or lengthen --config.duration"
+        )
+
+
 def create_schedule(
     *, base_lr: float, decay: str, warmup_steps: int, total_steps: int, end_lr: float
 ) -> optax.Schedule:
     """Linear warm-up from 0, then linear or cosine decay to end_lr at the end (Appendix B.1)."""
-    if warmup_steps >= total_steps:
-        raise UserError(
-            f"schedule.warmup is {warmup_steps} steps but the run has {total_steps}: "
-            "shorten --config.schedule.warmup or lengthen --config.duration"
-        )
+    check_warmup(warmup_steps, total_steps)
     decay_steps = total_steps - warmup_steps
     if decay == "cosine":
         after = optax.cosine_decay_schedule(base_lr, decay_steps, end_lr / base_lr)

@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vit_jax.analysis import flops
-from vit_jax.checkpoints.training import CheckpointStore, config_differences
+from vit_jax.checkpoints.training import CheckpointStore, config_differences, latest_metadata
 from vit_jax.config import (
     check_config,
     complete_evals,
@@ -37,7 +37,7 @@ from vit_jax.reporting import Cost, Reporter, say
 from vit_jax.sharding import state_sharding, to_devices
 from vit_jax.state import Params, TrainState, init_train_state
 from vit_jax.steps import Batch, Metrics
-from vit_jax.workdir import full_disk, make_workdir
+from vit_jax.workdir import full_disk, making_workdir
 
 # What may change when a run goes on: nothing here alters a parameter. Of `evals` too all may but
 # which images decide, by which the evaluations before and after are compared.
@@ -69,28 +69,29 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
     """
     check_config(config)
     config = complete_evals(config)
-    workdir = make_workdir(workdir)
+    workdir = pathlib.Path(workdir).absolute()
+    saved = latest_metadata(workdir)
+    if saved is not None:
+        saved_config = migrate(saved["config"])
+        config = take_from_weights(config, saved_config["model"])
+        _refuse_another_run(config, workdir, saved_config)
     finished = workdir / "metrics.json"
-    store = CheckpointStore(workdir, keep=config.keep_checkpoints, report=say)
-    with sigterm() as terminated, full_disk(workdir), contextlib.closing(store):
-        saved = store.latest_metadata()
-        if saved is not None:
-            saved_config = migrate(saved["config"])
-            config = take_from_weights(config, saved_config["model"])
-            _refuse_another_run(config, workdir, saved_config)
-        if finished.exists():
-            say(f"{workdir} holds a finished run: nothing to do")
-            return json.loads(finished.read_text())
+    if finished.exists():
+        say(f"{workdir} holds a finished run: nothing to do")
+        return json.loads(finished.read_text())
+    with sigterm() as terminated, full_disk(workdir), making_workdir(workdir):
         weights = None
         if saved is None and config.init_from:
             config, weights = read_weights(config)
         config = take_from_weights(config, prediction_defaults(config.model.architecture))
         prepared = prepare(config, workdir, (saved or {}).get("class_names"))
-        if jax.process_index() == 0:
-            write_json(workdir / "config.json", to_dict(config))
-        state, progress = _start(prepared, store, weights)
-        del weights  # They need not stay in memory while the run goes.
-        final = _finish(prepared, state, progress, store, terminated)
+        store = CheckpointStore(workdir, keep=config.keep_checkpoints, report=say)
+        with contextlib.closing(store):
+            if jax.process_index() == 0:
+                write_json(workdir / "config.json", to_dict(config))
+            state, progress = _start(prepared, store, weights)
+            del weights  # They need not stay in memory while the run goes.
+            final = _finish(prepared, state, progress, store, terminated)
         if jax.process_index() == 0:
             write_json(finished, final)
     return final

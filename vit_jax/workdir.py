@@ -2,21 +2,33 @@
 
 import contextlib
 import errno
-import os
 import pathlib
+from collections.abc import Generator
 
 import jax
 
 from vit_jax.files import storage_errors
 
 
-def make_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
-    """Makes the directory, if it is not there, and returns its absolute path.
+@contextlib.contextmanager
+def making_workdir(workdir: pathlib.Path) -> Generator[None]:
+    """Makes the directory, if it is not there; what an error leaves empty of it is removed.
 
     Raises:
         UserError: it cannot be written.
     """
-    workdir = pathlib.Path(workdir).absolute()
+    made = [path for path in (workdir, *workdir.parents) if not path.exists()]
+    try:
+        _make(workdir)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # What is not empty stays.
+            for path in made:
+                path.rmdir()
+        raise
+
+
+def _make(workdir: pathlib.Path) -> None:
     probe = workdir / f".writable-{jax.process_index()}"
     with storage_errors(
         lambda reason: f"workdir {workdir} is not writable ({reason}): choose another --workdir"
@@ -24,7 +36,6 @@ def make_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
         workdir.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
-    return workdir
 
 
 def full_disk(workdir: pathlib.Path) -> contextlib.AbstractContextManager[None]:

@@ -72,6 +72,12 @@ class Pretrained:
             )
 
 
+def check_exists(path: str) -> None:
+    """Raises a UserError if a path of weights is neither there nor a published name."""
+    if not remote.is_remote_name(path) and not os.path.exists(path):
+        raise UserError(f"{path} does not exist: give {_ACCEPTED}")
+
+
 def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretrained:
     """Reads a model from any format, which is recognized from what is there.
 
@@ -96,9 +102,8 @@ def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretraine
     overrides = {key: value for key, value in overrides.items() if value is not None}
     image_size = overrides.pop("image_size", None)
     name = os.fspath(path)
+    check_exists(name)
     path = Path(remote.fetch(name) if remote.is_remote_name(name) else name)
-    if not path.exists():
-        raise UserError(f"{path} does not exist: give {_ACCEPTED}")
     try:
         if path.is_dir() and _find_weights(path) is None:
             path = _find_step(path)

@@ -100,10 +100,7 @@ class CheckpointStore:
 
     def latest_metadata(self) -> dict[str, Any] | None:
         """The newest intact metadata, None if there is none: to compare before arrays are read."""
-        for step in saved_steps(self._newest_dir):
-            with contextlib.suppress(DamagedError):
-                return read_document(self._newest_dir / str(step))["metadata"]
-        return None
+        return latest_metadata(self._newest_dir.parent)
 
     def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
         """Restores the newest intact checkpoint.
@@ -186,6 +183,15 @@ class CheckpointStore:
 def saved_steps(directory: Path) -> list[int]:
     """The committed steps in a directory of checkpoints, the newest first."""
     return sorted((int(p.name) for p in directory.glob("*") if p.name.isdecimal()), reverse=True)
+
+
+def latest_metadata(workdir: Path) -> dict[str, Any] | None:
+    """The newest intact metadata of a run, None if there is none; no folder need be there."""
+    newest_dir = workdir / "checkpoints"
+    for step in saved_steps(newest_dir):
+        with contextlib.suppress(DamagedError):
+            return read_document(newest_dir / str(step))["metadata"]
+    return None
 
 
 def config_differences(
