@@ -186,6 +186,19 @@ def test_an_evaluator_without_a_known_type_is_not_added(flag, message):
         load("digits", [flag])
 
 
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("batch_size=abc", "config.batch_size is 'abc': it must be of type int"),
+        ("schedule.base_lr=fast", "config.schedule.base_lr is 'fast': it must be of type float"),
+        ("dataset.random_crop=often", "config.dataset.random_crop is 'often': it must be of type"),
+    ],
+)
+def test_a_value_of_another_type_is_told_by_its_key(flag, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        load("digits", [f"--config.{flag}"])
+
+
 def test_an_evaluator_is_added_in_python():
     loaded = load("digits", ["--config.seed=1"]).config
     for config in (loaded, recipes.get_config("ViT-B/16")):

@@ -59,7 +59,7 @@ def load(
         UserError: there is no such config or key, or a value is of another type.
     """
     if name is None:
-        _parse_flags(parser, flags.FlagValues(), argv)
+        _parse_flags(parser, flags.FlagValues(), argv, ConfigDict())
         raise UserError(f"--config is missing: for example --config digits; {_known()}")
     if not name:
         raise UserError("Missing value for flag --config")
@@ -78,8 +78,8 @@ def load(
         _check_keys(argv, loaded)
         raise UserError(str(error).splitlines()[0]) from error
     except flags.Error as error:
-        raise UserError(str(error).splitlines()[0]) from error
-    _parse_flags(parser, values, argv)
+        raise _bad_value(error, loaded) from error
+    _parse_flags(parser, values, argv, loaded)
     changed = config_flags.get_override_values(values["config"])
     for key in flatten_dict(changed, sep="."):
         sources |= {name: "command line" for name in sources if f"{name}.".startswith(f"{key}.")}
@@ -173,7 +173,10 @@ def _sources(loaded: ConfigDict, name: str, recorded: Sequence[recipes.Recorded]
 
 
 def _parse_flags(
-    parser: command.Parser | None, values: flags.FlagValues, argv: Sequence[str]
+    parser: command.Parser | None,
+    values: flags.FlagValues,
+    argv: Sequence[str],
+    loaded: ConfigDict,
 ) -> None:
     """Parses the values of the config and absl's own flags, and quiets libraries."""
     values.append_flag_values(flags.FLAGS)
@@ -183,9 +186,9 @@ def _parse_flags(
         flag = f"--{error.flagname}"
         near = parser.nearest(flag) if parser else None
         hint = f": did you mean {near}?" if near else ""
-        raise UserError(f"{str(error).splitlines()[0]}{hint}") from error
+        raise UserError(f"unrecognized arguments: {flag}{hint} (--help lists all flags)") from error
     except flags.Error as error:
-        raise UserError(str(error).splitlines()[0]) from error
+        raise _bad_value(error, loaded) from error
     flags.FLAGS.mark_as_parsed()
     logging.use_absl_handler()
     if not flags.FLAGS["verbosity"].present:
@@ -193,6 +196,17 @@ def _parse_flags(
         logging.set_verbosity(logging.FATAL)
     if rest:
         raise UserError(f"argument {rest[0]!r} is not a flag: values go as --config.KEY=VALUE")
+
+
+def _bad_value(error: flags.Error, loaded: ConfigDict) -> UserError:
+    """The error for a value that is not of its key's type."""
+    line = str(error).splitlines()[0]
+    match = re.match(r"flag --config\.([\w.]+)=(.*?): ", line)
+    value = flatten_dict(loaded.to_dict(), sep=".").get(match[1]) if match else None
+    if match is None or value is None:
+        return UserError(line)
+    kind = type(value).__name__
+    return UserError(f"config.{match[1]} is {match[2]!r}: it must be of type {kind}")
 
 
 def _open_evals(config: ConfigDict) -> ConfigDict:

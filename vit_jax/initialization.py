@@ -62,7 +62,7 @@ def _check_model(model: ConfigDict, pretrained: Pretrained) -> None:
 def _check_size(model: ConfigDict, pretrained: Pretrained) -> None:
     """Refuses weights of another size by the name of their model, where it has one."""
     named = name_of(pretrained.model)
-    if named is None or sum(model.get(key) != x for key, x in sizes_of(named).items()) < 2:
+    if named is None or sum(_plain(model.get(key)) != x for key, x in sizes_of(named).items()) < 2:
         return
     of_config = name_of(model.to_dict())
     raise UserError(
