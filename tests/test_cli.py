@@ -65,7 +65,7 @@ def test_version(vit_jax_command):
         (["xyz"], "command 'xyz' is unknown: use train, evaluate, predict"),
         (["predict", "--chekpoint", "a.npz", "b.png"], "--chekpoint: did you mean --checkpoint?"),
         (["predict", "--topq=3"], "unrecognized arguments: --topq: did you mean --topk?"),
-        (["train", "--confg", "digits"], "Unknown command line flag 'confg'"),
+        (["train", "--confg", "digits"], "unrecognized arguments: --confg: did you mean"),
         (["train", "--config", "digits", "--workdri=x"], "did you mean --workdir?"),
         (["train", "--config", "digits", "--config.batch=3"], "did you mean config.batch_size?"),
         (["sweep", "--config", "b16", "--sseds=2"], "did you mean --seeds?"),

@@ -8,6 +8,7 @@ from vit_jax import recipes
 from vit_jax.config import check_config, to_dict
 from vit_jax.config_files import default_workdir, explain, find, load
 from vit_jax.errors import UserError
+from vit_jax.evaluation import registry
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHOWN = {"b16": "ViT-B/16", "b32": "ViT-B/32", "l16": "ViT-L/16", "l32": "ViT-L/32"}
@@ -150,9 +151,61 @@ def test_outside_of_the_clone_configs_are_found_by_name(tmp_path, monkeypatch):
     assert default_workdir("b16:finetune,cifar10") == "runs/b16-finetune-cifar10"
     (tmp_path / "b16").mkdir()  # a directory is no config
     assert find("b16")[0] == ROOT / "configs/b16.py"
-    for name in ("b17", "configs/b17.py", "elsewhere/b16.py", ""):
-        with pytest.raises(UserError, match="does not exist: for example configs/digits.py"):
+    known = "known are b16, b32, digits, h14, l16, l32, vit, or give a file"
+    for name, hint in {"digit": "digits", "b16x": "b16", "configs/l17.py": "l16"}.items():
+        with pytest.raises(UserError, match=rf"does not exist: did you mean {hint}\? {known}$"):
             find(name)
+    for name in ("elsewhere/b16.py", ""):
+        with pytest.raises(UserError, match=f"does not exist: {known}$"):
+            find(name)
+
+
+@pytest.mark.parametrize("config", ["digits", "b16:finetune,cifar10"])
+def test_an_evaluator_is_added_by_flags_in_any_order(config):
+    flags = ["--config.evals.sure.every=2 epochs", "--config.evals.sure.type", "classification"]
+    loaded = load(config, [*flags, "--config.init_from=B_16"])
+    assert loaded.config.evals.sure.to_dict() == {
+        **registry.complete({"type": "classification"}),
+        "every": "2 epochs",
+    }
+    check_config(loaded.config)
+    sources = dict(re.findall(r"^config.evals.sure.(\w+) = .*?# (.*)$", explain(loaded), re.M))
+    assert sources["every"] == sources["type"] == "command line"
+    assert sources["split"] == "default of type classification"
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.evals.sure.type=objectiv", "evals.sure: type 'objectiv' is unknown: did you me"),
+        ("--config.evals.sure.every=1", "to add one give its type, --config.evals.sure.type=obje"),
+    ],
+)
+def test_an_evaluator_without_a_known_type_is_not_added(flag, message):
+    with pytest.raises(UserError, match=message):
+        load("digits", [flag])
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("batch_size=abc", "config.batch_size is 'abc': it must be of type int"),
+        ("schedule.base_lr=fast", "config.schedule.base_lr is 'fast': it must be of type float"),
+        ("dataset.random_crop=often", "config.dataset.random_crop is 'often': it must be of type"),
+    ],
+)
+def test_a_value_of_another_type_is_told_by_its_key(flag, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        load("digits", [f"--config.{flag}"])
+
+
+def test_an_evaluator_is_added_in_python():
+    loaded = load("digits", ["--config.seed=1"]).config
+    for config in (loaded, recipes.get_config("ViT-B/16")):
+        config.evals.sure = {"type": "objective", "split": "train"}
+        check_config(config)
+    with pytest.raises(AttributeError, match="surplus"):
+        loaded.surplus = 1
 
 
 def test_a_file_of_ones_own_is_read(tmp_path):

@@ -6,14 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from vit_jax import train
+from vit_jax import initialization, train
 from vit_jax.checkpoints.pretrained import Pretrained, abstract_params, load_pretrained
 from vit_jax.checkpoints.save import save_pretrained
 from vit_jax.data import datasets
 from vit_jax.data.protocols import evaluation
 from vit_jax.errors import UserError
-from vit_jax.models import create_model, prediction_defaults
-from vit_jax.recipes import get_config
+from vit_jax.models import create_model, model_config, prediction_defaults
+from vit_jax.recipes import OFFICIAL_NAMES, get_config, name_of
 
 from .runs import read_losses, train_until
 
@@ -105,6 +105,27 @@ def test_weights_that_do_not_fit_are_refused_before_the_data_set_is_opened(
     config = finetune_config(data_dir, **({"init_from": foreign_weights} | overrides))
     with pytest.raises(UserError, match=message):
         train.train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "of_config"),
+    [({}, "a ViT-B/16"), ({"model.num_layers": 3}, "of other sizes")],
+)
+def test_weights_of_another_named_model_are_told_by_its_name(overrides, of_config):
+    config = get_config("ViT-B/16", "finetune,digits")
+    config.update_from_flattened_dict(overrides)
+    model = prediction_defaults("vit") | model_config("ViT-Ti/16") | {"num_classes": 3}
+    weights = Pretrained({}, model, evaluation("bit", 224), None, "softmax", "Ti_16.npz")
+    told = f"Ti_16.npz is a ViT-Ti/16 but the config's model is {of_config}: use --config "
+    with pytest.raises(UserError, match=f"^{told}vit:ViT-Ti/16,...$"):
+        initialization._check_model(config.model, weights)
+
+
+@pytest.mark.parametrize("name", [*sorted({*OFFICIAL_NAMES.values()}), "ViT-B/8", "ViT-L/14"])
+def test_a_model_has_the_name_that_it_is_made_by(name):
+    sizes = model_config(name)
+    assert name_of({**sizes, "num_classes": 10, "gelu": "erf"}) == name
+    assert name_of({**sizes, "architecture": "another"}) is None
 
 
 def test_finetuning_without_weights_has_the_models_defaults(data_dir, tmp_path, monkeypatch):

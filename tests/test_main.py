@@ -24,9 +24,10 @@ B16 = "configs/b16.py"
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "--config is missing: for example --config configs/digits.py"),
+        ([], "--config is missing: for example --config digits; known are b16, "),
         (["--config"], "Missing value for flag --config"),
         (["--config", "configs/b17.py"], "config configs/b17.py does not exist"),
+        (["--config", "digit"], "did you mean digits? known are b16, b32, digits, h14, l16, "),
         (["--config", f"{B16}:finetun,cifar10"], "recipe 'finetun' is unknown"),
         ([f"--config={B16}", "--config.bacth_size=8"], "did you mean config.batch_size?"),
         (["--config", B16, "--config.eval_every=1"], "config.eval_every is config.evals.val.every"),
@@ -35,9 +36,9 @@ B16 = "configs/b16.py"
             "config.fewshot.dataset is config.evals.fewshot.dataset today: set that",
         ),
         (["--config", B16, "--config.base_lr=1"], "did you mean config.schedule.base_lr?"),
-        (["--config", B16, "--config.batch_size=big"], "--config.batch_size=big: invalid literal"),
+        (["--config", B16, "--config.batch_size=big"], "is 'big': it must be of type int"),
         (["--config", B16, "batch_size=8"], "argument 'batch_size=8' is not a flag"),
-        (["--confg", B16], "Unknown command line flag 'confg'"),
+        (["--confg", B16], "unrecognized arguments: --confg: did you mean --config? (--help lists"),
         ([f"-config={B16}", "--config.bacth_size=8"], "did you mean config.batch_size?"),
         (["--config", B16, "--num_processes=2"], "go together: give all three"),
     ],

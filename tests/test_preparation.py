@@ -84,7 +84,7 @@ def test_every_config_key_is_read(tiny_config, masked_config, tmp_path, monkeypa
         ({"loss": "hinge"}, "loss 'hinge' is unknown"),
         ({"sharding": "zero"}, "sharding 'zero' is unknown: use replicated or fsdp"),
         ({"dataset.name": "no_such_data"}, "data set 'no_such_data' is not known to TFDS"),
-        ({"dataset.name": "folder:/nowhere"}, "folder '/nowhere' has no train/"),
+        ({"dataset.name": "folder:/nowhere"}, "folder '/nowhere' does not exist: name one with"),
         ({"init_from": "/nowhere/model.npz"}, "/nowhere/model.npz does not exist"),
         ({"duration": "5 hours"}, "duration '5 hours' is not understood"),
     ],

@@ -92,6 +92,19 @@ def test_the_first_loss_is_that_of_guessing(finished):
     assert read_losses(finished)[0] == pytest.approx(math.log(10), rel=1e-5)
 
 
+def test_the_wait_for_the_compiler_is_announced(tiny_config, tmp_path, monkeypatch, capsys):
+    said = []
+
+    def compile_train_step(*_):
+        said.append(capsys.readouterr().out)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "compile_train_step", compile_train_step)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(tiny_config(), tmp_path / "run")
+    assert [text.splitlines()[-1] for text in said] == ["compiling the training step"]
+
+
 def test_a_finished_run_says_so(finished, tiny_config, capsys):
     before = (finished / "metrics.jsonl").read_text()
     final = train.train(tiny_config(), finished)

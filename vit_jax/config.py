@@ -19,8 +19,10 @@ from vit_jax.data.protocols import JPEG_DCTS
 from vit_jax.data.subset import parse_subset
 from vit_jax.errors import UserError
 from vit_jax.evaluation import registry
-from vit_jax.models import DTYPES, describe, field_type, masked, model_fields
-from vit_jax.state import check_warmup, optimizer_keys
+from vit_jax.models import DTYPES, describe, field_type, masked, model_fields, vit
+from vit_jax.sharding import MODES
+from vit_jax.state import DECAYS, check_warmup, optimizer_keys
+from vit_jax.steps import LOSSES
 
 AT_LEAST_ONE = {
     "batch_size",
@@ -37,6 +39,7 @@ FRACTIONS = {
     "optimizer.momentum",
 }
 CHOICES = {"augment_contrast": CONTRASTS, "dataset.jpeg_dct": JPEG_DCTS}
+NAMES = {"loss": LOSSES, "sharding": MODES, "schedule.decay": DECAYS}
 NOT_NEGATIVE = {
     "patience",
     "dataset.subset_seed",
@@ -102,7 +105,7 @@ def check_config(config: ConfigDict, *, may_lack: bool = False) -> None:
         _check_keys(config[section].keys(), types, f"{section}.")
         for key, kind in types.items():
             _check_type(f"{section}.{key}", config[section][key], kind)
-    _check_model(config.model)
+    _check_model(config.model, config.dataset.image_size)
     _check_ranges(config)
     _check_durations(config)
 
@@ -175,12 +178,14 @@ def _check_type(key: str, value: Any, kind: type) -> None:
         raise UserError(f"config.{key} is {value!r}: it must be of type {kind.__name__}")
 
 
-def _check_model(model: ConfigDict) -> None:
+def _check_model(model: ConfigDict, image_size: int) -> None:
     for key, field in model_fields(model.architecture).items():
         check = field.metadata.get("check")
         if check and model[key] is not None and (problem := check(model[key])):
             raise UserError(f"config.model.{key} {problem}")
-    describe(dict(model))
+    description = describe(dict(model))
+    if isinstance(description, vit.ViTConfig) and image_size > 0:
+        description.grid(image_size, image_size)
 
 
 def _check_ranges(config: ConfigDict) -> None:
@@ -197,6 +202,9 @@ def _check_ranges(config: ConfigDict) -> None:
     for key, choices in CHOICES.items():
         if values[key] not in choices:
             raise UserError(f"config.{key} is {values[key]!r}: use {' or '.join(choices)}")
+    for key, names in NAMES.items():
+        if values[key] not in names:
+            raise UserError(f"{key} {values[key]!r} is unknown: use {' or '.join(names)}")
     if values["schedule.base_lr"] == 0:
         raise UserError("config.schedule.base_lr is 0.0: it must be above 0")
     _check_objective(values)

@@ -7,6 +7,7 @@
 import dataclasses
 import importlib.util
 import inspect
+import itertools
 import os
 import pathlib
 import re
@@ -19,6 +20,7 @@ from ml_collections import ConfigDict, config_flags
 
 from vit_jax import command, config, provenance, recipes
 from vit_jax.errors import UserError
+from vit_jax.evaluation import registry
 
 _PACKAGE = pathlib.Path(__file__).parent
 # Where this package is installed the configs are in it, in a clone of the repository beside it.
@@ -57,14 +59,15 @@ def load(
         UserError: there is no such config or key, or a value is of another type.
     """
     if name is None:
-        _parse_flags(parser, flags.FlagValues(), argv)
-        raise UserError("--config is missing: for example --config configs/digits.py")
+        _parse_flags(parser, flags.FlagValues(), argv, ConfigDict())
+        raise UserError(f"--config is missing: for example --config digits; {_known()}")
     if not name:
         raise UserError("Missing value for flag --config")
     path, spec = find(name)
     with recipes.recording() as recorded:
         loaded = _read(path, spec)
     sources = _sources(loaded, name, recorded)
+    sources |= _add_evaluators(loaded, argv)
     values = flags.FlagValues()
     try:
         # It parses the flags that it is asked to define.
@@ -75,12 +78,12 @@ def load(
         _check_keys(argv, loaded)
         raise UserError(str(error).splitlines()[0]) from error
     except flags.Error as error:
-        raise UserError(str(error).splitlines()[0]) from error
-    _parse_flags(parser, values, argv)
+        raise _bad_value(error, loaded) from error
+    _parse_flags(parser, values, argv, loaded)
     changed = config_flags.get_override_values(values["config"])
     for key in flatten_dict(changed, sep="."):
         sources |= {name: "command line" for name in sources if f"{name}.".startswith(f"{key}.")}
-    return Loaded(name, holder.value, sources)
+    return Loaded(name, _open_evals(holder.value), sources)
 
 
 def find(name: str) -> tuple[pathlib.Path, str | None]:
@@ -100,7 +103,17 @@ def find(name: str) -> tuple[pathlib.Path, str | None]:
             return file, spec if colon else None
         if recipes.model_name(match[1]) != match[1]:
             return _DIRECTORY / "vit.py", ",".join(filter(None, (match[1], spec)))
-    raise UserError(f"config {path} does not exist: for example configs/digits.py")
+    near = command.nearest(match[1], _names()) if match else None
+    hint = f"did you mean {near}? " if near else ""
+    raise UserError(f"config {path} does not exist: {hint}{_known()}")
+
+
+def _names() -> list[str]:
+    return sorted(path.stem for path in _DIRECTORY.glob("*.py"))
+
+
+def _known() -> str:
+    return f"known are {', '.join(_names())}, or give a file"
 
 
 def default_workdir(name: str) -> str:
@@ -129,12 +142,14 @@ def _read(path: pathlib.Path, spec: str | None) -> ConfigDict:
         return config.get_config(str(path))
     module_spec = importlib.util.spec_from_file_location(f"{path.stem}_config", path)
     if module_spec is None or module_spec.loader is None:
-        raise UserError(f"config {path} is no Python file: for example configs/digits.py")
+        raise UserError(f"config {path} is no Python file: give one that ends in .py")
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     get_config = getattr(module, "get_config", None)
     if get_config is None:
-        raise UserError(f"config {path} has no get_config: see configs/digits.py")
+        raise UserError(
+            f"config {path} has no get_config: define one that returns the ConfigDict of a run"
+        )
     if spec is None:
         return get_config()
     if not inspect.signature(get_config).parameters:
@@ -158,7 +173,10 @@ def _sources(loaded: ConfigDict, name: str, recorded: Sequence[recipes.Recorded]
 
 
 def _parse_flags(
-    parser: command.Parser | None, values: flags.FlagValues, argv: Sequence[str]
+    parser: command.Parser | None,
+    values: flags.FlagValues,
+    argv: Sequence[str],
+    loaded: ConfigDict,
 ) -> None:
     """Parses the values of the config and absl's own flags, and quiets libraries."""
     values.append_flag_values(flags.FLAGS)
@@ -168,9 +186,9 @@ def _parse_flags(
         flag = f"--{error.flagname}"
         near = parser.nearest(flag) if parser else None
         hint = f": did you mean {near}?" if near else ""
-        raise UserError(f"{str(error).splitlines()[0]}{hint}") from error
+        raise UserError(f"unrecognized arguments: {flag}{hint} (--help lists all flags)") from error
     except flags.Error as error:
-        raise UserError(str(error).splitlines()[0]) from error
+        raise _bad_value(error, loaded) from error
     flags.FLAGS.mark_as_parsed()
     logging.use_absl_handler()
     if not flags.FLAGS["verbosity"].present:
@@ -180,10 +198,56 @@ def _parse_flags(
         raise UserError(f"argument {rest[0]!r} is not a flag: values go as --config.KEY=VALUE")
 
 
+def _bad_value(error: flags.Error, loaded: ConfigDict) -> UserError:
+    """The error for a value that is not of its key's type."""
+    line = str(error).splitlines()[0]
+    match = re.match(r"flag --config\.([\w.]+)=(.*?): ", line)
+    value = flatten_dict(loaded.to_dict(), sep=".").get(match[1]) if match else None
+    if match is None or value is None:
+        return UserError(line)
+    kind = type(value).__name__
+    return UserError(f"config.{match[1]} is {match[2]!r}: it must be of type {kind}")
+
+
+def _open_evals(config: ConfigDict) -> ConfigDict:
+    """The same config, to whose section `evals` entries can be added; other keys are fixed."""
+    if isinstance(evals := config.get("evals"), ConfigDict):
+        evals.unlock()
+    return config
+
+
+def _add_evaluators(loaded: ConfigDict, argv: Sequence[str]) -> dict[str, str]:
+    """Adds the entries of `evals` whose type is given by a flag, so that other flags can set them.
+
+    Returns:
+        The sources of their values.
+    """
+    sources: dict[str, str] = {}
+    evals = _open_evals(loaded).get("evals", {})
+    for argument, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        flag, equals, value = argument.partition("=")
+        match = re.fullmatch(r"--config\.evals\.(\w+)\.type", flag)
+        if not match or match[1] in evals:
+            continue
+        kind, name = value if equals else following, match[1]
+        try:
+            evals[name] = registry.complete({"type": kind})
+        except UserError as error:
+            raise UserError(f"config.evals.{name}: {error}") from error
+        sources |= {f"evals.{name}.{key}": f"default of type {kind}" for key in evals[name]}
+    return sources
+
+
 def _check_keys(argv: Sequence[str], loaded: ConfigDict) -> None:
     valid = flatten_dict(config.to_dict(loaded), sep=".")
     for argument in argv:
         flag = argument.partition("=")[0]
         key = flag.removeprefix("--config.")
+        entry = re.fullmatch(r"evals\.(\w+)\.\w+", key)
+        if entry and entry[1] not in loaded.evals:
+            raise UserError(
+                f"config.evals.{entry[1]} is no evaluator of the config: to add one give its type, "
+                f"--config.evals.{entry[1]}.type={'|'.join(registry.EVALUATORS)}"
+            )
         if key != flag and key not in valid:
             raise config.unknown_key(key, valid)

@@ -17,6 +17,7 @@ from vit_jax.config import left_to_weights, take_from_weights
 from vit_jax.errors import UserError
 from vit_jax.models import prediction_fields
 from vit_jax.preparation import create_objective
+from vit_jax.recipes import name_of, sizes_of
 from vit_jax.reporting import say
 from vit_jax.state import Params, TrainState, replace_params
 
@@ -47,6 +48,7 @@ def read_weights(config: ConfigDict) -> tuple[ConfigDict, Params]:
 
 
 def _check_model(model: ConfigDict, pretrained: Pretrained) -> None:
+    _check_size(model, pretrained)
     for key in sorted(prediction_fields(model.to_dict()).keys() - _OF_THE_HEAD):
         wanted, found = (_plain(x.get(key)) for x in (model, pretrained.model))
         if wanted is not None and wanted != found:
@@ -55,6 +57,18 @@ def _check_model(model: ConfigDict, pretrained: Pretrained) -> None:
                 f"model.{key} is {wanted} but {pretrained.source} was trained with {found}: "
                 f"set {known}"
             )
+
+
+def _check_size(model: ConfigDict, pretrained: Pretrained) -> None:
+    """Refuses weights of another size by the name of their model, where it has one."""
+    named = name_of(pretrained.model)
+    if named is None or sum(_plain(model.get(key)) != x for key, x in sizes_of(named).items()) < 2:
+        return
+    of_config = name_of(model.to_dict())
+    raise UserError(
+        f"{pretrained.source} is a {named} but the config's model is "
+        f"{f'a {of_config}' if of_config else 'of other sizes'}: use --config vit:{named},..."
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -8,9 +8,9 @@ import contextlib
 import dataclasses
 import difflib
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
@@ -18,6 +18,7 @@ from vit_jax import models
 from vit_jax.data import vtab
 from vit_jax.errors import UserError
 from vit_jax.evaluation import registry
+from vit_jax.models.vit import SIZES
 
 
 class Pretraining(NamedTuple):
@@ -64,7 +65,10 @@ TABLE_3 = {
 WIDEST_RESNETS = {"R152x4": (7,), "R200x3": (14,)}
 # Not in the paper: whose row a model without one takes, by patterns of names, one after the other.
 _OF_AXIAL = ((r"^AxialResNet(\d+)$", r"R\1x1"), (r"^Axial-", ""))
-_OF_OTHER_SIZES = ((r"\bViT-(Ti|S|b|\d+-\d+-\d+)/", "ViT-B/"),)
+_OF_OTHER_SIZES = (
+    (r"\bViT-(Ti|S|b|\d+-\d+-\d+)/", "ViT-B/"),
+    (r"\bViT-(?![BLH]/)\w+/", "ViT-H/"),
+)
 STAND_INS = {
     "jft": (
         *_OF_AXIAL,
@@ -216,6 +220,26 @@ def model_name(name: str) -> str:
     return OFFICIAL_NAMES.get(re.sub(r"vit-|[+_]", "", name.lower()), name)
 
 
+def name_of(model: Mapping[str, Any]) -> str | None:
+    """The paper's name of the model of these sizes, None if it has none; S is also called b.
+
+    Args:
+        model: as `models.model_config` gives it; what else it has is not asked for.
+    """
+    given = {key: tuple(x) if isinstance(x, list) else x for key, x in model.items()}
+    of_patches = [f"ViT-{size}/{given['patch_size']}" for size in SIZES if given.get("patch_size")]
+    for name in (*OFFICIAL_NAMES.values(), *of_patches):
+        if sizes_of(name).items() <= given.items():
+            return name
+    return None
+
+
+def sizes_of(name: str) -> dict[str, Any]:
+    """The architecture of a model and its sizes, without what travels with weights."""
+    fields = models.model_config(name)
+    return {key: x for key, x in fields.items() if key not in LEFT_TO_WEIGHTS}
+
+
 def parse_spec(spec: str) -> tuple[str, str, set[str]]:
     """The recipe, the data set and the options that a spec names, see `get_config`."""
     recipe, comma, dataset = (spec or "pretrain").partition(",")
@@ -251,13 +275,14 @@ def pretrain(model: str, dataset: str) -> ConfigDict:
     """Table 3: pre-training from scratch.
 
     The longest of a row's durations is taken. Not in the paper: Ti, S, b and the shapes of Appendix
-    D.2 take the row of B, and H on ImageNet-21k that of L; R26 and R take the row of R50 and, on
-    ImageNet-21k, every hybrid that of its ViT; a data set that the paper did not pre-train on takes
-    ImageNet's row, with the warm-up in epochs. Table 3 has the ResNets on JFT only: there R152x4
-    and R200x3 take the row of R152x2 (R200x3 for the 14 epochs of Table 6); elsewhere all take the
-    row of ViT-B, so that what is compared with a ViT was trained like it, but for the dropout and
-    the hidden layer before the head, which BiT's ResNet has not. The axial models of Appendix D.6
-    take the rows of what they were made from: ViT-B, and for AxialResNet50 R50x1.
+    D.2 take the row of B, any other size that the paper lacks that of H, and H on ImageNet-21k that
+    of L; R26 and R take the row of R50 and, on ImageNet-21k, every hybrid that of its ViT; a data
+    set that the paper did not pre-train on takes ImageNet's row, with the warm-up in epochs. Table
+    3 has the ResNets on JFT only: there R152x4 and R200x3 take the row of R152x2 (R200x3 for the 14
+    epochs of Table 6); elsewhere all take the row of ViT-B, so that what is compared with a ViT was
+    trained like it, but for the dropout and the hidden layer before the head, which BiT's ResNet
+    has not. The axial models of Appendix D.6 take the rows of what they were made from: ViT-B, and
+    for AxialResNet50 R50x1.
     """
     config = base(model, dataset)
     dataset = table_name(dataset)

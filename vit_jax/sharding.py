@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vit_jax.errors import UserError
 
 AXIS = "data"
+MODES = ("replicated", "fsdp")
 # Smaller arrays stay whole under FSDP: gathering them costs more than the memory they take.
 FSDP_MIN_SIZE = 2**14
 
@@ -37,8 +38,8 @@ def state_sharding(state: Any, mesh: Mesh, mode: str) -> Any:
     Raises:
         UserError: the mode is unknown.
     """
-    if mode not in ("replicated", "fsdp"):
-        raise UserError(f"sharding {mode!r} is unknown: use replicated or fsdp")
+    if mode not in MODES:
+        raise UserError(f"sharding {mode!r} is unknown: use {' or '.join(MODES)}")
 
     def place(leaf: Any) -> NamedSharding:
         spec = [None] * leaf.ndim

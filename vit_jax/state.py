@@ -41,6 +41,9 @@ class TrainState(flax.struct.PyTreeNode):
         return self.params if self.ema_params is None else self.ema_params
 
 
+DECAYS = ("linear", "cosine")
+
+
 def check_warmup(warmup: float, total: float, unit: str = "steps") -> None:
     """Raises a UserError if a run of `total` steps, or epochs, ends before its warm-up does."""
     if warmup >= total:
@@ -61,7 +64,7 @@ def create_schedule(
     elif decay == "linear":
         after = optax.linear_schedule(base_lr, end_lr, decay_steps)
     else:
-        raise UserError(f"schedule.decay {decay!r} is unknown: use linear or cosine")
+        raise UserError(f"schedule.decay {decay!r} is unknown: use {' or '.join(DECAYS)}")
     warmup = optax.linear_schedule(0.0, base_lr, warmup_steps)
     return optax.join_schedules([warmup, after], [warmup_steps])
 

@@ -180,6 +180,7 @@ def _finish(
 ) -> dict[str, Any]:
     """Takes the steps that are left; returns what metrics.json is to hold."""
     config, step = prepared.config, int(state.step)
+    say("compiling the training step")  # Of a large model this takes minutes.
     train_step = compile_train_step(prepared, state)
     cost = Cost(config.batch_size, prepared.mesh.size, flops.train_flops(prepared.multiply_adds))
     reporter = Reporter(

@@ -22,7 +22,7 @@ from vit_jax.data.protocols import evaluation
 from vit_jax.errors import UserError
 from vit_jax.models import create_model, model_config, vit
 from vit_jax.models.base import Model, ModelConfig, at_least, linear_head, option, width_of
-from vit_jax.recipes import get_config
+from vit_jax.recipes import get_config, pretraining_row
 from vit_jax.state import init_train_state
 from vit_jax.steps import classification, train_step
 
@@ -185,3 +185,10 @@ def test_a_size_is_a_row(monkeypatch):
     millions = sum(x.size for x in jax.tree.leaves(params)) / 1e6
     assert millions == pytest.approx(1011 + 1.4, abs=2)  # There without a head of 1,000 classes.
     assert get_config("Axial-ViT-g/14").model.mlp_dim == 6144
+
+
+def test_a_size_that_the_paper_lacks_takes_the_row_of_the_largest(monkeypatch):
+    monkeypatch.setitem(vit.SIZES, "g", vit.SIZES["H"])
+    check_config(get_config("ViT-g/14", "pretrain,imagenet21k"))
+    for dataset, model in {"imagenet21k": "ViT-L/16", "jft": "ViT-H/14"}.items():
+        assert pretraining_row("ViT-g/14", dataset) == pretraining_row(model, dataset)

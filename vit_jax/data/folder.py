@@ -101,6 +101,10 @@ def open_folder(path: str) -> Folder:
             empty, a test class is unknown in training, or a file is not an image.
     """
     root = Path(path).expanduser()
+    if not root.is_dir():
+        raise UserError(
+            f"folder {path!r} does not exist: name one with train/, and test/ or validation/, in it"
+        )
     found = {directory: name for directory, name in _SPLITS.items() if (root / directory).is_dir()}
     if not found:
         raise UserError(
