@@ -23,10 +23,10 @@ demo: $(VENV)/installed
 
 # Files with slow tests come first (tests/conftest.py), so that none is left to one process at the end.
 test: $(VENV)/installed
-	$(CACHE) $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(FLAGS)
+	$(CACHE) $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(COVERAGE) $(FLAGS)
 
 # What CI prints: the share of lines that the tests run, without those in other processes.
-coverage: FLAGS += --cov=vit_jax --cov-report=term:skip-covered
+coverage: COVERAGE := --cov=vit_jax --cov-report=term:skip-covered
 coverage: export COVERAGE_CORE = sysmon
 coverage: test
 
