@@ -12,7 +12,7 @@ PIP := $(RUN) -m pip install --quiet --no-compile
 # Compiled programs are kept for the next run, and for the other process of this one.
 CACHE := JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/xla JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
-.PHONY: demo test lint types docs doctor clean
+.PHONY: demo test coverage lint types docs doctor clean
 
 demo: $(VENV)/installed
 	$(RUN) -m vit_jax doctor
@@ -25,7 +25,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(CACHE) $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(COVERAGE) $(FLAGS)
 
-# What CI prints: the share of lines that the tests run, without those in other processes.
+# The tests, and the share of lines that they run, without those in other processes.
 coverage: COVERAGE := --cov=vit_jax --cov-report=term:skip-covered
 coverage: export COVERAGE_CORE = sysmon
 coverage: test
