@@ -7,7 +7,8 @@ import sys
 import pytest
 
 import vit_jax
-from vit_jax import cli, command
+from vit_jax import cli
+from vit_jax.errors import nearest
 
 NAMES = ["train", "evaluate", "predict", "convert", "export"]
 NAMES += ["analyze", "weights", "sweep", "doctor"]
@@ -100,5 +101,5 @@ def test_help_imports_neither_jax_nor_tensorflow(name):
 
 
 def test_the_nearest_name_is_one_that_is_like_it():
-    assert command.nearest("evalute", NAMES) == "evaluate"
-    assert command.nearest("zzz", NAMES) is None
+    assert nearest("evalute", NAMES) == "evaluate"
+    assert nearest("zzz", NAMES) is None

@@ -18,8 +18,8 @@ from vit_jax.config import (
     MOVED_KEYS,
     check_config,
     count_steps,
-    get_config,
     migrate,
+    read_config,
     to_dict,
     unknown_key,
 )
@@ -262,15 +262,15 @@ def test_config_json_gives_the_config_back(model, tmp_path):
     config = recipe(model)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(to_dict(config)))
-    assert to_dict(get_config(str(path))) == to_dict(config)
-    check_config(get_config(str(path)))
+    assert to_dict(read_config(str(path))) == to_dict(config)
+    check_config(read_config(str(path)))
 
 
 def test_what_a_config_json_leaves_to_the_weights_can_be_given_by_flags(tmp_path):
     config = recipe("ViT-B/16", "finetune,cifar10")
     path = tmp_path / "config.json"
     path.write_text(json.dumps(to_dict(config)))
-    read = get_config(str(path))
+    read = read_config(str(path))
     assert to_dict(read) == to_dict(config)
     for key, kind in LEFT_TO_WEIGHTS.items():
         if key in config.model:
@@ -300,7 +300,7 @@ def test_a_config_of_before_evals_has_them():
     }  # fmt: skip
     before["masking"]["target"] = "mean_color"
     assert after == {key: x for key, x in before.items() if key not in ("eval_every", "fewshot")}
-    check_config(get_config(str(BEFORE_EVALS)))
+    check_config(read_config(str(BEFORE_EVALS)))
 
 
 @pytest.mark.parametrize("key", ADDED_KEYS)
@@ -310,16 +310,16 @@ def test_a_config_json_from_before_a_key_has_what_runs_did_then(key, tmp_path):
     del (config[section] if section else config)[name]
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
-    assert get_config(str(path)).to_dict() == migrate(config)
-    values = flatten_dict(to_dict(get_config(str(path))), sep=".")
+    assert read_config(str(path)).to_dict() == migrate(config)
+    values = flatten_dict(to_dict(read_config(str(path))), sep=".")
     assert values[key] == ADDED_KEYS[key]
-    check_config(get_config(str(path)))
+    check_config(read_config(str(path)))
 
 
 def test_a_broken_config_json_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json cannot be read"):
-        get_config(str(tmp_path / "config.json"))
+        read_config(str(tmp_path / "config.json"))
 
 
 # Another value of every key of a section that is handed on as a whole: something must change.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 from vit_jax import __version__, command
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, nearest
 
 
 class Command(NamedTuple):
@@ -57,7 +57,7 @@ def _run(argv: Sequence[str]) -> int:
         print(f"vit_jax {__version__}")
         return 0
     if name not in COMMANDS:
-        near = command.nearest(name, COMMANDS)
+        near = nearest(name, COMMANDS)
         hint = f"did you mean {near}?" if near else f"use {', '.join(COMMANDS)}"
         raise UserError(f"command {name!r} is unknown: {hint}")
     module = importlib.import_module(COMMANDS[name].module)

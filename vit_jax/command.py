@@ -1,14 +1,13 @@
 """The parsing of flags and the exit of every command: a mistake is one line and exit code 2."""
 
 import argparse
-import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, nearest
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,11 +47,6 @@ def _flags(args: Sequence[str]) -> list[str]:
     """The names of the flags among arguments, up to a `--`."""
     end = args.index("--") if "--" in args else len(args)
     return [arg.partition("=")[0] for arg in args[:end] if arg.startswith("--")]
-
-
-def nearest(name: str, valid: Iterable[str]) -> str | None:
-    """The name among `valid` that is most like another, None if none is like it."""
-    return next(iter(difflib.get_close_matches(name, list(valid), n=1)), None)
 
 
 def positive(text: str) -> int:

@@ -3,7 +3,6 @@
 A config is an `ml_collections.ConfigDict` that describes a whole run; `vit_jax.recipes` makes them.
 """
 
-import difflib
 import json
 import pathlib
 import re
@@ -17,7 +16,7 @@ from vit_jax import recipes
 from vit_jax.data.augmentation import CONTRASTS, parse_augment
 from vit_jax.data.protocols import JPEG_DCTS
 from vit_jax.data.subset import parse_subset
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, nearest
 from vit_jax.evaluation import registry
 from vit_jax.models import DTYPES, describe, field_type, masked, model_fields, vit
 from vit_jax.sharding import MODES
@@ -279,8 +278,8 @@ def unknown_key(key: str, valid: Iterable[str]) -> UserError:
     if moved := (sections | MOVED_KEYS).get(key):
         return UserError(f"config.{key} is config.{moved} today: set that")
     leaves = {name.rpartition(".")[2]: name for name in sorted(valid)}
-    near = difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1)
-    hint = f"did you mean config.{leaves[near[0]]}?" if near else f"valid are {', '.join(leaves)}"
+    near = nearest(key.rpartition(".")[2], leaves)
+    hint = f"did you mean config.{leaves[near]}?" if near else f"valid are {', '.join(leaves)}"
     return UserError(f"config.{key} is not a key that anything reads: {hint}")
 
 
@@ -377,7 +376,3 @@ def read_config(path: str) -> ConfigDict:
         if isinstance(model := config.get("model"), ConfigDict) and model.get(key, "") is None:
             model[key] = config_dict.placeholder(kind)
     return config
-
-
-# ml_collections calls it so: this file is the config file that a config.json is read by.
-get_config = read_config

@@ -19,7 +19,7 @@ from flax.traverse_util import empty_node, flatten_dict
 from ml_collections import ConfigDict, config_flags
 
 from vit_jax import command, config, provenance, recipes
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, nearest
 from vit_jax.evaluation import registry
 
 _PACKAGE = pathlib.Path(__file__).parent
@@ -103,7 +103,7 @@ def find(name: str) -> tuple[pathlib.Path, str | None]:
             return file, spec if colon else None
         if recipes.model_name(match[1]) != match[1]:
             return _DIRECTORY / "vit.py", ",".join(filter(None, (match[1], spec)))
-    near = command.nearest(match[1], _names()) if match else None
+    near = nearest(match[1], _names()) if match else None
     hint = f"did you mean {near}? " if near else ""
     raise UserError(f"config {path} does not exist: {hint}{_known()}")
 
@@ -139,7 +139,7 @@ def _show(value: Any) -> str:
 
 def _read(path: pathlib.Path, spec: str | None) -> ConfigDict:
     if path.suffix == ".json":
-        return config.get_config(str(path))
+        return config.read_config(str(path))
     module_spec = importlib.util.spec_from_file_location(f"{path.stem}_config", path)
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"config {path} is no Python file: give one that ends in .py")

@@ -1,5 +1,8 @@
 """A user's mistake, told in one line."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """A mistake that the user can mend, told in one line.
@@ -7,6 +10,11 @@ class UserError(ValueError):
     The message names the offending value, the rule it breaks and the way out. The commands print it
     after ``error:`` and exit with code 2.
     """
+
+
+def nearest(name: str, valid: Iterable[str]) -> str | None:
+    """The name among `valid` that is most like another, None if none is like it."""
+    return next(iter(difflib.get_close_matches(name, list(valid), n=1)), None)
 
 
 def shortlist(lines: list[str], limit: int = 4) -> str:

@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     args = parse_arguments(argv)
     _silence()
-    from vit_jax.data import datasets
+    from vit_jax.data import datasets, objectnet
 
     result: dict[str, Any] = {"checkpoint": args.checkpoint, "dataset": args.dataset}
     if args.dataset == datasets.REAL:
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         source = datasets.open_real(data_dir=args.data_dir, split=args.split or "validation")
         result |= {"split": source.split} | _evaluate_real(_Checkpoint(args), source, args)
-    elif args.dataset.startswith("objectnet:"):
+    elif args.dataset.startswith(objectnet.PREFIX):
         result |= _evaluate_objectnet(args)
     else:
         source = datasets.open_evaluation(args.dataset, data_dir=args.data_dir, split=args.split)

@@ -7,11 +7,6 @@ from flax.traverse_util import flatten_dict
 
 from vit_jax import recipes
 
-# What the name of a model says.
-_OF_THE_NAME = (
-    *("architecture", "patch_size", "hidden_size", "num_layers", "mlp_dim", "num_heads"),
-    *("resnet_layers", "width_factor"),
-)
 # Of every recipe the values of the row of its table, and those that all of its rows share.
 _SOURCES = {
     "pretrain": (
@@ -45,7 +40,7 @@ def sources(made: recipes.Recorded) -> dict[str, str]:
     row, shared = _SOURCES[recipe]
     where = dict.fromkeys(shared, _TABLES[recipe])
     where |= dict.fromkeys(row, f"{_TABLES[recipe]}, {_row_name(recipe, made.model, dataset)}")
-    where |= dict.fromkeys((f"model.{key}" for key in _OF_THE_NAME), made.model)
+    where |= dict.fromkeys((f"model.{key}" for key in recipes.sizes_of(made.model)), made.model)
     where |= _OTHER_SOURCES[recipe]
     if "512" in options:
         where |= dict.fromkeys(("dataset.image_size", "ema_decay"), "Table 2")

@@ -6,7 +6,6 @@ What the paper leaves open is marked "not in the paper", with the choice and its
 
 import contextlib
 import dataclasses
-import difflib
 import re
 from collections.abc import Generator, Mapping
 from contextvars import ContextVar
@@ -16,7 +15,7 @@ from ml_collections import ConfigDict, config_dict
 
 from vit_jax import models
 from vit_jax.data import vtab
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, nearest
 from vit_jax.evaluation import registry
 from vit_jax.models.vit import SIZES
 
@@ -244,8 +243,8 @@ def parse_spec(spec: str) -> tuple[str, str, set[str]]:
     """The recipe, the data set and the options that a spec names, see `get_config`."""
     recipe, comma, dataset = (spec or "pretrain").partition(",")
     if recipe not in RECIPES:
-        near = difflib.get_close_matches(recipe, RECIPES, n=1)
-        hint = f"did you mean {near[0]}?" if near else "for example pretrain,imagenet21k"
+        near = nearest(recipe, RECIPES)
+        hint = f"did you mean {near}?" if near else "for example pretrain,imagenet21k"
         raise UserError(f"recipe {recipe!r} is unknown: use pretrain, masked or finetune; {hint}")
     options = set()
     while (word := dataset.rpartition(",")[2]) in ("dev", "512"):

@@ -39,7 +39,7 @@ def converter(request):
     if request.param == "jax2tf":
         request.getfixturevalue("need_jax2tf")
     elif not importlib.util.find_spec("jax2onnx"):
-        pytest.skip("needs jax2onnx, see the README's section Deploy")
+        pytest.skip("needs jax2onnx, see docs/deployment.md")
     return request.param
 
 

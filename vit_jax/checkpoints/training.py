@@ -98,10 +98,6 @@ class CheckpointStore:
         """The newest committed step, None if there is none."""
         return next(iter(saved_steps(self._newest_dir)), None)
 
-    def latest_metadata(self) -> dict[str, Any] | None:
-        """The newest intact metadata, None if there is none: to compare before arrays are read."""
-        return latest_metadata(self._newest_dir.parent)
-
     def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
         """Restores the newest intact checkpoint.
 

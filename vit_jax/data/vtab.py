@@ -6,11 +6,10 @@ the ViT paper (Appendix B.1.1, D.10). Where TFDS has moved on, the version here 
 task_adaptation read oxford_iiit_pet 3.*.*, whose corrupt images 4.0.0 mends, and kitti 3.1.0.
 """
 
-import difflib
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, nearest
 
 PREFIX = "vtab:"
 NUM_TRAIN, NUM_VALIDATION = 800, 200
@@ -155,8 +154,8 @@ def get_task(dataset: str) -> Task:
     """
     name = dataset.removeprefix(PREFIX)
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"did you mean {PREFIX}{near[0]}?" if near else f"there are {', '.join(TASKS)}"
+        near = nearest(name, TASKS)
+        hint = f"did you mean {PREFIX}{near}?" if near else f"there are {', '.join(TASKS)}"
         raise UserError(f"{dataset!r} is none of the 19 tasks of VTAB: {hint}")
     return TASKS[name]
 

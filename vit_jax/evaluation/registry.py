@@ -10,18 +10,16 @@ that makes one from the settings of an entry and the run, and a line in `EVALUAT
 """
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, nearest
 from vit_jax.evaluation import fewshot, splits
+from vit_jax.evaluation.splits import Evaluate, Settings
 from vit_jax.evaluation.watched import Watched
 
-Settings = Mapping[str, Any]
 Scalars = Mapping[str, float]
-Evaluate = Callable[[Any], dict[str, float]]  # from the parameters
 
 # The entry that decides which checkpoint is the best and, with config.patience, when a run stops.
 DECIDING = "val"
@@ -106,8 +104,8 @@ def complete(settings: Settings) -> dict[str, Any]:
     """
     kind = str(settings.get("type", ""))
     if kind not in EVALUATORS:
-        near = difflib.get_close_matches(kind, EVALUATORS, n=1)
-        hint = f"did you mean {near[0]}? Valid are" if near else "use one of"
+        near = nearest(kind, EVALUATORS)
+        hint = f"did you mean {near}? Valid are" if near else "use one of"
         raise UserError(f"type {kind!r} is unknown: {hint} {', '.join(EVALUATORS)}")
     return {"type": kind, **EVALUATORS[kind].defaults, **settings}
 

@@ -12,7 +12,7 @@ from vit_jax.evaluation.watched import Watched
 from vit_jax.steps import eval_step
 
 Settings = Mapping[str, Any]
-Evaluate = Callable[[Any], dict[str, float]]
+Evaluate = Callable[[Any], dict[str, float]]  # from the parameters
 
 
 def describe(title: str, scalars: Mapping[str, float]) -> str:

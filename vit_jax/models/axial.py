@@ -146,11 +146,6 @@ class AxialResNetConfig(resnet.StagesConfig):
 
     group_norm_epsilon: float = option(1e-4)
 
-    @property
-    def downsampling(self) -> int:
-        """The ratio of the image's side to that of the last feature map."""
-        return resnet.downsampling(self.resnet_layers)
-
     def build(self) -> "AxialResNet":
         """The module."""
         return AxialResNet(self)

@@ -54,11 +54,6 @@ class BiTConfig(resnet.StagesConfig):
     width_factor: int = option(1, check=at_least(1))
     group_norm_epsilon: float = option(1e-5)
 
-    @property
-    def downsampling(self) -> int:
-        """The ratio of the image's side to that of the last feature map."""
-        return resnet.downsampling(self.resnet_layers)
-
     def build(self) -> "ResNet":
         """The module."""
         return ResNet(self)

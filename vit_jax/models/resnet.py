@@ -51,6 +51,11 @@ class StagesConfig(ModelConfig):
     resnet_layers: tuple[int, ...] = option(check=units_per_stage)
     group_norm_epsilon: float = option()
 
+    @property
+    def downsampling(self) -> int:
+        """The ratio of the image's side to that of the last feature map."""
+        return downsampling(self.resnet_layers)
+
     def validate(self) -> None:
         """Checks that there are units in every stage."""
         super().validate()
