@@ -252,9 +252,11 @@ def test_hybrids_are_finetuned_at_384(model):
     assert get_config(model, "finetune,cifar10").dataset.image_size == 384
 
 
-def test_a_model_without_a_row_is_refused():
-    with pytest.raises(UserError, match="Table 3 has no row for R50.ViT-H/32 on jft"):
-        get_config("R50+ViT-H/32", "pretrain,jft")
+@pytest.mark.parametrize(
+    ("model", "base_lr"), [("R50+ViT-H/32", 2e-4), ("R50+ViT-H/16", 4e-4), ("R26+ViT-S/32", 8e-4)]
+)
+def test_hybrids_that_table_3_lacks_take_the_row_of_the_nearest_on_jft(model, base_lr):
+    assert get_config(model, "pretrain,jft").schedule.base_lr == base_lr
 
 
 @pytest.mark.parametrize("model", ["ViT-B/16", "R50+ViT-B/16", "R50x1", "AxialResNet50"])
