@@ -10,7 +10,7 @@ import numpy as np
 from vit_jax.data.images import preprocess, read_image
 from vit_jax.data.protocols import BIT_RESIZE, Preprocessing, eval_box, evaluation
 from vit_jax.data.randaugment import randaugment
-from vit_jax.data.resampling import resize_and_crop, sample_box
+from vit_jax.data.resampling import resize, resize_and_crop, sample_box
 
 _ASPECTS = (3 / 4, 4 / 3)  # of an inception crop, width / height
 _AREAS = (0.05, 1.0)  # of an inception crop, of the image's
@@ -98,7 +98,7 @@ def _random_crop(
         # The published code crops before it resizes: nothing outside the crop is seen.
         y, x, h, w = inception_window(height, width, rng)
         image = image[y : y + h, x : x + w]
-    return sample_box(image, (0, 0, *image.shape[:2]), size)
+    return resize(image, size)
 
 
 def inception_window(
