@@ -132,7 +132,8 @@ def inception_window(
             h, w = h - 1, round((h - 1) * aspect)
         if least <= h * w <= most and 0 < w <= width and 0 < h <= height:
             # The last place is never drawn there, either.
-            return (*(int(rng.integers(max(n, 1))) for n in (height - h, width - w)), h, w)
+            y, x = rng.integers(max(height - h, 1)), rng.integers(max(width - w, 1))
+            return int(y), int(x), h, w
     return 0, 0, height, width
 
 

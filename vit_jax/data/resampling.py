@@ -97,11 +97,10 @@ def _sample_with_opencv(image: np.ndarray, box: Box, size: int) -> np.ndarray:
     y, x, height, width = box
     (top, rows), (left, columns) = _centers(y, height, size, 1), _centers(x, width, size, 1)
     window = image[top : math.ceil(y + height) + 1, left : math.ceil(x + width) + 1]
-    grid = np.empty((2, size, size), np.float32)
     # OpenCV's coordinates are 0 in the center of a pixel.
-    grid[0], grid[1] = columns - np.float32(0.5), (rows - np.float32(0.5))[:, None]
+    x_of, y_of = np.meshgrid(columns - np.float32(0.5), rows - np.float32(0.5))
     pixels = window.astype(np.float32)
-    return cv2.remap(pixels, *grid, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return cv2.remap(pixels, x_of, y_of, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
 def _centers(begin: float, extent: float, size: int, reach: float) -> tuple[int, np.ndarray]:
