@@ -37,12 +37,15 @@ setup(
         "ml-dtypes>=0.6",
         "msgpack>=1.2",
         "numpy>=2.4",
+        "opencv-python-headless>=5.0",  # Older ones sample at 32nds of a pixel.
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "pillow>=13.0",
         "requests>=2.34",
         "safetensors>=0.8",
         "scikit-learn>=1.9",
+        "scipy>=1.17",
+        "simplejpeg>=1.9",
         "tensorboard>=2.21",
         "tensorflow-datasets>=4.9.10",
         # TensorFlow only reads data: its CPU build, where there is one, is a tenth of the size.
@@ -88,7 +91,6 @@ setup(
             "pytest-cov>=7.1",
             "pytest-xdist>=3.8",
             "ruff>=0.17.5",
-            "scipy>=1.17",
             "ty>=0.0.107",
         ],
     },

@@ -1,4 +1,4 @@
-"""RandAugment (Cubuk et al., 2020) with stateless randomness: the same seed, the same image.
+"""RandAugment (Cubuk et al., 2020), drawn from a generator: the same seed, the same image.
 
 Operations are those of PIL, 8-bit images in and out. Their choice and how a magnitude becomes their
 arguments are those of the TensorFlow code that AugReg (Steiner et al., 2021) was trained with, the
@@ -8,10 +8,9 @@ not as there: pixels are fractions of the image's side, which at 224 pixels, Aug
 and an operation rounds as PIL's does.
 """
 
-import functools
-import math
-
-import tensorflow as tf
+import cv2
+import numpy as np
+from PIL import Image, ImageEnhance
 
 GRAY = 128  # of what a geometric operation or Cutout leaves empty
 OPERATIONS = (
@@ -33,75 +32,69 @@ OPERATIONS = (
     "SolarizeAdd",
 )
 _ENHANCE = ("Color", "Contrast", "Brightness", "Sharpness")
+_GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 _MAX_MAGNITUDE = 10
 _MAX_DEGREES = 30.0
 _MAX_SHEAR = 0.3
 _MAX_TRANSLATION = 100 / 224  # of the side
 _MAX_CUTOUT = 40 / 224  # of the side, from the center to the edge
 
+_LEVELS = np.arange(256)
+_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
+
 
 def randaugment(
-    image: tf.Tensor,
-    seed: tf.Tensor,
+    image: np.ndarray,
+    rng: np.random.Generator,
     *,
     num_operations: int,
     magnitude: float,
     contrast: str = "augreg",
-) -> tf.Tensor:
+) -> np.ndarray:
     """Applies operations, each drawn from `OPERATIONS` with equal probability, one after the other.
 
     Args:
-        image: [height, width, 3] of whole numbers from 0 to 255, of any type.
-        seed: int64 [2], the source of all randomness.
+        image: uint8 [height, width, 3].
+        rng: the source of all randomness.
         num_operations: how many; N of the paper.
         magnitude: how strong each is; M of the paper.
         contrast: one of `augmentation.CONTRASTS`.
 
     Returns:
-        int32 [height, width, 3], from 0 to 255.
+        uint8 [height, width, 3].
     """
-    image = tf.cast(image, tf.int32)
-    for layer in tf.unstack(tf.random.split(seed, num_operations), num_operations):
-        choice_seed, argument_seed = tf.unstack(tf.random.split(layer, 2))
-        choice = tf.random.stateless_uniform([], choice_seed, 0, len(OPERATIONS), tf.int32)
-        branches = [
-            functools.partial(apply_operation, name, image, argument_seed, magnitude, contrast)
-            for name in OPERATIONS
-        ]
-        image = tf.ensure_shape(tf.switch_case(choice, branches), image.shape)
+    for _ in range(num_operations):
+        name = OPERATIONS[rng.integers(len(OPERATIONS))]
+        image = apply_operation(name, image, rng, magnitude, contrast)
     return image
 
 
 def apply_operation(
     name: str,
-    image: tf.Tensor,
-    seed: tf.Tensor,
+    image: np.ndarray,
+    rng: np.random.Generator,
     magnitude: float = _MAX_MAGNITUDE,
     contrast: str = "augreg",
-) -> tf.Tensor:
+) -> np.ndarray:
     """Applies one of `OPERATIONS`.
 
     Args:
         name: of the operation.
-        image: int32 [height, width, 3] from 0 to 255.
-        seed: int64 [2]; decides the direction of a geometric operation and where Cutout cuts.
+        image: uint8 [height, width, 3]; stays as it is.
+        rng: decides the direction of a geometric operation and where Cutout cuts.
         magnitude: see `randaugment`.
         contrast: likewise.
 
     Returns:
-        int32 [height, width, 3] from 0 to 255.
+        uint8 [height, width, 3].
     """
     level = magnitude / _MAX_MAGNITUDE
-    sign = tf.where(tf.random.stateless_uniform([], seed) < 0.5, -1.0, 1.0)
-    height, width = tf.unstack(tf.cast(tf.shape(image)[:2], tf.float32))
     if name == "AutoContrast":
         return autocontrast(image)
     if name == "Equalize":
         return equalize(image)
     if name == "Invert":
-        return tf.subtract(255, image)
-    if name == "Rotate":
-        return rotate(image, sign * (level * _MAX_DEGREES))
+        return cv2.bitwise_not(image)
     if name == "Posterize":
         # A shift by all 8 bits is one by 7 there: the highest bit always stays.
         return posterize(image, min(max(int(level * 4), 1), 8))
@@ -112,146 +105,138 @@ def apply_operation(
         return solarize_add(image, int(level * 110))
     if name in _ENHANCE:
         return enhance(name, image, level * 1.8 + 0.1, contrast)
-    if name == "ShearX":
-        return affine(image, [1.0, sign * (level * _MAX_SHEAR), 0.0, 0.0, 1.0, 0.0])
-    if name == "ShearY":
-        return affine(image, [1.0, 0.0, 0.0, sign * (level * _MAX_SHEAR), 1.0, 0.0])
-    if name == "TranslateX":
-        shift = tf.round(level * _MAX_TRANSLATION * width)
-        return affine(image, [1.0, 0.0, sign * shift, 0.0, 1.0, 0.0])
-    if name == "TranslateY":
-        shift = tf.round(level * _MAX_TRANSLATION * height)
-        return affine(image, [1.0, 0.0, 0.0, 0.0, 1.0, sign * shift])
     if name == "Cutout":
-        size = tf.cast(level * _MAX_CUTOUT * tf.minimum(height, width), tf.int32)
-        return cutout(image, seed, size)
-    raise ValueError(f"operation {name!r} is none of {', '.join(OPERATIONS)}")
+        return cutout(image, rng, int(level * _MAX_CUTOUT * min(image.shape[:2])))
+    if name not in _GEOMETRIC:
+        raise ValueError(f"operation {name!r} is none of {', '.join(OPERATIONS)}")
+    return _move(name, image, level if rng.random() < 0.5 else -level)
 
 
-def autocontrast(image: tf.Tensor) -> tf.Tensor:
+def _move(name: str, image: np.ndarray, level: float) -> np.ndarray:
+    height, width = image.shape[:2]
+    if name == "Rotate":
+        return rotate(image, level * _MAX_DEGREES)
+    if name == "ShearX":
+        return affine(image, (1, level * _MAX_SHEAR, 0, 0, 1, 0))
+    if name == "ShearY":
+        return affine(image, (1, 0, 0, level * _MAX_SHEAR, 1, 0))
+    if name == "TranslateX":
+        return affine(image, (1, 0, round(level * _MAX_TRANSLATION * width), 0, 1, 0))
+    return affine(image, (1, 0, 0, 0, 1, round(level * _MAX_TRANSLATION * height)))
+
+
+def autocontrast(image: np.ndarray) -> np.ndarray:
     """Stretches each channel to from 0 to 255; a channel of one value stays."""
-    low = tf.reduce_min(image, (0, 1))
-    spread = tf.reduce_max(image, (0, 1)) - low
-    return tf.where(spread > 0, (image - low) * 255 // tf.maximum(spread, 1), image)
+    # Over rows first: NumPy is slow along an axis of three.
+    low = image.min(0).min(0).astype(int)
+    spread = image.max(0).max(0) - low
+    stretched = (_LEVELS[:, None] - low) * 255 // np.maximum(spread, 1)
+    return _look_up(image, np.where(spread > 0, stretched, _LEVELS[:, None]))
 
 
-def equalize(image: tf.Tensor) -> tf.Tensor:
+def equalize(image: np.ndarray) -> np.ndarray:
     """Makes the histogram of each channel as flat as a table of 256 values can."""
 
-    def one(channel):
-        count = tf.math.bincount(tf.reshape(channel, [-1]), minlength=256)
-        step = (tf.size(channel) - count[tf.reduce_max(channel)]) // 255
-        below = tf.cumsum(count, exclusive=True)
-        table = tf.minimum((below + step // 2) // tf.maximum(step, 1), 255)
-        return tf.where(step > 0, tf.gather(table, channel), channel)
+    def one(count):
+        step = (count.sum() - count[np.flatnonzero(count)[-1]]) // 255
+        below = np.cumsum(count) - count
+        return (below + step // 2) // step if step > 0 else _LEVELS
 
-    return tf.stack([one(channel) for channel in tf.unstack(image, 3, -1)], -1)
+    histograms = [cv2.calcHist([image], [channel], None, [256], [0, 256]) for channel in range(3)]
+    return _look_up(image, np.stack([one(h.ravel().astype(int)) for h in histograms], -1))
 
 
-def posterize(image: tf.Tensor, bits: int) -> tf.Tensor:
+def posterize(image: np.ndarray, bits: int) -> np.ndarray:
     """Keeps the highest bits of each value."""
-    return image - image % 2 ** (8 - bits)
+    return image & np.uint8(256 - 2 ** (8 - bits))
 
 
-def solarize(image: tf.Tensor, threshold: int) -> tf.Tensor:
+def solarize(image: np.ndarray, threshold: int) -> np.ndarray:
     """Inverts the values from the threshold on."""
-    return tf.where(tf.less(image, threshold), image, tf.subtract(255, image))
+    return _look_up(image, np.where(np.less(_LEVELS, threshold), _LEVELS, 255 - _LEVELS))
 
 
-def solarize_add(image: tf.Tensor, addition: int) -> tf.Tensor:
+def solarize_add(image: np.ndarray, addition: int) -> np.ndarray:
     """Adds to the values below 128."""
-    added = tf.clip_by_value(tf.add(image, addition), 0, 255)
-    return tf.where(tf.less(image, 128), added, image)
+    return _look_up(image, np.where(np.less(_LEVELS, 128), _LEVELS + addition, _LEVELS))
 
 
-def enhance(name: str, image: tf.Tensor, factor: float, contrast: str = "augreg") -> tf.Tensor:
+def enhance(name: str, image: np.ndarray, factor: float, contrast: str = "augreg") -> np.ndarray:
     """Goes from what an image is without a property, at factor 0, through the image, at factor 1.
 
     Args:
         name: "Color" (without: gray), "Contrast" (one gray), "Brightness" (black), "Sharpness"
             (smoothed).
-        image: int32 [height, width, 3].
+        image: uint8 [height, width, 3].
         factor: beyond 1 the property becomes stronger.
         contrast: which gray is without contrast. "augreg": height * width / 256, at most 255, the
             same for every image: the published code sums a histogram, which is the number of
             pixels, and divides by its bins. At 224 pixels it is 196. "pil": the image's mean.
     """
-    without = {
-        "Color": _gray,
-        "Contrast": {"augreg": _histogram_gray, "pil": _mean_gray}[contrast],
-        "Brightness": tf.zeros_like,
-        "Sharpness": _smooth,
-    }[name](image)
-    start, end = tf.cast(without, tf.float32), tf.cast(image, tf.float32)
-    return tf.cast(tf.clip_by_value(start + factor * (end - start), 0.0, 255.0), tf.int32)
+    if name == "Color":
+        return np.asarray(ImageEnhance.Color(Image.fromarray(image)).enhance(factor))
+    if name == "Sharpness":
+        ends = (Image.fromarray(end) for end in (_smooth(image), image))
+        return np.asarray(Image.blend(*ends, factor))
+    gray = 0
+    if name == "Contrast":
+        gray = _mean_gray(image) if contrast == "pil" else min(image[..., 0].size // 256, 255)
+    # In 32 bits and cut off, as PIL.
+    start = np.float32(gray)
+    return _look_up(image, start + np.float32(factor) * (_LEVELS.astype(np.float32) - start))
 
 
-def _gray(image):
-    # ITU-R 601-2 in 16-bit fixed point.
-    weights = tf.constant([19595, 38470, 7471])
-    return (tf.reduce_sum(image * weights, -1, keepdims=True) + 2**15) // 2**16
-
-
-def _histogram_gray(image):
-    return tf.minimum(tf.size(image[..., 0]) // 256, 255)
-
-
-def _mean_gray(image):
-    return tf.cast(tf.reduce_mean(tf.cast(_gray(image), tf.float32)) + 0.5, tf.int32)
-
-
-def _smooth(image):
-    kernel = tf.constant([[1, 1, 1], [1, 5, 1], [1, 1, 1]], tf.float32)
-    kernel = tf.tile(tf.reshape(kernel, [3, 3, 1, 1]), [1, 1, 3, 1])
-    pixels = tf.cast(image, tf.float32)[None]
-    total = tf.nn.depthwise_conv2d(pixels, kernel, [1, 1, 1, 1], "VALID")
-    inner = (tf.cast(tf.squeeze(total, 0), tf.int32) + 6) // 13
+def _smooth(image: np.ndarray) -> np.ndarray:
+    smooth = image.copy()
     # The pixels at the border have no neighbors there: they stay.
-    inside = tf.pad(tf.ones_like(inner, tf.bool), [[1, 1], [1, 1], [0, 0]])
-    return tf.where(inside, tf.pad(inner, [[1, 1], [1, 1], [0, 0]]), image)
+    smooth[1:-1, 1:-1] = cv2.filter2D(image, -1, _SMOOTH)[1:-1, 1:-1]
+    return smooth
 
 
-def rotate(image: tf.Tensor, degrees: tf.Tensor) -> tf.Tensor:
+def _mean_gray(image: np.ndarray) -> int:
+    return int(np.asarray(Image.fromarray(image).convert("L")).mean() + 0.5)
+
+
+def _look_up(image: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """The values of a table, [256] or [256, 3] of any range, in the place of each value."""
+    table = np.clip(table, 0, 255).astype(np.uint8)
+    return cv2.LUT(image, table.reshape(1, 256, -1))
+
+
+def rotate(image: np.ndarray, degrees: float) -> np.ndarray:
     """Rotates counterclockwise about the center."""
-    radians = tf.multiply(degrees, math.pi / 180)
-    cos, sin = tf.cos(radians), tf.sin(radians)
-    last = tf.cast(tf.shape(image)[:2] - 1, tf.float32)
-    y, x = last[0] / 2, last[1] / 2
-    return affine(image, [cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y])
+    return np.asarray(Image.fromarray(image).rotate(degrees, fillcolor=(GRAY,) * 3))
 
 
-def affine(image: tf.Tensor, matrix: list[tf.Tensor | float]) -> tf.Tensor:
+def affine(
+    image: np.ndarray, matrix: tuple[float, float, float, float, float, float]
+) -> np.ndarray:
     """Takes each pixel from the nearest one to where a matrix says, gray from beyond the edge.
 
     Args:
-        image: int32 [height, width, 3].
+        image: uint8 [height, width, 3].
         matrix: a, b, c, d, e, f: the pixel in column x, row y comes from column a x + b y + c, row
             d x + e y + f.
     """
-    transform = tf.stack([tf.cast(value, tf.float32) for value in [*matrix, 0.0, 0.0]])
-    return tf.raw_ops.ImageProjectiveTransformV3(
-        images=tf.expand_dims(image, 0),
-        transforms=tf.expand_dims(transform, 0),
-        output_shape=tf.shape(image)[:2],
-        interpolation="NEAREST",
-        fill_mode="CONSTANT",
-        fill_value=float(GRAY),
-    )[0]
+    a, b, c, d, e, f = matrix
+    # PIL's coordinates are of a pixel's corner: its center is half a pixel further.
+    c, f = c + (1 - a - b) / 2, f + (1 - d - e) / 2
+    source = Image.fromarray(image)
+    moved = source.transform(
+        source.size, Image.Transform.AFFINE, (a, b, c, d, e, f), fillcolor=(GRAY,) * 3
+    )
+    return np.asarray(moved)
 
 
-def cutout(image: tf.Tensor, seed: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
+def cutout(image: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
     """Makes a square gray: `size` pixels to each side of a point that may be anywhere in the image.
 
     Args:
-        image: int32 [height, width, 3].
-        seed: int64 [2].
-        size: int32 scalar; the square has 2 * size pixels a side.
+        image: uint8 [height, width, 3]; stays as it is.
+        rng: decides the point.
+        size: the square has 2 * size pixels a side.
     """
-    shape = tf.shape(image)
-    center = tf.random.stateless_uniform([2], seed, dtype=tf.float32)
-    y, x = tf.unstack(tf.cast(center * tf.cast(shape[:2], tf.float32), tf.int32))
-    rows, columns = tf.range(shape[0]), tf.range(shape[1])
-    in_rows = (rows >= y - size) & (rows < y + size)
-    in_columns = (columns >= x - size) & (columns < x + size)
-    inside = (in_rows[:, None] & in_columns)[..., None]
-    return tf.where(inside, GRAY, image)
+    y, x = (int(rng.integers(side)) for side in image.shape[:2])
+    image = image.copy()
+    image[max(y - size, 0) : y + size, max(x - size, 0) : x + size] = GRAY
+    return image

@@ -1,0 +1,232 @@
+"""Resizing of pixels: boxes sampled in fractions of pixels, and the rules of whole pixels.
+
+Kernels are separable. What is asked for most, bilinear without antialiasing of an image of common
+size, is OpenCV's; all else is a product with a sparse matrix for each axis.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image
+from scipy.sparse import csr_array
+
+from vit_jax.data.protocols import Preprocessing, whole_pixels
+
+cv2.setNumThreads(1)  # The threads are those of who calls.
+
+# OpenCV counts pixels in 16 bits, and is given a copy in floats: larger images are not for it.
+_MAX_SIDE = 1024
+
+# What a product with a matrix reads at a time, in numbers: more would be memory that the system
+# hands out anew for every image, which takes twice as long, and too much of a long strip.
+_MAX_NUMBERS = 2**17
+
+# A strip that is longer, in pixels, is summed in another order than TensorFlow's.
+_LONG = 2**16
+
+# What may lie between two passes of PIL's resize, in pixels.
+_MAX_BETWEEN = 2**26
+
+Box = tuple[float, float, float, float]  # y, x, height, width in source pixels
+
+
+class _Taps(NamedTuple):
+    """What the output pixels of one axis read: source pixels and their weights, [size, taps]."""
+
+    source: np.ndarray
+    weights: np.ndarray
+
+
+def sample_box(
+    image: np.ndarray,
+    box: Box,
+    size: int,
+    interpolation: str = "bilinear",
+    antialias: bool = False,
+) -> np.ndarray:
+    """Samples a box with half-pixel centers, float32 [size, size, 3].
+
+    The weights are normalized where the kernel reaches beyond the image: TensorFlow's
+    ScaleAndTranslate, and with `antialias` PIL's resize without its rounding.
+
+    Args:
+        image: uint8 [height, width, 3].
+        box: lies in the image. Pixels of the image around it are read, too.
+        size: of the output, in pixels.
+        interpolation: "bilinear" or "bicubic" (Keys, a = -0.5).
+        antialias: the kernel widens where the image shrinks.
+    """
+    y, x, height, width = box
+    if interpolation == "bilinear" and not antialias and max(height, width) <= _MAX_SIDE:
+        return _sample_with_opencv(image, box, size)
+    rows = _taps(y, height, image.shape[0], size, interpolation, antialias)
+    columns = _taps(x, width, image.shape[1], size, interpolation, antialias)
+    return _resample(image, rows, columns)
+
+
+def resize_and_crop(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """Returns what evaluation sees by a rule of whole pixels, uint8 [image_size, image_size, 3].
+
+    Args:
+        image: uint8 [height, width, 3].
+        preprocessing: of the model; its resize is not box.
+    """
+    resized = whole_pixels(preprocessing, *image.shape[:2])
+    if preprocessing.resize == "big_vision":
+        return _area(image, resized, preprocessing.image_size)
+    return _resize_with_pil(image, resized, preprocessing)
+
+
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """Resizes an image as `sample_box` does, in half the time, float32 [size, size, 3].
+
+    Args:
+        image: uint8 [height, width, 3].
+        size: of the output, in pixels.
+    """
+    if max(image.shape) > _MAX_SIDE:
+        return sample_box(image, (0, 0, *image.shape[:2]), size)
+    return cv2.resize(image.astype(np.float32), (size, size), interpolation=cv2.INTER_LINEAR)
+
+
+def _sample_with_opencv(image: np.ndarray, box: Box, size: int) -> np.ndarray:
+    y, x, height, width = box
+    (top, rows), (left, columns) = _centers(y, height, size, 1), _centers(x, width, size, 1)
+    window = image[top : math.ceil(y + height) + 1, left : math.ceil(x + width) + 1]
+    # OpenCV's coordinates are 0 in the center of a pixel.
+    x_of, y_of = np.meshgrid(columns - np.float32(0.5), rows - np.float32(0.5))
+    pixels = window.astype(np.float32)
+    return cv2.remap(pixels, x_of, y_of, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
+def _centers(begin: float, extent: float, size: int, reach: float) -> tuple[int, np.ndarray]:
+    """Where a window begins, and the centers of the output pixels in it, float32 [size]."""
+    # In 32 bits and from where its window begins, as TensorFlow: between two pixels of a sharp
+    # edge the rounding of a large image's coordinates can be seen.
+    origin = max(math.floor(begin) - math.ceil(reach), 0)
+    step, offset = np.float32(extent / size), np.float32(begin - origin)
+    return origin, (np.arange(size, dtype=np.float32) + np.float32(0.5)) * step + offset
+
+
+def _triangle(x: np.ndarray) -> np.ndarray:
+    return np.maximum(0, 1 - x)
+
+
+def _keys_cubic(x: np.ndarray) -> np.ndarray:
+    # Keys, "Cubic convolution interpolation for digital image processing", 1981, Eq. 15.
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return np.where(x < 1, near, np.where(x < 2, far, 0))
+
+
+# The kernels, and how far they reach in pixels of the coarser grid.
+_KERNELS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], int]] = {
+    "bilinear": (_triangle, 1),
+    "bicubic": (_keys_cubic, 2),
+}
+
+
+def _taps(
+    begin: float, extent: float, length: int, size: int, interpolation: str, antialias: bool
+) -> _Taps:
+    kernel, radius = _KERNELS[interpolation]
+    scale = max(extent / size, 1.0) if antialias else 1.0
+    reach = radius * scale
+    origin, centers = _centers(begin, extent, size, reach)
+    centers = origin + centers.astype(np.float64)[:, None]
+    # Source pixel i has its center at i + 0.5.
+    source = np.ceil(centers - reach - 0.5).astype(int) + np.arange(math.floor(2 * reach) + 1)
+    weights = kernel(np.abs(source + 0.5 - centers) / scale)
+    weights[(source < 0) | (source >= length)] = 0
+    weights /= weights.sum(1, keepdims=True)
+    return _Taps(np.clip(source, 0, length - 1), weights.astype(np.float32))
+
+
+def _area(image: np.ndarray, resized: tuple[int, int, int, int], size: int) -> np.ndarray:
+    """TensorFlow's ResizeArea and a crop, cut down to 8 bits, in the order of its operations.
+
+    A mean of equal values may be one place of a float short of them, and is cut down to one less:
+    so the order matters.
+    """
+    height, width, top, left = resized
+    rows, row_scale = _areas(image.shape[0], height, top, size)
+    columns, column_scale = _areas(image.shape[1], width, left, size)
+    if len(image) > _LONG:  # Rows first: its columns at their new width would take minutes.
+        total = _resample(image.swapaxes(0, 1), columns, rows).swapaxes(0, 1)
+    else:
+        total = _resample(image, rows, columns)
+    total *= np.float32(1) / (row_scale * column_scale)
+    return total.astype(np.uint8)
+
+
+def _areas(length: int, resized: int, first: int, size: int) -> tuple[_Taps, np.float32]:
+    """The shares of source pixels in those of one axis, and what they add up to."""
+    # Beyond 2^24 a float tells pixels no longer apart; TensorFlow could not hold such an image.
+    kind = np.float32 if resized < 2**24 else np.float64
+    scale = kind(length) / kind(resized)
+    position = np.arange(first, first + size + 1).astype(kind)
+    begin, end = position[:-1, None] * scale, position[1:, None] * scale
+    start = np.floor(begin).astype(int)
+    source = start + np.arange((np.ceil(end).astype(int) - start).max())
+    at = source.astype(kind)
+    shares = np.where(
+        at < begin,
+        np.where(at + 1 > end, scale, at + 1 - begin),
+        np.where(at + 1 > end, end - at, 1),
+    )
+    shares = np.where(source < np.ceil(end), shares, 0).astype(np.float32)
+    return _Taps(np.clip(source, 0, length - 1), shares), np.float32(scale)
+
+
+def _resample(image: np.ndarray, rows: _Taps, columns: _Taps) -> np.ndarray:
+    """Sums over the columns, then over the rows, float32 [size, size, 3].
+
+    The products are added in the order of the taps, one after the other.
+    """
+    output = np.empty((len(rows.source), len(columns.source), 3), np.float32)
+    for part in _parts(rows, 3 * len(columns.source)):
+        used, source = np.unique(rows.source[part], return_inverse=True)
+        between = _sum(cv2.transpose(image[used]), columns)
+        output[part] = _sum(cv2.transpose(between), _Taps(source, rows.weights[part]))
+    return output
+
+
+def _sum(pixels: np.ndarray, taps: _Taps) -> np.ndarray:
+    """Sums over the first axis of [length, width, 3], float32 [size, width, 3]."""
+    flat = pixels.reshape(len(pixels), -1)
+    sums = np.empty((len(taps.source), flat.shape[1]), np.float32)
+    for part in _parts(taps, flat.shape[1]):
+        used, source = np.unique(taps.source[part], return_inverse=True)
+        begins = np.arange(0, source.size + 1, source.shape[1])
+        terms = (taps.weights[part].ravel(), source.ravel(), begins)
+        sums[part] = csr_array(terms, (len(source), len(used))) @ flat[used].astype(np.float32)
+    return sums.reshape(len(sums), -1, 3)
+
+
+def _parts(taps: _Taps, numbers: int) -> list[slice]:
+    """Parts of an axis that each read a bounded part of an image, which may be a long strip."""
+    size = len(taps.source)
+    count = min(1 + int(np.ptp(taps.source)) * numbers // _MAX_NUMBERS, size)
+    edges = [size * part // count for part in range(count + 1)]
+    return [slice(*edge) for edge in itertools.pairwise(edges)]
+
+
+def _resize_with_pil(
+    image: np.ndarray, resized: tuple[int, int, int, int], preprocessing: Preprocessing
+) -> np.ndarray:
+    height, width, top, left = resized
+    size = preprocessing.image_size
+    kernel = Image.Resampling[preprocessing.interpolation.upper()]
+    if height * width > _MAX_BETWEEN:
+        # Of a long strip only what is kept, which PIL may round otherwise here and there.
+        y, x = image.shape[0] / height, image.shape[1] / width
+        box = (left * x, top * y, (left + size) * x, (top + size) * y)
+        return np.asarray(Image.fromarray(image).resize((size, size), kernel, box))
+    if image.shape[0] * width > _MAX_BETWEEN:  # A tall one: columns first, likewise.
+        turned = image.swapaxes(0, 1)
+        return _resize_with_pil(turned, (width, height, left, top), preprocessing).swapaxes(0, 1)
+    pixels = np.asarray(Image.fromarray(image).resize((width, height), kernel))
+    return pixels[top : top + size, left : left + size]
