@@ -20,6 +20,7 @@ LAYERS = (
     ("analysis", "checkpoints"),
     ("config_files", "doctor", "export", "inference", "provenance", "reporting", "workdir"),
     ("program",),
+    ("plan",),
     ("preparation", "initialization"),
     ("train",),
     ("runner",),
@@ -34,6 +35,7 @@ LAYERS = (
         "checkpoints.__main__",
         "doctor.__main__",
         "export.__main__",
+        "plan.__main__",
     ),
     ("cli", "__main__"),
 )
@@ -55,6 +57,7 @@ WITHOUT_TENSORFLOW = (
     "inference",
     "predict",
     "main",
+    "plan",
     "program",
     "sweep",
     "cli",
