@@ -12,6 +12,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "vit_jax"
 # is a module or a package with all that is in it; the longest that matches counts.
 LAYERS = (
     ("errors", "files", "command", "interruption", "progress", "tensorflow_env", "xla_flags"),
+    ("last_words", "processes"),
     ("models",),
     ("state", "sharding", "steps"),
     ("data",),
