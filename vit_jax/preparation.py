@@ -98,7 +98,7 @@ def prepare(
         mesh=mesh,
         train_source=train_source,
         model=model,
-        objective=gathering(objective, mesh),
+        objective=gathering(objective, mesh, model.config.compute_dtype),
         multiply_adds=multiply_adds,
         schedule=schedule,
         optimizer=create_optimizer(config.optimizer, schedule),

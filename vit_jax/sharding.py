@@ -106,7 +106,9 @@ def _place(leaf: Any, mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def gathering(objective: Callable[..., Any], mesh: AnyMesh) -> Callable[..., Any]:
+def gathering(
+    objective: Callable[..., Any], mesh: AnyMesh, compute_dtype: Any = np.float32
+) -> Callable[..., Any]:
     """The same objective of parameters that `state_sharding` has split.
 
     Left to itself the partitioner splits activations as the parameters are, and moves those. Here
@@ -116,14 +118,20 @@ def gathering(objective: Callable[..., Any], mesh: AnyMesh) -> Callable[..., Any
     Args:
         objective: a `steps.Objective`, or another function whose first argument is the parameters.
         mesh: from `make_mesh`.
+        compute_dtype: in which a Transformer's kernels are multiplied: they are sent in it.
     """
     if mesh.shape["fsdp"] == 1:
         return objective
 
     @functools.wraps(objective)
     def gathered(params: Any, *args: Any, **options: Any) -> Any:
-        split = jax.tree.map(lambda x: _Split(x, _place(x, mesh)), params)
-        return objective(split, *args, **options)
+        return objective(jax.tree_util.tree_map_with_path(box, params), *args, **options)
+
+    def box(path: tuple[Any, ...], x: Any) -> _Split:
+        # The layers round their kernels to it themselves. Norms and heads compute in 32 bits.
+        names = [key.key for key in path]
+        rounded = "Transformer" in names and names[-1] == "kernel"
+        return _Split(x, _place(x, mesh), np.dtype(compute_dtype if rounded else x.dtype))
 
     return gathered
 
@@ -133,9 +141,10 @@ class _Split(flax.struct.PyTreeNode, meta.AxisMetadata):
 
     value: Any
     sharding: NamedSharding = flax.struct.field(pytree_node=False)
+    dtype: np.dtype = flax.struct.field(pytree_node=False)
 
     def unbox(self) -> jax.Array:
-        return _gather(self.value, self.sharding)
+        return _gather(self.value.astype(self.dtype), self.sharding).astype(self.value.dtype)
 
     def replace_boxed(self, val: Any) -> "_Split":
         return self.replace(value=val)

@@ -100,7 +100,7 @@ def describe(
     return Described(
         config=config,
         mesh=mesh,
-        objective=gathering(objective, mesh),
+        objective=gathering(objective, mesh, model.config.compute_dtype),
         optimizer=optimizer,
         num_classes=model.config.num_classes,
         state=program.abstract_state(init, mesh),
