@@ -46,17 +46,30 @@ def test_every_accelerator_has_its_numbers_and_their_source():
 
 def test_collectives_are_counted_with_what_they_leave_a_device():
     text = """
+%body.1 (param: (f32[4])) -> (f32[4]) {
+  %rs.1 = f32[6]{0} reduce-scatter(%g), channel_id=9
+}
+
+%wrapped (p: f32[8]) -> f32[8] {
+  ROOT %ar.2 = s32[3]{0} all-reduce(%p), channel_id=7
+}
+
+ENTRY %main.5 (a: f32[4]) -> f32[4] {
+  %while.1 = (f32[4]) while(%t), condition=%cond, body=%body.1, \\
+backend_config={"known_trip_count":{"n":"32"},"known_init_step":{"init":"0","step":"1"}}
+  %async = ((f32[8]), f32[8]) async-start(%c), calls=%wrapped
   %ag.1 = bf16[1280,16,80]{2,1,0} all-gather(%p), channel_id=1, dimensions={0}
   ROOT %rs = (f32[160,10]{1,0}, bf16[8]{0}) reduce-scatter(%a, %b), channel_id=2
   %ars = f32[100]{0} all-reduce-start(%c), channel_id=3
   %ags = (f32[2,4]{1,0}, f32[16,4]{1,0}) all-gather-start(%d), channel_id=4
   %agd = f32[16,4]{1,0} all-gather-done(%ags)
   %fusion = f32[5]{0} fusion(%all-reduce.3), kind=kLoop
-"""
+}
+""".replace("\\\n", "")
     assert compiler.collectives(text) == {
         "all-gather": {"count": 2, "bytes": 1280 * 16 * 80 * 2 + 16 * 4 * 4},
-        "reduce-scatter": {"count": 1, "bytes": 160 * 10 * 4 + 8 * 2},
-        "all-reduce": {"count": 1, "bytes": 400},
+        "reduce-scatter": {"count": 32 + 1, "bytes": 32 * 6 * 4 + 160 * 10 * 4 + 8 * 2},
+        "all-reduce": {"count": 1 + 1, "bytes": 3 * 4 + 400},
     }
 
 

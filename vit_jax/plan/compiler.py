@@ -30,10 +30,12 @@ _WHEELS = {
 # memory, fusions, attention kernels and collectives are.
 _UNTUNED = "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0"
 _COLLECTIVE = re.compile(
-    r"^\s*(?:ROOT )?%?\S+ = (\(?.*?) "
-    r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(",
-    re.MULTILINE,
+    r"\s*(?:ROOT )?%?\S+ = (\(?.*?) "
+    r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\("
 )
+_PART = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$", re.MULTILINE)
+_CALLED = re.compile(r"\b(?:body|calls|to_apply)=%?([\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|c64)\[([\d,]*)\]")
 _HBM = re.compile(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])")
 
@@ -57,8 +59,7 @@ def run(config: Mapping[str, Any], num_classes: int, target: Target) -> dict[str
 
     Returns:
         "memory", bytes a device: "arguments", "temporaries", "outputs" (that take no argument's
-        place), "code"; "collectives", for each kind its "count" in the program and "bytes" of what
-        a device has at its end, a loop's body counted once; "custom_calls", their numbers;
+        place), "code"; "collectives", see there; "custom_calls", their numbers in the program;
         "optimal_seconds", the compiler's estimate, None where it has none; "seconds" of compiling.
         Where the program does not fit and the compiler says so instead: "needs", bytes.
 
@@ -153,14 +154,30 @@ def _look_at(compiled: "jax.stages.Compiled") -> dict[str, Any]:
 
 
 def collectives(text: str) -> dict[str, dict[str, int]]:
-    """The collectives in the text of a compiled program, and the bytes that they leave a device."""
+    """The collectives that a compiled program does, and the bytes that they leave a device.
+
+    Args:
+        text: the program; what stands in the body of a loop counts as often as that is gone
+            through, where the compiler knows it.
+    """
+    parts = {x[1]: text[x.end() : text.find("\n}", x.end())] for x in _PART.finditer(text)}
+    entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
     found: dict[str, dict[str, int]] = {}
-    for shape, kind, asynchronous in _COLLECTIVE.findall(text):
-        entry = found.setdefault(kind, {"count": 0, "bytes": 0})
-        entry["count"] += 1
-        sizes = [_size(*array) for array in _ARRAY.findall(shape)]
-        # What starts one holds its operands before its results.
-        entry["bytes"] += sum(sizes[len(sizes) // 2 :] if asynchronous else sizes)
+
+    def add(name: str, times: int) -> None:
+        for line in parts.get(name, "").splitlines():
+            if match := _COLLECTIVE.match(line):
+                each = found.setdefault(match[2], {"count": 0, "bytes": 0})
+                each["count"] += times
+                sizes = [_size(*array) for array in _ARRAY.findall(match[1])]
+                # What starts one holds its operands before its results.
+                each["bytes"] += times * sum(sizes[len(sizes) // 2 :] if match[3] else sizes)
+            trips = _TRIPS.search(line)
+            for called in _CALLED.findall(line):
+                add(called, times * int(trips[1]) if trips else times)
+
+    if entry:
+        add(entry[1], 1)
     return found
 
 

@@ -33,7 +33,7 @@ def _row(name: str, number: str, how: str) -> str:
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB"
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def _memory(found: Mapping[str, Any]) -> list[str]:
@@ -84,7 +84,7 @@ def _collectives(found: Mapping[str, Any]) -> list[str]:
     compiled = found.get("compiled") or {}
     if "collectives" not in compiled:
         return []
-    lines = ["collectives in the program, a loop's body counted once: what they leave a device"]
+    lines = ["collectives of a step, and what they leave a device"]
     for kind, each in compiled["collectives"].items():
         name = f"{each['count']} {kind}"
         lines.append(_row(name, f"{each['bytes'] / 2**20:,.1f} MiB", "compiled"))
