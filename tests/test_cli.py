@@ -11,7 +11,7 @@ from vit_jax import cli
 from vit_jax.errors import nearest
 
 NAMES = ["train", "evaluate", "predict", "convert", "export"]
-NAMES += ["analyze", "weights", "sweep", "doctor"]
+NAMES += ["analyze", "weights", "sweep", "plan", "doctor"]
 
 
 @pytest.fixture
@@ -89,7 +89,9 @@ def test_print_config_trains_nothing(vit_jax_command, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["train", "predict", "convert", "analyze", "sweep", "doctor"])
+@pytest.mark.parametrize(
+    "name", ["train", "predict", "convert", "analyze", "sweep", "plan", "doctor"]
+)
 def test_help_imports_neither_jax_nor_tensorflow(name):
     code = (
         "import sys; from vit_jax import cli\n"

@@ -12,6 +12,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "vit_jax"
 # is a module or a package with all that is in it; the longest that matches counts.
 LAYERS = (
     ("errors", "files", "command", "interruption", "progress", "tensorflow_env", "xla_flags"),
+    ("last_words", "processes"),
     ("models",),
     ("state", "sharding", "steps"),
     ("data",),
@@ -19,6 +20,8 @@ LAYERS = (
     ("recipes", "config"),
     ("analysis", "checkpoints"),
     ("config_files", "doctor", "export", "inference", "provenance", "reporting", "workdir"),
+    ("program",),
+    ("plan",),
     ("preparation", "initialization"),
     ("train",),
     ("runner",),
@@ -33,6 +36,7 @@ LAYERS = (
         "checkpoints.__main__",
         "doctor.__main__",
         "export.__main__",
+        "plan.__main__",
     ),
     ("cli", "__main__"),
 )
@@ -54,6 +58,8 @@ WITHOUT_TENSORFLOW = (
     "inference",
     "predict",
     "main",
+    "plan",
+    "program",
     "sweep",
     "cli",
     "data.images",

@@ -82,7 +82,7 @@ def test_every_config_key_is_read(tiny_config, masked_config, tmp_path, monkeypa
         ),
         ({"schedule.warmup": "6 steps"}, "schedule.warmup is 6 steps but the run has 6"),
         ({"loss": "hinge"}, "loss 'hinge' is unknown"),
-        ({"sharding": "zero"}, "sharding 'zero' is unknown: use replicated or fsdp"),
+        ({"sharding": "zero"}, "sharding 'zero' is unknown: use replicated, fsdp, or"),
         ({"dataset.name": "no_such_data"}, "data set 'no_such_data' is not known to TFDS"),
         ({"dataset.name": "folder:/nowhere"}, "folder '/nowhere' does not exist: name one with"),
         ({"init_from": "/nowhere/model.npz"}, "/nowhere/model.npz does not exist"),

@@ -25,6 +25,7 @@ COMMANDS = {
     "analyze": Command("vit_jax.analysis.__main__", "draw what a model looks at and has learned"),
     "weights": Command("vit_jax.checkpoints.__main__", "find and fetch published weights"),
     "sweep": Command("vit_jax.sweep", "choose the learning rate, then train with several seeds"),
+    "plan": Command("vit_jax.plan.__main__", "tell what a run needs of devices that are not here"),
     "doctor": Command("vit_jax.doctor.__main__", "check this machine and what is installed"),
 }
 

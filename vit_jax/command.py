@@ -58,6 +58,12 @@ def positive(text: str) -> int:
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of a command that runs configs."""
+    add_config_flag(parser)
+    parser.add_argument("--workdir", metavar="DIR", help="where it goes [runs/<config>-<spec>]")
+
+
+def add_config_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag that names a config."""
     parser.add_argument(
         "--config",
         nargs="?",
@@ -66,7 +72,6 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         help="what to run: a file (configs/b16.py), a name (b16, digits, vit), both with a spec "
         "(b16:finetune,cifar10), or a run's config.json",
     )
-    parser.add_argument("--workdir", metavar="DIR", help="where it goes [runs/<config>-<spec>]")
 
 
 def parse_config_flags(

@@ -19,7 +19,7 @@ from vit_jax.data.subset import parse_subset
 from vit_jax.errors import UserError, nearest
 from vit_jax.evaluation import registry
 from vit_jax.models import DTYPES, describe, field_type, masked, model_fields, vit
-from vit_jax.sharding import MODES
+from vit_jax.sharding import parse_sharding
 from vit_jax.state import DECAYS, check_warmup, optimizer_keys
 from vit_jax.steps import LOSSES
 
@@ -38,7 +38,7 @@ FRACTIONS = {
     "optimizer.momentum",
 }
 CHOICES = {"augment_contrast": CONTRASTS, "dataset.jpeg_dct": JPEG_DCTS}
-NAMES = {"loss": LOSSES, "sharding": MODES, "schedule.decay": DECAYS}
+NAMES = {"loss": LOSSES, "schedule.decay": DECAYS}
 NOT_NEGATIVE = {
     "patience",
     "dataset.subset_seed",
@@ -207,6 +207,7 @@ def _check_ranges(config: ConfigDict) -> None:
     if values["schedule.base_lr"] == 0:
         raise UserError("config.schedule.base_lr is 0.0: it must be above 0")
     _check_objective(values)
+    parse_sharding(values["sharding"])
     parse_augment(values["augment"])
     if values["dataset.subset"]:
         parse_subset(values["dataset.subset"])

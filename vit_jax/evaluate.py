@@ -81,7 +81,7 @@ class _Checkpoint:
         self.model = create_model(self.pretrained.model)
         self.apply_fn = metrics.make_apply_fn(self.model, self.mesh)
         params = self.pretrained.params
-        self.params = jax.device_put(params, state_sharding(params, self.mesh, "replicated"))
+        self.params = jax.device_put(params, state_sharding(params, self.mesh))
         self.batch_size = -(-args.batch_size // self.mesh.size) * self.mesh.size
 
     def label(self, source: Any, args: argparse.Namespace) -> tuple[Any, tuple[int, ...]]:

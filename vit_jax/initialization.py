@@ -16,7 +16,7 @@ from vit_jax.checkpoints.transfer import print_report, transfer
 from vit_jax.config import left_to_weights, take_from_weights
 from vit_jax.errors import UserError
 from vit_jax.models import prediction_fields
-from vit_jax.preparation import create_objective
+from vit_jax.program import create_objective
 from vit_jax.recipes import name_of, sizes_of
 from vit_jax.reporting import say
 from vit_jax.state import Params, TrainState, replace_params

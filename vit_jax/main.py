@@ -3,10 +3,12 @@
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vit_jax import command, tensorflow_env
-from vit_jax.errors import UserError
+from vit_jax import command, processes, tensorflow_env
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 _EPILOG = """examples:
   %(prog)s --config digits
@@ -31,8 +33,12 @@ def build_parser(prog: str) -> command.Parser:
         action="store_true",
         help="print every value with where it comes from, and do nothing else",
     )
-    group = parser.add_argument_group("several processes, each started with all three")
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
+    group = parser.add_argument_group(
+        "several processes, each started with all three; none under Slurm, Open MPI, Kubernetes"
+    )
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="of process 0; auto lets JAX find all three"
+    )
     group.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
     group.add_argument("--process_id", type=int, metavar="I", help="which this is, from 0")
     return parser
@@ -47,29 +53,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vit_jax.config import check_config
 
     loaded = config_files.load(args.config, values, parser)
-    distributed = (args.coordinator, args.num_processes, args.process_id)
-    if None in distributed and any(value is not None for value in distributed):
-        raise UserError(
-            "--coordinator, --num_processes and --process_id go together: give all three"
-        )
+    several = (args.coordinator, args.num_processes, args.process_id)
+    processes.check_flags(*several)
     check_config(loaded.config, may_lack=args.print_config)
     if args.print_config:
         print(config_files.explain(loaded))
         return 0
+    workdir = args.workdir or config_files.default_workdir(loaded.name)
+    processes.join(*several, workdir)
+    with processes.ending_together():
+        _train(loaded.config, workdir)
+    return 0
+
+
+def _train(config: "ConfigDict", workdir: str) -> None:
+    _check_weights(config.init_from, workdir)
+    tensorflow_env.quiet()
     import jax
 
-    if args.coordinator:
-        jax.distributed.initialize(*distributed)
-    workdir = args.workdir or config_files.default_workdir(loaded.name)
-    _check_weights(loaded.config.init_from, workdir)
-    tensorflow_env.quiet()
     from vit_jax import train  # TensorFlow takes seconds to import: a wrong flag should not
 
     sys.unraisablehook = _hide_abandoned_writes
     if jax.process_index() == 0:
         print(f"workdir: {workdir}", flush=True)
-    train.train(loaded.config, workdir)
-    return 0
+    train.train(config, workdir)
 
 
 def _check_weights(init_from: str, workdir: str) -> None:

@@ -7,12 +7,10 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from vit_jax.analysis import flops
 from vit_jax.config import count_steps
 from vit_jax.data import datasets, pipeline
 from vit_jax.data.augmentation import parse_augment
@@ -21,18 +19,12 @@ from vit_jax.data.subset import take_subset
 from vit_jax.errors import UserError
 from vit_jax.evaluation.registry import Evaluator, create_evaluators
 from vit_jax.evaluation.watched import Watched
-from vit_jax.models import create_model, masked
+from vit_jax.models import create_model
+from vit_jax.program import check_batch_size, create_objective, lower_train_step
 from vit_jax.reporting import say
-from vit_jax.sharding import Mesh, batch_sharding, make_mesh
+from vit_jax.sharding import Mesh, gathering, make_mesh
 from vit_jax.state import TrainState, create_optimizer, create_schedule
-from vit_jax.steps import (
-    Metrics,
-    Objective,
-    classification,
-    masked_patches,
-    mixup,
-    train_step,
-)
+from vit_jax.steps import Metrics, Objective
 
 
 class Prepared(NamedTuple):
@@ -88,8 +80,8 @@ def prepare(
     Raises:
         UserError: for any mistake of the user's.
     """
-    mesh = make_mesh()
-    _check_batch_size(config, mesh)
+    mesh = make_mesh(config.sharding)
+    check_batch_size(config, mesh.size)
     train_source, eval_source = _open_sources(config, workdir, saved_names)
     count = functools.partial(
         count_steps, num_examples=train_source.num_examples, batch_size=config.batch_size
@@ -106,7 +98,7 @@ def prepare(
         mesh=mesh,
         train_source=train_source,
         model=model,
-        objective=objective,
+        objective=gathering(objective, mesh, model.config.compute_dtype),
         multiply_adds=multiply_adds,
         schedule=schedule,
         optimizer=create_optimizer(config.optimizer, schedule),
@@ -116,15 +108,6 @@ def prepare(
         checkpoint_every=count(config.checkpoint_every),
     )
     return prepared._replace(evaluators=_create_evaluators(prepared, eval_source, count))
-
-
-def _check_batch_size(config: ConfigDict, mesh: Mesh) -> None:
-    parts = mesh.size * config.accumulate_steps
-    if config.batch_size % parts:
-        raise UserError(
-            f"batch_size {config.batch_size} does not divide evenly over {mesh.size} devices x "
-            f"{config.accumulate_steps} accumulate_steps: use a multiple of {parts}"
-        )
 
 
 def _open_sources(
@@ -159,33 +142,6 @@ def _with_labels(
     return datasets.relabel(source, labels, saved_names)
 
 
-def create_objective(config: ConfigDict, num_classes: int) -> tuple[nn.Module, Objective, int]:
-    """The model, what it is trained for, and the multiply-adds of one image.
-
-    Args:
-        config: of a run.
-        num_classes: of its data set.
-
-    Raises:
-        UserError: the model has fewer classes than the data set.
-    """
-    size = config.dataset.image_size
-    if config.objective == "masked_patches":
-        rate, target = config.masking.rate, config.masking.target
-        model = masked.predictor(create_model(config.model), target)
-        multiply_adds = masked.multiply_adds(model, size, rate)
-        return model, masked_patches(model, rate, target), multiply_adds
-    if 0 < config.model.num_classes < num_classes:
-        raise UserError(
-            f"model.num_classes is {config.model.num_classes} but {config.dataset.name} has "
-            f"{num_classes} classes: use at least as many, or 0 to take the data set's"
-        )
-    num_classes = config.model.num_classes or num_classes
-    model = create_model(config.model, num_classes=num_classes)
-    objective = classification(model, config.loss, config.label_smoothing)
-    return model, objective, flops.multiply_adds(config.model, size, num_classes)
-
-
 def _create_evaluators(
     prepared: Prepared, eval_source: datasets.Source, count: Callable[[str], int]
 ) -> list[Evaluator]:
@@ -216,30 +172,15 @@ def compile_train_step(
         prepared: the run.
         state: in the shardings that it keeps; each step takes the memory of the one before.
     """
-    config = prepared.config
-    size = config.dataset.image_size
-    sharding = jax.tree.map(lambda x: x.sharding, state)
-    batch = {
-        "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.float32),
-        "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
-    }
-    mix = None
-    if alpha := parse_augment(config.augment).mixup_alpha:
-        mix = functools.partial(mixup, alpha=alpha, num_classes=prepared.model.config.num_classes)
-    step = jax.jit(
-        functools.partial(
-            train_step,
-            objective=prepared.objective,
-            optimizer=prepared.optimizer,
-            accumulate_steps=config.accumulate_steps,
-            ema_decay=config.ema_decay,
-            mix=mix,
-        ),
-        in_shardings=(sharding, batch_sharding(prepared.mesh)),
-        out_shardings=(sharding, None),
-        donate_argnums=0,
+    lowered = lower_train_step(
+        prepared.config,
+        prepared.mesh,
+        prepared.objective,
+        prepared.optimizer,
+        prepared.model.config.num_classes,
+        state,
     )
-    return step.lower(state, batch).compile()
+    return lowered.compile()
 
 
 def train_batches(prepared: Prepared, first_step: int) -> Iterator[dict[str, np.ndarray]]:

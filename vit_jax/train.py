@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -32,10 +31,11 @@ from vit_jax.initialization import initialize_from, read_weights
 from vit_jax.interruption import sigterm
 from vit_jax.models import prediction_defaults
 from vit_jax.preparation import Prepared, compile_train_step, prepare, train_batches
+from vit_jax.program import abstract_state, state_initializer
 from vit_jax.progress import Progress
 from vit_jax.reporting import Cost, Reporter, say
-from vit_jax.sharding import state_sharding, to_devices
-from vit_jax.state import Params, TrainState, init_train_state
+from vit_jax.sharding import to_devices
+from vit_jax.state import Params, TrainState
 from vit_jax.steps import Batch, Metrics
 from vit_jax.workdir import full_disk, making_workdir
 
@@ -115,20 +115,9 @@ def _start(
 ) -> tuple[TrainState, Progress]:
     """The state to begin with: restored, or fresh with the weights of init_from if given."""
     config = prepared.config
-    init = functools.partial(
-        init_train_state,
-        prepared.model,
-        prepared.optimizer,
-        seed=config.seed,
-        image_size=config.dataset.image_size,
-        average=config.ema_decay > 0,
-    )
-    shapes = jax.eval_shape(init)
-    sharding = state_sharding(shapes, prepared.mesh, config.sharding)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, sharding
-    )
-    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes.params))
+    init = state_initializer(config, prepared.model, prepared.optimizer)
+    abstract = abstract_state(init, prepared.mesh)
+    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
     say(
         f"{parameters:,} parameters, {prepared.train_source.num_examples:,} training images, "
         f"{prepared.total_steps:,} steps of {config.batch_size:,} on {prepared.mesh.size} "
@@ -139,6 +128,7 @@ def _start(
         state, metadata = restored
         say(f"continuing from step {int(state.step)} in {prepared.workdir}")
         return state, Progress(**metadata["progress"])
+    sharding = jax.tree.map(lambda x: x.sharding, abstract)
     state = jax.jit(init, out_shardings=sharding)()
     return (state if weights is None else initialize_from(weights, state)), Progress()
 

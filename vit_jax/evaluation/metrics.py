@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_jax.errors import UserError
-from vit_jax.sharding import Mesh, to_devices
+from vit_jax.sharding import Mesh, gathering, to_devices
 
 TOP_K = 5
 CALIBRATION_BINS = 15
@@ -54,7 +54,7 @@ def make_apply_fn(model: nn.Module, mesh: Mesh) -> ApplyFn:
         values = cast(jax.Array, model.apply({"params": params}, batch["image"]))
         return values, batch["label"], batch["mask"]
 
-    return jax.jit(apply, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(gathering(apply, mesh), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def outputs(

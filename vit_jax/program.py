@@ -1,0 +1,133 @@
+"""The program of a run: what a config trains, and its step as the compiler gets it.
+
+No data set is opened and no device asked for, so that a step can be compiled for devices that are
+described (see `vit_jax.plan`).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from vit_jax.analysis import flops
+from vit_jax.data.augmentation import parse_augment
+from vit_jax.errors import UserError
+from vit_jax.models import create_model, masked
+from vit_jax.sharding import AnyMesh, batch_sharding, state_sharding
+from vit_jax.state import TrainState, init_train_state
+from vit_jax.steps import Objective, classification, masked_patches, mixup, train_step
+
+
+def check_batch_size(config: ConfigDict, devices: int) -> None:
+    """Raises a UserError if a batch does not divide evenly over the devices and parts."""
+    parts = devices * config.accumulate_steps
+    if config.batch_size % parts:
+        raise UserError(
+            f"batch_size {config.batch_size} does not divide evenly over {devices} devices x "
+            f"{config.accumulate_steps} accumulate_steps: use a multiple of {parts}"
+        )
+
+
+def create_objective(config: ConfigDict, num_classes: int) -> tuple[nn.Module, Objective, int]:
+    """The model, what it is trained for, and the multiply-adds of one image.
+
+    Args:
+        config: of a run.
+        num_classes: of its data set.
+
+    Raises:
+        UserError: the model has fewer classes than the data set.
+    """
+    size = config.dataset.image_size
+    if config.objective == "masked_patches":
+        rate, target = config.masking.rate, config.masking.target
+        model = masked.predictor(create_model(config.model), target)
+        multiply_adds = masked.multiply_adds(model, size, rate)
+        return model, masked_patches(model, rate, target), multiply_adds
+    if 0 < config.model.num_classes < num_classes:
+        raise UserError(
+            f"model.num_classes is {config.model.num_classes} but {config.dataset.name} has "
+            f"{num_classes} classes: use at least as many, or 0 to take the data set's"
+        )
+    num_classes = config.model.num_classes or num_classes
+    model = create_model(config.model, num_classes=num_classes)
+    objective = classification(model, config.loss, config.label_smoothing)
+    return model, objective, flops.multiply_adds(config.model, size, num_classes)
+
+
+def state_initializer(
+    config: ConfigDict, model: nn.Module, optimizer: optax.GradientTransformation
+) -> Callable[[], TrainState]:
+    """Returns a function that makes the state with which a run begins."""
+    return functools.partial(
+        init_train_state,
+        model,
+        optimizer,
+        seed=config.seed,
+        image_size=config.dataset.image_size,
+        average=config.ema_decay > 0,
+    )
+
+
+def abstract_state(init: Callable[[], TrainState], mesh: AnyMesh) -> TrainState:
+    """The shapes, dtypes and shardings of the state that `init` makes, and no arrays."""
+    shapes = jax.eval_shape(init)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        state_sharding(shapes, mesh),
+    )
+
+
+def abstract_batch(config: ConfigDict, mesh: AnyMesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes, dtypes and shardings of what a step reads."""
+    size, rows = config.dataset.image_size, batch_sharding(mesh)
+    images = (config.batch_size, size, size, 3)
+    return {
+        "image": jax.ShapeDtypeStruct(images, jnp.float32, sharding=rows),
+        "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=rows),
+    }
+
+
+def lower_train_step(
+    config: ConfigDict,
+    mesh: AnyMesh,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    num_classes: int,
+    state: TrainState,
+) -> jax.stages.Lowered:
+    """Traces `steps.train_step` for the devices of a mesh.
+
+    Args:
+        config: of the run.
+        mesh: from `sharding.make_mesh`.
+        objective: of parameters as `state` has them, see `sharding.gathering`.
+        optimizer: of the run.
+        num_classes: of the model.
+        state: arrays or their shapes, in the shardings that it keeps; each step takes the memory of
+            the one before.
+    """
+    places = jax.tree.map(lambda x: x.sharding, state)
+    mix = None
+    if alpha := parse_augment(config.augment).mixup_alpha:
+        mix = functools.partial(mixup, alpha=alpha, num_classes=num_classes)
+    step: Any = jax.jit(
+        functools.partial(
+            train_step,
+            objective=objective,
+            optimizer=optimizer,
+            accumulate_steps=config.accumulate_steps,
+            ema_decay=config.ema_decay,
+            mix=mix,
+        ),
+        in_shardings=(places, batch_sharding(mesh)),
+        out_shardings=(places, None),
+        donate_argnums=0,
+    )
+    return step.lower(state, abstract_batch(config, mesh))
