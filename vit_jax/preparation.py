@@ -220,7 +220,7 @@ def compile_train_step(
     size = config.dataset.image_size
     sharding = jax.tree.map(lambda x: x.sharding, state)
     batch = {
-        "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.float32),
+        "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
     }
     mix = None
@@ -259,8 +259,7 @@ def train_batches(prepared: Prepared, first_step: int) -> Iterator[dict[str, np.
         contrast=config.augment_contrast,
         seed=config.seed,
         first_step=first_step,
-        shuffle_buffer=data.shuffle_buffer,
-        cache=data.cache,
+        workers=data.workers,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
