@@ -83,7 +83,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
         return json.loads(finished.read_text())
     if saved is not None and saved.get("input") != INPUT_VERSION:
         raise UserError(
-            f"{workdir} holds a run of an earlier version, which read the images in another order: "
+            f"{workdir} holds a run of another version, which reads the images in another order: "
             "finish it with that version, or start anew in another --workdir"
         )
     with sigterm() as terminated, full_disk(workdir), making_workdir(workdir):

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import importlib.util
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -189,8 +190,10 @@ def _not_prepared(name: str, builder: tfds.core.DatasetBuilder, tfds_name: str) 
     by_hand = ", which says what it wants downloaded by hand" * bool(
         builder.MANUAL_DOWNLOAD_INSTRUCTIONS
     )
+    writer = "" if importlib.util.find_spec("tensorflow") else "`pip install tensorflow-cpu` and "
     return UserError(
-        f'data set {name!r} is not prepared in data_dir {str(root)!r}: run `python -c "import '
+        f"data set {name!r} is not prepared in data_dir {str(root)!r}: run {writer}"
+        '`python -c "import '
         f"tensorflow_datasets as tfds; tfds.builder({tfds_name!r}, data_dir={str(root)!r})"
         f'.download_and_prepare()"`{by_hand}, or set {_DATA_DIR} to where it is prepared; '
         f"{_NO_DATA}"
