@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import os
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
@@ -202,8 +203,17 @@ class _TrainImages:
         return _named(self._view, example, rng), example["label"]
 
 
-@functools.lru_cache(maxsize=4)  # Threads may be in two epochs.
+_ordering = threading.Lock()
+
+
 def _order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+    # Of the threads that come to a new epoch one makes its order.
+    with _ordering:
+        return _make_order(seed, epoch, num_examples)
+
+
+@functools.lru_cache(maxsize=2)  # Threads may be in two epochs.
+def _make_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
     """The order of an epoch: 8 bytes an image, a second for 14 million."""
     return _generator(_ORDER, seed, epoch).permutation(num_examples)
 

@@ -82,7 +82,7 @@ def _id(part: Any, place: int) -> str:
 
 
 def _open_files(info: tfds.core.DatasetInfo, parts: Mapping[str, Any]) -> dict[str, Any]:
-    file_format = info.file_format
+    file_format = info.file_format or tfds.core.FileFormat.TFRECORD  # Old ones do not say.
     formats = {
         tfds.core.FileFormat.TFRECORD: _TFRecordFile,
         tfds.core.FileFormat.ARRAY_RECORD: _ArrayRecordFile,
@@ -123,7 +123,10 @@ class _ArrayRecordFile:
         return {**self.__dict__, "_reader": None}
 
     def read(self, place: int) -> bytes:
-        from array_record.python.array_record_module import ArrayRecordReader
+        # ty finds nothing in a compiled module.
+        from array_record.python.array_record_module import (  # ty: ignore[import-not-found]
+            ArrayRecordReader,
+        )
 
         with unreadable(self._path):
             os.stat(self._path)  # The reader's own message for a missing file is a stack of them.
