@@ -8,6 +8,12 @@ from setuptools import find_packages, setup
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "vit_jax/__init__.py").read_text())[1]
 
+# Its CPU build, where there is one, is a tenth of the size.
+TENSORFLOW = [
+    "tensorflow-cpu>=2.21; sys_platform == 'linux' and platform_machine == 'x86_64'",
+    "tensorflow>=2.21; sys_platform != 'linux' or platform_machine != 'x86_64'",
+]
+
 setup(
     name="vit_jax",
     version=VERSION,
@@ -29,6 +35,7 @@ setup(
         "clu>=0.0.12",
         "flax>=0.12.0",
         "google-crc32c>=1.9",
+        "grain>=0.2.18",
         "huggingface-hub>=2.4",
         "importlib-resources>=7.1",  # TFDS imports it without saying so.
         "jax>=0.7.1",
@@ -48,15 +55,15 @@ setup(
         "simplejpeg>=1.9",
         "tensorboard>=2.21",
         "tensorflow-datasets>=4.9.10",
-        # TensorFlow only reads data: its CPU build, where there is one, is a tenth of the size.
-        "tensorflow-cpu>=2.21; sys_platform == 'linux' and platform_machine == 'x86_64'",
-        "tensorflow>=2.21; sys_platform != 'linux' or platform_machine != 'x86_64'",
         "tqdm>=4.70",
     ],
     extras_require={
         # The doctor takes JAX's plugin for CUDA 13, jax[cuda13], as well.
         "cuda": ["jax[cuda12]"],
+        # TFDS writes its data sets with TensorFlow; they are read without.
+        "prepare": TENSORFLOW,
         "export": [
+            *TENSORFLOW,
             "flax==0.12.0",  # Newer ones need a newer JAX; pip would try them all.
             "jax==0.7.1",  # The last whose jax2tf emits a TensorFlow graph that tf2onnx can read.
             "onnx>=1.23",
@@ -86,6 +93,7 @@ setup(
         # NVIDIA's own index has the libraries that these load; TensorRT 8.6 is for Python 3.10.
         "tensorrt": ["cuda-python>=12.2", "tensorrt>=10"],
         "test": [
+            *TENSORFLOW,  # What is compared with.
             "hypothesis>=6.170",
             "pytest>=9.2",
             "pytest-cov>=7.1",

@@ -5,7 +5,7 @@ import tensorflow_datasets as tfds
 
 # Depths that fall on both sides of every threshold, and lengths that occur in the data sets.
 DEPTHS = {"pixel_coords": (7.0, 15.0), "location": (-5.0, 60.0)}
-LENGTHS = {"clevr": (3, 10), "kitti": (0, 4)}
+LENGTHS = {"clevr": (3, 10), "kitti": (0, 4), "imagenet2012_real": (0, 3)}
 
 
 def write(name, data_dir, examples):
@@ -44,6 +44,8 @@ def _draw(builder, key, feature, noise):
         inner = feature.feature
         return [
             {key: _draw(builder, key, inner[key], noise) for key in inner}
+            if isinstance(inner, tfds.features.FeaturesDict)
+            else _draw(builder, key, inner, noise)
             for _ in range(noise.integers(low, high + 1))
         ]
     return noise.uniform(*DEPTHS.get(key, (0, 1)), feature.shape).astype(np.float32)

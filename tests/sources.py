@@ -1,10 +1,37 @@
 """Small data sets in memory, and what few-shot evaluation takes of them to learn from."""
 
+import io
+
 import numpy as np
-import tensorflow as tf
+from PIL import Image
 
 from vit_jax.data.source import Source
 from vit_jax.data.support import take_support
+
+
+class InMemory:
+    """Examples from a list, which notes what is read."""
+
+    def __init__(self, examples):
+        self.examples = examples
+        self.read = []
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return self.examples[index]
+
+    def ids(self):
+        return [example["id"] for example in self.examples]
+
+
+def png(pixels):
+    """A PNG of uint8 [height, width] or [height, width, 3]."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def tiny_source(counts, size=16, seed=0):
@@ -15,24 +42,18 @@ def tiny_source(counts, size=16, seed=0):
     pixels = np.clip(means[labels] + rng.normal(0, 90, (len(labels), size, size, 3)), 0, 255)
     pixels = pixels.astype(np.uint8)
     # Twice as wide: what is squashed to a square is `pixels` again.
-    encoded = [tf.io.encode_png(np.repeat(image, 2, axis=1)).numpy() for image in pixels]
+    encoded = [png(np.repeat(image, 2, axis=1)) for image in pixels]
 
-    def examples(seed=None):
-        dataset = tf.data.Dataset.from_tensor_slices(
-            {
-                "image": encoded,
-                "label": labels.astype(np.int64),
-                "id": [str(index) for index in range(len(labels))],
-            }
-        )
-        return dataset if seed is None else dataset.shuffle(len(labels), seed)
-
+    examples = [
+        {"image": image, "label": int(label), "id": str(index)}
+        for index, (image, label) in enumerate(zip(encoded, labels, strict=True))
+    ]
     names = tuple(f"class {index}" for index in range(len(counts)))
-    source = Source("tiny", "train", names, len(labels), sum(map(len, encoded)), examples)
+    source = Source("tiny", "train", names, sum(map(len, encoded)), InMemory(examples))
     return source, pixels, labels
 
 
 def chosen(source, shots, seed):
-    examples = list(take_support(source, shots, seed).examples())
-    ids = [int(example["id"].numpy()) for example in examples]
-    return ids, np.array([int(example["label"]) for example in examples])
+    examples = list(take_support(source, shots, seed))
+    ids = [int(example["id"]) for example in examples]
+    return ids, np.array([example["label"] for example in examples])

@@ -80,6 +80,15 @@ def test_a_key_of_before_says_what_replaces_it(key, moved):
     assert str(error) == f"config.{key} is config.{moved} today: set that"
 
 
+def test_a_key_that_is_gone_says_so_and_a_run_that_has_it_goes_on():
+    for key in ("cache", "shuffle_buffer"):
+        config = recipe("ViT-B/16")
+        config.dataset[key] = "auto"
+        with pytest.raises(UserError, match=f"config.dataset.{key} is gone, .*: leave it out"):
+            check_config(config)
+        check_config(ConfigDict(migrate(to_dict(config))))
+
+
 def test_a_config_file_of_before_says_what_replaces_its_keys():
     for key, moved in (("eval_every", "evals.val.every"), ("fewshot", "evals.fewshot")):
         config = recipe("ViT-B/16")

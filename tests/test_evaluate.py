@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
-import tensorflow_datasets as tfds
 from sklearn import metrics
 from sklearn.datasets import load_digits
 
@@ -18,6 +17,8 @@ from vit_jax.data import datasets
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 from vit_jax.models import create_model
+
+from . import prepared
 
 
 @pytest.mark.parametrize(
@@ -221,28 +222,41 @@ def imagenet_checkpoint(tmp_path_factory):
     return save_random(path, None, num_classes=1000).source
 
 
-@pytest.fixture
-def run_imagenet(imagenet_checkpoint, tmp_path):
-    """Evaluates on six made-up images of imagenet2012, and returns the results."""
+def real_examples():
+    return prepared.random_examples("imagenet2012_real", 6, np.random.default_rng(1))
 
-    def run_mocked(*flags):
+
+@pytest.fixture(scope="module")
+def imagenet_dir(tmp_path_factory):
+    """Six made-up images in each split of imagenet2012 and in imagenet2012_real."""
+    data_dir = tmp_path_factory.mktemp("imagenet")
+    images = prepared.random_examples("imagenet2012", 6, np.random.default_rng(0))
+    prepared.write("imagenet2012", data_dir, {"train": images, "validation": images})
+    prepared.write("imagenet2012_real", data_dir, {"validation": real_examples()})
+    return str(data_dir)
+
+
+@pytest.fixture
+def run_imagenet(imagenet_checkpoint, imagenet_dir, tmp_path):
+    """Evaluates on made-up images of imagenet2012, and returns the results."""
+
+    def run(*flags):
         path = tmp_path / "result.json"
-        with tfds.testing.mock_data(num_examples=6):
-            run_main(
-                "--checkpoint", imagenet_checkpoint, "--dataset", "imagenet2012",
-                "--json", str(path), *flags,
-            )  # fmt: skip
+        run_main(
+            "--checkpoint", imagenet_checkpoint, "--dataset", "imagenet2012",
+            "--data_dir", imagenet_dir, "--json", str(path), *flags,
+        )  # fmt: skip
         return json.loads(path.read_text())
 
-    return run_mocked
+    return run
 
 
 def test_imagenet_is_scored_on_its_own_labels_and_on_real(run_imagenet):
     result = run_imagenet()
     assert (result["split"], result["examples"]) == ("validation", 6)
-    with tfds.testing.mock_data(num_examples=6):
-        labeled = [bool(r["label"].numpy().any()) for r in datasets.open_real().examples()]
-    assert result["real_examples"] == sum(labeled)
+    assert result["real_examples"] == sum(
+        bool(example["real_label"]) for example in real_examples()
+    )
     assert 0 <= result["real_accuracy"] <= 1
 
 
@@ -255,7 +269,7 @@ def test_imagenet_without_real_says_so(run_imagenet, monkeypatch, capsys):
         raise UserError("data set 'imagenet2012_real' is not prepared")
 
     monkeypatch.setattr(datasets, "open_real", open_real)
-    assert "real_accuracy" not in run_imagenet("--data_dir", "somewhere")
+    assert "real_accuracy" not in run_imagenet()
     *_, line = capsys.readouterr().out.splitlines()
     assert line == "ImageNet-ReaL is left out: data set 'imagenet2012_real' is not prepared"
 

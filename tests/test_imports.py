@@ -74,6 +74,8 @@ WITHOUT_TENSORFLOW = (
     "export.runtime",
     "export.to_tensorrt",
 )
+# They read TFDS's data sets, for which it needs no TensorFlow.
+WITH_TFDS = ("data", "preparation", "train", "evaluate")
 OF_TENSORFLOW = {"tensorflow", "tensorflow_datasets", "clu", "onnx", "onnxruntime", "tf2onnx"}
 # The machine that builds an engine has no JAX either.
 WITHOUT_JAX = ("export.engine", "export.runtime", "export.to_tensorrt")
@@ -209,6 +211,12 @@ def test_no_circles_even_where_functions_import():
 def test_it_is_imported_without_tensorflow(name):
     roots = {module.partition(".")[0] for module in loaded_with(name)}
     assert roots & OF_TENSORFLOW == set()
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if is_in(name, WITH_TFDS)])
+def test_the_input_is_imported_without_tensorflow(name):
+    roots = {module.partition(".")[0] for module in loaded_with(name)}
+    assert "tensorflow" not in roots
 
 
 @pytest.mark.parametrize("name", [f"{ROOT}.{name}" for name in WITHOUT_JAX])

@@ -7,15 +7,15 @@ import sys
 import jax
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from flax.traverse_util import flatten_dict
 
-from vit_jax import main, preparation, train
+from vit_jax import main, train
 from vit_jax.checkpoints.pretrained import abstract_params
 from vit_jax.config_files import default_workdir
-from vit_jax.data.datasets import open_dataset
 from vit_jax.models import model_config
 from vit_jax.recipes import get_config
+
+from . import prepared
 
 MAIN = [sys.executable, "-m", "vit_jax.main"]
 B16 = "configs/b16.py"
@@ -127,7 +127,7 @@ def test_without_imagenet_it_says_where_it_looked_and_what_to_do(run, tmp_path):
     assert "Traceback" not in output
 
 
-def test_b16_takes_two_real_steps_at_a_reduced_width(tmp_path, monkeypatch):
+def test_b16_takes_two_real_steps_at_a_reduced_width(tmp_path):
     real = get_config("ViT-B/16")
     real.update_from_flattened_dict(
         {
@@ -139,11 +139,12 @@ def test_b16_takes_two_real_steps_at_a_reduced_width(tmp_path, monkeypatch):
             "model.representation_size": 48,
         }
     )
-    with tfds.testing.mock_data(num_examples=12):
-        # Opened first: the mock replaces the file system under which checkpoints are looked for.
-        sources = open_dataset("imagenet2012")
-        monkeypatch.setattr(preparation.datasets, "open_dataset", lambda *_, **__: sources)
-        final = train.train(real, tmp_path / "run")
+    noise = np.random.default_rng(0)
+    splits = ("train", "validation")
+    examples = {name: prepared.random_examples("imagenet2012", 12, noise) for name in splits}
+    prepared.write("imagenet2012", tmp_path / "data", examples)
+    real.dataset.data_dir = str(tmp_path / "data")
+    final = train.train(real, tmp_path / "run")
     assert (final["step"], final["examples"]) == (2, 12)
     losses = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     # The mean of two steps: the first guesses among 1,000 classes, the second after lr 0.

@@ -28,7 +28,6 @@ AT_LEAST_ONE = {
     "accumulate_steps",
     "keep_checkpoints",
     "dataset.image_size",
-    "dataset.shuffle_buffer",
 }
 FRACTIONS = {
     "label_smoothing",
@@ -42,6 +41,7 @@ NAMES = {"loss": LOSSES, "schedule.decay": DECAYS}
 NOT_NEGATIVE = {
     "patience",
     "dataset.subset_seed",
+    "dataset.workers",
     "optimizer.weight_decay",
     "optimizer.clip_norm",
     "schedule.base_lr",
@@ -54,6 +54,12 @@ _LEFT_TO_WEIGHTS = {f"model.{key}" for key in recipes.LEFT_TO_WEIGHTS}
 ADDED_KEYS = {
     "augment_contrast": "pil",
     "dataset.jpeg_dct": "accurate",
+    "dataset.workers": 0,
+}
+# Keys that are gone, and why nothing takes their place.
+REMOVED_KEYS = {
+    "dataset.cache": "images are read in any order, and the system keeps in memory what fits",
+    "dataset.shuffle_buffer": "every epoch is shuffled as a whole",
 }
 # Keys that have moved.
 MOVED_KEYS = {
@@ -278,6 +284,8 @@ def unknown_key(key: str, valid: Iterable[str]) -> UserError:
     sections = {old.partition(".")[0]: new.rpartition(".")[0] for old, new in MOVED_KEYS.items()}
     if moved := (sections | MOVED_KEYS).get(key):
         return UserError(f"config.{key} is config.{moved} today: set that")
+    if key in REMOVED_KEYS:
+        return UserError(f"config.{key} is gone, {REMOVED_KEYS[key]}: leave it out")
     leaves = {name.rpartition(".")[2]: name for name in sorted(valid)}
     near = nearest(key.rpartition(".")[2], leaves)
     hint = f"did you mean config.{leaves[near]}?" if near else f"valid are {', '.join(leaves)}"
@@ -350,7 +358,7 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
 def migrate(saved: Mapping[str, Any]) -> dict[str, Any]:
     """A saved config as it would be written today.
 
-    See `ADDED_KEYS`, `MOVED_KEYS` and `RENAMED_VALUES`.
+    See `ADDED_KEYS`, `REMOVED_KEYS`, `MOVED_KEYS` and `RENAMED_VALUES`.
     """
     values = flatten_dict(dict(saved), keep_empty_nodes=True, sep=".")
     for key, renamed in RENAMED_VALUES.items():
@@ -363,6 +371,8 @@ def migrate(saved: Mapping[str, Any]) -> dict[str, Any]:
     for key, moved in MOVED_KEYS.items():
         if key in values:
             values[moved] = values.pop(key)
+    for key in REMOVED_KEYS:
+        values.pop(key, None)
     return unflatten_dict(ADDED_KEYS | values, sep=".")
 
 

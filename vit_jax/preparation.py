@@ -200,8 +200,7 @@ def train_batches(prepared: Prepared, first_step: int) -> Iterator[dict[str, np.
         contrast=config.augment_contrast,
         seed=config.seed,
         first_step=first_step,
-        shuffle_buffer=data.shuffle_buffer,
-        cache=data.cache,
+        workers=data.workers,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )

@@ -89,7 +89,7 @@ def abstract_batch(config: ConfigDict, mesh: AnyMesh) -> dict[str, jax.ShapeDtyp
     size, rows = config.dataset.image_size, batch_sharding(mesh)
     images = (config.batch_size, size, size, 3)
     return {
-        "image": jax.ShapeDtypeStruct(images, jnp.float32, sharding=rows),
+        "image": jax.ShapeDtypeStruct(images, jnp.uint8, sharding=rows),
         "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=rows),
     }
 

@@ -483,8 +483,9 @@ def base(model: str, dataset: str) -> ConfigDict:
                 "jpeg_dct": "accurate",
                 "random_crop": True,
                 "random_flip": True,
-                "cache": "auto",
-                "shuffle_buffer": 50_000,
+                # Processes that read and crop the training images; 0 is threads, which are enough
+                # unless Python's lock holds up a machine of many cores.
+                "workers": 0,
             },
             "model": {
                 "architecture": sizes["architecture"],

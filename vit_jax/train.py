@@ -24,6 +24,7 @@ from vit_jax.config import (
     to_dict,
 )
 from vit_jax.data.augmentation import parse_augment
+from vit_jax.data.pipeline import INPUT_VERSION
 from vit_jax.errors import UserError
 from vit_jax.evaluation.registry import DECIDING, Evaluator
 from vit_jax.files import write_json
@@ -47,6 +48,7 @@ RESUMABLE_CHANGES = {
     "keep_checkpoints",
     "sharding",
     "dataset.data_dir",
+    "dataset.workers",
     f"evals.{DECIDING}.data_dir",
     f"evals.{DECIDING}.every",
 }
@@ -79,6 +81,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
     if finished.exists():
         say(f"{workdir} holds a finished run: nothing to do")
         return json.loads(finished.read_text())
+    if saved is not None and saved.get("input") != INPUT_VERSION:
+        raise UserError(
+            f"{workdir} holds a run of another version, which reads the images in another order: "
+            "finish it with that version, or start anew in another --workdir"
+        )
     with sigterm() as terminated, full_disk(workdir), making_workdir(workdir):
         weights = None
         if saved is None and config.init_from:
@@ -187,7 +194,11 @@ def _finish(
             step=train_step,
             batches=to_devices(train_batches(prepared, step), prepared.mesh),
             reporter=reporter,
-            metadata={"config": to_dict(config), "class_names": prepared.class_names},
+            metadata={
+                "config": to_dict(config),
+                "class_names": prepared.class_names,
+                "input": INPUT_VERSION,
+            },
         )
         step = _loop(run, state, progress, store, terminated)
     store.wait()

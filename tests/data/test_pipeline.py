@@ -2,52 +2,50 @@
 
 import dataclasses
 import itertools
+import subprocess
+import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 import tensorflow as tf
-import tensorflow_datasets as tfds
 
 from vit_jax.data.datasets import Source, open_dataset
 from vit_jax.data.pipeline import eval_batches, train_batches
 from vit_jax.data.protocols import evaluation
 from vit_jax.errors import UserError
 
+from ..sources import InMemory, png
+
 TRAIN = {
     "image_size": 8,
     "protocol": "inception",
     "random_crop": True,
     "random_flip": True,
-    "shuffle_buffer": 7,
 }
 EVAL = {"preprocessing": evaluation("inception", image_size=8)}
 
 
 def tiny_source(count):
     """Images of which each is one gray value, its label."""
-    images = [
-        tf.io.encode_png(np.full((3, 4, 1), label, np.uint8)).numpy() for label in range(count)
+    examples = [
+        {
+            "image": png(np.full((3, 4), label, np.uint8)),
+            "label": label,
+            "id": f"record {label}",
+        }
+        for label in range(count)
     ]
-
-    def examples(seed=None):
-        dataset = tf.data.Dataset.from_tensor_slices(
-            {
-                "image": images,
-                "label": np.arange(count, dtype=np.int64),
-                "id": [f"record {label}" for label in range(count)],
-            }
-        )
-        return dataset if seed is None else dataset.shuffle(count, seed)
-
-    return Source("tiny", "test", ("x",) * count, count, 0, examples)
+    return Source("tiny", "test", ("x",) * count, 0, InMemory(examples))
 
 
 def damaged(source, broken):
-    def damage(example):
-        is_broken = tf.reduce_any(example["label"] == np.array(broken, np.int64))
-        return example | {"image": tf.where(is_broken, b"\x89PNG\r\n\x1a\n", example["image"])}
-
-    return dataclasses.replace(source, examples=lambda seed=None: source.examples(seed).map(damage))
+    examples = [
+        example | {"image": b"\x89PNG\r\n\x1a\n"} if example["label"] in broken else example
+        for example in source
+    ]
+    return dataclasses.replace(source, examples=InMemory(examples))
 
 
 @pytest.fixture(scope="module")
@@ -107,46 +105,45 @@ def test_every_image_is_counted_once_in_evaluation(count, batch_size, processes)
 
 def test_batches_have_the_promised_types(sharded):
     (batch,) = take(sharded, 1)
-    assert (batch["image"].dtype, batch["label"].dtype) == (np.float32, np.int32)
+    assert (batch["image"].dtype, batch["label"].dtype) == (np.uint8, np.int32)
     assert batch["image"].shape == (8, 8, 8, 3)
+    assert batch["image"].min() < 64 and batch["image"].max() > 192
+    batch = next(iter(eval_batches(sharded, batch_size=8, **EVAL)))
+    assert (batch["image"].dtype, batch["label"].dtype) == (np.float32, np.int32)
     assert -1 <= batch["image"].min() < -0.5 < 0.5 < batch["image"].max() <= 1
-    assert next(iter(eval_batches(sharded, batch_size=8, **EVAL)))["mask"].dtype == np.float32
+    assert batch["mask"].dtype == np.float32
 
 
-@pytest.mark.parametrize("cache", ["memory", "disk"])
-def test_each_epoch_is_another_permutation(sharded, cache):
-    epochs = labels(take(sharded, 15, batch_size=10, cache=cache)).reshape(3, 50)
+def test_each_epoch_is_another_permutation(sharded):
+    epochs = labels(take(sharded, 15, batch_size=10)).reshape(3, 50)
     np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(50), (3, 1)))
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    other_seed = labels(take(sharded, 5, batch_size=10, cache=cache, seed=1))
+    other_seed = labels(take(sharded, 5, batch_size=10, seed=1))
     assert (other_seed != epochs[0]).any()
 
 
-@pytest.mark.parametrize("cache", ["memory", "disk"])
-def test_reading_again_is_bit_identical(sharded, cache):
-    assert_same(take(sharded, 14, cache=cache), take(sharded, 14, cache=cache))
+def test_reading_again_is_bit_identical(sharded):
+    assert_same(take(sharded, 14), take(sharded, 14))
 
 
-@pytest.mark.parametrize("cache", ["memory", "disk"])
 @pytest.mark.parametrize("first_step", [1, 6, 7, 13])  # an epoch ends within step 6
-def test_resuming_equals_the_tail(sharded, cache, first_step):
-    whole = take(sharded, 16, cache=cache)
-    tail = take(sharded, 16 - first_step, cache=cache, first_step=first_step)
+def test_resuming_equals_the_tail(sharded, first_step):
+    whole = take(sharded, 16)
+    tail = take(sharded, 16 - first_step, first_step=first_step)
     assert_same(tail, whole[first_step:])
 
 
-@pytest.mark.parametrize("cache", ["memory", "disk"])
 @pytest.mark.parametrize("processes", [2, 4])
-def test_rows_of_all_processes_make_the_same_global_batch(sharded, cache, processes):
+def test_rows_of_all_processes_make_the_same_global_batch(sharded, processes):
     parts = [
-        take(sharded, 8, cache=cache, process_index=process, process_count=processes)
+        take(sharded, 8, process_index=process, process_count=processes)
         for process in range(processes)
     ]
     joined = [
         {key: np.concatenate([part[key] for part in step]) for key in ["image", "label"]}
         for step in zip(*parts, strict=True)
     ]
-    assert_same(joined, take(sharded, 8, cache=cache))
+    assert_same(joined, take(sharded, 8))
 
 
 def test_augmentation_differs_between_epochs(sharded):
@@ -158,38 +155,35 @@ def test_without_randomness_training_sees_what_evaluation_sees(sharded):
     trained = by_label(take(sharded, 5, 10, random_crop=False, random_flip=False))
     evaluated = by_label(eval_batches(sharded, batch_size=10, **EVAL))
     for label in range(50):
-        np.testing.assert_array_equal(trained[label], evaluated[label])
+        # Rounded to 8 bits.
+        levels = (evaluated[label] + 1) * 127.5
+        np.testing.assert_allclose(trained[label], levels, atol=0.5 + 1e-4)
 
 
-@pytest.mark.parametrize("cache", ["memory", "disk"])
-def test_skipped_images_are_not_decoded(cache):
+def test_skipped_images_are_not_decoded():
     source = tiny_source(16)
-    early = labels(take(source, 1, cache=cache))
+    early = labels(take(source, 1))
     source = damaged(source, early)
     with pytest.raises(UserError):
-        take(source, 1, cache=cache)
-    assert len(take(source, 1, cache=cache, first_step=1)) == 1
+        take(source, 1)
+    assert len(take(source, 1, first_step=1)) == 1
 
 
-@pytest.mark.parametrize("cache", ["memory", "disk"])
-def test_broken_record_is_named(cache):
-    with pytest.raises(UserError, match="image record 5 cannot be decoded"):
-        take(damaged(tiny_source(9), [5]), 2, cache=cache)
+def test_broken_record_is_named():
+    with pytest.raises(UserError, match="^image record 5 is damaged .*: fetch it again$"):
+        take(damaged(tiny_source(9), [5]), 2)
 
 
 def of_bytes(encoded):
-    def examples(seed=None):  # noqa: ARG001
-        example = {"image": encoded, "label": np.int64(0), "id": "the one"}
-        return tf.data.Dataset.from_tensors(example)
-
-    return Source("tiny", "train", ("a",), 1, len(encoded), examples)
+    example = {"image": encoded, "label": 0, "id": "the one"}
+    return Source("tiny", "train", ("a",), len(encoded), InMemory([example]))
 
 
 @pytest.mark.parametrize(
     "encoded", [b"BM", b"BM" + bytes(200), b"RIFF\0\0\0\0WEBPVP8X" + bytes(40)]
 )
 def test_a_broken_image_that_pil_decodes_is_named(encoded):
-    with pytest.raises(UserError, match="image the one cannot be decoded"):
+    with pytest.raises(UserError, match="^image the one is (damaged|not an image)"):
         list(eval_batches(of_bytes(encoded), batch_size=1, **EVAL))
 
 
@@ -199,20 +193,9 @@ def test_the_dct_of_the_config_is_that_of_training():
     options = {"random_crop": False, "random_flip": False}
     for jpeg_dct, dct_method in (("accurate", "INTEGER_ACCURATE"), ("fast", "INTEGER_FAST")):
         (batch,) = take(source, 1, 1, jpeg_dct=jpeg_dct, **options)
-        decoded = tf.io.decode_jpeg(source_bytes(source), dct_method=dct_method)
-        (expected,) = take(of_bytes(tf.io.encode_png(decoded).numpy()), 1, 1, **options)
+        decoded = tf.io.decode_jpeg(source[0]["image"], dct_method=dct_method)
+        (expected,) = take(of_bytes(png(decoded.numpy())), 1, 1, **options)
         np.testing.assert_array_equal(batch["image"], expected["image"])
-
-
-def source_bytes(source):
-    return next(iter(source.examples()))["image"]
-
-
-def test_imagenet_streams_under_mock_data():
-    with tfds.testing.mock_data(num_examples=5):
-        train, _ = open_dataset("imagenet2012")
-        batches = take(train, 3, batch_size=4, cache="disk")
-    assert [batch["image"].shape for batch in batches] == [(4, 8, 8, 3)] * 3
 
 
 @pytest.mark.parametrize(
@@ -221,7 +204,6 @@ def test_imagenet_streams_under_mock_data():
         ({"batch_size": 6, "process_count": 4}, "batch_size 6"),
         ({"batch_size": 0}, "batch_size 0"),
         ({"protocol": "inceptoin"}, "'inceptoin'"),
-        ({"cache": "yes"}, "'yes'"),
     ],
 )
 def test_wrong_options_are_refused_before_the_first_batch(wrong, message):
@@ -233,21 +215,17 @@ def test_wrong_options_are_refused_before_the_first_batch(wrong, message):
 RANDAUGMENT = {"num_operations": 2, "magnitude": 15}
 
 
-@pytest.mark.parametrize("cache", ["memory", "disk"])
-def test_randaugment_depends_on_seed_and_position_alone(sharded, cache):
-    whole = take(sharded, 9, cache=cache, **RANDAUGMENT)
-    assert_same(take(sharded, 9, cache=cache, **RANDAUGMENT), whole)
+def test_randaugment_depends_on_seed_and_position_alone(sharded):
+    whole = take(sharded, 9, **RANDAUGMENT)
+    assert_same(take(sharded, 9, **RANDAUGMENT), whole)
     # Another step to begin with, in the second epoch, and another number of processes.
-    assert_same(take(sharded, 2, cache=cache, first_step=7, **RANDAUGMENT), whole[7:])
-    parts = [
-        take(sharded, 9, cache=cache, process_index=i, process_count=2, **RANDAUGMENT)
-        for i in range(2)
-    ]
+    assert_same(take(sharded, 2, first_step=7, **RANDAUGMENT), whole[7:])
+    parts = [take(sharded, 9, process_index=i, process_count=2, **RANDAUGMENT) for i in range(2)]
     for batch, *halves in zip(whole, *parts, strict=True):
         np.testing.assert_array_equal(
             np.concatenate([half["image"] for half in halves]), batch["image"]
         )
-    plain = take(sharded, 9, cache=cache)
+    plain = take(sharded, 9)
     np.testing.assert_array_equal(labels(plain), labels(whole))
     changed = [
         (one != other).any()
@@ -255,5 +233,69 @@ def test_randaugment_depends_on_seed_and_position_alone(sharded, cache):
         for one, other in zip(before["image"], after["image"], strict=True)
     ]
     assert np.mean(changed) > 0.8
-    other_seed = take(sharded, 1, cache=cache, seed=1, **RANDAUGMENT)
+    other_seed = take(sharded, 1, seed=1, **RANDAUGMENT)
     assert (other_seed[0]["image"] != whole[0]["image"]).any()
+
+
+def test_each_process_reads_its_own_rows_alone():
+    source = tiny_source(40)
+    for process in range(4):
+        batches = train_batches(
+            source, batch_size=8, seed=0, process_index=process, process_count=4, **TRAIN
+        )
+        seen = list(itertools.islice(batches, 5))  # an epoch
+        batches.close()
+        read = source.examples.read
+        ahead = 4 * 8  # Chunks of two rows that are made ahead belong to this process, too.
+        assert 10 == len(labels(seen)) <= len(read) <= 10 + ahead
+        assert read[:10] == [*labels(seen)] or sorted(read[:10]) == sorted(labels(seen))
+        read.clear()
+
+
+def test_a_far_step_is_reached_without_reading_what_comes_before():
+    source = tiny_source(40)
+    batches = train_batches(source, batch_size=8, seed=0, first_step=10**9, **TRAIN)
+    assert len(next(batches)["label"]) == 8
+    batches.close()
+    assert len(source.examples.read) <= 8 + 8 * 8
+
+
+def test_every_order_is_as_likely_and_no_epoch_is_that_of_another_seed():
+    source = tiny_source(3)
+    options = TRAIN | {"random_crop": False, "random_flip": False}
+    orders = [
+        tuple(labels(list(itertools.islice(train_batches(
+            source, batch_size=3, seed=seed, **options), 3))))
+        for seed in range(200)
+    ]  # fmt: skip
+    epochs = [order[i : i + 3] for order in orders for i in (0, 3, 6)]
+    counts = np.unique([6 * a + b for a, b, _ in epochs], return_counts=True)[1]
+    # Six orders in 600 epochs: 100 each, with a deviation of 9.1.
+    assert len(counts) == 6 and np.abs(counts - 100).max() < 5 * 9.1
+    follows = sum(one[3:6] == other[:3] for one, other in itertools.pairwise(orders))
+    assert abs(follows - 199 / 6) < 5 * 5.3
+
+
+def test_no_thread_outlives_the_batches():
+    before = threading.active_count()
+    batches = train_batches(tiny_source(9), batch_size=4, seed=0, **TRAIN)
+    next(batches)
+    assert threading.active_count() > before
+    batches.close()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+def test_the_input_imports_no_tensorflow(sharded_dir):
+    program = (
+        "import sys; from vit_jax.data.datasets import open_dataset; "
+        "from vit_jax.data.pipeline import train_batches; "
+        "name, data_dir = sys.argv[1:]; source, _ = open_dataset(name, data_dir=data_dir); "
+        "options = dict(image_size=8, protocol='pad', random_crop=True, random_flip=True); "
+        "next(train_batches(source, batch_size=4, seed=0, **options)); "
+        "sys.exit('tensorflow' in sys.modules)"
+    )
+    for name in ("many_shards", "digits"):
+        assert subprocess.run([sys.executable, "-c", program, name, sharded_dir]).returncode == 0

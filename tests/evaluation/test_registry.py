@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
-import tensorflow_datasets as tfds
 
 from vit_jax import train
 from vit_jax.config import check_config
@@ -22,6 +21,7 @@ from vit_jax.models import create_model
 from vit_jax.sharding import make_mesh
 from vit_jax.steps import classification
 
+from .. import prepared
 from ..runs import read_metrics
 
 
@@ -162,7 +162,7 @@ def test_another_data_set_is_scored_by_the_names_of_its_classes(watched, tmp_pat
             PIL.Image.fromarray(pixels).save(tmp_path / "test" / name / f"{i}.png")
     run = Watched(**{**vars(run), "class_names": run_names})
     source = run.open(complete({"type": "objective", "dataset": f"folder:{tmp_path}"}))
-    assert {int(r["label"]) for r in source.examples()} == {7, 3}
+    assert {r["label"] for r in source} == {7, 3}
     run = Watched(**{**vars(run), "class_names": ("cat", "dog")})
     with pytest.raises(UserError, match="has 2 classes that are not all among the 2 of digits"):
         run.open(complete({"type": "objective", "dataset": f"folder:{tmp_path}"}))
@@ -176,18 +176,20 @@ def test_a_data_set_named_by_itself_has_its_usual_split(watched):
     assert held_out.open(complete({"type": "objective"})) is None
 
 
-def test_real_is_scored_on_imagenets_own_images(watched):
+def test_real_is_scored_on_imagenets_own_images(watched, tmp_path):
     run, _ = watched
-    with tfds.testing.mock_data(num_examples=6):
-        source = datasets.open_real()
-        labeled = [bool(r["label"].numpy().any()) for r in source.examples()]
-        model = create_model({
-            "architecture": "vit", "patch_size": 4, "hidden_size": 8, "num_layers": 1,
-            "mlp_dim": 8, "num_heads": 2, "num_classes": 1000,
-        })  # fmt: skip
-        params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
-        changes = {"model": model, "class_names": source.class_names, "dataset": "imagenet2012"}
-        found = evaluator({"type": "real"}, Watched(**{**vars(run), **changes}))(params)
+    examples = prepared.random_examples("imagenet2012_real", 6, np.random.default_rng(0))
+    prepared.write("imagenet2012_real", tmp_path, {"validation": examples})
+    source = datasets.open_real(data_dir=str(tmp_path))
+    labeled = [bool(example["real_label"]) for example in examples]
+    model = create_model({
+        "architecture": "vit", "patch_size": 4, "hidden_size": 8, "num_layers": 1,
+        "mlp_dim": 8, "num_heads": 2, "num_classes": 1000,
+    })  # fmt: skip
+    params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    changes = {"model": model, "class_names": source.class_names, "dataset": "imagenet2012"}
+    settings = {"type": "real", "data_dir": str(tmp_path)}
+    found = evaluator(settings, Watched(**{**vars(run), **changes}))(params)
     assert found["examples"] == sum(labeled)
     assert 0 <= found["accuracy"] <= 1
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple, Protocol
 
-from vit_jax.data import folder, vtab
+from vit_jax.data import digits, folder, vtab
 from vit_jax.data.source import Source, relabel
 from vit_jax.data.tfds_datasets import RealDataset, TfdsDataset, VtabDataset
 from vit_jax.errors import UserError, first_line
@@ -104,6 +104,8 @@ class _Dataset(Protocol):
 def _open(name: str, data_dir: str) -> _Dataset:
     if name.startswith(folder.PREFIX):
         return folder.open_folder(name.removeprefix(folder.PREFIX))
+    if name == digits.NAME:
+        return digits.DigitsDataset()
     return (VtabDataset if vtab.is_vtab(name) else TfdsDataset)(name, data_dir)
 
 

@@ -1,68 +1,96 @@
-"""scikit-learn's handwritten digits as a TFDS data set: real images with nothing to download."""
+"""scikit-learn's handwritten digits: real images with nothing to download and nothing to prepare.
 
-import contextlib
+1,797 gray 8x8 images (UCI ML repository). The source has no test split. Every fifth image of each
+digit, in scikit-learn's order, is the test split here: 355 images, and 1,442 to train on. The split
+is by digit because the order is not random: it often runs from 0 to 9 again and again.
+"""
+
+import dataclasses
+import functools
+import importlib.util
 import io
+import pathlib
 
 import numpy as np
-import tensorflow_datasets as tfds
+from PIL import Image
+
+from vit_jax.data import splits
+from vit_jax.data.source import Example, Source
+from vit_jax.errors import UserError
+
+NAME = "digits"
+# So the images in a slice such as "train[:90%]" are a random sample, as TFDS's are.
+_ORDER_SEED = 0
 
 
-class Digits(tfds.core.GeneratorBasedBuilder):
-    """1,797 gray 8x8 images of handwritten digits (UCI ML repository) that scikit-learn ships.
-
-    The source has no test split. Every fifth image of each digit, in scikit-learn's order, is
-    the test split here: 355 images, and 1,442 to train on. The split is by digit because the
-    order is not random: it often runs from 0 to 9 again and again.
-    """
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def _info(self):
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=self.__doc__,
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
-                    "label": tfds.features.ClassLabel(names=[str(digit) for digit in range(10)]),
-                }
-            ),
-            supervised_keys=("image", "label"),
-            homepage="https://scikit-learn.org/stable/datasets/toy_dataset.html",
-        )
-
-    def _split_generators(self, dl_manager):
-        del dl_manager
-        return {"train": self._generate_examples(False), "test": self._generate_examples(True)}
-
-    def _generate_examples(self, test):
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        # Ink is counted from 0 to 16.
-        images = np.round(digits.images * 255 / 16).astype(np.uint8)[..., None]
-        seen = np.zeros(10, int)
-        for index, (image, label) in enumerate(zip(images, digits.target, strict=True)):
-            seen[label] += 1
-            if (seen[label] % 5 == 0) == test:
-                yield index, {"image": image, "label": label}
-
-
-def prepare_digits(data_dir: str = "") -> tfds.core.DatasetBuilder:
-    """Returns the builder of `Digits`, prepared in `data_dir` ("" = the TFDS default).
-
-    Preparing takes seconds and ends in one rename, so a killed process leaves nothing that looks
-    finished, and of several at once the first one wins.
+@functools.cache
+def load() -> tuple[np.ndarray, np.ndarray]:
+    """Returns the images, uint8 [1797, 8, 8], and their digits, in scikit-learn's order.
 
     Raises:
-        OSError: if `data_dir` cannot be written.
+        UserError: scikit-learn is not installed.
     """
-    tfds.disable_progress_bar()
-    try:
-        # TFDS prints about a download here, which there is not.
-        with contextlib.redirect_stdout(io.StringIO()):
-            Digits(data_dir=data_dir or None).download_and_prepare()
-    except OSError:
-        if not Digits(data_dir=data_dir or None).is_prepared():
-            raise
-    return Digits(data_dir=data_dir or None)
+    # The file alone: to import scikit-learn takes a second.
+    package = importlib.util.find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise UserError("data set 'digits' is in scikit-learn, which is missing: pip install it")
+    path = pathlib.Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    rows = np.loadtxt(path, delimiter=",", dtype=np.int64)
+    # Ink is counted from 0 to 16.
+    images = np.round(rows[:, :-1] * 255 / 16).astype(np.uint8).reshape(-1, 8, 8)
+    return images, rows[:, -1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Examples:
+    indices: np.ndarray  # among all images
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Example:
+        where = int(self.indices[index])
+        return {"image": _png(where), "label": int(load()[1][where]), "id": f"{NAME} {where}"}
+
+    def ids(self) -> list[str]:
+        return [f"{NAME} {index}" for index in self.indices]
+
+
+@functools.cache
+def _png(where: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(load()[0][where]).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class DigitsDataset:
+    """The splits train and test."""
+
+    split_names = ("train", "test")
+
+    def __init__(self) -> None:
+        """Reads the images.
+
+        Raises:
+            UserError: scikit-learn is not installed.
+        """
+        _, labels = load()
+        places = np.zeros(len(labels), int)
+        for digit in range(10):
+            places[labels == digit] = np.arange(np.sum(labels == digit))
+        order = np.random.default_rng(_ORDER_SEED).permutation(len(labels))
+        is_test = places[order] % 5 == 4
+        self._indices = {"train": order[~is_test], "test": order[is_test]}
+
+    def source(self, split: str) -> Source:
+        """Returns a split, in the syntax of TFDS.
+
+        Raises:
+            ValueError: if `split` is malformed, names no split or selects nothing.
+        """
+        sizes = {name: len(indices) for name, indices in self._indices.items()}
+        parts = splits.slices(split, sizes)
+        indices = np.concatenate([self._indices[name][part] for name, part in parts])
+        class_names = tuple("0123456789")
+        num_bytes = sum(len(_png(int(index))) for index in indices)
+        return Source(NAME, split, class_names, num_bytes, _Examples(indices))

@@ -1,19 +1,15 @@
 """A folder of images as a data set: train/ and test/ or validation/, one directory per class."""
 
 import dataclasses
-import functools
 import hashlib
-import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import tensorflow as tf
-import tensorflow_datasets as tfds
-
-from vit_jax.data import classes
-from vit_jax.data.headers import tensorflow_reads
-from vit_jax.data.source import Source
+from vit_jax.data import classes, splits
+from vit_jax.data.headers import check_format
+from vit_jax.data.source import Example, Source
+from vit_jax.data.tfrecord import unreadable
 from vit_jax.errors import UserError
 
 PREFIX = "folder:"
@@ -28,12 +24,37 @@ _SPLITS = {
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """An image file, its class index, its size in bytes, and whether TensorFlow reads it."""
+    """An image file, its class index, and its size in bytes."""
 
     path: str
     label: int
     num_bytes: int
-    tensorflow_reads: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class FileExamples:
+    """Image files as the examples of a `Source`; an id is a path."""
+
+    files: tuple[File, ...]
+
+    def __len__(self) -> int:
+        """Returns the number of files."""
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Example:
+        """Reads a file as it lies on the disk.
+
+        Raises:
+            UserError: it is missing or may not be read.
+        """
+        file = self.files[index]
+        with unreadable(file.path):
+            encoded = Path(file.path).read_bytes()
+        return {"image": encoded, "label": file.label, "id": file.path}
+
+    def ids(self) -> list[str]:
+        """Returns the paths."""
+        return [file.path for file in self.files]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,15 +77,9 @@ class Folder:
                 f"folder {self.path!r} has no train/, only {', '.join(self.splits)}: one directory "
                 "per class is expected in train/"
             )
-        infos = {
-            name: tfds.core.SplitInfo(name=name, shard_lengths=[len(files)], num_bytes=0)
-            for name, files in self.splits.items()
-        }
-        parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
-        files = sum((self.splits[part.splitname][part.from_ : part.to] for part in parts), ())
-        if not files:
-            raise ValueError("it selects no image")
-        return files
+        sizes = {name: len(files) for name, files in self.splits.items()}
+        parts = splits.slices(split, sizes)
+        return sum((self.splits[name][part] for name, part in parts), ())
 
     @property
     def split_names(self) -> tuple[str, ...]:
@@ -78,13 +93,8 @@ class Folder:
             PREFIX + self.path,
             split,
             self.class_names,
-            num_examples=len(files),
             num_bytes=sum(file.num_bytes for file in files),
-            examples=functools.partial(read_files, files),
-            ids=lambda: [file.path for file in files],
-            select=lambda chosen: functools.partial(
-                read_files, tuple(itertools.compress(files, chosen))
-            ),
+            examples=FileExamples(files),
         )
 
 
@@ -117,32 +127,8 @@ def open_folder(path: str) -> Folder:
             raise UserError(f"folder {path!r} has both {' and '.join(same)}: keep one of them")
     sources = ["train"] if "train" in found else found
     class_names = classes.in_order({x for name in sources for x in _class_names(root / name)})
-    splits = {name: _list_files(root / directory, class_names) for directory, name in found.items()}
-    return Folder(path, class_names, splits)
-
-
-def read_files(files: Sequence[File], seed: tf.Tensor | None = None) -> tf.data.Dataset:
-    """Returns {"image", "label", "id", "tensorflow_reads"} of every file.
-
-    The image is as it lies on the disk, the id its path.
-
-    Args:
-        files: what to read, in this order.
-        seed: int64 scalar; shuffles the files.
-    """
-    dataset = tf.data.Dataset.from_tensor_slices(
-        {
-            "id": [file.path for file in files],
-            "label": tf.constant([file.label for file in files], tf.int64),
-            "tensorflow_reads": [file.tensorflow_reads for file in files],
-        }
-    )
-    if seed is not None:
-        dataset = dataset.shuffle(len(files), seed, reshuffle_each_iteration=False)
-    return dataset.map(
-        lambda file: {"image": tf.io.read_file(file["id"]), **file},
-        num_parallel_calls=tf.data.AUTOTUNE,
-    )
+    files = {name: _list_files(root / directory, class_names) for directory, name in found.items()}
+    return Folder(path, class_names, files)
 
 
 def visible(directory: Path) -> list[Path]:
@@ -180,5 +166,5 @@ def check_image(path: Path, label: int) -> File:
     Raises:
         UserError: it is not one.
     """
-    readable = tensorflow_reads(path)
-    return File(str(path), label, path.stat().st_size, readable)
+    check_format(path)
+    return File(str(path), label, path.stat().st_size)

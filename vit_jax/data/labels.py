@@ -1,17 +1,19 @@
 """Labels and images of VTAB's tasks from the features that TFDS has of them."""
 
+import io
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import tensorflow as tf
+import numpy as np
+from PIL import Image
 
 from vit_jax.data import vtab
 
 Record = Mapping[str, Any]
 
 
-def label_fn(task: vtab.Task, num_values: int) -> Callable[[Record], tf.Tensor]:
-    """Returns the function from a record to its label, an int64 scalar.
+def label_fn(task: vtab.Task, num_values: int) -> Callable[[Record], int]:
+    """Returns the function from a record to its label.
 
     Args:
         task: whose `features` a record has.
@@ -20,8 +22,8 @@ def label_fn(task: vtab.Task, num_values: int) -> Callable[[Record], tf.Tensor]:
     rule = RULES[task.rule]
     (feature,) = task.features
 
-    def label(record: Record) -> tf.Tensor:
-        return tf.cast(rule(record[feature], num_values), tf.int64)
+    def label(record: Record) -> int:
+        return int(rule(record[feature], num_values))
 
     return label
 
@@ -37,24 +39,23 @@ def _bins(value, num_values):
 
 def _count(objects, num_values):
     del num_values
-    return tf.size(objects["size"]) - vtab.CLEVR_FEWEST
+    return len(objects["size"]) - vtab.CLEVR_FEWEST
 
 
 def _closest_object(objects, num_values):
     del num_values
-    return _bucket(tf.reduce_min(objects["pixel_coords"][:, 2]), vtab.CLEVR_THRESHOLDS)
+    return _bucket(objects["pixel_coords"][:, 2].min(), vtab.CLEVR_THRESHOLDS)
 
 
 def _closest_vehicle(objects, num_values):
     del num_values
-    is_vehicle = objects["type"] < vtab.KITTI_VEHICLES
-    distances = tf.where(is_vehicle, objects["location"][:, 2], vtab.KITTI_NO_VEHICLE)
-    # The minimum over no object at all would be infinite, which is no vehicle as well.
-    return _bucket(tf.reduce_min(distances), vtab.KITTI_THRESHOLDS)
+    distances = objects["location"][:, 2][objects["type"] < vtab.KITTI_VEHICLES]
+    return _bucket(distances.min(initial=vtab.KITTI_NO_VEHICLE), vtab.KITTI_THRESHOLDS)
 
 
 def _bucket(distance, thresholds):
-    return tf.reduce_sum(tf.cast(tf.constant(thresholds) < distance, tf.int64)) - 1
+    # In 32 bits, as the distances are stored.
+    return np.sum(np.array(thresholds, np.float32) < distance) - 1
 
 
 RULES = {
@@ -66,7 +67,11 @@ RULES = {
 }
 
 
-def stretch_binary(encoded: tf.Tensor) -> tf.Tensor:
+def stretch_binary(encoded: bytes) -> bytes:
     """A PNG whose pixels are 0 and 1, as those of dSprites are, with 255 for 1."""
-    pixels = tf.io.decode_png(encoded)
-    return tf.io.encode_png(tf.where(pixels > 0, tf.constant(255, tf.uint8), pixels))
+    with Image.open(io.BytesIO(encoded), formats=["PNG"]) as image:
+        pixels = np.asarray(image)
+    buffer = io.BytesIO()
+    stretched = np.where(pixels > 0, 255, 0).astype(np.uint8)
+    Image.fromarray(stretched).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()

@@ -6,16 +6,16 @@ mappings/folder_to_objectnet_label.json and mappings/objectnet_to_imagenet_1k.js
 github.com/mlfoundations/wise-ft (src/datasets/objectnet_metadata), by the names of the classes.
 """
 
+import dataclasses
 import functools
 import importlib.resources
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import tensorflow as tf
 
 from vit_jax.data import folder, imagenet
-from vit_jax.data.source import Source
+from vit_jax.data.source import Example, Source
 from vit_jax.errors import UserError
 
 PREFIX = "objectnet:"
@@ -68,18 +68,21 @@ def open_objectnet(name: str) -> tuple[Source, int, int]:
     for row, indices in zip(targets, classes().values(), strict=True):
         row[list(indices)] = 1
 
-    def examples(seed: tf.Tensor | None = None) -> tf.data.Dataset:
-        return folder.read_files(files, seed).map(
-            lambda example: example | {"label": tf.gather(targets, example["label"])}
-        )
-
     source = Source(
         name,
         split="test",
         class_names=tuple(imagenet.classes()),
-        num_examples=len(files),
         num_bytes=sum(file.num_bytes for file in files),
-        examples=examples,
+        examples=_MultiHot(files, targets),
         border=BORDER,
     )
     return source, len({file.label for file in files}), len(directories) - len(shared_classes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _MultiHot(folder.FileExamples):
+    targets: np.ndarray  # of each class of ObjectNet, int64 [113, 1000]
+
+    def __getitem__(self, index: int) -> Example:
+        example = super().__getitem__(index)
+        return example | {"label": self.targets[example["label"]]}

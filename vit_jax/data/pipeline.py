@@ -1,29 +1,35 @@
 """Batches of NumPy arrays from a data set, for one of several processes.
 
-Training is addressed by one number, the global position g = step * batch_size: its epoch is
+Training is addressed by one number, the global position g = step * batch_size + row: its epoch is
 g // n and its place in the epoch g % n. The order of an epoch is a pure function of (seed, epoch),
-the augmentation of an image one of (seed, g). So the step is the whole state of the input, and
-neither the order nor the augmentation depends on the number of processes.
+the augmentation of an image one of (seed, g). So the step is the whole state of the input, any
+step is reached without reading what came before, and neither the order nor the augmentation
+depends on the number of processes, threads or workers.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Generator, Iterator
+import functools
+import math
+import os
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
+from absl import flags
 
-from vit_jax.data.images import read_image
 from vit_jax.data.preprocess import eval_view, train_view
 from vit_jax.data.protocols import Preprocessing, evaluation
-from vit_jax.data.source import Source
+from vit_jax.data.source import Example, Source
 from vit_jax.errors import UserError
 
-Example = dict[str, Any]  # of a `Source`, or decoded
-Decode = Callable[[tf.Tensor, Example], Example]  # of a position in the run, and an example
+Batch = dict[str, np.ndarray]
 
-_CACHE_LIMIT = 2 * 2**30  # bytes of encoded images that cache="auto" keeps in memory
+# The number of this order and augmentation. A run goes on only with that with which it began.
+INPUT_VERSION = 2
+
+_ORDER, _AUGMENTATION = 0, 1  # what random numbers are drawn for
+_CHUNK = 8  # images that a thread makes in one go, at most: what Grain takes for each is spread
 
 
 def train_batches(
@@ -35,16 +41,15 @@ def train_batches(
     random_crop: bool,
     random_flip: bool,
     seed: int,
-    shuffle_buffer: int,
     jpeg_dct: str = "accurate",
     num_operations: int = 0,
     magnitude: float = 0,
     contrast: str = "augreg",
     first_step: int = 0,
-    cache: str = "auto",
+    workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Iterator[Batch]:
     """Returns this process' rows of batches `first_step`, `first_step` + 1 and so on, endlessly.
 
     Batches run on across the ends of epochs; no image is dropped.
@@ -52,27 +57,24 @@ def train_batches(
     Args:
         source: what to read.
         batch_size: of the global batch. Process p owns the p-th of `process_count` equal runs of
-            its rows.
+            its rows, and reads no others.
         image_size: in pixels.
         protocol: one of `protocols.PROTOCOLS`.
         random_crop: crop as the protocol does in training, not as in evaluation.
         random_flip: mirror every other image.
         seed: of the order and the augmentation.
-        shuffle_buffer: encoded images to shuffle among when they are streamed. Files are shuffled
-            too. What is in memory is shuffled as a whole.
         jpeg_dct: one of `protocols.JPEG_DCTS`.
         num_operations: of RandAugment for each image; 0 for none.
         magnitude: of RandAugment.
         contrast: of RandAugment, one of `augmentation.CONTRASTS`.
-        first_step: the batch to begin with. What comes before is skipped without decoding.
-        cache: where the encoded images are read from again: "memory", "disk", or "auto", memory
-            below 2 GiB. The two have different orders.
+        first_step: the batch to begin with.
+        workers: processes that make the images; 0 for threads of this one.
         process_index: of this process.
         process_count: of all processes.
 
     Returns:
-        Dicts of "image" (float32 [rows, image_size, image_size, 3] in [-1, 1]) and "label"
-        (int32 [rows]), rows = batch_size / process_count.
+        Dicts of "image" (uint8 [rows, image_size, image_size, 3]) and "label" (int32 [rows]),
+        rows = batch_size / process_count.
 
     Raises:
         UserError: if `batch_size` cannot be divided or `protocol` is unknown; while iterating, if
@@ -80,34 +82,20 @@ def train_batches(
     """
     rows = _rows_per_process(batch_size, process_count)
     evaluation(protocol, image_size, jpeg_dct)  # Checks all three.
-    if cache not in ("auto", "memory", "disk"):
-        raise UserError(f"cache {cache!r} is unknown: use auto, memory or disk")
-    in_memory = cache == "memory" or (cache == "auto" and source.num_bytes < _CACHE_LIMIT)
-    epoch_of, lookup = (
-        _in_memory(source, seed) if in_memory else _streamed(source, seed, shuffle_buffer)
+    view = functools.partial(
+        train_view,
+        image_size=image_size,
+        protocol=protocol,
+        jpeg_dct=jpeg_dct,
+        random_crop=random_crop,
+        random_flip=random_flip,
+        num_operations=num_operations,
+        magnitude=magnitude,
+        contrast=contrast,
     )
-    elements = _epochs(epoch_of, source.num_examples, start=first_step * batch_size)
-    numbered = _own_rows(elements, batch_size, rows, process_index).map(
-        lambda position, element: (position, lookup(element))
-    )
-
-    def decode(position: tf.Tensor, example: Example) -> Example:
-        image = train_view(
-            example["image"],
-            tf.stack([tf.constant(seed, tf.int64), position]),
-            image_size=image_size,
-            protocol=protocol,
-            jpeg_dct=jpeg_dct,
-            random_crop=random_crop,
-            random_flip=random_flip,
-            num_operations=num_operations,
-            magnitude=magnitude,
-            contrast=contrast,
-            decode_with_pil=_needs_pil(example),
-        )
-        return {"image": image, "label": tf.cast(example["label"], tf.int32)}
-
-    return _decoded_batches(numbered, decode, rows)
+    first_row = first_step * batch_size + process_index * rows
+    positions = _Positions(first_row, rows, batch_size)
+    return _batches(_TrainImages(source, seed, positions, view), rows, workers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,26 +103,18 @@ class EvalBatches:
     """This process' rows of every evaluation batch; can be iterated over again and again."""
 
     num_batches: int
-    _numbered: tf.data.Dataset = dataclasses.field(repr=False)
-    _decode: Decode = dataclasses.field(repr=False)
+    _images: "_EvalImages" = dataclasses.field(repr=False)
     _rows: int
-    _image_size: int
 
     def __len__(self) -> int:
         """Returns the number of batches, the same on every process."""
         return self.num_batches
 
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+    def __iter__(self) -> Iterator[Batch]:
         """Yields batches padded to full size, with a "mask" that is 0 on the padding."""
-        batches = _decoded_batches(self._numbered, self._decode, self._rows)
-        size = self._image_size
-        label_shape = self._numbered.element_spec[1]["label"].shape
-        nothing: dict[str, np.ndarray] = {
-            "image": np.zeros((0, size, size, 3), np.float32),
-            "label": np.zeros((0, *label_shape), np.int32),
-        }
+        batches = _batches(self._images, self._rows)
         for _ in range(self.num_batches):
-            batch = next(batches, nothing)
+            batch = next(batches, None) or self._images.nothing()
             batch["mask"] = np.ones(len(batch["label"]), np.float32)
             yield {key: _pad(value, self._rows) for key, value in batch.items()}
 
@@ -150,7 +130,8 @@ def eval_batches(
     """Returns this process' rows of all ceil(num_examples / batch_size) batches of `source`.
 
     Over all processes every image comes exactly once. The batches are those of `train_batches`
-    without randomness, with "mask" (float32 [rows]): 1 for an image, 0 for padding.
+    without randomness, but "image" is float32 and normalized as the model wants it, and a label may
+    be [classes]; with "mask" (float32 [rows]): 1 for an image, 0 for padding.
 
     Args:
         source: what to read.
@@ -164,24 +145,9 @@ def eval_batches(
             its name.
     """
     rows = _rows_per_process(batch_size, process_count)
-
-    def decode(position: tf.Tensor, example: Example) -> Example:
-        del position
-        image = eval_view(
-            example["image"],
-            preprocessing,
-            border=source.border,
-            decode_with_pil=_needs_pil(example),
-        )
-        return {"image": image, "label": tf.cast(example["label"], tf.int32)}
-
-    numbered = _own_rows(source.examples().enumerate(), batch_size, rows, process_index)
+    positions = _Positions(process_index * rows, rows, batch_size)
     num_batches = -(-source.num_examples // batch_size)
-    return EvalBatches(num_batches, numbered, decode, rows, preprocessing.image_size)
-
-
-def _needs_pil(example: Example) -> tf.Tensor | bool:
-    return ~example["tensorflow_reads"] if "tensorflow_reads" in example else False
+    return EvalBatches(num_batches, _EvalImages(source, positions, preprocessing), rows)
 
 
 def _rows_per_process(batch_size: int, process_count: int) -> int:
@@ -192,100 +158,156 @@ def _rows_per_process(batch_size: int, process_count: int) -> int:
     return batch_size // process_count
 
 
+@dataclasses.dataclass(frozen=True)
+class _Positions:
+    """The global positions of a process' rows: `rows` from `first` on in every `batch_size`."""
+
+    first: int
+    rows: int
+    batch_size: int
+
+    def __getitem__(self, index: int) -> int:
+        step, row = divmod(index, self.rows)
+        return self.first + step * self.batch_size + row
+
+    def count(self, end: int) -> int:
+        """Returns how many of them lie below `end`."""
+        steps, rest = divmod(max(end - self.first, 0), self.batch_size)
+        return steps * self.rows + min(rest, self.rows)
+
+
+class _TrainImages:
+    """The endless row of images that a process trains on."""
+
+    def __init__(
+        self,
+        source: Source,
+        seed: int,
+        positions: _Positions,
+        view: Callable[[bytes, np.random.Generator], np.ndarray],
+    ):
+        self._source = source
+        self._seed = seed
+        self._positions = positions
+        self._view = view
+
+    def __len__(self) -> int:
+        return 2**62
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        position = self._positions[index]
+        epoch, place = divmod(position, self._source.num_examples)
+        order = _order(self._seed, epoch, self._source.num_examples)
+        example = self._source[int(order[place])]
+        rng = _generator(_AUGMENTATION, self._seed, position)
+        return _named(self._view, example, rng), example["label"]
+
+
+_ordering = threading.Lock()
+
+
+def _order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+    # Of the threads that come to a new epoch one makes its order.
+    with _ordering:
+        return _make_order(seed, epoch, num_examples)
+
+
+@functools.lru_cache(maxsize=2)  # Threads may be in two epochs.
+def _make_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+    """The order of an epoch: 8 bytes an image, a second for 14 million."""
+    return _generator(_ORDER, seed, epoch).permutation(num_examples)
+
+
+def _generator(purpose: int, seed: int, number: int) -> np.random.Generator:
+    # NumPy takes no negative seeds.
+    return np.random.default_rng((purpose, int(seed < 0), abs(seed), number))
+
+
+@dataclasses.dataclass(frozen=True)
+class _EvalImages:
+    """A process' images of a source, in its order."""
+
+    source: Source
+    positions: _Positions
+    preprocessing: Preprocessing
+
+    def __len__(self) -> int:
+        return self.positions.count(self.source.num_examples)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, Any]:
+        example = self.source[self.positions[index]]
+        view = functools.partial(eval_view, border=self.source.border)
+        return _named(view, example, self.preprocessing), example["label"]
+
+    def nothing(self) -> Batch:
+        """A batch of no image."""
+        size = self.preprocessing.image_size
+        label_shape = np.shape(self.source[0]["label"])
+        return {
+            "image": np.zeros((0, size, size, 3), np.float32),
+            "label": np.zeros((0, *label_shape), np.int32),
+        }
+
+
+def _named(view: Callable[..., np.ndarray], example: Example, *args: Any) -> np.ndarray:
+    try:
+        return view(example["image"], *args)
+    except UserError as error:
+        fault = str(error).removeprefix("the image ")
+        raise UserError(f"image {example['id']} {fault}") from error
+
+
 def _pad(array: np.ndarray, rows: int) -> np.ndarray:
     if len(array) == rows:
         return array
     return np.concatenate([array, np.zeros((rows - len(array), *array.shape[1:]), array.dtype)])
 
 
-def _in_memory(source: Source, seed: int) -> tuple[Callable, Callable]:
-    # An element of an epoch is an index, so that skipping costs next to nothing.
-    with _unreadable_files():
-        everything = source.examples().batch(source.num_examples).get_single_element()
+@dataclasses.dataclass(frozen=True)
+class _Chunks:
+    """Images in equal runs of `size`, as arrays; the last may be shorter."""
 
-    def epoch_of(epoch):
-        order = tf.range(source.num_examples)
-        order = tf.random.experimental.stateless_shuffle(order, tf.stack([seed, epoch]))
-        return tf.data.Dataset.from_tensor_slices(order)
+    images: Any
+    size: int
 
-    def lookup(index):
-        return {key: tf.gather(value, index) for key, value in everything.items()}
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.size)
 
-    return epoch_of, lookup
-
-
-def _streamed(source: Source, seed: int, shuffle_buffer: int) -> tuple[Callable, Callable]:
-    def epoch_of(epoch):
-        epoch_seed = tf.random.stateless_uniform(
-            [], tf.stack([seed, epoch]), minval=None, maxval=None, dtype=tf.int64
-        )
-        return source.examples(epoch_seed).shuffle(
-            shuffle_buffer, epoch_seed, reshuffle_each_iteration=False
-        )
-
-    return epoch_of, lambda example: example
+    def __getitem__(self, index: int) -> Batch:
+        begin = index * self.size
+        end = min(begin + self.size, len(self.images))
+        images, labels = zip(*(self.images[i] for i in range(begin, end)), strict=True)
+        return {"image": np.stack(images), "label": np.array(labels, np.int32)}
 
 
-def _epochs(
-    epoch_of: Callable[[tf.Tensor], tf.data.Dataset], num_examples: int, start: int
-) -> tf.data.Dataset:
-    """All epochs one after the other from position `start` on, which numbers the elements."""
-    return (
-        tf.data.Dataset.range(start // num_examples, tf.int64.max)
-        .flat_map(tf.autograph.experimental.do_not_convert(epoch_of))
-        .skip(start % num_examples)
-        .enumerate(start)
+def _batches(images: Any, rows: int, workers: int = 0) -> Generator[Batch]:
+    """Joins images to batches of `rows`, the last one shorter, made ahead by threads or workers."""
+    import grain  # Here: it takes a second.
+
+    threads = _num_threads()
+    chunk = math.gcd(rows, _CHUNK)
+    # A batch ahead, so that it is there when the one before has been computed.
+    options = grain.ReadOptions(
+        num_threads=threads, prefetch_buffer_size=max(rows // chunk, 2 * threads)
     )
-
-
-def _own_rows(
-    numbered: tf.data.Dataset, batch_size: int, rows: int, process_index: int
-) -> tf.data.Dataset:
-    return numbered.filter(lambda position, _: position % batch_size // rows == process_index)
-
-
-def _decoded_batches(
-    numbered: tf.data.Dataset, decode: Decode, rows: int
-) -> Iterator[dict[str, np.ndarray]]:
-    dataset = numbered.map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    batches = dataset.batch(rows).prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
-    done = 0
-    while True:
-        try:
-            with _unreadable_files():
-                batch = next(batches)
-        except StopIteration:
-            return
-        except tf.errors.InvalidArgumentError:
-            _name_broken_image(numbered.skip(done * rows).take(rows), decode)
-            raise
-        yield batch
-        done += 1
-
-
-@contextlib.contextmanager
-def _unreadable_files() -> Generator[None]:
+    chunks = grain.MapDataset.source(_Chunks(images, chunk)).to_iter_dataset(options)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # Grain asks for some; there are none without a command.
+            flags.FLAGS.mark_as_parsed()
+        chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    iterator = iter(chunks)
     try:
-        yield
-    except (
-        tf.errors.DataLossError,
-        tf.errors.NotFoundError,
-        tf.errors.PermissionDeniedError,
-    ) as error:
-        raise UserError(
-            f"the data cannot be read: {error.message.splitlines()[0]}; restore the file or "
-            "prepare the data set again"
-        ) from error
+        while part := _take(iterator, rows // chunk):
+            yield {key: np.concatenate([x[key] for x in part]) for key in part[0]}
+    finally:
+        iterator.close()
 
 
-def _name_broken_image(numbered: tf.data.Dataset, decode: Decode) -> None:
-    for position, example in numbered:
-        try:
-            decode(position, example)
-        except (tf.errors.InvalidArgumentError, UserError) as error:  # TensorFlow's or PIL's
-            name = example["id"].numpy().decode()
-            if not example.get("tensorflow_reads", True):
-                read_image(name, example["image"].numpy())  # says what is wrong
-            raise UserError(
-                f"image {name} cannot be decoded: it is cut off or damaged; replace or remove it"
-            ) from error
+def _take(iterator: Iterator[Batch], count: int) -> Sequence[Batch]:
+    return [x for _, x in zip(range(count), iterator, strict=False)]
+
+
+def _num_threads() -> int:
+    if hasattr(os, "sched_getaffinity"):  # Not on macOS.
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

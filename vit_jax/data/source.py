@@ -1,50 +1,104 @@
 """A data set as the rest of the program knows it: a split of encoded, labeled images."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
-import tensorflow as tf
 
-# TensorFlow only reads images here; it would otherwise take the accelerator's memory from JAX.
-tf.config.set_visible_devices([], "GPU")
-tf.config.set_visible_devices([], "TPU")
+Example = dict[str, Any]
 
-ReadExamples = Callable[..., tf.data.Dataset]
+
+class Examples(Protocol):
+    """The examples of a split in a fixed order, each of which is read without the others.
+
+    Threads and processes read them at the same time.
+    """
+
+    def __len__(self) -> int:
+        """Returns their number."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Example:
+        """Reads one: {"image": bytes, encoded; "label"; "id": str}, see `Source`."""
+        ...
+
+    def ids(self) -> list[str]:
+        """Returns the ids of all, without reading any."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A split of a data set.
 
+    `source[i]` reads an example: {"image": bytes, encoded; "label": an int, of `open_real` and
+    `open_objectnet` int64 [classes]; "id": str, names the example}.
+
     Attributes:
         name: of the data set, as it was asked for.
         split: in TFDS syntax, such as "train[:98%]".
         class_names: by label.
-        num_examples: in the split.
         num_bytes: of all encoded images, about; 0 if unknown.
-        examples: `examples(seed=None)` reads the split once as {"image": scalar string, encoded;
-            "label": int64, of `open_real` int64 [classes]; "id": scalar string, names the example;
-            of a folder also "tensorflow_reads": bool, see `headers.tensorflow_reads`}.
-            The order is fixed; with an int64 scalar `seed`, which may be a tensor, it is another
-            one (TFDS: of whole files) and a pure function of the seed.
+        examples: reads them.
         border: pixels of every side of an image that evaluation cuts off.
-        ids: the ids of all examples, without reading any; None if only reading finds them.
-        select: `select(chosen)`, of a bool for each of `ids`, returns `examples` of the chosen ones
-            that does not read the others; None if none can be had without those before it.
     """
 
     name: str
     split: str
     class_names: tuple[str, ...]
-    num_examples: int
     num_bytes: int
-    examples: ReadExamples = dataclasses.field(repr=False)
+    examples: Examples = dataclasses.field(repr=False)
     border: int = 0
-    ids: Callable[[], list[str]] | None = dataclasses.field(default=None, repr=False)
-    select: Callable[[np.ndarray], ReadExamples] | None = dataclasses.field(
-        default=None, repr=False
-    )
+
+    @property
+    def num_examples(self) -> int:
+        """The number of examples in the split."""
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        """Reads one example.
+
+        Raises:
+            UserError: its file is missing or damaged.
+        """
+        return self.examples[index]
+
+    def __iter__(self) -> Iterator[Example]:
+        """Reads all examples in their order."""
+        return (self[index] for index in range(self.num_examples))
+
+    def ids(self) -> list[str]:
+        """Returns the ids of all examples without reading any."""
+        return self.examples.ids()
+
+    def select(self, indices: np.ndarray) -> "Source":
+        """Returns the source of some of the examples.
+
+        Args:
+            indices: of the examples, in their new order.
+        """
+        return dataclasses.replace(
+            self,
+            num_bytes=self.num_bytes * len(indices) // max(self.num_examples, 1),
+            examples=_Selected(self.examples, indices),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Selected:
+    examples: Examples
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[int(self.indices[index])]
+
+    def ids(self) -> list[str]:
+        ids = self.examples.ids()
+        return [ids[index] for index in self.indices]
 
 
 def relabel(source: Source, labels: Sequence[int], class_names: Sequence[str]) -> Source:
@@ -55,20 +109,30 @@ def relabel(source: Source, labels: Sequence[int], class_names: Sequence[str]) -
         labels: the new one of each class of `source`; of an example without (-1) it stays.
         class_names: by new label.
     """
-    table = tf.constant(labels, tf.int64)
+    names = tuple(class_names)
+    examples = _Relabeled(source.examples, tuple(labels), len(names))
+    return dataclasses.replace(source, class_names=names, examples=examples)
 
-    def new_label(label: tf.Tensor) -> tf.Tensor:
-        if label.shape.rank:
-            return tf.scatter_nd(tf.expand_dims(table, 1), label, [len(class_names)])
-        return tf.where(tf.less(label, 0), label, tf.gather(table, tf.maximum(label, 0)))
 
-    def relabeled(examples: ReadExamples) -> ReadExamples:
-        return lambda seed=None: examples(seed).map(lambda x: x | {"label": new_label(x["label"])})
+@dataclasses.dataclass(frozen=True)
+class _Relabeled:
+    examples: Examples
+    labels: tuple[int, ...]
+    num_classes: int
 
-    select = source.select
-    return dataclasses.replace(
-        source,
-        class_names=tuple(class_names),
-        examples=relabeled(source.examples),
-        select=select and (lambda chosen: relabeled(select(chosen))),
-    )
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self.examples[index]
+        return example | {"label": self._new(example["label"])}
+
+    def _new(self, label: Any) -> Any:
+        if np.ndim(label):
+            several = np.zeros(self.num_classes, np.int64)
+            np.add.at(several, list(self.labels), label)
+            return several
+        return label if label < 0 else self.labels[label]
+
+    def ids(self) -> list[str]:
+        return self.examples.ids()

@@ -1,17 +1,18 @@
-"""Data sets of TFDS, those of VTAB and ReaL among them, as sources."""
+"""Data sets of TFDS, those of VTAB and ReaL among them, as sources. TensorFlow is not imported."""
 
 import difflib
 import functools
+import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import tensorflow as tf
+import numpy as np
 import tensorflow_datasets as tfds
 
 from vit_jax.data import labels, vtab
-from vit_jax.data.digits import prepare_digits
-from vit_jax.data.source import Source
+from vit_jax.data.source import Example, Examples, Source
+from vit_jax.data.tfds_records import RecordExamples
 from vit_jax.errors import UserError, first_line
 
 _DATA_DIR = "config.dataset.data_dir (of evaluate: --data_dir)"
@@ -57,9 +58,12 @@ class TfdsDataset:
     def _class_names(self) -> tuple[str, ...]:
         return tuple(self._builder.info.features[self._LABEL].names)
 
-    def _examples(self, split: str, seed: tf.Tensor | None = None) -> tf.data.Dataset:
-        features = {self._LABEL: True}
-        return _read(self._builder, split, features, lambda x: x[self._LABEL], seed)
+    def _examples(self, split: str) -> Examples:
+        features = {"image": True, self._LABEL: True}
+        return RecordExamples(self._builder.info, split, features, self._example)
+
+    def _example(self, record: Mapping[str, Any]) -> Example:
+        return {"image": record["image"], "label": record[self._LABEL]}
 
     @property
     def split_names(self) -> tuple[str, ...]:
@@ -73,21 +77,18 @@ class TfdsDataset:
             UserError: the data set is not prepared.
             ValueError: there is no such split, or it is empty.
         """
-        try:
-            num_examples = int(self._examples(split).cardinality())
-        except AssertionError as error:
-            raise _not_prepared(self._name, self._builder, self._tfds_name) from error
         info = self._builder.info
+        if not info.splits:
+            raise _not_prepared(self._name, self._builder, self._tfds_name)
+        if "://" in str(self._builder.data_path):
+            raise UserError(
+                f"data set {self._name!r} lies in {self._builder.data_path}, which is no local "
+                f"directory: mount the bucket, such as with gcsfuse, and set {_DATA_DIR} to it"
+            )
+        examples = self._examples(split)
         total = sum(part.num_examples for part in info.splits.values())
-        return Source(
-            self._name,
-            split,
-            self._class_names,
-            num_examples,
-            num_bytes=info.dataset_size * num_examples // total if total else 0,
-            examples=functools.partial(self._examples, split),
-            ids=functools.partial(_ids, self._builder, split),
-        )
+        num_bytes = info.dataset_size * len(examples) // total if total else 0
+        return Source(self._name, split, self._class_names, num_bytes, examples)
 
 
 class VtabDataset(TfdsDataset):
@@ -119,18 +120,23 @@ class VtabDataset(TfdsDataset):
     def _class_names(self) -> tuple[str, ...]:
         return self._task.class_names or tuple(self._feature.names)
 
-    @property
+    @functools.cached_property
     def _feature(self) -> Any:
         (name,) = self._task.features
         return self._builder.info.features[name]
 
-    def _examples(self, split: str, seed: tf.Tensor | None = None) -> tf.data.Dataset:
+    def _examples(self, split: str) -> Examples:
+        features = {"image": True, **self._task.features}
+        return RecordExamples(self._builder.info, split, features, self._example)
+
+    def _example(self, record: Mapping[str, Any]) -> Example:
         task = self._task
         label = labels.label_fn(task, getattr(self._feature, "num_classes", 0))
-        examples = _read(self._builder, split, task.features, label, seed)
-        if task.binary_pixels:
-            examples = examples.map(lambda x: x | {"image": labels.stretch_binary(x["image"])})
-        return examples
+        image = record["image"]
+        return {
+            "image": labels.stretch_binary(image) if task.binary_pixels else image,
+            "label": label(record),
+        }
 
     def splits(self, development: bool) -> tuple[str, str]:
         """The protocol's splits to train and to evaluate on, see `vtab.splits`.
@@ -158,20 +164,14 @@ class RealDataset(TfdsDataset):
     def _class_names(self) -> tuple[str, ...]:
         return tuple(self._builder.info.features[self._LABEL].feature.names)
 
-    def _examples(self, split: str, seed: tf.Tensor | None = None) -> tf.data.Dataset:
-        num_classes = len(self._class_names)
-
-        def multi_hot(example: Mapping[str, Any]) -> Mapping[str, Any]:
-            shown = tf.one_hot(example["label"], num_classes, True, False)
-            return {**example, "label": tf.cast(tf.reduce_any(shown, 0), tf.int64)}
-
-        return super()._examples(split, seed).map(multi_hot)
+    def _example(self, record: Mapping[str, Any]) -> Example:
+        label = np.zeros(len(self._class_names), np.int64)
+        label[record[self._LABEL]] = 1
+        return {"image": record["image"], "label": label}
 
 
 def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     try:
-        if name == "digits":
-            return prepare_digits(data_dir)
         return tfds.builder(name, data_dir=data_dir or None)
     except tfds.core.DatasetNotFoundError as error:
         near = difflib.get_close_matches(name, tfds.list_builders(), n=3) or ["digits"]
@@ -190,50 +190,11 @@ def _not_prepared(name: str, builder: tfds.core.DatasetBuilder, tfds_name: str) 
     by_hand = ", which says what it wants downloaded by hand" * bool(
         builder.MANUAL_DOWNLOAD_INSTRUCTIONS
     )
+    writer = "" if importlib.util.find_spec("tensorflow") else "`pip install tensorflow-cpu` and "
     return UserError(
-        f'data set {name!r} is not prepared in data_dir {str(root)!r}: run `python -c "import '
+        f"data set {name!r} is not prepared in data_dir {str(root)!r}: run {writer}"
+        '`python -c "import '
         f"tensorflow_datasets as tfds; tfds.builder({tfds_name!r}, data_dir={str(root)!r})"
         f'.download_and_prepare()"`{by_hand}, or set {_DATA_DIR} to where it is prepared; '
         f"{_NO_DATA}"
-    )
-
-
-def _ids(builder: tfds.core.DatasetBuilder, split: str) -> list[str]:
-    # As TFDS makes them: the name of the file and the place in it.
-    return [
-        f"{os.path.basename(part.filename)}__{index}"
-        for part in builder.info.splits[split].file_instructions
-        for index in range(part.skip, part.skip + part.take)
-    ]
-
-
-def _read(
-    builder: tfds.core.DatasetBuilder,
-    split: str,
-    features: Mapping[str, Any],
-    label: Callable[[Mapping[str, Any]], tf.Tensor],
-    seed: tf.Tensor | None,
-) -> tf.data.Dataset:
-    config = tfds.ReadConfig(
-        add_tfds_id=True,
-        try_autocache=False,
-        skip_prefetch=True,
-        # A number is what it asks for, but a tensor does as well: it reaches nothing but tf.data.
-        shuffle_seed=seed,  # ty: ignore[invalid-argument-type]
-        shuffle_reshuffle_each_iteration=False,
-    )
-    dataset = builder.as_dataset(
-        split=split,
-        shuffle_files=seed is not None,
-        read_config=config,
-        decoders=tfds.decode.PartialDecoding(
-            {"image": True, **features}, decoders={"image": tfds.decode.SkipDecoding()}
-        ),
-    )
-    return dataset.map(
-        lambda example: {
-            "image": example["image"],
-            "label": label(example),
-            "id": example["tfds_id"],
-        }
     )

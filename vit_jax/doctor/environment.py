@@ -11,6 +11,7 @@ from vit_jax.export import stages
 
 PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"),
+    "grain",
     "tensorflow-cpu|tensorflow",
 )
 
@@ -32,7 +33,7 @@ class Part(NamedTuple):
 PARTS = (
     Part(
         "train, evaluate",
-        ("tensorflow-cpu|tensorflow", "tensorflow-datasets", "clu"),
+        ("grain", "tensorflow-datasets", "clu"),
         "pip install -e .",
     ),
     Part(

@@ -25,7 +25,7 @@ from vit_jax.evaluation.metrics import ApplyFn, Batches, make_apply_fn, outputs
 from vit_jax.evaluation.watched import Watched
 from vit_jax.sharding import Mesh, to_devices
 
-if TYPE_CHECKING:  # They import TensorFlow.
+if TYPE_CHECKING:  # They import TFDS.
     from vit_jax.data.pipeline import EvalBatches
     from vit_jax.data.source import Source
 

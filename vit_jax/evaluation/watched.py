@@ -13,7 +13,7 @@ from vit_jax.errors import UserError
 from vit_jax.sharding import Mesh
 from vit_jax.steps import Objective
 
-if TYPE_CHECKING:  # They import TensorFlow.
+if TYPE_CHECKING:  # They import TFDS.
     from vit_jax.data.pipeline import EvalBatches
     from vit_jax.data.source import Source
 

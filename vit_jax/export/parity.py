@@ -90,14 +90,7 @@ def read_dataset(
 
     total = source.num_examples
     number = min(number, total)
-    spread = (
-        source.examples()
-        .enumerate()
-        .filter(lambda i, _: (i + 1) * number // total > i * number // total)
-    )
-    chosen = dataclasses.replace(
-        source, num_examples=number, examples=lambda: spread.map(lambda _, example: example)
-    )
+    chosen = source.select(np.arange(number) * total // number)
     (batch,) = eval_batches(chosen, batch_size=number, preprocessing=preprocessing)
     return batch["image"], batch["label"]
 
