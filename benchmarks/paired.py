@@ -106,7 +106,7 @@ def matrix_products(dtype: str) -> tuple[dict[str, Repeat], float]:
     import jax
     import jax.numpy as jnp
 
-    size = 2048 if jax.default_backend() == "cpu" else 8192
+    size = 1024 if jax.default_backend() == "cpu" else 8192
     draw = np.random.default_rng(0).standard_normal
     # Of that scale products of products stay where they are.
     a = jnp.asarray(draw((size, size), np.float32) / math.sqrt(size), dtype)

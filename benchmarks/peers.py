@@ -4,7 +4,8 @@ import argparse
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -300,6 +301,42 @@ def parse(
     except UserError as error:
         parser.error(str(error))
     return args, load
+
+
+def build(
+    load: Workload,
+    names: Iterable[str],
+    builders: Mapping[str, Callable[[Workload], Any]],
+    check: Callable[[str, Any, float], dict[str, float]],
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Ours and those peers that can take part, each checked, and what there is to tell of each.
+
+    Args:
+        load: what they are built for.
+        names: of the peers.
+        builders: by name; what they make is called with a number of calls.
+        check: calls one that was built, named so, and returns its errors, at most the last number.
+
+    Raises:
+        Wrong: one does not compute the same.
+    """
+    built, found = {}, {}
+    for name in (OURS, *names):
+        start = time.perf_counter()
+        try:
+            candidate = builders[name](load)
+        except (ImportError, Unavailable) as error:
+            print(f"{name} cannot take part: {error}", flush=True)
+            found[name] = {"unavailable": str(error)}
+            continue
+        errors = check(name, candidate, tolerance(load.config["dtype"]))
+        built[name] = candidate
+        seconds = time.perf_counter() - start
+        temporaries = candidate.temporaries
+        found[name] = {"errors": errors, "built_in": seconds, "temporary_bytes": temporaries}
+        words = ", ".join(f"{what} {error:.1e}" for what, error in errors.items())
+        print(f"{name}: {words}; built and checked in {seconds:.0f} s", flush=True)
+    return built, found
 
 
 def compare(

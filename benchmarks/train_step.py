@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import math
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +28,6 @@ import optax
 import paired
 import peers
 from flax.traverse_util import flatten_dict
-from paired import Unavailable
 from peers import Arrays, Workload
 
 from vit_jax import state as states
@@ -197,28 +195,6 @@ def reference(load: Workload) -> tuple[float, Arrays]:
     return float(loss), flatten_dict(gradients, sep="/")
 
 
-def check_trainer(name: str, trainer: Any, expected: tuple[float, Arrays], limit: float) -> dict:
-    """Does two updates.
-
-    Returns:
-        The errors of the first loss and of the gradients, and by how much the update changes the
-        loss.
-
-    Raises:
-        Wrong: an error is above the limit.
-    """
-    trainer(1)
-    loss = trainer.loss()
-    errors = {
-        "loss": abs(loss - expected[0]) / expected[0],
-        "gradients": peers.gradient_error(trainer.gradients(), expected[1]),
-    }
-    for what, error in errors.items():
-        peers.check(name, what, error, limit)
-    trainer(1)
-    return {**errors, "change": trainer.loss() - loss}
-
-
 TRAINERS: dict[str, Callable[[Workload], Any]] = {
     peers.OURS: ours,
     peers.OFFICIAL: official,
@@ -226,38 +202,33 @@ TRAINERS: dict[str, Callable[[Workload], Any]] = {
 }
 
 
-def build(load: Workload, names: list[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Those that can take part, each checked, and what there is to tell of each.
+class Check:
+    """Does two updates of a trainer, and holds them against the reference."""
 
-    Raises:
-        Wrong: one does not compute the same.
-    """
-    expected = reference(load)
-    trainers, found = {}, {}
-    for name in (peers.OURS, *names):
-        start = time.perf_counter()
-        try:
-            trainer = TRAINERS[name](load)
-        except (ImportError, Unavailable) as error:
-            print(f"{name} cannot take part: {error}", flush=True)
-            found[name] = {"unavailable": str(error)}
-            continue
-        errors = check_trainer(name, trainer, expected, peers.tolerance(load.config["dtype"]))
-        change = next(iter(found.values()), errors)["change"]
-        peers.check(name, "the change by an update", abs(errors["change"] / change - 1), 0.1)
-        seconds = time.perf_counter() - start
-        trainers[name] = trainer
-        found[name] = {
-            **errors,
-            "first_updates_seconds": seconds,
-            "temporary_bytes": trainer.temporaries,
+    def __init__(self, load: Workload) -> None:
+        """Computes the reference."""
+        self._loss, self._gradients = reference(load)
+        self._change: float | None = None
+
+    def __call__(self, name: str, trainer: Any, limit: float) -> dict[str, float]:
+        """Returns the errors, and by how much the first update changes the loss.
+
+        Raises:
+            Wrong: an error is above the limit, or the change another than that of the first.
+        """
+        trainer(1)
+        loss = trainer.loss()
+        errors = {
+            "loss": abs(loss - self._loss) / self._loss,
+            "gradients": peers.gradient_error(trainer.gradients(), self._gradients),
         }
-        print(
-            f"{name}: gradients off by {errors['gradients']:.1e}, first two updates after "
-            f"{seconds:.0f} s",
-            flush=True,
-        )
-    return trainers, found
+        for what, error in errors.items():
+            peers.check(name, what, error, limit)
+        trainer(1)
+        change = trainer.loss() - loss
+        self._change = self._change or change
+        peers.check(name, "the loss after an update", abs(change / self._change - 1), 5 * limit)
+        return {**errors, "change_of_loss": change}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -267,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     peers.add_arguments(parser)
     args, load = peers.parse(parser, argv)
-    trainers, found = build(load, args.peers)
+    trainers, found = peers.build(load, args.peers, TRAINERS, Check(load))
     flops = train_flops(multiply_adds(load.config, load.image_size, peers.NUM_CLASSES))
     peers.compare("train_step", args, load, trainers, found, flops)
 
