@@ -276,13 +276,13 @@ def pretrain(model: str, dataset: str) -> ConfigDict:
 
     The longest of a row's durations is taken. Not in the paper: Ti, S, b and the shapes of Appendix
     D.2 take the row of B, any other size that the paper lacks that of H, and H on ImageNet-21k, and
-    behind a ResNet, that of L; R26 and R take the row of R50 and, on ImageNet-21k, every hybrid that of its ViT; a data
-    set that the paper did not pre-train on takes ImageNet's row, with the warm-up in epochs. Table
-    3 has the ResNets on JFT only: there R152x4 and R200x3 take the row of R152x2 (R200x3 for the 14
-    epochs of Table 6); elsewhere all take the row of ViT-B, so that what is compared with a ViT was
-    trained like it, but for the dropout and the hidden layer before the head, which BiT's ResNet
-    has not. The axial models of Appendix D.6 take the rows of what they were made from: ViT-B, and
-    for AxialResNet50 R50x1.
+    behind a ResNet, that of L; R26 and R take the row of R50 and, on ImageNet-21k, every hybrid
+    that of its ViT; a data set that the paper did not pre-train on takes ImageNet's row, with the
+    warm-up in epochs. Table 3 has the ResNets on JFT only: there R152x4 and R200x3 take the row of
+    R152x2 (R200x3 for the 14 epochs of Table 6); elsewhere all take the row of ViT-B, so that what
+    is compared with a ViT was trained like it, but for the dropout and the hidden layer before the
+    head, which BiT's ResNet has not. The axial models of Appendix D.6 take the rows of what they
+    were made from: ViT-B, and for AxialResNet50 R50x1.
     """
     config = base(model, dataset)
     dataset = table_name(dataset)
