@@ -151,6 +151,7 @@ def _shifted(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The image moved by up to an eighth of each side, black where it was not."""
     height, width = image.shape[:2]
     rows, columns = height // 8, width // 8
-    padded = np.pad(image, [(rows, rows), (columns, columns), (0, 0)])
+    padded = np.zeros((height + 2 * rows, width + 2 * columns, 3), np.uint8)
+    padded[rows : rows + height, columns : columns + width] = image
     y, x = rng.integers(2 * rows + 1), rng.integers(2 * columns + 1)
     return padded[y : y + height, x : x + width]
