@@ -265,7 +265,10 @@ def _pad(array: np.ndarray, rows: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Chunks:
-    """Images in equal runs of `size`, as arrays; the last may be shorter."""
+    """Images in equal runs of `size`, as arrays; the last may be shorter.
+
+    Of a run with a broken image it is the error: what is raised Grain lengthens by a paragraph.
+    """
 
     images: Any
     size: int
@@ -273,10 +276,13 @@ class _Chunks:
     def __len__(self) -> int:
         return -(-len(self.images) // self.size)
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Batch | UserError:
         begin = index * self.size
         end = min(begin + self.size, len(self.images))
-        images, labels = zip(*(self.images[i] for i in range(begin, end)), strict=True)
+        try:
+            images, labels = zip(*(self.images[i] for i in range(begin, end)), strict=True)
+        except UserError as error:
+            return error
         return {"image": np.stack(images), "label": np.array(labels, np.int32)}
 
 
@@ -303,8 +309,13 @@ def _batches(images: Any, rows: int, workers: int = 0) -> Generator[Batch]:
         iterator.close()
 
 
-def _take(iterator: Iterator[Batch], count: int) -> Sequence[Batch]:
-    return [x for _, x in zip(range(count), iterator, strict=False)]
+def _take(iterator: Iterator[Batch | UserError], count: int) -> Sequence[Batch]:
+    taken = []
+    for _, chunk in zip(range(count), iterator, strict=False):
+        if isinstance(chunk, UserError):
+            raise chunk
+        taken.append(chunk)
+    return taken
 
 
 def _num_threads() -> int:
