@@ -9,17 +9,17 @@ import sys
 import jax
 import numpy as np
 import pytest
-import tensorflow as tf
 from flax.traverse_util import flatten_dict
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from vit_jax import command, inference, predict
 from vit_jax.data.images import read_image
-from vit_jax.data.preprocess import eval_view
 from vit_jax.data.protocols import evaluation
 from vit_jax.errors import UserError
 from vit_jax.models import create_model
+
+from .data import tensorflow_views
 
 ROOT = pathlib.Path(__file__).parents[1]
 PREDICT = [sys.executable, "-m", "vit_jax.predict"]
@@ -102,7 +102,8 @@ def reference(checkpoint, files):
             for parent in parents:
                 node = node.setdefault(parent, {})
             node[leaf] = flat[name]
-    images = [eval_view(tf.io.read_file(str(file)), evaluation("inception", 16)) for file in files]
+    pixels = [tensorflow_views.decode(pathlib.Path(file).read_bytes()) for file in files]
+    images = [tensorflow_views.eval_view(x, evaluation("inception", 16)) for x in pixels]
     logits = np.asarray(create_model(MODEL).apply({"params": params}, np.stack(images)))
     exponentials = np.exp(logits.astype(np.float64))
     return logits, exponentials / exponentials.sum(1, keepdims=True)

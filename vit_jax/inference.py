@@ -253,8 +253,9 @@ class VisionModel:
             yield _pad(part, size), len(part)
 
     def _preprocess(self, image: "str | np.ndarray") -> np.ndarray:
-        pixels = read_image(image) if isinstance(image, str) else image
-        return preprocess(pixels, self.preprocessing)
+        if isinstance(image, str):
+            image = read_image(image, jpeg_dct=self.preprocessing.jpeg_dct)
+        return preprocess(image, self.preprocessing)
 
     def _list(self, images: Images) -> "list[str | np.ndarray] | np.ndarray":
         """Files and pixels of single images; or all of them, preprocessed, as one array."""

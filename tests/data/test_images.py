@@ -1,4 +1,4 @@
-"""The NumPy view against TensorFlow's, the resize of PIL, and files that are no images."""
+"""Decoding and evaluation's view against TensorFlow and PIL, and files that are no images."""
 
 import io
 import itertools
@@ -14,11 +14,12 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from vit_jax.data import preprocess as tf_preprocess
-from vit_jax.data.images import MAX_PIXELS, preprocess, read_image, resize_and_crop
+from vit_jax.data.images import MAX_PIXELS, preprocess, read_image
 from vit_jax.data.protocols import Preprocessing, evaluation
+from vit_jax.data.resampling import resize_and_crop
 from vit_jax.errors import UserError
 
+from . import tensorflow_views
 from .orientations import UPRIGHT
 
 
@@ -88,7 +89,7 @@ JPEG = {
 def test_every_color_type_gives_the_view_of_tensorflow(encoded, write):
     preprocessing = Preprocessing(16, 0.9)
     view = preprocess(read_image(write(encoded)), preprocessing)
-    expected = tf_preprocess.eval_view(encoded, preprocessing)
+    expected = tensorflow_views.eval_view(tensorflow_views.decode(encoded), preprocessing)
     np.testing.assert_allclose(view, expected, atol=1e-4)
 
 
@@ -158,7 +159,7 @@ def test_preprocess_is_the_evaluation_view_of_tensorflow(
     )
     view = preprocess(image, preprocessing)
     assert (view.dtype, view.shape) == (np.float32, (56, 56, 3))
-    expected = tf_preprocess.eval_view(tf.io.encode_png(image), preprocessing)
+    expected = tensorflow_views.eval_view(image, preprocessing)
     np.testing.assert_allclose(view, expected, atol=1e-4)
 
 
@@ -179,7 +180,7 @@ def test_every_rule_of_resizing_gives_the_view_of_tensorflow(shape, center_crop,
     preprocessing = Preprocessing(56, center_crop, **{"squash": squash, **RULES[rule]})
     view = preprocess(image, preprocessing)
     assert (view.dtype, view.shape) == (np.float32, (56, 56, 3))
-    expected = tf_preprocess.eval_view(tf.io.encode_png(image), preprocessing)
+    expected = tensorflow_views.eval_view(image, preprocessing)
     np.testing.assert_allclose(view, expected, atol=5e-4)
 
 
@@ -296,7 +297,7 @@ def test_a_file_without_permission_is_one_line(write, monkeypatch):
         def refuse(*_, **__):
             raise PermissionError(13, "Permission denied", str(path))
 
-        monkeypatch.setattr(Image, "open", refuse)
+        monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(UserError, match="cannot be opened: Permission denied"):
         read_image(path)
 

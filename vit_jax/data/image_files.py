@@ -56,7 +56,7 @@ def read_batches(
         try:
             if os.path.isdir(file):
                 raise UserError(f"{file} holds no image")
-            return preprocess(read_image(file), preprocessing)
+            return preprocess(read_image(file, jpeg_dct=preprocessing.jpeg_dct), preprocessing)
         except UserError as error:
             return error
 

@@ -117,7 +117,7 @@ def _decode_jpeg(encoded: bytes, jpeg_dct: str) -> np.ndarray | None:
         return None
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(encoded)
-        if colors not in _COLORS or height * width > MAX_PIXELS:
+        if colors not in _COLORS or int(height) * int(width) > MAX_PIXELS:
             return None
         pixels = simplejpeg.decode_jpeg(encoded, fastdct=jpeg_dct == "fast")
         if not _has_metadata(encoded):

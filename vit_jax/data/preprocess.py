@@ -10,7 +10,7 @@ import numpy as np
 from vit_jax.data.images import preprocess, read_image
 from vit_jax.data.protocols import BIT_RESIZE, Preprocessing, eval_box, evaluation
 from vit_jax.data.randaugment import randaugment
-from vit_jax.data.resampling import resize_and_crop, sample_box
+from vit_jax.data.resampling import resize, resize_and_crop, sample_box
 
 _ASPECTS = (3 / 4, 4 / 3)  # of an inception crop, width / height
 _AREAS = (0.05, 1.0)  # of an inception crop, of the image's
@@ -98,7 +98,7 @@ def _random_crop(
         # The published code crops before it resizes: nothing outside the crop is seen.
         y, x, h, w = inception_window(height, width, rng)
         image = image[y : y + h, x : x + w]
-    return sample_box(image, (0, 0, *image.shape[:2]), size)
+    return resize(image, size)
 
 
 def inception_window(
@@ -132,7 +132,8 @@ def inception_window(
             h, w = h - 1, round((h - 1) * aspect)
         if least <= h * w <= most and 0 < w <= width and 0 < h <= height:
             # The last place is never drawn there, either.
-            return (*(int(rng.integers(max(n, 1))) for n in (height - h, width - w)), h, w)
+            y, x = rng.integers(max(height - h, 1)), rng.integers(max(width - w, 1))
+            return int(y), int(x), h, w
     return 0, 0, height, width
 
 
@@ -150,6 +151,7 @@ def _shifted(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The image moved by up to an eighth of each side, black where it was not."""
     height, width = image.shape[:2]
     rows, columns = height // 8, width // 8
-    padded = np.pad(image, [(rows, rows), (columns, columns), (0, 0)])
+    padded = np.zeros((height + 2 * rows, width + 2 * columns, 3), np.uint8)
+    padded[rows : rows + height, columns : columns + width] = image
     y, x = rng.integers(2 * rows + 1), rng.integers(2 * columns + 1)
     return padded[y : y + height, x : x + width]

@@ -31,7 +31,6 @@ All but box resize the image to whole pixels in 8 bits and then cut out the cent
 
 import dataclasses
 import math
-from typing import Any
 
 import numpy as np
 
@@ -67,8 +66,7 @@ class Preprocessing:
         resize: the rule of resizing, one of `RESIZES`; see above.
         squash: with a center_crop f, make the whole image a square first, its aspect ratio given
             up, and take the central f x f of that.
-        jpeg_dct: "accurate" or "fast". PIL knows accurate only: `vit_jax.predict` decodes so in
-            either case, about a gray level from fast.
+        jpeg_dct: "accurate" or "fast", about a gray level from each other.
 
     Raises:
         UserError: a value is out of its range, or goes with no such rule of resizing.
@@ -179,12 +177,14 @@ def whole_pixels(
     return height, width, (height - size) // 2, (width - size) // 2
 
 
-def eval_box(preprocessing: Preprocessing, height: Any, width: Any) -> tuple[Any, Any, Any, Any]:
+def eval_box(
+    preprocessing: Preprocessing, height: int, width: int
+) -> tuple[float, float, float, float]:
     """Returns the box (y, x, height, width) that evaluation takes, in source pixels.
 
     Args:
         preprocessing: whose resize is box.
-        height: of the image, in pixels; an int, or a scalar tensor or array of any framework.
+        height: of the image, in pixels.
         width: likewise.
     """
     center_crop = preprocessing.center_crop
@@ -193,6 +193,5 @@ def eval_box(preprocessing: Preprocessing, height: Any, width: Any) -> tuple[Any
     if preprocessing.squash:
         margin = (1 - center_crop) / 2
         return height * margin, width * margin, height * center_crop, width * center_crop
-    # The smaller of the two without min(), which a symbolic tensor does not have.
-    side = (height + width - abs(height - width)) / 2 * center_crop
+    side = min(height, width) * center_crop
     return (height - side) / 2, (width - side) / 2, side, side

@@ -40,6 +40,7 @@ _MAX_TRANSLATION = 100 / 224  # of the side
 _MAX_CUTOUT = 40 / 224  # of the side, from the center to the edge
 
 _LEVELS = np.arange(256)
+_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 
 
 def randaugment(
@@ -172,15 +173,24 @@ def enhance(name: str, image: np.ndarray, factor: float, contrast: str = "augreg
             same for every image: the published code sums a histogram, which is the number of
             pixels, and divides by its bins. At 224 pixels it is 196. "pil": the image's mean.
     """
-    if name in ("Color", "Sharpness"):
-        enhancer = getattr(ImageEnhance, name)(Image.fromarray(image))
-        return np.asarray(enhancer.enhance(factor))
+    if name == "Color":
+        return np.asarray(ImageEnhance.Color(Image.fromarray(image)).enhance(factor))
+    if name == "Sharpness":
+        ends = (Image.fromarray(end) for end in (_smooth(image), image))
+        return np.asarray(Image.blend(*ends, factor))
     gray = 0
     if name == "Contrast":
         gray = _mean_gray(image) if contrast == "pil" else min(image[..., 0].size // 256, 255)
     # In 32 bits and cut off, as PIL.
     start = np.float32(gray)
     return _look_up(image, start + np.float32(factor) * (_LEVELS.astype(np.float32) - start))
+
+
+def _smooth(image: np.ndarray) -> np.ndarray:
+    smooth = image.copy()
+    # The pixels at the border have no neighbors there: they stay.
+    smooth[1:-1, 1:-1] = cv2.filter2D(image, -1, _SMOOTH)[1:-1, 1:-1]
+    return smooth
 
 
 def _mean_gray(image: np.ndarray) -> int:

@@ -4,6 +4,7 @@ Kernels are separable. What is asked for most, bilinear without antialiasing of 
 size, is OpenCV's; all else is a product with a sparse matrix for each axis.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,8 +21,12 @@ cv2.setNumThreads(1)  # The threads are those of who calls.
 # OpenCV counts pixels in 16 bits, and is given a copy in floats: larger images are not for it.
 _MAX_SIDE = 1024
 
-# What a product with a matrix may read and write at a time, in numbers.
-_MAX_NUMBERS = 2**22
+# What a product with a matrix reads at a time, in numbers: more would be memory that the system
+# hands out anew for every image, which takes twice as long, and too much of a long strip.
+_MAX_NUMBERS = 2**17
+
+# A strip that is longer, in pixels, is summed in another order than TensorFlow's.
+_LONG = 2**16
 
 # What may lie between two passes of PIL's resize, in pixels.
 _MAX_BETWEEN = 2**26
@@ -76,22 +81,35 @@ def resize_and_crop(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarr
     return _resize_with_pil(image, resized, preprocessing)
 
 
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """Resizes an image as `sample_box` does, in half the time, float32 [size, size, 3].
+
+    Args:
+        image: uint8 [height, width, 3].
+        size: of the output, in pixels.
+    """
+    if max(image.shape) > _MAX_SIDE:
+        return sample_box(image, (0, 0, *image.shape[:2]), size)
+    return cv2.resize(image.astype(np.float32), (size, size), interpolation=cv2.INTER_LINEAR)
+
+
 def _sample_with_opencv(image: np.ndarray, box: Box, size: int) -> np.ndarray:
-    if box == (0, 0, *image.shape[:2]):
-        return cv2.resize(image.astype(np.float32), (size, size), interpolation=cv2.INTER_LINEAR)
     y, x, height, width = box
-    top, left = max(math.floor(y) - 1, 0), max(math.floor(x) - 1, 0)
+    (top, rows), (left, columns) = _centers(y, height, size, 1), _centers(x, width, size, 1)
     window = image[top : math.ceil(y + height) + 1, left : math.ceil(x + width) + 1]
-    # OpenCV's coordinates are of a pixel's center.
-    y_scale, x_scale = height / size, width / size
-    y_first, x_first = y - top + (y_scale - 1) / 2, x - left + (x_scale - 1) / 2
-    return cv2.warpAffine(
-        window.astype(np.float32),
-        np.array([[x_scale, 0, x_first], [0, y_scale, y_first]]),
-        (size, size),
-        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-        borderMode=cv2.BORDER_REPLICATE,
-    )
+    # OpenCV's coordinates are 0 in the center of a pixel.
+    x_of, y_of = np.meshgrid(columns - np.float32(0.5), rows - np.float32(0.5))
+    pixels = window.astype(np.float32)
+    return cv2.remap(pixels, x_of, y_of, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
+def _centers(begin: float, extent: float, size: int, reach: float) -> tuple[int, np.ndarray]:
+    """Where a window begins, and the centers of the output pixels in it, float32 [size]."""
+    # In 32 bits and from where its window begins, as TensorFlow: between two pixels of a sharp
+    # edge the rounding of a large image's coordinates can be seen.
+    origin = max(math.floor(begin) - math.ceil(reach), 0)
+    step, offset = np.float32(extent / size), np.float32(begin - origin)
+    return origin, (np.arange(size, dtype=np.float32) + np.float32(0.5)) * step + offset
 
 
 def _triangle(x: np.ndarray) -> np.ndarray:
@@ -117,11 +135,7 @@ def _taps(
     kernel, radius = _KERNELS[interpolation]
     scale = max(extent / size, 1.0) if antialias else 1.0
     reach = radius * scale
-    # In 32 bits and from where its window begins, as TensorFlow: between two pixels of a sharp
-    # edge the rounding of a large image's coordinates can be seen.
-    origin = max(math.floor(begin) - math.ceil(reach), 0)
-    step, offset = np.float32(extent / size), np.float32(begin - origin)
-    centers = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * step + offset
+    origin, centers = _centers(begin, extent, size, reach)
     centers = origin + centers.astype(np.float64)[:, None]
     # Source pixel i has its center at i + 0.5.
     source = np.ceil(centers - reach - 0.5).astype(int) + np.arange(math.floor(2 * reach) + 1)
@@ -140,7 +154,10 @@ def _area(image: np.ndarray, resized: tuple[int, int, int, int], size: int) -> n
     height, width, top, left = resized
     rows, row_scale = _areas(image.shape[0], height, top, size)
     columns, column_scale = _areas(image.shape[1], width, left, size)
-    total = _resample(image, rows, columns)
+    if len(image) > _LONG:  # Rows first: its columns at their new width would take minutes.
+        total = _resample(image.swapaxes(0, 1), columns, rows).swapaxes(0, 1)
+    else:
+        total = _resample(image, rows, columns)
     total *= np.float32(1) / (row_scale * column_scale)
     return total.astype(np.uint8)
 
@@ -169,11 +186,8 @@ def _resample(image: np.ndarray, rows: _Taps, columns: _Taps) -> np.ndarray:
 
     The products are added in the order of the taps, one after the other.
     """
-    size = len(rows.source)
-    output = np.empty((size, len(columns.source), 3), np.float32)
-    # Of a long strip what lies in between would be huge.
-    numbers = 3 * (np.ptp(rows.source) + 1) * (image.shape[1] + size)
-    for part in np.array_split(np.arange(size), min(1 + numbers // _MAX_NUMBERS, size)):
+    output = np.empty((len(rows.source), len(columns.source), 3), np.float32)
+    for part in _parts(rows, 3 * len(columns.source)):
         used, source = np.unique(rows.source[part], return_inverse=True)
         between = _sum(cv2.transpose(image[used]), columns)
         output[part] = _sum(cv2.transpose(between), _Taps(source, rows.weights[part]))
@@ -182,12 +196,22 @@ def _resample(image: np.ndarray, rows: _Taps, columns: _Taps) -> np.ndarray:
 
 def _sum(pixels: np.ndarray, taps: _Taps) -> np.ndarray:
     """Sums over the first axis of [length, width, 3], float32 [size, width, 3]."""
-    size, count = taps.source.shape
-    used, source = np.unique(taps.source, return_inverse=True)
-    flat = pixels[used].reshape(len(used), -1).astype(np.float32, copy=False)
-    begins = np.arange(0, (size + 1) * count, count)
-    matrix = csr_array((taps.weights.ravel(), source.ravel(), begins), (size, len(used)))
-    return (matrix @ flat).reshape(size, -1, 3)
+    flat = pixels.reshape(len(pixels), -1)
+    sums = np.empty((len(taps.source), flat.shape[1]), np.float32)
+    for part in _parts(taps, flat.shape[1]):
+        used, source = np.unique(taps.source[part], return_inverse=True)
+        begins = np.arange(0, source.size + 1, source.shape[1])
+        terms = (taps.weights[part].ravel(), source.ravel(), begins)
+        sums[part] = csr_array(terms, (len(source), len(used))) @ flat[used].astype(np.float32)
+    return sums.reshape(len(sums), -1, 3)
+
+
+def _parts(taps: _Taps, numbers: int) -> list[slice]:
+    """Parts of an axis that each read a bounded part of an image, which may be a long strip."""
+    size = len(taps.source)
+    count = min(1 + int(np.ptp(taps.source)) * numbers // _MAX_NUMBERS, size)
+    edges = [size * part // count for part in range(count + 1)]
+    return [slice(*edge) for edge in itertools.pairwise(edges)]
 
 
 def _resize_with_pil(

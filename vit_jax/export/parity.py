@@ -68,7 +68,8 @@ def read_images(
     files = (
         [files[i * len(files) // number] for i in range(number)] if len(files) > number else files
     )
-    images = np.stack([preprocess(read_image(file), preprocessing) for file in files])
+    pixels = (read_image(file, jpeg_dct=preprocessing.jpeg_dct) for file in files)
+    images = np.stack([preprocess(image, preprocessing) for image in pixels])
     indices = {comparable(name): i for i, name in enumerate(class_names or ())}
     labels = [indices.get(comparable(os.path.basename(os.path.dirname(file)))) for file in files]
     return images, None if None in labels else np.array(labels)
