@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+import multiprocessing
 import subprocess
 import sys
 import threading
@@ -279,6 +280,24 @@ def test_every_order_is_as_likely_and_no_epoch_is_that_of_another_seed():
     assert len(counts) == 6 and np.abs(counts - 100).max() < 5 * 9.1
     follows = sum(one[3:6] == other[:3] for one, other in itertools.pairwise(orders))
     assert abs(follows - 199 / 6) < 5 * 5.3
+
+
+def test_worker_processes_make_the_same_batches_and_end_with_them(sharded, image_folder):
+    expected = take(sharded, 9, first_step=3)
+    batches = train_batches(sharded, batch_size=8, seed=0, first_step=3, workers=2, **TRAIN)
+    assert_same(list(itertools.islice(batches, 9)), expected)
+    workers = multiprocessing.active_children()
+    assert len(workers) >= 2
+    batches.close()
+    for worker in workers:
+        worker.join(10)
+        assert not worker.is_alive()
+    source, _ = open_dataset(f"folder:{image_folder}")
+    for path in image_folder.rglob("*.jpg"):
+        path.write_bytes(path.read_bytes()[:-200])
+    batches = train_batches(source, batch_size=8, seed=0, workers=1, **TRAIN)
+    with pytest.raises(UserError, match=rf"^image {image_folder}/[^\n]* is damaged [^\n]*$"):
+        next(batches)
 
 
 def test_no_thread_outlives_the_batches():
