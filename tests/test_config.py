@@ -308,6 +308,9 @@ def test_a_config_of_before_evals_has_them():
         },
     }  # fmt: skip
     before["masking"]["target"] = "mean_color"
+    for key in ("cache", "shuffle_buffer"):
+        del before["dataset"][key]
+    before["dataset"]["workers"] = 0
     assert after == {key: x for key, x in before.items() if key not in ("eval_every", "fewshot")}
     check_config(read_config(str(BEFORE_EVALS)))
 

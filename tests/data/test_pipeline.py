@@ -1,7 +1,9 @@
 """Counting, order, sharding over processes and resuming of batches."""
 
+import collections
 import dataclasses
 import itertools
+import multiprocessing
 import subprocess
 import sys
 import threading
@@ -9,7 +11,6 @@ import time
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from vit_jax.data.datasets import Source, open_dataset
 from vit_jax.data.pipeline import eval_batches, train_batches
@@ -170,7 +171,9 @@ def test_skipped_images_are_not_decoded():
 
 
 def test_broken_record_is_named():
-    with pytest.raises(UserError, match="^image record 5 is damaged .*: fetch it again$"):
+    with pytest.raises(
+        UserError, match="^image record 5 is not an image: give one of JPEG,[^\\n]*$"
+    ):
         take(damaged(tiny_source(9), [5]), 2)
 
 
@@ -183,12 +186,14 @@ def of_bytes(encoded):
     "encoded", [b"BM", b"BM" + bytes(200), b"RIFF\0\0\0\0WEBPVP8X" + bytes(40)]
 )
 def test_a_broken_image_that_pil_decodes_is_named(encoded):
-    with pytest.raises(UserError, match="^image the one is (damaged|not an image)"):
+    with pytest.raises(UserError, match="^image the one is (damaged|not an image)[^\\n]*$"):
         list(eval_batches(of_bytes(encoded), batch_size=1, **EVAL))
 
 
 def test_the_dct_of_the_config_is_that_of_training():
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    import tensorflow as tf
+
     source = of_bytes(tf.io.encode_jpeg(noise, quality=80).numpy())
     options = {"random_crop": False, "random_flip": False}
     for jpeg_dct, dct_method in (("accurate", "INTEGER_ACCURATE"), ("fast", "INTEGER_FAST")):
@@ -238,18 +243,19 @@ def test_randaugment_depends_on_seed_and_position_alone(sharded):
 
 
 def test_each_process_reads_its_own_rows_alone():
-    source = tiny_source(40)
+    batches = labels(take(tiny_source(40), 20)).reshape(20, 4, 2)  # two rows of each of four
     for process in range(4):
-        batches = train_batches(
+        source = tiny_source(40)
+        read = source.examples.read
+        rows = train_batches(
             source, batch_size=8, seed=0, process_index=process, process_count=4, **TRAIN
         )
-        seen = list(itertools.islice(batches, 5))  # an epoch
-        batches.close()
-        read = source.examples.read
-        ahead = 4 * 8  # Chunks of two rows that are made ahead belong to this process, too.
-        assert 10 == len(labels(seen)) <= len(read) <= 10 + ahead
-        assert read[:10] == [*labels(seen)] or sorted(read[:10]) == sorted(labels(seen))
-        read.clear()
+        next(rows)
+        rows.close()
+        own = batches[:, process].ravel().tolist()
+        # Threads are ahead of each other by an image or two, and of what is asked for by some.
+        assert 2 <= len(read) <= 20
+        assert collections.Counter(read) <= collections.Counter(own[: len(read) + 8])
 
 
 def test_a_far_step_is_reached_without_reading_what_comes_before():
@@ -274,6 +280,24 @@ def test_every_order_is_as_likely_and_no_epoch_is_that_of_another_seed():
     assert len(counts) == 6 and np.abs(counts - 100).max() < 5 * 9.1
     follows = sum(one[3:6] == other[:3] for one, other in itertools.pairwise(orders))
     assert abs(follows - 199 / 6) < 5 * 5.3
+
+
+def test_worker_processes_make_the_same_batches_and_end_with_them(sharded, image_folder):
+    expected = take(sharded, 9, first_step=3)
+    batches = train_batches(sharded, batch_size=8, seed=0, first_step=3, workers=2, **TRAIN)
+    assert_same(list(itertools.islice(batches, 9)), expected)
+    workers = multiprocessing.active_children()
+    assert len(workers) >= 2
+    batches.close()
+    for worker in workers:
+        worker.join(10)
+        assert not worker.is_alive()
+    source, _ = open_dataset(f"folder:{image_folder}")
+    for path in image_folder.rglob("*.jpg"):
+        path.write_bytes(path.read_bytes()[:-200])
+    batches = train_batches(source, batch_size=8, seed=0, workers=1, **TRAIN)
+    with pytest.raises(UserError, match=rf"^image {image_folder}/[^\n]* is damaged [^\n]*$"):
+        next(batches)
 
 
 def test_no_thread_outlives_the_batches():

@@ -9,6 +9,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from vit_jax.data.datasets import open_dataset
+from vit_jax.data.tfds_datasets import TfdsDataset
 from vit_jax.errors import UserError
 
 from .conftest import ManyShards
@@ -70,6 +71,7 @@ def test_a_file_that_has_gone_or_lost_records_is_named(data_dir):
 
 
 def test_a_set_in_a_bucket_says_to_mount_it(sharded_dir, monkeypatch):
-    monkeypatch.setattr(tfds.core.DatasetBuilder, "data_path", "gs://bucket/many_shards/1.0.0")
+    dataset = TfdsDataset("many_shards", sharded_dir)
+    monkeypatch.setattr(type(dataset._builder), "data_path", "gs://bucket/many_shards/1.0.0")
     with pytest.raises(UserError, match="gs://bucket/.* is no local directory: mount the bucket"):
-        open_dataset("many_shards", data_dir=sharded_dir)
+        dataset.source("train")

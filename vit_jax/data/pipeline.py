@@ -7,12 +7,15 @@ step is reached without reading what came before, and neither the order nor the 
 depends on the number of processes, threads or workers.
 """
 
+import atexit
 import dataclasses
 import functools
 import math
+import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -265,7 +268,10 @@ def _pad(array: np.ndarray, rows: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Chunks:
-    """Images in equal runs of `size`, as arrays; the last may be shorter."""
+    """Images in equal runs of `size`, as arrays; the last may be shorter.
+
+    Of a run with a broken image it is the error: what is raised Grain lengthens by a paragraph.
+    """
 
     images: Any
     size: int
@@ -273,15 +279,34 @@ class _Chunks:
     def __len__(self) -> int:
         return -(-len(self.images) // self.size)
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Batch | UserError:
         begin = index * self.size
         end = min(begin + self.size, len(self.images))
-        images, labels = zip(*(self.images[i] for i in range(begin, end)), strict=True)
+        try:
+            images, labels = zip(*(self.images[i] for i in range(begin, end)), strict=True)
+        except UserError as error:
+            return error
         return {"image": np.stack(images), "label": np.array(labels, np.int32)}
 
 
 def _batches(images: Any, rows: int, workers: int = 0) -> Generator[Batch]:
     """Joins images to batches of `rows`, the last one shorter, made ahead by threads or workers."""
+    batches = _generate(images, rows, workers)
+    _open.add(batches)
+    return batches
+
+
+# What a traceback, or a module, still holds at the end of the program is closed while it can be.
+_open: weakref.WeakSet[Generator[Batch]] = weakref.WeakSet()
+
+
+@atexit.register
+def _close() -> None:
+    for batches in list(_open):
+        batches.close()
+
+
+def _generate(images: Any, rows: int, workers: int) -> Generator[Batch]:
     import grain  # Here: it takes a second.
 
     threads = _num_threads()
@@ -294,17 +319,38 @@ def _batches(images: Any, rows: int, workers: int = 0) -> Generator[Batch]:
     if workers:
         if not flags.FLAGS.is_parsed():  # Grain asks for some; there are none without a command.
             flags.FLAGS.mark_as_parsed()
-        chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        chunks = chunks.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_end_with_parent
+        )
     iterator = iter(chunks)
     try:
-        while part := _take(iterator, rows // chunk):
-            yield {key: np.concatenate([x[key] for x in part]) for key in part[0]}
+        while batch := _join(iterator, rows // chunk):
+            yield batch
     finally:
         iterator.close()
 
 
-def _take(iterator: Iterator[Batch], count: int) -> Sequence[Batch]:
-    return [x for _, x in zip(range(count), iterator, strict=False)]
+def _join(iterator: Iterator[Batch | UserError], count: int) -> Batch | None:
+    """Joins the next chunks; none of them, which may be shared memory, is kept."""
+    chunks = []
+    for _, chunk in zip(range(count), iterator, strict=False):
+        if isinstance(chunk, UserError):
+            raise chunk
+        chunks.append(chunk)
+    return {key: np.concatenate([x[key] for x in chunks]) for key in chunks[0]} if chunks else None
+
+
+def _end_with_parent(worker: int, count: int) -> None:
+    """Ends this worker when the process that started it is gone, killed for example."""
+    del worker, count
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _num_threads() -> int:

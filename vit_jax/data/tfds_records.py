@@ -41,8 +41,9 @@ class RecordExamples:
         if not self._parts:
             raise ValueError("it selects no image")
         self._starts = [0, *itertools.accumulate(_take(part) for part in self._parts)]
-        wanted = tfds.decode.PartialDecoding(features).extract_features(info.features)
-        self._parser = ExampleParserNp(wanted.get_serialized_info())
+        # TFDS's own PartialDecoding imports TensorFlow.
+        specs = {name: info.features[name].get_serialized_info() for name in features}
+        self._parser = ExampleParserNp(_pick(specs, features))
         self._example = example
         self._files = _open_files(info, {part.filename: part for part in self._parts})
 
@@ -71,6 +72,13 @@ class RecordExamples:
             for part in self._parts
             for place in range(part.skip, part.skip + _take(part))
         ]
+
+
+def _pick(specs: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: specs[name] if inner is True else _pick(specs[name], inner)
+        for name, inner in wanted.items()
+    }
 
 
 def _take(part: Any) -> int:

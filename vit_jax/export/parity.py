@@ -90,7 +90,7 @@ def read_dataset(
 
     total = source.num_examples
     number = min(number, total)
-    chosen = source.select(np.arange(number) * total // number)
+    chosen = source.select(-(-np.arange(1, number + 1) * total // number) - 1)
     (batch,) = eval_batches(chosen, batch_size=number, preprocessing=preprocessing)
     return batch["image"], batch["label"]
 
