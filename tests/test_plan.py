@@ -1,5 +1,6 @@
 import json
 import math
+import subprocess
 
 import pytest
 from ml_collections import ConfigDict
@@ -194,3 +195,23 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused():
     config = ConfigDict(get_config("ViT-B/16", "pretrain,imagenet2012"))
     with pytest.raises(UserError, match="batch_size 4096 does not divide evenly over 7 devices"):
         estimate.describe(config, 1000, 7)
+
+
+def refuse(monkeypatch, errors):
+    done = subprocess.CompletedProcess([], 1, stdout="", stderr=errors)
+    monkeypatch.setattr(compiler.subprocess, "run", lambda *_, **__: done)
+    return lambda: compiler.run({}, 1000, parse_target("v5e:2x2"))
+
+
+def test_a_tpu_program_that_does_not_fit_is_told_with_what_it_needs(monkeypatch):
+    errors = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+    )
+    errors += "hbm. Used 25.50G of 15.75G hbm. Exceeded hbm capacity by 9.75G.\n"
+    assert refuse(monkeypatch, errors)() == {"needs": 25.5 * GIB}
+
+
+def test_another_refusal_is_one_line(monkeypatch):
+    errors = 'Traceback (most recent call last):\n  File "x"\nValueError: no such topology\n'
+    with pytest.raises(UserError, match="^compiling for v5e:2x2 failed: ValueError: no such topol"):
+        refuse(monkeypatch, errors)()
