@@ -46,6 +46,7 @@ RESUMABLE_CHANGES = {
     "checkpoint_every",
     "keep_checkpoints",
     "sharding",
+    "model.remat",
     "dataset.data_dir",
     f"evals.{DECIDING}.data_dir",
     f"evals.{DECIDING}.every",
