@@ -96,9 +96,10 @@ def gradient_for(platform, *, train=True, mutable=False, size=(8, 12), **options
     return lowered.lower(lowering_platforms=(platform,)).as_text().replace("@", "").replace('"', "")
 
 
+@pytest.mark.usefixtures("cudnn")
 @pytest.mark.parametrize("remat", ["nothing", "dots", "everything"])
 @pytest.mark.parametrize("size", [(8, 12), (12, 12)])  # 7 and 10 tokens.
-def test_for_a_gpu_every_layer_is_fused_in_both_directions(cudnn, remat, size):
+def test_for_a_gpu_every_layer_is_fused_in_both_directions(remat, size):
     program = gradient_for("cuda", remat=remat, size=size)
     recomputed = 2 if remat == "everything" else 1
     assert program.count(FORWARD) == recomputed * TINY["num_layers"]
@@ -106,6 +107,7 @@ def test_for_a_gpu_every_layer_is_fused_in_both_directions(cudnn, remat, size):
     assert "exponential" not in program  # Of the other form nothing is left.
 
 
+@pytest.mark.usefixtures("cudnn")
 @pytest.mark.parametrize(
     ("platform", "options"),
     [
@@ -118,12 +120,13 @@ def test_for_a_gpu_every_layer_is_fused_in_both_directions(cudnn, remat, size):
         ("cuda", {"architecture": "axial_vit", "classifier": "gap"}),
     ],
 )
-def test_elsewhere_the_form_of_the_equations_stays(cudnn, platform, options):
+def test_elsewhere_the_form_of_the_equations_stays(platform, options):
     program = gradient_for(platform, **options)
     assert "cudnn" not in program and "exponential" in program
 
 
-def test_attention_dropout_keeps_nobody_from_the_kernel_in_evaluation(cudnn):
+@pytest.mark.usefixtures("cudnn")
+def test_attention_dropout_keeps_nobody_from_the_kernel_in_evaluation():
     program = gradient_for("cuda", train=False, attention_dropout_rate=0.1)
     assert FORWARD in program
 
