@@ -98,12 +98,14 @@ def gradient_for(platform, *, train=True, mutable=False, size=(8, 12), **options
 
 @pytest.mark.usefixtures("cudnn")
 @pytest.mark.parametrize("remat", ["nothing", "dots", "everything"])
-@pytest.mark.parametrize("size", [(8, 12), (12, 12)])  # 7 and 10 tokens.
-def test_for_a_gpu_every_layer_is_fused_in_both_directions(remat, size):
-    program = gradient_for("cuda", remat=remat, size=size)
+@pytest.mark.parametrize(  # 7 and 10 tokens.
+    ("size", "scan_layers", "layers"), [((8, 12), False, 3), ((12, 12), True, 1)]
+)
+def test_for_a_gpu_every_layer_is_fused_in_both_directions(remat, size, scan_layers, layers):
+    program = gradient_for("cuda", remat=remat, size=size, scan_layers=scan_layers)
     recomputed = 2 if remat == "everything" else 1
-    assert program.count(FORWARD) == recomputed * TINY["num_layers"]
-    assert program.count(BACKWARD) == TINY["num_layers"]
+    assert program.count(FORWARD) == recomputed * layers
+    assert program.count(BACKWARD) == layers
     assert "exponential" not in program  # Of the other form nothing is left.
 
 

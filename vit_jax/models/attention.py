@@ -89,7 +89,7 @@ def attend(q: Array, k: Array, v: Array) -> Array:
 
 
 def _attend_plainly(q: Array, k: Array, v: Array) -> Array:
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [batch, heads, tokens, head_dim]
+    q, k, v = (product(x.swapaxes(1, 2)) for x in (q, k, v))  # [batch, heads, tokens, head_dim]
     return mix(softmax(scores(scale(q), k)), v).swapaxes(1, 2)
 
 
@@ -100,6 +100,7 @@ def _attend_by_cudnn(q: Array, k: Array, v: Array) -> Array:
         # Its backward pass is for even numbers of tokens; 14 x 14 patches and a class are 197.
         q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
         lengths = jnp.full(batch, tokens, jnp.int32)
+    q, k, v = product(q), product(k), product(v)
     y = jax.nn.dot_product_attention(
         q,
         k,

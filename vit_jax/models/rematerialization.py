@@ -48,7 +48,10 @@ def end_of_block(x: jax.Array) -> jax.Array:
 
 
 def product(x: jax.Array) -> jax.Array:
-    """Returns x, marked as what the policy "dots" keeps; products with weights need no mark."""
+    """Returns x, marked as what the policy "dots" keeps in place of the product that it is made of.
+
+    Products with weights need no mark, but where a bias or a layout is what is to be kept too.
+    """
     return checkpoint_name(x, _PRODUCT)
 
 
@@ -58,7 +61,7 @@ def _is_product(primitive: Any, *_: Any, **params: Any) -> bool:
             _, (batch, _) = params["dimension_numbers"]
             return not batch  # The others are attention's logits, as large as its weights.
         case "name":
-            return params["name"] == _PRODUCT
+            return params["name"] in (_PRODUCT, _BLOCK)
         case other:
             # cuDNN's gives what its backward pass reads beside its result.
             return other == "conv_general_dilated" or other.startswith("dot_product_attention_fwd")
