@@ -294,6 +294,15 @@ def test_a_value_of_before_is_called_as_today():
     assert migrate(config)["masking"]["target"] == "mean_color"
 
 
+@pytest.mark.parametrize(("before", "policy"), [(False, "nothing"), (True, "everything")])
+def test_whether_layers_were_computed_again_is_a_policy_today(before, policy):
+    config = to_dict(recipe("ViT-B/16"))
+    config["model"]["remat"] = before
+    after = migrate(config)
+    assert after["model"]["remat"] == policy
+    assert migrate(after) == after
+
+
 def test_a_config_of_before_evals_has_them():
     before = json.loads(BEFORE_EVALS.read_text())
     assert (before["eval_every"], before["fewshot"]["shots"]) == ("4 steps", "1,10")
@@ -311,6 +320,7 @@ def test_a_config_of_before_evals_has_them():
     for key in ("cache", "shuffle_buffer"):
         del before["dataset"][key]
     before["dataset"]["workers"] = 0
+    before["model"]["remat"] = "nothing"
     assert after == {key: x for key, x in before.items() if key not in ("eval_every", "fewshot")}
     check_config(read_config(str(BEFORE_EVALS)))
 
@@ -341,9 +351,9 @@ MODEL = {
     "representation_size": (0, 5), "dropout_rate": (0.0, 0.1), "attention_dropout_rate": (0.0, 0.1),
     "stochastic_depth": (0.0, 0.1), "position_embedding": ("learned", "none"),
     "position_placement": ("stem", "layers"), "gelu": ("tanh", "erf"),
-    "layer_norm_epsilon": (1e-6, 1e-5), "head_bias_init": (0.0, -10.0), "remat": (False, True),
-    "scan_layers": (False, True), "dtype": ("float32", "bfloat16"), "resnet_layers": ((1,), (2,)),
-    "group_norm_epsilon": (1e-6, 1e-5), "width_factor": (1, 2),
+    "layer_norm_epsilon": (1e-6, 1e-5), "head_bias_init": (0.0, -10.0),
+    "remat": ("nothing", "dots"), "scan_layers": (False, True), "dtype": ("float32", "bfloat16"),
+    "resnet_layers": ((1,), (2,)), "group_norm_epsilon": (1e-6, 1e-5), "width_factor": (1, 2),
 }  # fmt: skip
 OPTIMIZER = {
     "b1": (0.9, 0.8), "b2": (0.999, 0.9), "momentum": (0.9, 0.8), "weight_decay": (0.1, 0.2),

@@ -14,6 +14,7 @@ from vit_jax.steps import (
     eval_step,
     masked_patches,
     mixup,
+    pixels_to_inputs,
     train_step,
 )
 
@@ -268,6 +269,41 @@ def test_padding_counts_for_nothing_in_the_evaluation_of_masked_patches(target):
     for name, value in each.items():
         np.testing.assert_allclose(sums[name], value[:5].sum(), rtol=1e-6)
         np.testing.assert_allclose(again[name], sums[name], rtol=1e-6)
+
+
+PIXELS = np.random.default_rng(7).integers(0, 256, BATCH["image"].shape, dtype=np.uint8)
+INPUTS = (PIXELS / 127.5 - 1).astype(np.float32)
+
+
+def test_pixels_become_inputs_and_inputs_stay():
+    pixels = jnp.arange(256, dtype=jnp.uint8)
+    inputs = pixels_to_inputs(pixels)
+    assert inputs.dtype == jnp.float32 and inputs[0] == -1 and inputs[255] == 1
+    np.testing.assert_allclose(inputs, np.arange(256) / 127.5 - 1, atol=1e-7)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        images = BATCH["image"].astype(dtype)
+        assert pixels_to_inputs(images) is images
+
+
+@pytest.mark.parametrize("options", [{}, {"mixup_alpha": 0.5}, {"accumulate_steps": 2}])
+def test_a_step_takes_pixels_as_what_they_become(options):
+    _, state, step = setup(**options)
+    expected, metrics = step(state, BATCH | {"image": jnp.asarray(INPUTS)})
+    found, found_metrics = step(state, BATCH | {"image": jnp.asarray(PIXELS)})
+    assert largest_difference(found.params, expected.params) < 1e-6
+    np.testing.assert_allclose(found_metrics["loss"], metrics["loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("target", masked.TARGETS)
+def test_patches_of_pixels_are_predicted_as_of_what_they_become(target):
+    model = masked.predictor(create_model({**TINY, "num_classes": 0}), target)
+    params = model.init(jax.random.key(0), BATCH["image"])["params"]
+    objective = masked_patches(model, 0.5, target)
+    expected = objective(params, BATCH | {"image": jnp.asarray(INPUTS)}, train=False)
+    found = objective(params, BATCH | {"image": jnp.asarray(PIXELS)}, train=False)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5)
 
 
 def mixed_by_hand(share):

@@ -70,7 +70,10 @@ MOVED_KEYS = {
     "fewshot.every": "evals.fewshot.every",
 }
 # Values that were once called otherwise.
-RENAMED_VALUES = {"masking.target": {"mean_colour": "mean_color"}}
+RENAMED_VALUES: dict[str, dict[Any, str]] = {
+    "masking.target": {"mean_colour": "mean_color"},
+    "model.remat": {False: "nothing", True: "everything"},
+}
 
 
 def check_config(config: ConfigDict, *, may_lack: bool = False) -> None:

@@ -47,6 +47,7 @@ RESUMABLE_CHANGES = {
     "checkpoint_every",
     "keep_checkpoints",
     "sharding",
+    "model.remat",
     "dataset.data_dir",
     "dataset.workers",
     f"evals.{DECIDING}.data_dir",

@@ -24,7 +24,7 @@ MODELS = {
     "class token": (TINY, IMAGES, 7),
     "gap": ({**TINY, "classifier": "gap"}, IMAGES, 6),
     "scan": ({**TINY, "scan_layers": True}, IMAGES, 7),
-    "remat": ({**TINY, "remat": True}, IMAGES, 7),
+    "remat": ({**TINY, "remat": "dots"}, IMAGES, 7),
     "hybrid": (HYBRID, WIDE_IMAGES, 7),
     "relative": ({**TINY, "position_embedding": "relative"}, IMAGES, 7),
     "2d, shared": (

@@ -430,9 +430,9 @@ def test_remat_and_scan_change_nothing_and_gradients_are_finite(config, images):
     for leaf in jax.tree.leaves(expected):
         assert np.isfinite(leaf).all()
     assert all(np.any(x != 0) for x in jax.tree.leaves(expected["head"]))
-    variants = [{"remat": True}]
+    variants = [{"remat": "dots"}]
     if config is TINY:
-        variants += [{"scan_layers": True}, {"scan_layers": True, "remat": True}]
+        variants += [{"scan_layers": True}, {"scan_layers": True, "remat": "block"}]
     for options in variants:
         found = jax.jit(jax.grad(functools.partial(loss, **options)))(params)
         jax.tree.map(

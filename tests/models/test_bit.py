@@ -228,10 +228,11 @@ def test_logits_are_those_of_timm():
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
-def test_remat_changes_neither_tree_nor_values_nor_gradients():
-    plain, other = create_model(ONE_UNIT), create_model(ONE_UNIT, remat=True)
+@pytest.mark.parametrize("remat", ["dots", "everything"])
+def test_remat_changes_neither_tree_nor_values_nor_gradients(remat):
+    plain, other = create_model(ONE_UNIT), create_model(ONE_UNIT, remat=remat)
     params = random_like(abstract(ONE_UNIT, IMAGES))
-    assert jax.tree.structure(params) == jax.tree.structure(abstract(ONE_UNIT, IMAGES, remat=True))
+    assert jax.tree.structure(params) == jax.tree.structure(abstract(ONE_UNIT, IMAGES, remat=remat))
 
     def loss(params, model):
         return jnp.sum(model.apply({"params": params}, IMAGES) ** 2)

@@ -91,7 +91,7 @@ def test_a_name_is_all_that_a_recipe_needs():
         "slope": 0.0,
         "num_classes": 0,
         "head_bias_init": 0.0,
-        "remat": False,
+        "remat": "nothing",
         "dtype": "bfloat16",
     }
     tuned = get_config("Pooled-8/5", "finetune,cifar10")

@@ -56,7 +56,7 @@ def test_rates_grow_linearly_over_the_layers_and_are_those_of_both_branches():
     np.testing.assert_allclose([rate for _, rate in found], [0, 0, 0.2, 0.2, 0.4, 0.4], rtol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"scan_layers": True}, {"remat": True}])
+@pytest.mark.parametrize("options", [{}, {"scan_layers": True}, {"remat": "dots"}])
 def test_a_layer_that_is_always_left_out_is_not_there(options):
     # The first of two layers always stays, the second never does.
     sizes = TINY | {"num_layers": 2}

@@ -1,3 +1,5 @@
+import collections
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ from scipy.special import erf
 
 from vit_jax.errors import UserError
 from vit_jax.models import create_model, model_config
+from vit_jax.models.rematerialization import POLICIES
 
 TINY = {
     "architecture": "vit",
@@ -157,22 +160,51 @@ def test_forward_pass_is_the_papers_equations(gelu, classifier, representation_s
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("options", [{"remat": True}, {"scan_layers": True},
-                                     {"remat": True, "scan_layers": True}])  # fmt: skip
-def test_remat_and_scan_change_neither_tree_nor_values_nor_gradients(options):
-    plain, other = create_model(TINY), create_model(TINY, **options)
+@pytest.mark.parametrize(
+    ("remat", "scan_layers"),
+    [("nothing", True), *((policy, policy != "everything") for policy in POLICIES[1:])],
+)
+def test_remat_and_scan_change_neither_tree_nor_values_nor_gradients(remat, scan_layers):
+    plain = create_model(TINY)
+    other = create_model(TINY, remat=remat, scan_layers=scan_layers)
     params = random_params(plain)
     assert jax.tree.structure(params) == jax.tree.structure(random_params(other))
 
     def loss(params, model):
         return jnp.sum(model.apply({"params": params}, IMAGES) ** 2)
 
-    expected, expected_grads = jax.value_and_grad(loss)(params, plain)
-    value, grads = jax.value_and_grad(loss)(params, other)
+    value_and_grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    expected, expected_grads = value_and_grad(params, plain)
+    value, grads = value_and_grad(params, other)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     largest = max(np.abs(g).max() for g in jax.tree.leaves(expected_grads))
     for g, e in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
         np.testing.assert_allclose(g, e, atol=1e-5 * largest)
+
+
+# Of a layer with 7 tokens, by their last axes: the hidden units of the MLP before and after GELU,
+# what its heads have (q, k, v and the sum), and the attention weights.
+@pytest.mark.parametrize(
+    ("remat", "hidden", "heads", "weights"),
+    [("nothing", 2, None, 1), ("dots", 1, 4, 0), ("block", 0, 0, 0), ("everything", 0, 0, 0)],
+)
+def test_remat_keeps_what_its_policy_says(remat, hidden, heads, weights):
+    model = create_model(TINY, remat=remat)
+
+    def residuals(variables, images):
+        _, pullback = jax.vjp(model.apply, variables, images)
+        return list({id(x): x for x in jax.tree.leaves(pullback)}.values())
+
+    images = jax.ShapeDtypeStruct((5, 8, 12, 3), jnp.float32)  # A batch that is no other size.
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    kept = jax.eval_shape(residuals, variables, images)
+    count = collections.Counter(x.shape[1:] for x in kept if x.shape[:1] == (5,))
+    assert count[7, 40] == 3 * hidden
+    assert heads is None or count[3, 7, 8] == 3 * heads  # Else as autodiff has it.
+    assert count[3, 7, 7] == 3 * weights
+    tokens = {"block": 2, "everything": 1}  # What a residual block, or layer, begins with.
+    if remat in tokens:
+        assert count[7, 24] <= 3 * tokens[remat] + 1  # And what the last norm takes.
 
 
 def test_scanned_layers_start_different_from_each_other():

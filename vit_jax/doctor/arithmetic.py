@@ -12,7 +12,8 @@ import numpy as np
 
 from vit_jax.doctor import reference
 from vit_jax.models import create_model, describe, model_config
-from vit_jax.models.encoder import EncoderConfig, MultiHeadSelfAttention, gelu_tanh, layer_norm
+from vit_jax.models.activations import gelu_tanh
+from vit_jax.models.encoder import EncoderConfig, MultiHeadSelfAttention, layer_norm
 from vit_jax.models.resnet import NUM_GROUPS, GroupNorm
 from vit_jax.state import TrainState, adam
 from vit_jax.steps import classification, train_step

@@ -79,7 +79,8 @@ def make_forward(
         )
     elif not config["num_classes"]:
         raise UserError(f"{pretrained.source} has no head, so no {outputs}: use --outputs features")
-    module = models.create_model(config, dtype="float32")
+    # Without a backward pass nothing is computed again, and jax2onnx does not know the call.
+    module = models.create_model(config, dtype="float32", remat="nothing")
     # x / 255 is a product, and so is the division by std: one Mul and one Sub in the graph.
     scale = 1.0 / (255.0 * np.asarray(preprocessing.std, np.float64))
     offset = np.asarray(preprocessing.mean, np.float64) / np.asarray(preprocessing.std, np.float64)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.errors import UserError
+from vit_jax.models.rematerialization import POLICIES
 
 Array = jax.Array
 # Of a model, by its parameters' official names, joined by "/".
@@ -75,8 +76,8 @@ class ModelConfig:
     Attributes:
         num_classes: width of the head; 0 leaves the head out, and features are returned.
         head_bias_init: start value of the head's bias; -10 goes with the sigmoid loss.
-        remat: recompute each layer, or unit, in the backward pass: less memory, about a third more
-            time.
+        remat: what the backward pass computes again to save memory, one of
+            `rematerialization.POLICIES`.
         dtype: of the computation, one of `DTYPES`; parameters and logits are always float32.
     """
 
@@ -92,7 +93,7 @@ class ModelConfig:
 
     num_classes: int = option(check=at_least(0))
     head_bias_init: float = option(0.0, training_only=True)
-    remat: bool = option(False, training_only=True)
+    remat: str = option("nothing", choices=POLICIES, training_only=True)
     dtype: str = option("float32", choices=DTYPES, training_only=True)
 
     def __post_init__(self) -> None:

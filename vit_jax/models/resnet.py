@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from vit_jax.errors import UserError
 from vit_jax.models.base import Arrays, ModelConfig, option
+from vit_jax.models.rematerialization import rematerialize
 
 Array = jax.Array
 
@@ -228,7 +229,7 @@ class ResNetStage(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps x [batch, height, width, channels] to [batch, height', width', 4 * features]."""
-        unit = nn.remat(self.unit) if self.config.remat else self.unit
+        unit = rematerialize(self.unit, self.config.remat, loops=False)
         for u in range(self.num_units):
             stride = self.stride if u == 0 else 1
             name = f"unit{u + 1:0{self.digits}}"

@@ -226,9 +226,10 @@ class PatchEmbedding(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.hidden_size,)).astype(self.dtype)
         rows, columns = height // size, width // size
-        # A strided convolution without overlap is one product of flattened patches.
-        x = images.astype(self.dtype).reshape(batch, rows, size, columns, size, channels)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, size * size * channels)
+        # A strided convolution without overlap is one product of flattened patches. What lies side
+        # by side in a row of a patch is one axis: on CPUs it is moved in half the time.
+        x = images.astype(self.dtype).reshape(batch, rows, size, columns, size * channels)
+        x = x.swapaxes(2, 3).reshape(batch, rows * columns, size * size * channels)
         return x @ kernel.reshape(-1, self.hidden_size) + bias
 
 

@@ -1,0 +1,160 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax.models import attention, create_model
+
+TINY = {
+    "architecture": "vit",
+    "patch_size": 4,
+    "hidden_size": 32,
+    "num_layers": 3,
+    "mlp_dim": 40,
+    "num_heads": 2,
+    "num_classes": 5,
+    "dtype": "bfloat16",
+}
+FORWARD, BACKWARD = "__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward("
+
+
+def random(*shape, dtype="float32", seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def exact(q, k, v, dy):
+    """Eqs. 6 and 7 and the gradients of sum(dy * y) in float64, one image and head at a time."""
+    q, k, v, dy = (np.asarray(x, np.float64) for x in (q, k, v, dy))
+    y, dq, dk, dv = (np.zeros_like(q) for _ in range(4))
+    for at in np.ndindex(q.shape[0], q.shape[2]):
+        i, j = (at[0], slice(None), at[1]), q.shape[-1] ** -0.5
+        weights = np.exp(q[i] @ k[i].T * j)
+        weights /= weights.sum(-1, keepdims=True)
+        y[i], dv[i] = weights @ v[i], weights.T @ dy[i]
+        d_weights = dy[i] @ v[i].T
+        jacobians = np.einsum("tp,pq->tpq", weights, np.eye(len(weights)))
+        jacobians = jacobians - np.einsum("tp,tq->tpq", weights, weights)
+        d_logits = np.einsum("tpq,tq->tp", jacobians, d_weights) * j
+        dq[i], dk[i] = d_logits @ k[i], d_logits.T @ q[i]
+    return y, dq, dk, dv
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_value_and_gradients_are_those_of_float64(dtype, tolerance):
+    q, k, v, dy = (random(2, 7, 3, 8, dtype=dtype, seed=i) for i in range(4))
+    y, pullback = jax.vjp(attention.attend, q, k, v)
+    for found, right in zip((y, *pullback(dy)), exact(q, k, v, dy), strict=True):
+        assert found.dtype == dtype
+        found = np.asarray(found, np.float64)
+        np.testing.assert_allclose(found, right, rtol=0, atol=tolerance * np.abs(right).max())
+
+
+@pytest.mark.parametrize("tokens", [6, 7])
+def test_the_kernel_is_given_an_even_number_of_tokens_and_their_true_number(tokens, monkeypatch):
+    """Its place is taken by JAX's own form, which takes the same arguments."""
+    given = []
+
+    def by_xla(q, k, v, *, implementation, **lengths):
+        assert implementation == "cudnn"
+        given.append(q.shape[1])
+        return plain_attention(q, k, v, implementation="xla", **lengths)
+
+    plain_attention = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    q, k, v, dy = (random(2, tokens, 3, 8, seed=i) for i in range(4))
+    y, pullback = jax.vjp(attention._attend_by_cudnn, q, k, v)
+    for found, right in zip((y, *pullback(dy)), exact(q, k, v, dy), strict=True):
+        np.testing.assert_allclose(found, right, rtol=0, atol=1e-5 * np.abs(right).max())
+    assert given == [tokens + tokens % 2]
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """As on a machine with JAX's CUDA packages; lowering for a GPU needs no more of them."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    attention._has_kernel.cache_clear()
+    yield
+    attention._has_kernel.cache_clear()
+
+
+def gradient_for(platform, *, train=True, mutable=False, size=(8, 12), **options):
+    """The program of a model's gradient for a platform, which need not be here."""
+    model = create_model(TINY, **options)
+    images = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+
+    def loss(variables, images):
+        rngs = {"dropout": jax.random.key(0)}
+        y = model.apply(variables, images, train=train, rngs=rngs, mutable=mutable)
+        return (y[0] if mutable else y).sum()
+
+    lowered = jax.jit(jax.grad(loss)).trace(variables, images)
+    return lowered.lower(lowering_platforms=(platform,)).as_text().replace("@", "").replace('"', "")
+
+
+@pytest.mark.usefixtures("cudnn")
+@pytest.mark.parametrize("remat", ["nothing", "dots", "everything"])
+@pytest.mark.parametrize(  # 7 and 10 tokens.
+    ("size", "scan_layers", "layers"), [((8, 12), False, 3), ((12, 12), True, 1)]
+)
+def test_for_a_gpu_every_layer_is_fused_in_both_directions(remat, size, scan_layers, layers):
+    program = gradient_for("cuda", remat=remat, size=size, scan_layers=scan_layers)
+    recomputed = 2 if remat == "everything" else 1
+    assert program.count(FORWARD) == recomputed * layers
+    assert program.count(BACKWARD) == layers
+    assert "exponential" not in program  # Of the other form nothing is left.
+
+
+@pytest.mark.usefixtures("cudnn")
+@pytest.mark.parametrize(
+    ("platform", "options"),
+    [
+        ("cpu", {}),
+        ("cuda", {"dtype": "float32"}),
+        ("cuda", {"position_embedding": "relative"}),
+        ("cuda", {"attention_dropout_rate": 0.1}),
+        ("cuda", {"mutable": ["intermediates"]}),
+        ("cuda", {"num_heads": 8}),  # Of 4 features each, which are too few for the kernel.
+        ("cuda", {"architecture": "axial_vit", "classifier": "gap"}),
+    ],
+)
+def test_elsewhere_the_form_of_the_equations_stays(platform, options):
+    program = gradient_for(platform, **options)
+    assert "cudnn" not in program and "exponential" in program
+
+
+@pytest.mark.usefixtures("cudnn")
+def test_attention_dropout_keeps_nobody_from_the_kernel_in_evaluation():
+    program = gradient_for("cuda", train=False, attention_dropout_rate=0.1)
+    assert FORWARD in program
+
+
+def test_without_cudnn_there_is_no_kernel(monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    def missing():
+        raise RuntimeError("cuDNN is not detected.")
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", missing)
+    attention._has_kernel.cache_clear()
+    # Of a size that nothing was traced for: JAX keeps what it has traced.
+    assert "cudnn" not in gradient_for("cuda", size=(12, 16))
+    attention._has_kernel.cache_clear()
+
+
+def test_weights_that_are_asked_for_are_those_that_the_values_are_mixed_with():
+    model = create_model(TINY, dtype="float32", num_layers=1)
+    images = random(2, 8, 12, 3)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    variables = jax.tree.map(lambda x: 0.3 * random(*x.shape), shapes)
+    logits, state = jax.jit(functools.partial(model.apply, mutable="intermediates"))(
+        variables, images
+    )
+    np.testing.assert_allclose(jax.jit(model.apply)(variables, images), logits, atol=1e-5)
+    block = state["intermediates"]["Transformer"]["encoderblock_0"]
+    (weights,) = block["MultiHeadDotProductAttention_1"]["attention_weights"]
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)

@@ -1,0 +1,63 @@
+"""GELU (Hendrycks & Gimpel, 2016, arXiv 1606.08415) in both forms, with their derivatives.
+
+Autodiff keeps half a dozen arrays of the MLP's width for the backward pass; here it keeps x alone.
+Both are computed in float32 also where x has 16 bits: the arrays that they read and write set
+their time, and not their arithmetic.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+_CUBIC = 0.044715
+_ROOT = math.sqrt(2 / math.pi)
+
+
+@jax.custom_vjp
+def gelu_tanh(x: Array) -> Array:
+    """GELU in its tanh form, which the official checkpoints were trained with."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+def _gelu_tanh_derivative(x: Array) -> Array:
+    tanh = jnp.tanh(_ROOT * (x + _CUBIC * x**3))
+    inner = _ROOT * (1 + 3 * _CUBIC * x**2)
+    return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * inner
+
+
+@jax.custom_vjp
+def gelu_erf(x: Array) -> Array:
+    """GELU in its exact form, which timm and Hugging Face use.
+
+    Written with erf because jax.nn.gelu uses erfc, which ONNX does not have.
+    """
+    y = x.astype(jnp.float32)
+    return (0.5 * y * (1.0 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
+
+
+def _gelu_erf_derivative(x: Array) -> Array:
+    density = jnp.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
+    return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5))) + x * density
+
+
+def _define_gradient(gelu: Any, derivative: Callable[[Array], Array]) -> None:
+    def forward(x: Array) -> tuple[Array, Array]:
+        return gelu(x), x
+
+    def backward(x: Array, dy: Array) -> tuple[Array]:
+        # Else the compiler finds tanh, or erf, in both passes and keeps it, in float32.
+        x, dy = jax.lax.optimization_barrier((x, dy))
+        return ((derivative(x.astype(jnp.float32)) * dy.astype(jnp.float32)).astype(x.dtype),)
+
+    gelu.defvjp(forward, backward)
+
+
+_define_gradient(gelu_tanh, _gelu_tanh_derivative)
+_define_gradient(gelu_erf, _gelu_erf_derivative)
+
+GELU = {"tanh": gelu_tanh, "erf": gelu_erf}
