@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, values = command.parse_config_flags(parser, argv)
     # With JAX they take a second to import: --help should not.
     from vit_jax import config_files
-    from vit_jax.config import check_config
+    from vit_jax.config import check_config, complete_evals
 
     loaded = config_files.load(args.config, values, parser)
     distributed = (args.coordinator, args.num_processes, args.process_id)
@@ -63,12 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     workdir = args.workdir or config_files.default_workdir(loaded.name)
     _check_weights(loaded.config.init_from, workdir)
     tensorflow_env.quiet()
+    command.keep_programs()
     from vit_jax import train  # TensorFlow takes seconds to import: a wrong flag should not
 
     sys.unraisablehook = _hide_abandoned_writes
     if jax.process_index() == 0:
         print(f"workdir: {workdir}", flush=True)
-    train.train(loaded.config, workdir)
+    train.run_checked(complete_evals(loaded.config), workdir)
     return 0
 
 
