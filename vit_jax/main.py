@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, values = command.parse_config_flags(parser, argv)
     # With JAX they take a second to import: --help should not.
     from vit_jax import config_files
-    from vit_jax.config import check_config, complete_evals
+    from vit_jax.config import check_config
 
     loaded = config_files.load(args.config, values, parser)
     distributed = (args.coordinator, args.num_processes, args.process_id)
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.unraisablehook = _hide_abandoned_writes
     if jax.process_index() == 0:
         print(f"workdir: {workdir}", flush=True)
-    train.run_checked(complete_evals(loaded.config), workdir)
+    train.run_checked(loaded.config, workdir)
     return 0
 
 

@@ -66,11 +66,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
         SystemExit: 143 after SIGTERM, when the state has been saved.
     """
     check_config(config)
-    return run_checked(complete_evals(config), workdir)
+    return run_checked(config, workdir)
 
 
 def run_checked(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
-    """Runs as `train` a config that has been checked and whose evaluators have all their keys."""
+    """Runs as `train` a config that has been checked."""
+    config = complete_evals(config)
     workdir = pathlib.Path(workdir).absolute()
     saved = latest_metadata(workdir)
     if saved is not None:
