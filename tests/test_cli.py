@@ -89,9 +89,7 @@ def test_print_config_trains_nothing(vit_jax_command, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "name", ["train", "predict", "convert", "analyze", "sweep", "plan", "doctor"]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_help_imports_neither_jax_nor_tensorflow(name):
     code = (
         "import sys; from vit_jax import cli\n"

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import traceback
 
 import jax
 import numpy as np
@@ -219,6 +220,14 @@ def test_a_damaged_file_raises_and_an_empty_folder_too(vit, folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no image"):
         vit.logits(tmp_path / "empty")
+
+
+def test_a_mistake_in_loading_is_shown_without_what_led_to_it(tmp_path):
+    (tmp_path / "model.npz").write_bytes(b"PK no archive")
+    with pytest.raises(UserError) as error:
+        vit_jax.load(tmp_path / "model.npz")
+    shown = "".join(traceback.format_exception(error.value))
+    assert shown.count("Traceback") == 1 and "model.npz" in shown.splitlines()[-1]
 
 
 def test_wrong_numbers_are_refused(vit, path, pixels):

@@ -5,8 +5,9 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
-from vit_jax import initialization, train
+from vit_jax import initialization, preparation, train
 from vit_jax.checkpoints.pretrained import Pretrained, abstract_params, load_pretrained
 from vit_jax.checkpoints.save import save_pretrained
 from vit_jax.data import datasets
@@ -29,6 +30,46 @@ def test_finetuning_from_a_run_replaces_its_head(tiny_config, tmp_path, finished
     for action in ("loaded", "resized", "dropped", "new"):
         assert action in output
     assert read_losses(tmp_path / "run")[0] == pytest.approx(math.log(10), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"model.scan_layers": True, "model.num_layers": 2},
+        {"objective": "masked_patches", "model.representation_size": 0, "model.patch_size": 2},
+    ],
+)
+def test_parameters_are_those_of_the_models_own_initialization(
+    tiny_config, tmp_path, monkeypatch, overrides
+):
+    started = []
+    monkeypatch.setattr(train, "_finish", lambda _, state, *__: started.append(state) or {})
+    config = tiny_config(**overrides)
+    train.train(config, tmp_path / "run")
+    (state,) = started
+    prepared = preparation.prepare(config, tmp_path, None)
+    init_rng, rng = jax.random.split(jax.random.key(config.seed))
+    whole = jax.jit(prepared.model.init)(init_rng, np.zeros((1, 8, 8, 3), np.float32))["params"]
+    for params in (state.params, state.ema_params):
+        jax.tree.map(np.testing.assert_array_equal, params, whole)
+    assert (state.rng, state.step) == (rng, 0)
+    moments = jax.tree.leaves(state.opt_state)
+    assert len(moments) > 2 * len(jax.tree.leaves(whole))
+    assert not any(np.any(x) for x in moments)
+
+
+def test_what_weights_replace_is_not_computed(tiny_config):
+    config = tiny_config()
+    model, *_ = preparation.create_objective(config, 10)
+    init_rng = jax.random.split(jax.random.key(config.seed))[0]
+    whole = flatten_dict(jax.jit(model.init)(init_rng, np.zeros((1, 8, 8, 3)))["params"], sep="/")
+    wanted = {"cls", "Transformer/posembed_input/pos_embedding", "pre_logits/kernel"}
+    params = initialization._initialize(model, config, lambda name, _: name in wanted)
+    for name, value in flatten_dict(params, sep="/").items():
+        assert (value.shape, value.dtype) == (whole[name].shape, whole[name].dtype)
+        np.testing.assert_array_equal(value, whole[name] if name in wanted else 0)
+    assert np.any(whole["Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel"])
 
 
 TINY_SIZES = {

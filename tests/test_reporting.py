@@ -1,7 +1,9 @@
 import json
+import time
 
 import jax.numpy as jnp
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vit_jax import reporting
 
@@ -23,6 +25,19 @@ def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
     writer = reporting.JsonlWriter(tmp_path / "metrics.jsonl", last_step=0)
     writer.write_scalars(1, {"loss": 0.1})
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.1}]
+
+
+def test_tensorboard_reads_the_scalars(tmp_path):
+    writer = reporting.EventWriter(tmp_path)
+    for step in (1, 10**6):
+        writer.write_scalars(step, {"loss": 0.1 * step, "accuracy": step / 4})
+    writer.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"loss", "accuracy"}
+    assert [(x.step, x.value) for x in events.Scalars("accuracy")] == [(1, 0.25), (10**6, 250_000)]
+    assert events.Scalars("loss")[0].value == pytest.approx(0.1)
+    assert abs(events.Scalars("loss")[0].wall_time - time.time()) < 600
 
 
 def step(loss=1.0, grad_norm=1.0):

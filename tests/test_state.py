@@ -6,7 +6,7 @@ import pytest
 
 from vit_jax.errors import UserError
 from vit_jax.models import create_model
-from vit_jax.state import create_optimizer, create_schedule, init_train_state, replace_params
+from vit_jax.state import create_optimizer, create_schedule, create_state, init_train_state
 
 ADAM = {"name": "adam", "b1": 0.9, "b2": 0.999, "weight_decay": 0.3, "decay": "all",
         "mu_dtype": "float32", "clip_norm": 0.0}  # fmt: skip
@@ -161,12 +161,13 @@ def aligned(shape, value):
     return array
 
 
-def test_replaced_parameters_are_in_the_average_too_and_own_their_memory():
-    state = fresh()
-    host = jax.tree.map(lambda x: aligned(x.shape, 2.0), state.params)
-    replaced = jax.block_until_ready(replace_params(state, host))
+def test_parameters_that_are_given_are_in_the_average_too_and_own_their_memory():
+    host = jax.tree.map(lambda x: aligned(x.shape, 2.0), fresh().params)
+    optimizer = create_optimizer(ADAM, lambda count: 1.0)
+    create = jax.jit(lambda params: create_state(params, optimizer, seed=0, average=True))
+    state = jax.block_until_ready(create(jax.tree.map(jax.device_put, host)))
     for array in jax.tree.leaves(host):
         array[:] = 5.0
-    arrays = jax.tree.leaves((replaced.params, replaced.ema_params))
+    arrays = jax.tree.leaves((state.params, state.ema_params))
     assert len(arrays) == 2 * len(jax.tree.leaves(host))
     assert all(np.all(x == 2.0) for x in arrays)

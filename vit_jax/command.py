@@ -1,13 +1,21 @@
-"""The parsing of flags and the exit of every command: a mistake is one line and exit code 2."""
+"""What all commands share: how flags are parsed, programs kept, and a mistake told in one line."""
 
 import argparse
+import contextlib
 import os
+import platform
 import re
 import sys
+import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from vit_jax.errors import UserError, nearest
+from vit_jax.files import cache_dir
+
+# Each of the random numbers of an initialization takes about as long to compile, in seconds.
+_WORTH_KEEPING = 0.1
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,6 +94,34 @@ def parse_config_flags(
     argv = sys.argv[1:] if argv is None else argv
     # absl's flags, which these were, may have a single dash.
     return parser.parse_known_args([re.sub(r"^-(?=[a-z]\w)", "--", word) for word in argv])
+
+
+def keep_programs() -> None:
+    """Has JAX keep what it compiles, in `xla` of `files.cache_dir`.
+
+    `JAX_COMPILATION_CACHE_DIR` is another directory, JAX_ENABLE_COMPILATION_CACHE=false keeps
+    nothing. Processes may share a directory: JAX finds a program by all that it depends on, its
+    versions and flags among them, and compiles anew what it cannot read.
+    """
+    import jax  # With it --help would take a second.
+
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    directory = cache_dir() / "xla" / _processor()
+    with contextlib.suppress(OSError):  # Where nothing can be written all is as without.
+        directory.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+
+
+def _processor() -> str:
+    """Names the CPU by what it can do: the program of one may end another that shares a home."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return f"{platform.machine()}-{zlib.crc32(line.encode()):08x}"
+    return platform.machine()
 
 
 def run(main: Callable[[], int]) -> NoReturn:

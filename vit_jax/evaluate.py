@@ -6,21 +6,17 @@ import logging
 import os
 import pathlib
 import re
+import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import absl.logging
-import jax
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from vit_jax import command, tensorflow_env
 from vit_jax.checkpoints import flags
-from vit_jax.data import imagenet
 from vit_jax.errors import UserError
-from vit_jax.evaluation import fewshot, metrics
-from vit_jax.evaluation.class_names import match_classes
 from vit_jax.files import atomic_write, write_json
-from vit_jax.sharding import make_mesh, state_sharding
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def build_parser(prog: str = "python -m vit_jax.evaluate") -> command.Parser:
@@ -61,7 +57,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         UserError: an argument is unknown, missing or impossible.
     """
     args = build_parser().parse_args(argv)
-    args.fewshot = fewshot.parse_shots(args.fewshot) if args.fewshot is not None else ()
+    if args.fewshot is not None:
+        from vit_jax.evaluation.fewshot import parse_shots  # With JAX: --help should not wait.
+
+        args.fewshot = parse_shots(args.fewshot)
     if args.confusion and not args.confusion.endswith((".npz", ".csv")):
         raise UserError(f"--confusion {args.confusion} is neither .npz nor .csv")
     for path in filter(None, (args.confusion, args.json)):
@@ -74,29 +73,32 @@ class _Checkpoint:
     """A pretrained model on all devices."""
 
     def __init__(self, args: argparse.Namespace):
+        import jax
+
+        from vit_jax.evaluation.metrics import make_apply_fn
         from vit_jax.models import create_model
+        from vit_jax.sharding import make_mesh, state_sharding
 
         self.pretrained = flags.load(args)
         self.mesh = make_mesh()
         self.model = create_model(self.pretrained.model)
-        self.apply_fn = metrics.make_apply_fn(self.model, self.mesh)
+        self.apply_fn = make_apply_fn(self.model, self.mesh)
         params = self.pretrained.params
         self.params = jax.device_put(params, state_sharding(params, self.mesh))
         self.batch_size = -(-args.batch_size // self.mesh.size) * self.mesh.size
 
     def label(self, source: Any, args: argparse.Namespace) -> tuple[Any, tuple[int, ...]]:
         """A source with labels of the head, and the head's class of each of the source's."""
-        from vit_jax.data.datasets import relabel
+        from vit_jax.evaluation.class_names import explain, label
 
         num_classes, names = self.pretrained.model["num_classes"], self.pretrained.class_names
         if args.ignore_class_names:
             names = None
-        labels = match_classes(num_classes, names, source.class_names)
+        labeled, labels = label(source, num_classes, names, explain)
         self.pretrained.check_head()
-        if names is None or labels == tuple(range(num_classes)):
-            return source, labels
-        print(f"classes are matched by name: {len(labels)} of the checkpoint's {num_classes}")
-        return relabel(source, labels, names), labels
+        if labeled is not source:
+            print(f"classes are matched by name: {len(labels)} of the checkpoint's {num_classes}")
+        return labeled, labels
 
     def run(self, function: Callable, source: Any, **options: Any) -> Any:
         """Calls a function of `evaluation.metrics` on a source."""
@@ -112,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     args = parse_arguments(argv)
     _silence()
+    command.keep_programs()
     from vit_jax.data import datasets, objectnet
 
     result: dict[str, Any] = {"checkpoint": args.checkpoint, "dataset": args.dataset}
@@ -138,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _silence() -> None:
     """Before TensorFlow is imported: it greets, and libraries log what they raise as well."""
+    import absl.logging
+
     tensorflow_env.quiet()
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     absl.logging.set_verbosity(absl.logging.FATAL)
@@ -147,6 +152,7 @@ def _evaluate_classes(
     checkpoint: _Checkpoint, source: Any, args: argparse.Namespace
 ) -> dict[str, Any]:
     from vit_jax.data import datasets
+    from vit_jax.evaluation.metrics import classification_metrics
 
     try:
         labeled, labels = checkpoint.label(source, args)
@@ -155,7 +161,7 @@ def _evaluate_classes(
             raise
         print(f"the head is left out: {error}")
         return {}
-    found = checkpoint.run(metrics.classification_metrics, labeled, loss=checkpoint.pretrained.loss)
+    found = checkpoint.run(classification_metrics, labeled, loss=checkpoint.pretrained.loss)
     result: dict[str, Any] = {**found.scalars()}
     _print_rows(result)
     if re.split("[:/]", args.dataset)[0] == "imagenet2012" and source.split == "validation":
@@ -181,8 +187,10 @@ def _evaluate_classes(
 def _evaluate_real(
     checkpoint: _Checkpoint, source: Any, args: argparse.Namespace
 ) -> dict[str, Any]:
+    from vit_jax.evaluation.metrics import real_accuracy
+
     labeled, _ = checkpoint.label(source, args)
-    accuracy, examples = checkpoint.run(metrics.real_accuracy, labeled)
+    accuracy, examples = checkpoint.run(real_accuracy, labeled)
     result = {"real_accuracy": accuracy, "real_examples": examples}
     _print_rows(result)
     return result
@@ -190,6 +198,7 @@ def _evaluate_real(
 
 def _evaluate_objectnet(args: argparse.Namespace) -> dict[str, Any]:
     from vit_jax.data import objectnet
+    from vit_jax.evaluation.metrics import multilabel_accuracy
 
     if args.fewshot or args.per_class or args.confusion or args.split:
         raise UserError(
@@ -208,7 +217,7 @@ def _evaluate_objectnet(args: argparse.Namespace) -> dict[str, Any]:
     expected = len(objectnet.classes())
     print(f"{found} of the {expected} classes of ObjectNet that ImageNet has, too")
     print(f"{passed_over} directories of other classes are passed over", flush=True)
-    result = checkpoint.run(metrics.multilabel_accuracy, labeled)
+    result = checkpoint.run(multilabel_accuracy, labeled)
     _print_rows(result)
     return {"split": source.split, "classes": found, "passed_over": passed_over} | result
 
@@ -217,9 +226,10 @@ def _evaluate_fewshot(
     checkpoint: _Checkpoint, test: Any, args: argparse.Namespace
 ) -> dict[str, Any]:
     from vit_jax.data import datasets
+    from vit_jax.evaluation.fewshot import create_fewshot
 
     train, _ = datasets.open_dataset(args.dataset, data_dir=args.data_dir, eval_split=test.split)
-    evaluator = fewshot.create_fewshot(
+    evaluator = create_fewshot(
         checkpoint.model,
         train,
         test,
@@ -230,9 +240,10 @@ def _evaluate_fewshot(
     )
     result = {}
     for number, accuracies in evaluator(checkpoint.params).items():
-        result[str(number)] = {"accuracy": float(np.mean(accuracies)), "seeds": accuracies}
+        mean = statistics.fmean(accuracies)
+        result[str(number)] = {"accuracy": mean, "seeds": accuracies}
         seeds = ", ".join(f"{accuracy:.4f}" for accuracy in accuracies)
-        print(f"{f'{number}-shot accuracy':20}{np.mean(accuracies):10.4f}   of seeds {seeds}")
+        print(f"{f'{number}-shot accuracy':20}{mean:10.4f}   of seeds {seeds}")
     return result
 
 
@@ -243,6 +254,8 @@ def _print_rows(result: dict[str, Any]) -> None:
 
 
 def _print_per_class(rows: Sequence[dict[str, Any]]) -> None:
+    from vit_jax.data import imagenet
+
     names = [imagenet.readable(row["name"])[:40] for row in rows]
     width = max(map(len, names))
     for name, row in zip(names, rows, strict=True):
@@ -250,7 +263,9 @@ def _print_per_class(rows: Sequence[dict[str, Any]]) -> None:
         print(f"{name:{width}}  {accuracy:>6}  of {row['examples']}")
 
 
-def _write_confusion(path: str, matrix: np.ndarray, class_names: Sequence[str]) -> None:
+def _write_confusion(path: str, matrix: "np.ndarray", class_names: Sequence[str]) -> None:
+    import numpy as np
+
     with atomic_write(pathlib.Path(path)) as temporary:
         if path.endswith(".npz"):
             with temporary.open("wb") as file:

@@ -14,6 +14,11 @@ from typing import Any
 from vit_jax.errors import UserError, first_line
 
 
+def cache_dir() -> Path:
+    """`$VIT_JAX_CACHE`, by default `~/.cache/vit_jax`."""
+    return Path(os.environ.get("VIT_JAX_CACHE") or "~/.cache/vit_jax").expanduser()
+
+
 @contextlib.contextmanager
 def storage_errors(
     message: Callable[[str], str], errnos: Container[int | None] | None = None

@@ -15,6 +15,7 @@ from vit_jax.data.image_files import find_images, read_batches
 from vit_jax.data.images import preprocess, read_image
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
+from vit_jax.evaluation.metrics import one_ahead
 from vit_jax.models import create_model, model_keys
 
 # What the methods of `VisionModel` take.
@@ -53,7 +54,10 @@ def load(path: str | os.PathLike[str], *, batch_size: int = 32, **overrides: Any
     Raises:
         UserError: as `load_pretrained`.
     """
-    return VisionModel(load_pretrained(path, **overrides), batch_size)
+    try:
+        return VisionModel(load_pretrained(path, **overrides), batch_size)
+    except UserError as error:
+        raise error from None  # Its line says all; what led to it would be a screen of tracebacks.
 
 
 class VisionModel:
@@ -228,10 +232,11 @@ class VisionModel:
 
     def _map(self, function: Any, images: Images, limit: int | None = None) -> np.ndarray:
         batch_size = self.batch_size if limit is None else min(self.batch_size, limit)
-        rows = []
-        for batch, count in self._batches(images, batch_size):
-            rows.append(np.asarray(function(self._device_params, batch))[:count])
-        return np.concatenate(rows)
+        started = (
+            (function(self._device_params, batch), count)
+            for batch, count in self._batches(images, batch_size)
+        )
+        return np.concatenate([np.asarray(rows)[:count] for rows, count in one_ahead(started)])
 
     def _batches(self, images: Images, batch_size: int) -> Generator[tuple[np.ndarray, int]]:
         """Yields preprocessed batches of few shapes, and how many of their rows are images."""
@@ -343,6 +348,8 @@ def _raise(error: UserError) -> None:
 
 
 def _pad(batch: np.ndarray, size: int) -> np.ndarray:
+    if len(batch) == size:
+        return batch
     return np.concatenate([batch, np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)])
 
 

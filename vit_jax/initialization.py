@@ -1,35 +1,49 @@
 """The parameters that a run begins with: its own, or those of `init_from`."""
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
-from jax.experimental import multihost_utils
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.interpreters.partial_eval import dce_jaxpr
 from ml_collections import ConfigDict
 
-from vit_jax.checkpoints.pretrained import (
-    Pretrained,
-    fit_params,
-    fold_normalization,
-    load_pretrained,
-)
-from vit_jax.checkpoints.transfer import print_report, transfer
+from vit_jax.checkpoints.pretrained import Pretrained, fold_normalization, load_pretrained
+from vit_jax.checkpoints.transfer import Row, print_report, transfer
 from vit_jax.config import left_to_weights, take_from_weights
 from vit_jax.errors import UserError
 from vit_jax.models import prediction_fields
+from vit_jax.preparation import Prepared
 from vit_jax.program import create_objective
 from vit_jax.recipes import name_of, sizes_of
 from vit_jax.reporting import say
-from vit_jax.state import Params, TrainState, replace_params
+from vit_jax.state import Params, TrainState, create_state, init_params
 
 # Of what predictions depend on the weights decide all but what goes with the head.
 _OF_THE_HEAD = {"classifier", "num_classes", "representation_size"}
 
 
-def read_weights(config: ConfigDict) -> tuple[ConfigDict, Params]:
+class Weights(NamedTuple):
+    """Pretrained parameters, fitted to the model of a run but for its head.
+
+    Attributes:
+        params: for images in [-1, 1]; what they do not have is 0.
+        report: what became of each parameter, see `transfer`.
+    """
+
+    params: Params
+    report: list[Row]
+
+
+def read_weights(config: ConfigDict) -> tuple[ConfigDict, Weights]:
     """Reads the weights of init_from, before a data set is opened or anything compiled.
 
     Returns:
-        The config with what it leaves to its weights, and their parameters for images in [-1, 1].
+        The config with what it leaves to its weights, and these.
 
     Raises:
         UserError: the weights cannot be read or are of another model.
@@ -40,11 +54,16 @@ def read_weights(config: ConfigDict) -> tuple[ConfigDict, Params]:
     weights = {**fold_normalization(pretrained), **pretrained.masked}
     # Only the data set tells how many classes the head has, and weights do not fill the head.
     module, *_ = create_objective(filled, num_classes=1)
-    fit_params(module, config.dataset.image_size, weights)
+    found = flatten_dict(weights, sep="/")
+
+    def is_resized(name: str, shape: tuple[int, ...]) -> bool:
+        return name in found and np.shape(found[name]) != shape
+
+    fitted = Weights(*transfer(_initialize(module, config, is_resized), weights))
     if left := left_to_weights(config):
         values = ", ".join(f"{key} {filled.model[key]}" for key in left)
         say(f"as {pretrained.source} has it: {values}")
-    return filled, weights
+    return filled, fitted
 
 
 def _check_model(model: ConfigDict, pretrained: Pretrained) -> None:
@@ -75,10 +94,76 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def initialize_from(weights: Params, state: TrainState) -> TrainState:
-    """Puts weights into a fresh state and prints what became of each parameter."""
-    fresh = multihost_utils.process_allgather(state.params, tiled=True)
-    params, report = transfer(fresh, weights)
-    if jax.process_index() == 0:
-        print_report(report)
-    return replace_params(state, params)
+def initial_state(prepared: Prepared, abstract: TrainState, weights: Weights | None) -> TrainState:
+    """The state before the first step; prints what became of each parameter of weights.
+
+    Args:
+        prepared: the run.
+        abstract: every array of the state as a `jax.ShapeDtypeStruct` with its sharding.
+        weights: to begin with; None for a model's own initialization.
+    """
+    config, params = prepared.config, None
+    if weights is None:
+        params = _initialize(prepared.model, config)
+    else:
+        new = {row.name for row in weights.report if row.action == "new"}
+        fresh = _initialize(prepared.model, config, lambda name, _: name in new)
+        params = _replace(fresh, weights.params, new)
+        shapes = {name: np.shape(x) for name, x in flatten_dict(params, sep="/").items()}
+        if jax.process_index() == 0:
+            print_report(
+                [
+                    row._replace(shape=shapes[row.name]) if row.action == "new" else row
+                    for row in weights.report
+                ]
+            )
+    create = functools.partial(
+        create_state, optimizer=prepared.optimizer, seed=config.seed, average=config.ema_decay > 0
+    )
+    sharding = jax.tree.map(lambda x: x.sharding, abstract)
+    placed = jax.tree.map(_place, params, sharding.params)
+    return jax.jit(create, out_shardings=sharding)(placed)
+
+
+def _replace(fresh: Params, weights: Params, new: set[str]) -> Params:
+    """The fresh parameters that are new, and all others of the weights."""
+    flat, loaded = flatten_dict(fresh, sep="/"), flatten_dict(weights, sep="/")
+    return unflatten_dict({k: x if k in new else loaded[k] for k, x in flat.items()}, sep="/")
+
+
+def _place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Puts an array that every process has whole on the devices of all."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _initialize(
+    model: nn.Module,
+    config: ConfigDict,
+    is_wanted: Callable[[str, tuple[int, ...]], bool] = lambda name, shape: True,  # noqa: ARG005
+) -> Params:
+    """Parameters as `init_params` makes them, as arrays of the host; those not wanted are 0.
+
+    Compiled as a whole, the random numbers of each layer are compiled anew, which takes a CPU ten
+    times as long as all that is done here. Operation by operation, each is compiled once a shape,
+    and what is not needed (the forward pass, and what weights replace) is not computed at all.
+
+    Args:
+        model: of the run.
+        config: of the run.
+        is_wanted: of a parameter's name and shape.
+    """
+    init = functools.partial(
+        init_params, model, seed=config.seed, image_size=config.dataset.image_size
+    )
+    traced, shapes = jax.make_jaxpr(init, return_shape=True)()
+    flat = flatten_dict(shapes, sep="/")
+    wanted = [is_wanted(name, x.shape) for name, x in flat.items()]
+    jaxpr, _ = dce_jaxpr(traced.jaxpr, wanted)
+    computed = iter(jaxpr_as_fun(ClosedJaxpr(jaxpr, traced.consts))())
+    params = {
+        name: np.asarray(next(computed))
+        if keep
+        else np.broadcast_to(np.zeros((), x.dtype), x.shape)
+        for keep, (name, x) in zip(wanted, flat.items(), strict=True)
+    }
+    return unflatten_dict(params, sep="/")

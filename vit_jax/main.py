@@ -71,12 +71,13 @@ def _train(config: "ConfigDict", workdir: str) -> None:
     tensorflow_env.quiet()
     import jax
 
+    command.keep_programs()
     from vit_jax import train  # TensorFlow takes seconds to import: a wrong flag should not
 
     sys.unraisablehook = _hide_abandoned_writes
     if jax.process_index() == 0:
         print(f"workdir: {workdir}", flush=True)
-    train.train(config, workdir)
+    train.run_checked(config, workdir)
 
 
 def _check_weights(init_from: str, workdir: str) -> None:

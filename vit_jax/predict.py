@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A terminal that lacks a letter of a class's name should not end the command.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    command.keep_programs()
     # Imported here: --help should wait for neither NumPy nor JAX.
     import numpy as np
 

@@ -2,20 +2,26 @@
 
 import collections
 import contextlib
+import dataclasses
 import json
 import math
+import os
 import pathlib
+import socket
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-from clu import metric_writers
+
+# protobuf makes the classes as the modules are imported.
+from tensorboard.compat.proto.event_pb2 import Event  # ty: ignore[missing-module-member]
+from tensorboard.compat.proto.summary_pb2 import Summary  # ty: ignore[missing-module-member]
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from vit_jax.analysis import flops
 from vit_jax.evaluation.registry import Evaluator
 from vit_jax.files import atomic_write
-from vit_jax.progress import Progress
 
 
 def say(line: str) -> None:
@@ -24,7 +30,47 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-class JsonlWriter(metric_writers.MetricWriter):
+@dataclasses.dataclass
+class Progress:
+    """The measurements of a run so far; a checkpoint's metadata has these fields as "progress".
+
+    Attributes:
+        window: sums of the training metrics since the last log line, see `Window`.
+        evaluation: the last one of val: "step", "examples" and its scalars; empty before the first.
+        best: the best of these.
+        evaluations_since_best: how many there were since.
+        seconds: spent in training.
+    """
+
+    window: dict[str, float] = dataclasses.field(default_factory=dict)
+    evaluation: dict[str, Any] = dataclasses.field(default_factory=dict)
+    best: dict[str, Any] = dataclasses.field(default_factory=dict)
+    evaluations_since_best: int = 0
+    seconds: float = 0.0
+
+    def record(self, step: int, scalars: Mapping[str, float]) -> bool:
+        """Takes down an evaluation; returns whether it is the best so far."""
+        self.evaluation = {"step": step, **scalars}
+        self.evaluations_since_best += 1
+        if not is_better(self.evaluation, self.best):
+            return False
+        self.best = self.evaluation
+        self.evaluations_since_best = 0
+        return True
+
+    def is_out_of_patience(self, patience: int) -> bool:
+        """Tells whether the last `patience` evaluations were no better; 0 is endless patience."""
+        return 0 < patience <= self.evaluations_since_best
+
+
+def is_better(result: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
+    """Tells whether an evaluation is better than the best: by its loss if it has no accuracy."""
+    if "accuracy" in result:
+        return result["accuracy"] > best.get("accuracy", -1.0)
+    return result["loss"] < best.get("loss", math.inf)
+
+
+class JsonlWriter:
     """Appends scalars to a file, one JSON object a line.
 
     Args:
@@ -45,18 +91,9 @@ class JsonlWriter(metric_writers.MetricWriter):
         self._file.write(json.dumps({"step": step, **scalars}) + "\n")
         self._file.flush()
 
-    def flush(self) -> None:
-        """Does nothing: every line is flushed as it is written."""
-
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
-
-    def _unsupported(self, *_: Any, **__: Any) -> None:
-        raise NotImplementedError("metrics.jsonl holds scalars only")
-
-    write_summaries = write_images = write_videos = write_audios = _unsupported
-    write_texts = write_histograms = write_pointcloud = write_hparams = _unsupported
 
 
 def _step(line: str) -> float:
@@ -66,16 +103,29 @@ def _step(line: str) -> float:
         return math.inf
 
 
-def create_writer(workdir: pathlib.Path, last_step: int) -> metric_writers.MetricWriter:
-    """Writes to metrics.jsonl and, for TensorBoard, event files; on the first process only."""
-    if jax.process_index():
-        return metric_writers.MultiWriter([])
-    return metric_writers.MultiWriter(
-        [
-            JsonlWriter(workdir / "metrics.jsonl", last_step),
-            metric_writers.SummaryWriter(str(workdir)),
-        ]
-    )
+class EventWriter:
+    """Appends scalars to a file of events of its own, which TensorBoard reads.
+
+    TensorBoard's writer of such files would import TensorFlow, which takes seconds.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        self._records = RecordWriter((directory / name).open("ab"))
+        self._write(file_version="brain.Event:2")
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Writes the scalars of a step."""
+        values = [Summary.Value(tag=name, simple_value=x) for name, x in scalars.items()]
+        self._write(step=step, summary=Summary(value=values))
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._records.close()
+
+    def _write(self, **content: Any) -> None:
+        self._records.write(Event(wall_time=time.time(), **content).SerializeToString())
+        self._records.flush()
 
 
 class Window:
@@ -219,7 +269,11 @@ class Reporter:
         cost: Cost,
         schedule: Callable[[int], Any],
     ):
-        self._writer = create_writer(workdir, step)
+        # Of several processes the first writes.
+        first = jax.process_index() == 0
+        self._writers = (
+            (JsonlWriter(workdir / "metrics.jsonl", step), EventWriter(workdir)) if first else ()
+        )
         self._window = Window(progress.window)
         self._stopwatch = Stopwatch(progress.seconds)
         self._logged = step  # The lap's first step is the next.
@@ -237,7 +291,7 @@ class Reporter:
         steps, seconds = step - self._logged, self._stopwatch.lap()
         self._logged = step
         scalars |= self._costs(step, steps, seconds)
-        self._writer.write_scalars(step, scalars)
+        self._write(step, scalars)
         left = (self._total_steps - step) * seconds / steps
         say(progress_line(step, self._total_steps, scalars, left))
 
@@ -256,7 +310,7 @@ class Reporter:
     def evaluated(self, step: int, evaluator: Evaluator, scalars: Mapping[str, float]) -> None:
         """Writes what an evaluator has found."""
         named = {evaluator.prefix + name: x for name, x in scalars.items() if name != "examples"}
-        self._writer.write_scalars(step, named)
+        self._write(step, named)
         self.say(step, evaluator.describe(scalars))
 
     def say(self, step: int, text: str) -> None:
@@ -272,10 +326,11 @@ class Reporter:
         """Stops the clock for what is not training."""
         return self._stopwatch
 
-    def flush(self) -> None:
-        """Puts all that is written on disk."""
-        self._writer.flush()
-
     def close(self) -> None:
         """Closes the files."""
-        self._writer.close()
+        for writer in self._writers:
+            writer.close()
+
+    def _write(self, step: int, scalars: Mapping[str, Any]) -> None:
+        for writer in self._writers:
+            writer.write_scalars(step, scalars)

@@ -147,6 +147,39 @@ def create_optimizer(
     return OPTIMIZERS[config.pop("name")](schedule, **config)
 
 
+def init_params(model: nn.Module, *, seed: int, image_size: int) -> Params:
+    """Fresh parameters; traceable.
+
+    Args:
+        model: maps images [batch, image_size, image_size, 3] to logits.
+        seed: of the run.
+        image_size: in pixels.
+    """
+    images = jnp.zeros((1, image_size, image_size, 3))
+    return model.init(_keys(seed)[0], images)["params"]
+
+
+def create_state(
+    params: Params, optimizer: optax.GradientTransformation, *, seed: int, average: bool
+) -> TrainState:
+    """The state before the first step; traceable.
+
+    Args:
+        params: to begin with. They are copied: what came from the host may lie in its memory, and
+            must not be donated.
+        optimizer: whose state is initialized.
+        seed: of the run's randomness.
+        average: whether to keep a Polyak average.
+    """
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+        ema_params=jax.tree.map(jnp.copy, params) if average else None,
+        rng=_keys(seed)[1],
+    )
+
+
 def init_train_state(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -155,35 +188,11 @@ def init_train_state(
     image_size: int,
     average: bool,
 ) -> TrainState:
-    """A fresh state; traceable, so that it can be jitted into its shardings or only shaped.
-
-    Args:
-        model: maps images [batch, image_size, image_size, 3] to logits.
-        optimizer: whose state is initialized.
-        seed: of the parameters and of the run's randomness.
-        image_size: in pixels.
-        average: whether to keep a Polyak average.
-    """
-    init_rng, rng = jax.random.split(jax.random.key(seed))
-    images = jnp.zeros((1, image_size, image_size, 3))
-    params = model.init(init_rng, images)["params"]
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=optimizer.init(params),
-        ema_params=jax.tree.map(jnp.copy, params) if average else None,
-        rng=rng,
-    )
+    """A fresh state of fresh parameters, see `init_params` and `create_state`; traceable."""
+    params = init_params(model, seed=seed, image_size=image_size)
+    return create_state(params, optimizer, seed=seed, average=average)
 
 
-def replace_params(state: TrainState, params: Params) -> TrainState:
-    """Puts pre-trained parameters, host arrays of the same shapes, into a fresh state."""
-
-    def put(old: jax.Array, new: Any) -> jax.Array:
-        # device_put may alias host memory, which must not be donated: jnp.copy owns its buffer.
-        return jnp.copy(jax.device_put(jnp.asarray(new, old.dtype), old.sharding))
-
-    def place() -> Params:
-        return jax.tree.map(put, state.params, params)
-
-    return state.replace(params=place(), ema_params=None if state.ema_params is None else place())
+def _keys(seed: int) -> jax.Array:
+    """The key of the parameters and that of the run."""
+    return jax.random.split(jax.random.key(seed))

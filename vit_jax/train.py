@@ -28,17 +28,15 @@ from vit_jax.data.pipeline import INPUT_VERSION
 from vit_jax.errors import UserError
 from vit_jax.evaluation.registry import DECIDING, Evaluator
 from vit_jax.files import write_json
-from vit_jax.initialization import initialize_from, read_weights
-from vit_jax.interruption import sigterm
+from vit_jax.initialization import Weights, initial_state, read_weights
+from vit_jax.interruption import full_disk, making_workdir, sigterm
 from vit_jax.models import prediction_defaults
 from vit_jax.preparation import Prepared, compile_train_step, prepare, train_batches
 from vit_jax.program import abstract_state, state_initializer
-from vit_jax.progress import Progress
-from vit_jax.reporting import Cost, Reporter, say
+from vit_jax.reporting import Cost, Progress, Reporter, say
 from vit_jax.sharding import to_devices
-from vit_jax.state import Params, TrainState
+from vit_jax.state import TrainState
 from vit_jax.steps import Batch, Metrics
-from vit_jax.workdir import full_disk, making_workdir
 
 # What may change when a run goes on: nothing here alters a parameter. Of `evals` too all may but
 # which images decide, by which the evaluations before and after are compared.
@@ -71,6 +69,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
         SystemExit: 143 after SIGTERM, when the state has been saved.
     """
     check_config(config)
+    return run_checked(config, workdir)
+
+
+def run_checked(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Runs as `train` a config that has been checked."""
     config = complete_evals(config)
     workdir = pathlib.Path(workdir).absolute()
     saved = latest_metadata(workdir)
@@ -119,7 +122,7 @@ def _refuse_another_run(config: ConfigDict, workdir: pathlib.Path, saved: dict[s
 
 
 def _start(
-    prepared: Prepared, store: CheckpointStore, weights: Params | None
+    prepared: Prepared, store: CheckpointStore, weights: Weights | None
 ) -> tuple[TrainState, Progress]:
     """The state to begin with: restored, or fresh with the weights of init_from if given."""
     config = prepared.config
@@ -136,33 +139,21 @@ def _start(
         state, metadata = restored
         say(f"continuing from step {int(state.step)} in {prepared.workdir}")
         return state, Progress(**metadata["progress"])
-    sharding = jax.tree.map(lambda x: x.sharding, abstract)
-    state = jax.jit(init, out_shardings=sharding)()
-    return (state if weights is None else initialize_from(weights, state)), Progress()
+    return initial_state(prepared, abstract, weights), Progress()
 
 
 class Run(NamedTuple):
     """The inputs of the training loop.
 
     Attributes:
-        workdir: takes what the run writes.
-        total_steps: of the run.
-        log_every: steps, 0 for the end alone.
-        checkpoint_every: likewise.
-        patience: evaluations without a better one until the run stops, 0 never does.
-        evaluators: that are on, the deciding one first.
+        prepared: all that is fixed.
         step: the compiled training step.
         batches: on the devices, from the first one that is due.
         reporter: takes what is found.
         metadata: saved beside the state.
     """
 
-    workdir: pathlib.Path
-    total_steps: int
-    log_every: int
-    checkpoint_every: int
-    patience: int
-    evaluators: list[Evaluator]
+    prepared: Prepared
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     batches: Iterator[Batch]
     reporter: Reporter
@@ -186,12 +177,7 @@ def _finish(
     )
     with contextlib.closing(reporter):
         run = Run(
-            workdir=prepared.workdir,
-            total_steps=prepared.total_steps,
-            log_every=prepared.log_every,
-            checkpoint_every=prepared.checkpoint_every,
-            patience=config.patience,
-            evaluators=prepared.evaluators,
+            prepared=prepared,
             step=train_step,
             batches=to_devices(train_batches(prepared, step), prepared.mesh),
             reporter=reporter,
@@ -203,10 +189,18 @@ def _finish(
         )
         step = _loop(run, state, progress, store, terminated)
     store.wait()
+    _say_best(prepared, progress)
     final = {**progress.evaluation, "best": progress.best}
     if config.patience:
         final["stopped_early"] = step < prepared.total_steps
     return final
+
+
+def _say_best(prepared: Prepared, progress: Progress) -> None:
+    best = progress.best
+    name = "accuracy" if "accuracy" in best else "loss"
+    directory = prepared.workdir / "best" / str(best["step"])
+    say(f"best: {name} {best[name]:.4f} at step {best['step']}, whose weights are in {directory}")
 
 
 def _loop(
@@ -217,8 +211,9 @@ def _loop(
     terminated: Callable[[int], bool],
 ) -> int:
     """Trains until the last step or until patience is over; returns the step it came to."""
+    total_steps, patience = run.prepared.total_steps, run.prepared.config.patience
     step = int(state.step)
-    while step < run.total_steps and not progress.is_out_of_patience(run.patience):
+    while step < total_steps and not progress.is_out_of_patience(patience):
         with _saving_at_bad_image(run, step, state, progress, store):
             batch = next(run.batches)
         state, metrics = run.step(state, batch)
@@ -233,7 +228,6 @@ def _loop(
         with run.reporter.paused():
             ended = _evaluate(run, due, step, state, progress, store)
             if due.checkpoint or ended:
-                run.reporter.flush()
                 store.save(step, state, _metadata(run, progress))
         if due.stop and not ended:
             store.wait()
@@ -261,15 +255,16 @@ class Due(NamedTuple):
 
 
 def _due(run: Run, step: int, stop: bool) -> Due:
-    last = step == run.total_steps
+    prepared = run.prepared
+    last = step == prepared.total_steps
 
     def is_due(every: int) -> bool:
         return last or (every > 0 and step % every == 0)
 
     return Due(
-        log=is_due(run.log_every),
-        evaluators=[x for x in run.evaluators if is_due(x.every)],
-        checkpoint=is_due(run.checkpoint_every) or stop,
+        log=is_due(prepared.log_every),
+        evaluators=[x for x in prepared.evaluators if is_due(x.every)],
+        checkpoint=is_due(prepared.checkpoint_every) or stop,
         stop=stop,
         last=last,
     )
@@ -287,8 +282,8 @@ def _evaluate(
 
     The deciding evaluator comes first: where it ends the run, the others are due as well.
     """
-    ended = due.last
-    for evaluator in run.evaluators:
+    ended, patience = due.last, run.prepared.config.patience
+    for evaluator in run.prepared.evaluators:
         if not (ended or evaluator in due.evaluators):
             continue
         found = evaluator.run(state.eval_params)
@@ -298,12 +293,12 @@ def _evaluate(
             continue
         if progress.record(step, scalars):
             store.save_best(step, state, _metadata(run, progress))
-        elif progress.is_out_of_patience(run.patience) and not due.last:
+        elif progress.is_out_of_patience(patience) and not due.last:
             ended = True
+            best = progress.best["step"]
             run.reporter.say(
                 step,
-                f"stopped: {run.patience} evaluations without one better than that of step "
-                f"{progress.best['step']}, whose weights are in {run.workdir / 'best'}",
+                f"stopped: {patience} evaluations without one better than that of step {best}",
             )
     return ended
 

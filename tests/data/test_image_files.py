@@ -1,7 +1,10 @@
+import threading
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from vit_jax.data import image_files
 from vit_jax.data.image_files import find_images, read_batches
 from vit_jax.data.protocols import evaluation
 from vit_jax.errors import UserError
@@ -39,6 +42,21 @@ def test_batches_have_one_shape_and_leave_out_what_cannot_be_read(photos):
         assert not batch[len(levels) :].any()
     (error,) = errors
     assert "c.jpg is not an image" in str(error)
+
+
+def test_the_next_batch_is_read_while_the_present_one_is_used(photos, monkeypatch):
+    read = {str(photos / name): threading.Event() for name in ("a.png", "b/c.PNG", "d.bmp")}
+    original = image_files.read_image
+
+    def recorded(path):
+        read[path].set()
+        return original(path)
+
+    monkeypatch.setattr(image_files, "read_image", recorded)
+    batches = read_batches(list(read), evaluation("pad", 8), 1, pytest.fail)
+    assert next(batches)[0] == [str(photos / "a.png")]
+    assert read[str(photos / "b/c.PNG")].wait(timeout=30)
+    assert not read[str(photos / "d.bmp")].is_set()  # No more is held in memory.
 
 
 def test_what_report_raises_ends_it(photos):

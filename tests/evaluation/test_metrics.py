@@ -13,6 +13,7 @@ from vit_jax.evaluation.metrics import (
     make_apply_fn,
     mean_metrics,
     multilabel_accuracy,
+    one_ahead,
     real_accuracy,
 )
 from vit_jax.models import create_model
@@ -215,3 +216,16 @@ def test_several_label_accuracy_is_that_of_a_loop_at_any_batch_size():
     logits[3, 2] = np.nan
     with pytest.raises(UserError, match="not finite"):
         scored(logits, labels, 8, multilabel_accuracy)
+
+
+def test_the_next_batch_is_started_before_the_present_one_is_waited_for():
+    events = []
+
+    def start():
+        for number in range(3):
+            events.append(f"start {number}")
+            yield number
+
+    for number in one_ahead(start()):
+        events.append(f"wait {number}")
+    assert events == ["start 0", "start 1", "wait 0", "start 2", "wait 1", "wait 2"]

@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     args = _parse(argv)
     warnings.simplefilter("ignore")  # PIL warns of odd metadata and large sizes.
+    command.keep_programs()
     names = _OF_IMAGES + _OF_WEIGHTS if args.analysis == "all" else (args.analysis,)
     from vit_jax.data.image_files import find_images  # With PIL: --help should not wait for it.
 

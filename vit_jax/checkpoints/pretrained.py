@@ -178,7 +178,9 @@ def fold_normalization(pretrained: Pretrained) -> dict[str, Any]:
 
 def abstract_params(model: dict[str, Any], image_size: int) -> dict[str, Any]:
     """Returns the parameter tree of a model for square images, as shapes and dtypes."""
-    return _param_shapes(models.create_model(model), image_size)
+    # Traced once for all layers, whose parameters have the same names and shapes then.
+    scan = {"scan_layers"} & models.model_keys(model["architecture"])
+    return _param_shapes(models.create_model(model, **dict.fromkeys(scan, True)), image_size)
 
 
 def _param_shapes(module: nn.Module, image_size: int) -> dict[str, Any]:

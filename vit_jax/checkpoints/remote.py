@@ -14,6 +14,7 @@ from pathlib import Path
 from vit_jax.checkpoints import augreg
 from vit_jax.checkpoints.download import Source, fetch_file, root_reason
 from vit_jax.errors import UserError
+from vit_jax.files import cache_dir
 
 DIRECTORIES = ("imagenet21k", "imagenet21k+imagenet2012", "augreg", "sam", "gsam")
 AUGREG_MODELS = (
@@ -51,11 +52,6 @@ def is_remote_name(name: str) -> bool:
     if slash:
         return directory in DIRECTORIES
     return bool(_BUCKET_NAME.fullmatch(name)) or name in AUGREG_MODELS
-
-
-def cache_dir() -> Path:
-    """`$VIT_JAX_CACHE`, by default `~/.cache/vit_jax`."""
-    return Path(os.environ.get("VIT_JAX_CACHE") or "~/.cache/vit_jax").expanduser()
 
 
 def locate(name: str) -> tuple[str, Path]:

@@ -60,12 +60,16 @@ def read_batches(
         except UserError as error:
             return error
 
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for begin in range(0, len(files), batch_size):
-            part = files[begin : begin + batch_size]
+    parts = [files[begin : begin + batch_size] for begin in range(0, len(files), batch_size)]
+    pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+    try:
+        ahead = [(file, pool.submit(read, file)) for file in parts[0]]
+        for following in [*parts[1:], []]:
+            # Read while the caller computes on the present one.
+            present, ahead = ahead, [(file, pool.submit(read, file)) for file in following]
             found = []
-            for file, image in zip(part, pool.map(read, part), strict=True):
-                if isinstance(image, UserError):
+            for file, reading in present:
+                if isinstance(image := reading.result(), UserError):
                     report(image)
                 else:
                     found.append((file, image))
@@ -73,3 +77,5 @@ def read_batches(
                 batch = np.zeros((batch_size, size, size, 3), np.float32)
                 batch[: len(found)] = [image for _, image in found]
                 yield [file for file, _ in found], batch
+    finally:
+        pool.shutdown(cancel_futures=True)

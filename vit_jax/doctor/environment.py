@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vit_jax.checkpoints.remote import cache_dir
 from vit_jax.export import stages
+from vit_jax.files import cache_dir
 
 PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"),
@@ -85,9 +85,8 @@ def places() -> list[tuple[str, Path, str]]:
         ("weights of Google's bucket", cache_dir(), _listed(_names(cache_dir(), "**/*.npz"))),
         ("weights of Hugging Face's hub", hub, _listed(_names(hub, "models--*"))),
     ]
-    if compiled := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        path = Path(compiled)
-        rows.append(("compiled programs", path, f"{len(_names(path, '*-cache'))} of them"))
+    compiled = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_dir() / "xla")
+    rows.append(("compiled programs", compiled, f"{len(_names(compiled, '**/*-cache'))} of them"))
     return rows
 
 

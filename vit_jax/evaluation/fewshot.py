@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_jax.data.protocols import Preprocessing, fewshot_view
 from vit_jax.errors import UserError
-from vit_jax.evaluation.metrics import ApplyFn, Batches, make_apply_fn, outputs
+from vit_jax.evaluation.metrics import ApplyFn, Batches, make_apply_fn, one_ahead, outputs
 from vit_jax.evaluation.watched import Watched
 from vit_jax.sharding import Mesh, to_devices
 
@@ -95,9 +95,8 @@ def _mean(features: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) ->
 
 
 def _solve(gram: np.ndarray, target: np.ndarray, l2: float) -> np.ndarray:
-    """V diag(1 / (eigenvalues + lambda)) V^T target."""
-    eigenvalues, vectors = np.linalg.eigh(gram)
-    return vectors @ ((vectors.T @ target) / (eigenvalues + l2)[:, None])
+    """(gram + lambda)^-1 target."""
+    return np.linalg.solve(gram + l2 * np.eye(len(gram)), target)
 
 
 def parse_shots(text: str) -> tuple[int, ...]:
@@ -222,10 +221,10 @@ def _accuracies(
     )
     stacked = jax.device_put(stacked, NamedSharding(mesh, PartitionSpec()))
     correct, count = np.zeros(len(heads), np.int64), 0
-    for batch in to_devices(batches, mesh):
-        sums = jax.device_get(_count_correct(*apply_fn(params, batch), stacked))
-        correct += sums[0]
-        count += int(sums[1])
+    started = (_count_correct(*apply_fn(params, x), stacked) for x in to_devices(batches, mesh))
+    for hits, images in one_ahead(started):
+        correct += np.asarray(hits)
+        count += int(images)
     return (correct / count).tolist()
 
 

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import flax.linen as nn
 import jax
@@ -13,11 +13,28 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vit_jax.errors import UserError
 from vit_jax.sharding import Mesh, gathering, to_devices
 
+T = TypeVar("T")
+
 TOP_K = 5
 CALIBRATION_BINS = 15
 
 ApplyFn = Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array, jax.Array]]
 Batches = Iterable[dict[str, np.ndarray]]
+
+
+def one_ahead(started: Iterable[T]) -> Iterator[T]:
+    """Yields what devices compute when the next has been started: they need not wait for the host.
+
+    Args:
+        started: each begins a computation as it is taken, which returns before it is done.
+    """
+    present = None
+    for following in started:
+        if present is not None:
+            yield present
+        present = following
+    if present is not None:
+        yield present
 
 
 def mean_metrics(
@@ -39,9 +56,8 @@ def mean_metrics(
         images.
     """
     totals = collections.Counter()
-    for batch in to_devices(batches, mesh):
-        sums = jax.device_get(eval_step(params, batch))
-        totals.update({name: x.item() for name, x in sums.items()})
+    for sums in one_ahead(eval_step(params, batch) for batch in to_devices(batches, mesh)):
+        totals.update({name: x.item() for name, x in jax.device_get(sums).items()})
     count = totals["count"]
     accuracy = {"accuracy": totals["correct"] / count} if "correct" in totals else {}
     return {**accuracy, "loss": totals["loss"] / count, "examples": count}
@@ -74,8 +90,8 @@ def outputs(
     Raises:
         UserError: an image has no label.
     """
-    for batch in to_devices(batches, mesh):
-        values, labels, mask = jax.device_get(apply_fn(params, batch))
+    for found in one_ahead(apply_fn(params, batch) for batch in to_devices(batches, mesh)):
+        values, labels, mask = jax.device_get(found)
         real = mask > 0
         if (labels[real] < 0).any():
             raise UserError("the split has images without a label (-1): choose another one")

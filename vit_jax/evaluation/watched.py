@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import flax.linen as nn
 import jax
 
-from vit_jax.data import classes
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
+from vit_jax.evaluation import class_names
 from vit_jax.sharding import Mesh
 from vit_jax.steps import Objective
 
@@ -75,21 +75,20 @@ class Watched:
         Raises:
             UserError: the source has other classes, or the run none.
         """
-        from vit_jax.data import datasets
-
         if self.class_names is None:
             raise UserError(f"{source.name} has classes, but the run's objective predicts none")
         num_classes = len(self.class_names)
-        labels = classes.match(num_classes, self.class_names, source.class_names)
-        if labels is None:
-            raise UserError(
+        labeled, _ = class_names.label(
+            source,
+            num_classes,
+            self.class_names,
+            lambda *_: (
                 f"{source.name} has {len(source.class_names)} classes that are not all among the "
                 f"{num_classes} of {self.dataset}, so the run's head cannot be scored on it: "
                 "choose another data set, or type fewshot, which needs no head"
-            )
-        if labels == tuple(range(num_classes)):
-            return source
-        return datasets.relabel(source, labels, self.class_names)
+            ),
+        )
+        return labeled
 
     def batches(self, source: "Source") -> "EvalBatches":
         """This process' padded batches of a source."""

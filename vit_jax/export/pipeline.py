@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vit_jax.errors import UserError
 from vit_jax.export import parity, runtime
 from vit_jax.export.deploy import write_deploy
 from vit_jax.export.onnx_file import read_onnx
@@ -63,16 +62,19 @@ class Photographs:
         return parity.synthetic_images(min(number, 16), preprocessing), None
 
     def _open(self, pretrained: "Pretrained") -> Any:
-        from vit_jax.data import classes
-        from vit_jax.data.datasets import open_evaluation, relabel
+        from vit_jax.data.classes import difference
+        from vit_jax.data.datasets import open_evaluation
+        from vit_jax.evaluation.class_names import label
 
         source = open_evaluation(self.dataset, data_dir=self.data_dir, split=self.split)
-        own = pretrained.model["num_classes"], pretrained.class_names
-        labels = classes.match(*own, source.class_names)
-        if labels is None:
-            difference = classes.difference(*own, source.class_names)
-            raise UserError(f"{difference}: use --data, which takes any photographs")
-        return relabel(source, labels, pretrained.class_names or source.class_names)
+        num_classes, names = pretrained.model["num_classes"], pretrained.class_names
+        labeled, _ = label(
+            source,
+            num_classes,
+            names,
+            lambda *classes: f"{difference(*classes)}: use --data, which takes any photographs",
+        )
+        return labeled
 
 
 class Export:

@@ -9,7 +9,7 @@ import pytest
 from vit_jax import train
 from vit_jax.errors import UserError
 from vit_jax.evaluation import metrics
-from vit_jax.progress import Progress, is_better
+from vit_jax.reporting import Progress, is_better
 
 from .runs import assert_same_run, checkpoint_steps, read_metrics, train_until
 
