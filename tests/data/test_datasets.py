@@ -52,6 +52,7 @@ def test_the_papers_data_sets_have_the_papers_splits(
         assert tuple(source.num_examples for source in sources) == expected
         for source in sources:
             assert len(source.class_names) == num_classes
+            assert not source.turn  # As the published pipelines.
             assert len(list(source)) == source.num_examples
 
 

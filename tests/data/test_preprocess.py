@@ -451,6 +451,14 @@ def test_a_photograph_is_turned_whatever_its_transform(jpeg_dct, dct_method):
         np.testing.assert_array_equal(view, expected)
 
 
+def test_what_is_not_to_be_turned_is_as_tensorflow_decodes_it():
+    preprocessing = evaluation("bit", 16)
+    for turned, _ in turned_jpegs(noise_image(24, 40)):
+        stored = encode(tensorflow_views.decode(turned, "INTEGER_ACCURATE"), "PNG")
+        view = preprocess.eval_view(turned, preprocessing, turn=False)
+        np.testing.assert_array_equal(view, preprocess.eval_view(stored, preprocessing))
+
+
 @pytest.mark.parametrize(
     "encoded, message",
     [

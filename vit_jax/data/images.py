@@ -38,13 +38,17 @@ _COLORS = ("YCbCr", "RGB", "Gray")  # libjpeg makes RGB of these.
 
 
 def read_image(
-    path: str | os.PathLike[str], encoded: bytes | None = None, jpeg_dct: str = "accurate"
+    path: str | os.PathLike[str],
+    encoded: bytes | None = None,
+    jpeg_dct: str = "accurate",
+    *,
+    turn: bool = True,
 ) -> np.ndarray:
     """Returns an image as it is meant to be seen, uint8 [height, width, 3], RGB.
 
     Gray becomes RGB, palettes and CMYK are converted, of 16 bits the high byte is kept, of an
     animation the first frame. Transparency is dropped and the color beneath it shown; in a GIF
-    there is none beneath, and black is shown. The image is turned as its EXIF orientation says.
+    there is none beneath, and black is shown.
 
     Args:
         path: of a file in one of `FORMATS`, recognized by its content; only a name where `encoded`
@@ -52,6 +56,7 @@ def read_image(
         encoded: the content, where it has been read already.
         jpeg_dct: one of `protocols.JPEG_DCTS`. JPEGs in CMYK, and damaged ones, are decoded with
             the accurate transform in either case.
+        turn: whether the image is turned as its EXIF orientation says.
 
     Raises:
         UserError: there is no such file, it is no image of these formats, is damaged or truncated,
@@ -66,11 +71,11 @@ def read_image(
                 if file.read(len(_JPEG)) == _JPEG:
                     file.seek(0)
                     encoded = file.read()
-        if encoded is not None and (pixels := _decode_jpeg(encoded, jpeg_dct)) is not None:
+        if encoded is not None and (pixels := _decode_jpeg(encoded, jpeg_dct, turn)) is not None:
             return pixels
         Image.preinit()
         with Image.open(path if encoded is None else io.BytesIO(encoded), formats=FORMATS) as image:
-            return _to_rgb(image, path)
+            return _to_rgb(image, path, turn)
     except UserError:
         raise
     except Image.DecompressionBombError as error:
@@ -111,7 +116,7 @@ def preprocess(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     return normalized.reshape(size, size, 3)
 
 
-def _decode_jpeg(encoded: bytes, jpeg_dct: str) -> np.ndarray | None:
+def _decode_jpeg(encoded: bytes, jpeg_dct: str, turn: bool) -> np.ndarray | None:
     """The pixels of a JPEG; None for what is left to PIL, which also says what is wrong."""
     if not encoded.startswith(_JPEG):
         return None
@@ -120,7 +125,7 @@ def _decode_jpeg(encoded: bytes, jpeg_dct: str) -> np.ndarray | None:
         if colors not in _COLORS or int(height) * int(width) > MAX_PIXELS:
             return None
         pixels = simplejpeg.decode_jpeg(encoded, fastdct=jpeg_dct == "fast")
-        if not _has_metadata(encoded):
+        if not (turn and _has_metadata(encoded)):
             return pixels
         with Image.open(io.BytesIO(encoded), formats=("JPEG",)) as header:
             orientation = _orientation(header)
@@ -144,14 +149,14 @@ def _has_metadata(jpeg: bytes) -> bool:
     return True
 
 
-def _to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> np.ndarray:
+def _to_rgb(image: Image.Image, path: str | os.PathLike[str], turn: bool) -> np.ndarray:
     if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError
     if image.mode in ("F", "I"):
         raise UserError(f"{path} has pixels of 32 bits, whose range is unknown: save it with 8")
     image.load()
     # Of TIFF and AVIF PIL turns some by itself as it loads, and then the tag is gone.
-    if _orientation(image) != 1:
+    if turn and _orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, -1)
@@ -159,15 +164,6 @@ def _to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> np.ndarray:
         rgba = np.asarray(image.convert("RGBA"))
         return np.where(rgba[..., 3:] > 0, rgba[..., :3], np.uint8(0))
     return np.asarray(image.convert("RGB"))
-
-
-def is_upright(path: str | os.PathLike[str]) -> bool:
-    """Tells whether a JPEG is stored as it is to be seen; True also for what PIL cannot open."""
-    try:
-        with Image.open(path, formats=("JPEG",)) as image:
-            return _orientation(image) == 1
-    except Exception:  # as in `read_image`
-        return True
 
 
 def _orientation(image: Image.Image) -> int:

@@ -95,6 +95,7 @@ def train_batches(
         num_operations=num_operations,
         magnitude=magnitude,
         contrast=contrast,
+        turn=source.turn,
     )
     first_row = first_step * batch_size + process_index * rows
     positions = _Positions(first_row, rows, batch_size)
@@ -239,7 +240,7 @@ class _EvalImages:
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, Any]:
         example = self.source[self.positions[index]]
-        view = functools.partial(eval_view, border=self.source.border)
+        view = functools.partial(eval_view, border=self.source.border, turn=self.source.turn)
         return _named(view, example, self.preprocessing), example["label"]
 
     def nothing(self) -> Batch:

@@ -29,6 +29,7 @@ def train_view(
     num_operations: int = 0,
     magnitude: float = 0,
     contrast: str = "augreg",
+    turn: bool = True,
 ) -> np.ndarray:
     """Returns one view of an image, uint8 [image_size, image_size, 3].
 
@@ -46,11 +47,12 @@ def train_view(
             the view, whatever the size of the source image.
         magnitude: of RandAugment.
         contrast: of RandAugment, one of `augmentation.CONTRASTS`.
+        turn: see `images.read_image`.
 
     Raises:
         UserError: the image cannot be decoded; it is called "the image" there.
     """
-    image = read_image("the image", encoded, jpeg_dct)
+    image = read_image("the image", encoded, jpeg_dct, turn=turn)
     if random_crop:
         pixels = _random_crop(image, rng, protocol, image_size)
     else:
@@ -70,18 +72,21 @@ def train_view(
     return view
 
 
-def eval_view(encoded: bytes, preprocessing: Preprocessing, *, border: int = 0) -> np.ndarray:
+def eval_view(
+    encoded: bytes, preprocessing: Preprocessing, *, border: int = 0, turn: bool = True
+) -> np.ndarray:
     """Returns what evaluation sees of an image, float32 [image_size, image_size, 3].
 
     Args:
         encoded: as in `train_view`.
         preprocessing: of the model.
         border: pixels to be cut off every side first.
+        turn: see `images.read_image`.
 
     Raises:
         UserError: as in `train_view`.
     """
-    image = read_image("the image", encoded, preprocessing.jpeg_dct)
+    image = read_image("the image", encoded, preprocessing.jpeg_dct, turn=turn)
     height, width = image.shape[:2]
     return preprocess(image[border : height - border, border : width - border], preprocessing)
 

@@ -42,6 +42,8 @@ class Source:
         num_bytes: of all encoded images, about; 0 if unknown.
         examples: reads them.
         border: pixels of every side of an image that evaluation cuts off.
+        turn: whether images are turned as their EXIF orientation says; those of TFDS are not: the
+            published pipelines decode them with TensorFlow, which knows no orientation.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Source:
     num_bytes: int
     examples: Examples = dataclasses.field(repr=False)
     border: int = 0
+    turn: bool = True
 
     @property
     def num_examples(self) -> int:

@@ -88,7 +88,7 @@ class TfdsDataset:
         examples = self._examples(split)
         total = sum(part.num_examples for part in info.splits.values())
         num_bytes = info.dataset_size * len(examples) // total if total else 0
-        return Source(self._name, split, self._class_names, num_bytes, examples)
+        return Source(self._name, split, self._class_names, num_bytes, examples, turn=False)
 
 
 class VtabDataset(TfdsDataset):
