@@ -154,6 +154,7 @@ def test_every_policy_of_rematerialization_is_compiled_once():
     assert str(get_config("ViT-B/16").model.remat) in names
 
 
+@pytest.mark.slow
 def test_the_bytes_of_h14_are_those_that_the_compiler_counts():
     """On eight simulated devices; three of its 32 layers, which differ in nothing."""
     config = get_config("ViT-H/14", "pretrain,imagenet2012")
