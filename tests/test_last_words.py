@@ -65,6 +65,11 @@ def test_it_says_what_is_saved(tmp_path, steps, end):
         (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
     text, reason = ENDS["0.12, a worker"]
     command = [sys.executable, "-m", "vit_jax.last_words", str(tmp_path)]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
-    assert done.stderr.startswith(f"error: {reason}{end.format(tmp_path)}")
-    assert done.stderr.count("\n") == 1
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True) as reader:
+        reader.stdin.write(text)
+        reader.stdin.flush()  # Left open, as by a process that outlives the one that is read.
+        said = reader.stderr.read()
+    assert reader.returncode == 0
+    assert said.startswith(f"error: {reason}{end.format(tmp_path)}")
+    assert said.count("\n") == 1

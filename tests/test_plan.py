@@ -154,6 +154,7 @@ def test_every_policy_of_rematerialization_is_compiled_once():
     assert str(get_config("ViT-B/16").model.remat) in names
 
 
+@pytest.mark.slow
 def test_the_bytes_of_h14_are_those_that_the_compiler_counts():
     """On eight simulated devices; three of its 32 layers, which differ in nothing."""
     config = get_config("ViT-H/14", "pretrain,imagenet2012")
@@ -215,3 +216,16 @@ def test_another_refusal_is_one_line(monkeypatch):
     errors = 'Traceback (most recent call last):\n  File "x"\nValueError: no such topology\n'
     with pytest.raises(UserError, match="^compiling for v5e:2x2 failed: ValueError: no such topol"):
         refuse(monkeypatch, errors)()
+
+
+@pytest.mark.parametrize("sharding", ["fsdp", "replicated", "fsdp:2"])
+def test_parameters_and_gradients_go_around_a_ring(sharding):
+    config = get_config("ViT-B/16", "pretrain,imagenet2012")
+    config.update_from_flattened_dict({"sharding": sharding, "model.num_layers": 1})
+    described = estimate.describe(config, 1000, 8)
+    size = sum(x.size for x in estimate.jax.tree.leaves(described.state.params)) * 2  # 16 bits
+    links = estimate.bounds(described, parse_target("h100:8")).links * 450e9
+    # In a ring of n a device sends (n - 1) / n of an array to gather it, as much to sum it into its
+    # part, twice that to sum it for all. In pairs: 2 * 1/2, and of the half 2 * 3/4 over four.
+    expected = {"fsdp": 2 * 7 / 8, "replicated": 2 * 7 / 8, "fsdp:2": 2 * 1 / 2 + 2 * 3 / 4 / 2}
+    assert links == pytest.approx(expected[sharding] * size, rel=0.01)

@@ -120,6 +120,7 @@ print(json.dumps(found))
 RUNS = [("replicated", 1), ("fsdp", 2), ("fsdp:2", 4), ("fsdp", 8)]
 
 
+@pytest.mark.slow
 def test_every_mesh_gives_the_losses_of_one_device_and_moves_no_activations():
     code = LOSSES.replace("RUNS", repr(RUNS))
     flags = "--xla_force_host_platform_device_count=8"

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 # The lines with which the end begins, in jaxlib 0.7 (after the time) and later; what follows is
 # about it as well.
@@ -58,11 +59,27 @@ def going_on(workdir: Path) -> str:
     return f"; step {max(steps)} is the last saved in {workdir}: start all again to go on from it\n"
 
 
+def _until_told(lines: Iterable[str]) -> Iterator[str]:
+    """The lines up to soon after the fatal one: what the process has started may outlive it."""
+
+    def stop(*_: object) -> NoReturn:
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, stop)
+    try:
+        for line in lines:
+            yield line
+            if _FATAL in line:
+                signal.alarm(2)
+    except TimeoutError:
+        return
+
+
 def main() -> None:
-    """Reads stdin to its end, which is that of the process."""
+    """Reads stdin to its end, which is that of the process and of those that it has started."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # They are for the process that is read.
-    for line in pass_on(io.TextIOWrapper(sys.stdin.buffer, errors="replace")):
+    for line in pass_on(_until_told(io.TextIOWrapper(sys.stdin.buffer, errors="replace"))):
         end = going_on(Path(sys.argv[1])) if line.startswith("error:") and "\n" not in line else ""
         sys.stderr.write(line + end)
         sys.stderr.flush()

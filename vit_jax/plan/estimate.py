@@ -145,8 +145,8 @@ class Bounds(NamedTuple):
         arithmetic: the model's products at the peak of 16-bit arithmetic.
         memory: the state and its gradients read and written once, the batch read; activations are
             left out.
-        links: every split parameter gathered twice and its gradient summed, every whole one's
-            gradient summed over the devices.
+        links: every split parameter gathered and its gradient summed, every whole one's gradient
+            summed over the devices.
     """
 
     arithmetic: float | None
@@ -182,7 +182,7 @@ def _sent(described: Described) -> float:
     for x in jax.tree.leaves(described.state.params):
         size = math.prod(x.shape) * width
         if "fsdp" in x.sharding.spec:
-            total += 3 * size * (fsdp - 1) / fsdp  # Gathered forward and backward, and summed.
+            total += 2 * size * (fsdp - 1) / fsdp  # Gathered, and its gradient summed.
             total += 2 * size / fsdp * (data - 1) / data
         else:
             total += 2 * size * (data * fsdp - 1) / (data * fsdp)
