@@ -422,14 +422,30 @@ def test_a_border_is_cut_off_before_anything_else():
         np.testing.assert_array_equal(view, inner)
 
 
-@pytest.mark.parametrize("jpeg_dct, dct_method", [("accurate", "INTEGER_ACCURATE"), ("fast", "")])
-def test_a_photograph_is_turned_whatever_its_transform(jpeg_dct, dct_method):
+def with_segment(jpeg, marker, content):
+    """A JPEG with one more segment, before all others."""
+    return (
+        jpeg[:2] + b"\xff" + bytes([marker]) + (len(content) + 2).to_bytes(2) + content + jpeg[2:]
+    )
+
+
+def turned_jpegs(image):
+    """JPEGs that tell in all places in how they are to be turned, and what undoes it."""
     for orientation, upright in UPRIGHT.items():
         exif = Image.Exif()
         exif[0x0112] = orientation
-        turned = encode(noise_image(24, 40), "JPEG", exif=exif)
+        by_exif = encode(image, "JPEG", exif=exif)
+        yield by_exif, upright
+        yield with_segment(by_exif, 0xE2, bytes(60_000)), upright
+        xmp = b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="%d"/>' % orientation
+        yield with_segment(encode(image, "JPEG"), 0xE1, xmp), upright
+
+
+@pytest.mark.parametrize("jpeg_dct, dct_method", [("accurate", "INTEGER_ACCURATE"), ("fast", "")])
+def test_a_photograph_is_turned_whatever_its_transform(jpeg_dct, dct_method):
+    preprocessing = evaluation("bit", 16, jpeg_dct)
+    for turned, upright in turned_jpegs(noise_image(24, 40)):
         meant = np.ascontiguousarray(upright(tensorflow_views.decode(turned, dct_method)))
-        preprocessing = evaluation("bit", 16, jpeg_dct)
         view = preprocess.eval_view(turned, preprocessing)
         expected = preprocess.eval_view(encode(meant, "PNG"), preprocessing)
         np.testing.assert_array_equal(view, expected)
