@@ -14,12 +14,13 @@ import math
 import multiprocessing
 import os
 import threading
+import types
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from vit_jax.data.preprocess import eval_view, train_view
 from vit_jax.data.protocols import Preprocessing, evaluation
@@ -308,8 +309,7 @@ def _close() -> None:
 
 
 def _generate(images: Any, rows: int, workers: int) -> Generator[Batch]:
-    import grain  # Here: it takes a second.
-
+    grain = _import_grain()
     threads = _num_threads()
     chunk = math.gcd(rows, _CHUNK)
     # A batch ahead, so that it is there when the one before has been computed.
@@ -329,6 +329,17 @@ def _generate(images: Any, rows: int, workers: int) -> Generator[Batch]:
             yield batch
     finally:
         iterator.close()
+
+
+def _import_grain() -> types.ModuleType:
+    """Imports Grain, which takes a second, without its word on a JAX older than it likes."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        import grain
+    finally:
+        logging.set_verbosity(verbosity)
+    return grain
 
 
 def _join(iterator: Iterator[Batch | UserError], count: int) -> Batch | None:

@@ -71,7 +71,7 @@ def record_offsets(path: str) -> np.ndarray:
 
 
 def _index_paths(path: str) -> list[Path]:
-    """Where the index of a file is looked for and written, the first that can be."""
+    """The places where the index of a file is looked for; the first that can be takes it."""
     cache = Path(os.environ.get("VIT_JAX_CACHE") or "~/.cache/vit_jax").expanduser()
     name = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()
     file = Path(path)
