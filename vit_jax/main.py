@@ -64,11 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check_weights(loaded.config.init_from, workdir)
     tensorflow_env.quiet()
     command.keep_programs()
+    if jax.process_index() == 0:
+        print(f"workdir: {workdir}", flush=True)
     from vit_jax import train  # TensorFlow takes seconds to import: a wrong flag should not
 
     sys.unraisablehook = _hide_abandoned_writes
-    if jax.process_index() == 0:
-        print(f"workdir: {workdir}", flush=True)
     train.run_checked(loaded.config, workdir)
     return 0
 
