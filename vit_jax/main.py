@@ -72,11 +72,11 @@ def _train(config: "ConfigDict", workdir: str) -> None:
     import jax
 
     command.keep_programs()
-    from vit_jax import train  # TensorFlow takes seconds to import: a wrong flag should not
-
-    sys.unraisablehook = _hide_abandoned_writes
     if jax.process_index() == 0:
         print(f"workdir: {workdir}", flush=True)
+    from vit_jax import train  # It takes seconds to import: a wrong flag should not.
+
+    sys.unraisablehook = _hide_abandoned_writes
     train.run_checked(config, workdir)
 
 

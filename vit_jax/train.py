@@ -197,7 +197,8 @@ def _finish(
 
 
 def _say_best(prepared: Prepared, progress: Progress) -> None:
-    best = progress.best
+    if not (best := progress.best):  # No evaluation was finite.
+        return
     name = "accuracy" if "accuracy" in best else "loss"
     directory = prepared.workdir / "best" / str(best["step"])
     say(f"best: {name} {best[name]:.4f} at step {best['step']}, whose weights are in {directory}")
