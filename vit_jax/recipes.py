@@ -468,25 +468,7 @@ def base(model: str, dataset: str) -> ConfigDict:
             "patience": 0,
             "checkpoint_every": "1000 steps",
             "keep_checkpoints": 2,
-            "dataset": {
-                "name": dataset,
-                "data_dir": "",
-                "train_split": "",
-                "eval_split": "",
-                "development": False,
-                "subset": "",  # of the training images: "10%" or "5000"; "" is all
-                "subset_seed": 0,
-                "image_size": 0,
-                "protocol": "",
-                # Of decoding JPEG: accurate, as PIL, or fast, TensorFlow's default, which Google's
-                # checkpoints saw. They are about a gray level apart.
-                "jpeg_dct": "accurate",
-                "random_crop": True,
-                "random_flip": True,
-                # Processes that read and crop the training images; 0 is threads, which are enough
-                # unless Python's lock holds up a machine of many cores.
-                "workers": 0,
-            },
+            "dataset": _dataset(dataset),
             "model": {
                 "architecture": sizes["architecture"],
                 **dataclasses.asdict(models.describe(sizes)),
@@ -495,3 +477,25 @@ def base(model: str, dataset: str) -> ConfigDict:
             "schedule": {"base_lr": 0.0, "decay": "cosine", "warmup": "0 steps", "end_lr": 0.0},
         }
     )
+
+
+def _dataset(name: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "data_dir": "",
+        "train_split": "",
+        "eval_split": "",
+        "development": False,
+        "subset": "",  # of the training images: "10%" or "5000"; "" is all
+        "subset_seed": 0,
+        "image_size": 0,
+        "protocol": "",
+        # Of decoding JPEG: accurate, as PIL, or fast, TensorFlow's default, which Google's
+        # checkpoints saw. They are about a gray level apart.
+        "jpeg_dct": "accurate",
+        "random_crop": True,
+        "random_flip": True,
+        # Processes that read and crop the training images; 0 is threads, which are enough
+        # unless Python's lock holds up a machine of many cores.
+        "workers": 0,
+    }

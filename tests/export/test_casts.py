@@ -11,7 +11,7 @@ from .graphs import HALF, REASON, half_model, images, ir, onnx, run, to_onnx
 
 casts = pytest.importorskip("vit_jax.export.casts", reason=REASON, exc_type=ImportError)
 emulation = pytest.importorskip("vit_jax.export.emulation", reason=REASON, exc_type=ImportError)
-patterns = pytest.importorskip("vit_jax.export.patterns", reason=REASON, exc_type=ImportError)
+fusions = pytest.importorskip("vit_jax.export.fusions", reason=REASON, exc_type=ImportError)
 rewrite = pytest.importorskip("vit_jax.export.rewrite", reason=REASON, exc_type=ImportError)
 
 
@@ -76,7 +76,7 @@ def test_large_inputs_of_norms_overflow_a_naive_conversion_and_not_ours(
     assert np.abs(ours - expected).max() / np.abs(expected).max() < 5e-3
     assert (ours.argmax(1) == expected.argmax(1)).all()
 
-    rules = patterns.RewriteRuleSet([patterns._Softmax.rule(), patterns._GeluErf.rule()])
+    rules = fusions.RewriteRuleSet([fusions._Softmax.rule(), fusions._GeluErf.rule()])
     monkeypatch.setattr(rewrite, "FUSIONS", rules)
     monkeypatch.setattr(casts, "_float32_nodes", lambda graph: set())
     model = to_onnx.to_model(forward, converter)

@@ -2,7 +2,7 @@
 
 The converters trace the model at a fixed batch size, so every shape is known here; the batch
 becomes symbolic at the end. In between, LayerNormalization, Softmax and GELU, which the converters
-emit as sums and products, are made whole again by the rules of `patterns`.
+emit as sums and products, are made whole again by the rules of `fusions`.
 """
 
 import hashlib
@@ -17,8 +17,9 @@ from onnxscript import optimizer
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.pattern import RewriteRuleSet
 
+from vit_jax.export.fusions import FUSIONS
 from vit_jax.export.graph import array_of, known, shape_of
-from vit_jax.export.patterns import FUSIONS, SIMPLIFICATIONS
+from vit_jax.export.simplifications import SIMPLIFICATIONS
 
 # The batch size of the traced graph: a prime that divides no dimension of any model here.
 TRACED_BATCH = 97
