@@ -174,7 +174,7 @@ def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     try:
         return tfds.builder(name, data_dir=data_dir or None)
     except tfds.core.DatasetNotFoundError as error:
-        near = difflib.get_close_matches(name, tfds.list_builders(), n=3) or ["digits"]
+        near = difflib.get_close_matches(name, _known(), n=3) or ["digits"]
         raise UserError(
             f"data set {name!r} is not known to TFDS and not prepared in "
             f"{data_dir or tfds.core.constants.DATA_DIR}: did you mean {' or '.join(near)}? "
@@ -182,6 +182,13 @@ def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         ) from error
     except (ValueError, AssertionError, OSError, ImportError) as error:
         raise UserError(f"data set {name!r} cannot be opened: {first_line(error)}") from error
+
+
+def _known() -> list[str]:
+    try:
+        return tfds.list_builders()
+    except ImportError:  # Some of TFDS's own data sets cannot be looked up without TensorFlow.
+        return []
 
 
 def _not_prepared(name: str, builder: tfds.core.DatasetBuilder, tfds_name: str) -> UserError:
