@@ -32,7 +32,6 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.5",
-        "clu>=0.0.12",
         "flax>=0.12.0",
         "google-crc32c>=1.9",
         "grain>=0.2.18",
@@ -58,8 +57,10 @@ setup(
         "tqdm>=4.70",
     ],
     extras_require={
-        # The doctor takes JAX's plugin for CUDA 13, jax[cuda13], as well.
-        "cuda": ["jax[cuda12]"],
+        # CUDA 13 wants a driver of 580 or newer.
+        "cuda": ["jax[cuda13]"],
+        "cuda12": ["jax[cuda12]"],
+        "cuda13": ["jax[cuda13]"],
         # TFDS writes its data sets with TensorFlow; they are read without.
         "prepare": TENSORFLOW,
         "export": [

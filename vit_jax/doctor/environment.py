@@ -33,7 +33,7 @@ class Part(NamedTuple):
 PARTS = (
     Part(
         "train, evaluate",
-        ("grain", "tensorflow-datasets", "clu"),
+        ("grain", "tensorflow-datasets"),
         "pip install -e .",
     ),
     Part(
