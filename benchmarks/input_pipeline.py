@@ -237,6 +237,8 @@ def build(load: Workload, names: list[str], count: int) -> dict[str, Callable]:
         try:
             begin = PIPELINES[name](load)
         except ImportError as error:
+            if name == OURS:
+                raise
             print(f"{name} cannot take part: {error}", flush=True)
             continue
         found = check(name, load, begin(0), count)

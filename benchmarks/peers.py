@@ -326,6 +326,8 @@ def build(
         try:
             candidate = builders[name](load)
         except (ImportError, Unavailable) as error:
+            if name == OURS:
+                raise
             print(f"{name} cannot take part: {error}", flush=True)
             found[name] = {"unavailable": str(error)}
             continue
