@@ -17,7 +17,6 @@ images/s, ours to the plain pipeline's, above 1 where ours is faster: a median o
 """
 
 import argparse
-import inspect
 import itertools
 import math
 import os
@@ -89,9 +88,6 @@ def ours(load: Workload) -> Callable[[int], Iterator[Batch]]:
     from vit_jax.data.pipeline import train_batches
 
     source, _ = open_dataset(f"folder:{load.folder}")
-    # In tf.data images are shuffled in a buffer; random access needs none.
-    shuffled = "shuffle_buffer" in inspect.signature(train_batches).parameters
-    options: dict[str, Any] = {"shuffle_buffer": source.num_examples} if shuffled else {}
 
     def begin(turn: int) -> Iterator[Batch]:
         batches = train_batches(
@@ -102,7 +98,6 @@ def ours(load: Workload) -> Callable[[int], Iterator[Batch]]:
             random_crop=True,
             random_flip=True,
             seed=turn,
-            **options,
         )
         return ((x["image"], x["label"]) for x in batches)
 

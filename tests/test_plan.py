@@ -99,7 +99,7 @@ def test_memory_is_that_of_the_parameters_and_their_moments():
     whole = estimate.describe(config, 1000, 8).memory()
     assert whole["parameters"] == whole["average"] == size
     assert whole["optimizer"] == 2 * size + 2 * 4  # With the counts of two transformations.
-    assert whole["batch"] == config.batch_size // 8 * (224 * 224 * 3 * 4 + 4)
+    assert whole["batch"] == config.batch_size // 8 * (224 * 224 * 3 + 4)  # uint8, int32
     config.sharding = "fsdp"
     split = estimate.describe(config, 1000, 8).memory()
     assert split["parameters"] == pytest.approx(size / 8, rel=1e-3)
