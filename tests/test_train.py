@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from vit_jax import preparation, reporting, train
+from vit_jax import program, reporting, train
 from vit_jax.checkpoints import integrity
 from vit_jax.checkpoints.pretrained import load_pretrained
 from vit_jax.config import ADDED_KEYS, migrate, read_config, to_dict
@@ -225,13 +225,13 @@ def test_config_json_describes_the_run(finished, tiny_config):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path, monkeypatch):
-    original = preparation.train_step
+    original = program.train_step
 
     def poisoned(state, batch, **options):
         state, metrics = original(state, batch, **options)
         return state, metrics | {"loss": jax.numpy.where(state.step == 5, jax.numpy.nan, 1.0)}
 
-    monkeypatch.setattr(preparation, "train_step", poisoned)
+    monkeypatch.setattr(program, "train_step", poisoned)
     with pytest.raises(UserError, match="loss is nan at step 5: stopped; step 4 is the last saved"):
         train.train(tiny_config(), tmp_path / "run")
     monkeypatch.undo()

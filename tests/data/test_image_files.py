@@ -48,9 +48,9 @@ def test_the_next_batch_is_read_while_the_present_one_is_used(photos, monkeypatc
     read = {str(photos / name): threading.Event() for name in ("a.png", "b/c.PNG", "d.bmp")}
     original = image_files.read_image
 
-    def recorded(path):
+    def recorded(path, **options):
         read[path].set()
-        return original(path)
+        return original(path, **options)
 
     monkeypatch.setattr(image_files, "read_image", recorded)
     batches = read_batches(list(read), evaluation("pad", 8), 1, pytest.fail)
