@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from vit_jax import initialization, preparation, train
+from vit_jax import initialization, preparation, program, train
 from vit_jax.checkpoints.pretrained import Pretrained, abstract_params, load_pretrained
 from vit_jax.checkpoints.save import save_pretrained
 from vit_jax.data import datasets
@@ -61,7 +61,7 @@ def test_parameters_are_those_of_the_models_own_initialization(
 
 def test_what_weights_replace_is_not_computed(tiny_config):
     config = tiny_config()
-    model, *_ = preparation.create_objective(config, 10)
+    model, *_ = program.create_objective(config, 10)
     init_rng = jax.random.split(jax.random.key(config.seed))[0]
     whole = flatten_dict(jax.jit(model.init)(init_rng, np.zeros((1, 8, 8, 3)))["params"], sep="/")
     wanted = {"cls", "Transformer/posembed_input/pos_embedding", "pre_logits/kernel"}
