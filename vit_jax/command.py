@@ -1,4 +1,4 @@
-"""What all commands share: how flags are parsed, programs kept, and a mistake told in one line."""
+"""Parts that all commands share: how flags are parsed, programs kept, and a mistake told in one line."""
 
 import argparse
 import contextlib

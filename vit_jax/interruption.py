@@ -1,4 +1,4 @@
-"""What ends a run from outside: SIGTERM, by which schedulers do, and a directory that is full."""
+"""Ends of a run from outside: SIGTERM, by which schedulers do, and a directory that is full."""
 
 import contextlib
 import errno

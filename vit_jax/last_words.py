@@ -51,7 +51,7 @@ def _reason(text: str) -> str:
 
 
 def going_on(workdir: Path) -> str:
-    """What is left of the run, and what to do."""
+    """Says what is left of the run, and what to do."""
     # As `checkpoints.training.saved_steps`, which takes seconds to import.
     steps = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdecimal()]
     if not steps:

@@ -35,7 +35,7 @@ Box = tuple[float, float, float, float]  # y, x, height, width in source pixels
 
 
 class _Taps(NamedTuple):
-    """What the output pixels of one axis read: source pixels and their weights, [size, taps]."""
+    """Source pixels that the output pixels of one axis read, and their weights, [size, taps]."""
 
     source: np.ndarray
     weights: np.ndarray
@@ -104,7 +104,7 @@ def _sample_with_opencv(image: np.ndarray, box: Box, size: int) -> np.ndarray:
 
 
 def _centers(begin: float, extent: float, size: int, reach: float) -> tuple[int, np.ndarray]:
-    """Where a window begins, and the centers of the output pixels in it, float32 [size]."""
+    """The first pixel of a window, and the centers of the output pixels in it, float32 [size]."""
     # In 32 bits and from where its window begins, as TensorFlow: between two pixels of a sharp
     # edge the rounding of a large image's coordinates can be seen.
     origin = max(math.floor(begin) - math.ceil(reach), 0)

@@ -1,4 +1,4 @@
-"""What rules of rewriting are made of: questions about values of a graph, and the rules' base.
+"""Parts of rules of rewriting: questions about values of a graph, and the rules' base.
 
 Every rule holds for graphs whose shapes are all known; a rule that is not sure does not match.
 """

@@ -12,7 +12,7 @@ _BITS = 16
 
 
 class Dropout(nn.Dropout):
-    """As flax.linen.Dropout, but from 16 random bits an element in place of 32 and a float.
+    """Dropout as flax.linen has it, but from 16 random bits an element in place of 32 and a float.
 
     Threefry, whose numbers are the same for any number of devices, makes 32 at a time, and that is
     what dropout costs. The rate is a multiple of 2^-16, at most 2^-17 from what is asked for; what

@@ -1,4 +1,4 @@
-"""What the backward pass computes again rather than keep it (Chen et al., 2016, arXiv 1604.06174).
+"""Policies of what the backward pass computes again (Chen et al., 2016, arXiv 1604.06174).
 
 By what a policy computes again, from the least to the most:
 

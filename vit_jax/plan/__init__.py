@@ -1,1 +1,1 @@
-"""What a run will need of accelerators that are not here: memory, time and money."""
+"""Needs of a run on accelerators that are not here: memory, time and money."""

@@ -41,7 +41,7 @@ _HBM = re.compile(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])")
 
 
 def missing_wheels(target: Target) -> str | None:
-    """What has to be installed before `run` can compile for a target, None if nothing has."""
+    """Says what has to be installed before `run` can compile for a target, None if nothing has."""
     modules, extra = _WHEELS[target.accelerator.platform]
     if not modules or any(importlib.util.find_spec(name) for name in modules):
         return None

@@ -1,4 +1,4 @@
-"""What a config tells of its run without a compiler: bytes of state, arithmetic, lower bounds."""
+"""Estimates of a run from its config, without a compiler: bytes of state, arithmetic, lower bounds."""
 
 import math
 from collections.abc import Sequence

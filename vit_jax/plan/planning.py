@@ -136,7 +136,7 @@ def _meeting(peaks: Mapping[int, float], usable: float) -> int:
 
 
 def _policies(compile_with: _Compiler, compiled: Mapping[str, Any]) -> dict[str, Any]:
-    """What the values of `model.remat` come to, the config's own among them."""
+    """The programs of all values of `model.remat`, the config's own among them."""
     model = compile_with.config.model
     field = model_fields(model.architecture)["remat"]
     choices = field.metadata.get("choices") or (False, True)
