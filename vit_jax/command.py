@@ -1,4 +1,4 @@
-"""Parts that all commands share: how flags are parsed, programs kept, and a mistake told in one line."""
+"""Parts that all commands share: flags are parsed, programs kept, a mistake told in one line."""
 
 import argparse
 import contextlib

@@ -174,7 +174,7 @@ class MultiHeadSelfAttention(nn.Module):
         )
 
     def _attend(self, q: Array, k: Array, v: Array, deterministic: bool) -> Array:
-        """Does as `attention.attend`, with weights that are there to be added to, dropped and sown."""
+        """Attends as `attention.attend`, with weights that are there to be changed and sown.
         config = self.config
         q, k, v = (product(x.swapaxes(-3, -2)) for x in (q, k, v))
         q = attention.scale(q)

@@ -1,4 +1,4 @@
-"""Estimates of a run from its config, without a compiler: bytes of state, arithmetic, lower bounds."""
+"""Estimates of a run from its config, without a compiler: bytes, arithmetic, lower bounds."""
 
 import math
 from collections.abc import Sequence
