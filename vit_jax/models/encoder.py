@@ -174,7 +174,7 @@ class MultiHeadSelfAttention(nn.Module):
         )
 
     def _attend(self, q: Array, k: Array, v: Array, deterministic: bool) -> Array:
-        """Attends as `attention.attend`, with weights that are there to be changed and sown.
+        """Attends as `attention.attend`, with weights that are there to be changed and sown."""
         config = self.config
         q, k, v = (product(x.swapaxes(-3, -2)) for x in (q, k, v))
         q = attention.scale(q)
