@@ -93,7 +93,8 @@ def test_a_rate_that_is_none_is_one_line(given):
 @pytest.mark.slow
 def test_a_real_sweep_on_the_digits(program, tiny_config, tmp_path, read_metrics):
     workdir = tmp_path / "sweep"
-    config = tiny_config(**{"evals.val.every": "0 steps", "duration": "300 steps"})
+    never = {"evals.val.every": "0 steps", "checkpoint_every": "0 steps", "log_every": "0 steps"}
+    config = tiny_config(duration="300 steps", **never)
     flags = ["--learning_rates=0.02,1e-6", "--seeds=1", f"--workdir={workdir}"]
     code, output = program("vit_jax.sweep", config, *flags)
     assert code == 0, output
