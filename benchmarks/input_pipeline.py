@@ -17,6 +17,7 @@ images/s, ours to the plain pipeline's, above 1 where ours is faster: a median o
 """
 
 import argparse
+import contextlib
 import itertools
 import math
 import os
@@ -26,6 +27,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+with contextlib.suppress(ImportError):
+    # PyTorch imports it, which ends the process where TensorFlow has been loaded before.
+    import triton  # noqa: F401
 
 import numpy as np
 import paired
