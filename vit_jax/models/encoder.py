@@ -59,7 +59,8 @@ class EncoderConfig(ModelConfig):
         gelu: "tanh" (official checkpoints) or "erf" (timm, Hugging Face).
         layer_norm_epsilon: 1e-6 in the official and timm checkpoints, 1e-12 in Hugging Face's.
         scan_layers: compile one layer and loop over it; the parameter tree does not change.
-        remat: "dots", which on CPUs costs no time and less than half the memory of "nothing".
+        remat: "dots", which takes about half the memory of "nothing"; on a CPU, a step of ViT-Ti/16
+            takes 620 ms in place of 604 with it, the fastest 568 in place of 578.
 
     The others are those of `ModelConfig`.
     """
