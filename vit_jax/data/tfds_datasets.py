@@ -165,7 +165,8 @@ class RealDataset(TfdsDataset):
         return tuple(self._builder.info.features[self._LABEL].feature.names)
 
     def _example(self, record: Mapping[str, Any]) -> Example:
-        label = np.zeros(len(self._class_names), np.int64)
+        num_classes = self._builder.info.features[self._LABEL].feature.num_classes
+        label = np.zeros(num_classes, np.int64)  # The names would be copied for every image.
         label[record[self._LABEL]] = 1
         return {"image": record["image"], "label": label}
 

@@ -15,7 +15,7 @@ import google_crc32c
 import numpy as np
 
 from vit_jax.errors import UserError, first_line
-from vit_jax.files import atomic_write
+from vit_jax.files import atomic_write, cache_dir
 
 _HEADER = struct.Struct("<QI")
 _CHECKSUM = struct.Struct("<I")
@@ -72,10 +72,9 @@ def record_offsets(path: str) -> np.ndarray:
 
 def _index_paths(path: str) -> list[Path]:
     """The places where the index of a file is looked for; the first that can be takes it."""
-    cache = Path(os.environ.get("VIT_JAX_CACHE") or "~/.cache/vit_jax").expanduser()
     name = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()
     file = Path(path)
-    return [file.parent / _INDEX / f"{file.name}.npy", cache / "offsets" / f"{name}.npy"]
+    return [file.parent / _INDEX / f"{file.name}.npy", cache_dir() / "offsets" / f"{name}.npy"]
 
 
 def _scan(path: str, size: int) -> list[int]:
