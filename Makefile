@@ -12,7 +12,7 @@ PIP := $(RUN) -m pip install --quiet --no-compile
 # Compiled programs are kept for the next run, and for the other process of this one.
 CACHE := JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/xla JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
-.PHONY: demo test coverage lint types docs doctor clean
+.PHONY: demo test faults coverage lint types docs doctor clean
 
 demo: $(VENV)/installed
 	$(RUN) -m vit_jax doctor
@@ -24,6 +24,10 @@ demo: $(VENV)/installed
 # Files with slow tests come first (tests/conftest.py), so that none is left to one process at the end.
 test: $(VENV)/installed
 	$(CACHE) $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(COVERAGE) $(FLAGS)
+
+# Attacks the commands for a quarter of an hour, and prints the table of docs/robustness.md.
+faults: $(VENV)/installed
+	FAULTS=long FAULTS_SEED=$${FAULTS_SEED:-$$(date +%s)} $(CACHE) $(RUN) -m pytest tests/faults -n $(JOBS) $(FLAGS)
 
 # The tests, and the share of lines that they run, without those in other processes.
 coverage: COVERAGE := --cov=vit_jax --cov-report=term:skip-covered

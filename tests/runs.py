@@ -28,10 +28,10 @@ def read_losses(workdir):
     return [r["loss"] for r in read_metrics(workdir) if "loss" in r]
 
 
-def read_arrays(workdir, step):
-    """Every array of a checkpoint, by its name."""
+def read_arrays(workdir, step, kind="checkpoints"):
+    """Every array of a checkpoint, or of the "best" one, by its name."""
     with ocp.PyTreeCheckpointer() as checkpointer:
-        state = checkpointer.restore(workdir / "checkpoints" / str(step) / "state")
+        state = checkpointer.restore(workdir / kind / str(step) / "state")
     state["rng"] = jax.random.key_data(state["rng"])
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
