@@ -90,13 +90,15 @@ def finishes(train, reference, tmp_path):
 
 
 @pytest.fixture
-def row(record_property):
+def row(record_property, images, tmp_path):
     """Takes down what a line of the table says: the fault, its moment, and what became of it."""
     start = time.monotonic()
 
     def note(fault, moment, outcome):
         nonlocal start
         now = time.monotonic()
+        for folder in (tmp_path / "disk", tmp_path, images):
+            outcome = outcome.replace(f"{folder}/", "")
         record_property("fault", (fault, moment, outcome, f"{now - start:.0f}"))
         start = now
 

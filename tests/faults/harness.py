@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -35,6 +36,12 @@ STEPS, CHECKPOINT_EVERY, KEEP = 24, 4, 2
 # What a run leaves, besides checkpoints/ and best/.
 FINAL_NAMES = r"config\.json|metrics\.jsonl?|events\.out\.tfevents\.\S+"
 DAC_OVERRIDE, PR_CAPBSET_DROP = 1, 24  # linux/capability.h, linux/prctl.h
+
+
+def some(options, count=1):
+    """All in the long schedule, else as many as are asked for."""
+    options = sorted(options)
+    return options if LONG else random.Random(f"{SEED} {options}").sample(options, count)
 
 
 class Fault(NamedTuple):

@@ -6,14 +6,14 @@ import pytest
 from vit_jax.checkpoints.training import saved_steps
 
 from . import harness
-from .harness import LONG, Fault
+from .harness import Fault, some
 
 
 def strike_at(step, do, target="", amount=0):
     return Fault("line", rf"^step {step}/\d+  loss", 1, do, str(target), amount)
 
 
-@pytest.mark.parametrize(("split", "evaluation"), [("test", 12), ("watched", 8)])
+@pytest.mark.parametrize(("split", "evaluation"), some([("test", 12), ("watched", 8)]))
 def test_an_image_that_breaks_before_an_evaluation_costs_no_step(
     split, evaluation, images, chance, train, finishes, row, tmp_path
 ):
@@ -28,7 +28,7 @@ def test_an_image_that_breaks_before_an_evaluation_costs_no_step(
     row(f"image of {split} cut", f"evaluation at {evaluation}", "one line, then bit-identical")
 
 
-@pytest.mark.parametrize("number", range(3 if LONG else 1))
+@pytest.mark.parametrize("number", some(range(3)))
 def test_an_image_that_breaks_in_training_costs_no_step(
     number, images, chance, train, finishes, row, tmp_path
 ):
@@ -59,7 +59,7 @@ def test_a_data_set_that_vanishes_is_told_in_a_line(images, chance, train, finis
     row("data set removed", f"step {step}, and at the start", "one line each, then bit-identical")
 
 
-@pytest.mark.parametrize("seconds", [-10 * 365 * 86_400, 10 * 365 * 86_400])
+@pytest.mark.parametrize("seconds", some([-10 * 365 * 86_400, 10 * 365 * 86_400]))
 def test_the_clock_may_be_set(seconds, chance, train, finishes, row):
     step = 2 * chance.randint(1, 6)
     outcome = train(strike_at(step, "clock", amount=seconds)).end()

@@ -54,10 +54,11 @@ def draw(chance, moments):
 
 
 def chain(chance, kills):
-    """Moments of which each is met after the one before: two of the start, the others later."""
-    stages = sorted(chance.sample(range(len(STAGES)), kills - 2))
+    """Moments of which each is met after the one before: one or two of the start, others later."""
+    starts = 1 + kills // 5
+    stages = sorted(chance.sample(range(len(STAGES)), kills - starts))
     found = [draw(chance, STAGES[index]) for index in stages]
-    for _ in range(2):
+    for _ in range(starts):
         found.insert(chance.randint(0, len(found)), draw(chance, START))
     return found
 
@@ -65,7 +66,7 @@ def chain(chance, kills):
 CHAINS = (
     [("KILL", 5, i) for i in range(4)] + [("TERM", 5, 0), ("INT", 5, 0)]
     if LONG
-    else [("KILL", 4, 0), ("TERM", 3, 0), ("INT", 3, 0)]
+    else [("KILL", 4, 0), ("TERM", 3, 0), ("INT", 2, 0)]
 )
 
 
