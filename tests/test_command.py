@@ -1,9 +1,20 @@
 """How commands end, in one process."""
 
+import signal
+
 import pytest
 
 from vit_jax import command
 from vit_jax.errors import UserError
+from vit_jax.signals import Stopped
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """An interrupted command leaves SIGINT to the system."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_mistake_in_a_flag_is_one_line_without_the_usage():
@@ -26,7 +37,8 @@ def test_a_mistake_in_a_flag_is_one_line_without_the_usage():
     [
         (UserError("size 3 is odd: use 4"), 2, "error: size 3 is odd: use 4\n"),
         (UserError("file a\nb is missing"), 2, "error: file a b is missing\n"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (Stopped(), 130, ""),
     ],
 )
 def test_the_end_of_a_command_is_a_line_and_a_code(raised, code, printed, capsys):

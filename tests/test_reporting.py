@@ -21,6 +21,18 @@ def test_a_resumed_run_drops_what_was_written_after_its_checkpoint(tmp_path):
     assert lines(path) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}]
 
 
+@pytest.mark.parametrize(("owes", "kept"), [(False, [1, 2, 2]), (True, [1, 2])])
+def test_a_run_that_evaluates_again_drops_what_the_evaluation_wrote(tmp_path, owes, kept):
+    path = tmp_path / "metrics.jsonl"
+    writer = reporting.JsonlWriter(path, last_step=0)
+    writer.write_scalars(1, {"eval_accuracy": 0.5})
+    writer.write_scalars(2, {"loss": 2.0, "learning_rate": 0.1})
+    writer.write_scalars(2, {"eval_accuracy": 0.6})
+    writer.close()
+    reporting.JsonlWriter(path, last_step=2, owes_evaluation=owes).close()
+    assert [line["step"] for line in lines(path)] == kept
+
+
 def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
     writer = reporting.JsonlWriter(tmp_path / "metrics.jsonl", last_step=0)
     writer.write_scalars(1, {"loss": 0.1})

@@ -76,23 +76,26 @@ def test_an_unwritable_workdir_is_one_line(runs, tmp_path):
         runner.run_all(runs(a=0.01), tmp_path / "file" / "sweep")
 
 
-def test_sigterm_lets_the_run_save_and_goes_no_further(runs, stand_in, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "end"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_signal_lets_the_run_save_and_goes_no_further(runs, stand_in, tmp_path, number, end):
     def terminate():
         deadline = time.monotonic() + 30
         while not (tmp_path / "waiting").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     thread = threading.Thread(target=terminate)
     thread.start()
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(end) as caught:
         runner.run_all(runs(a=0.7, b=0.01), tmp_path)
     thread.join()
-    assert caught.value.code == 143
+    assert getattr(caught.value, "code", 143) == 143
     assert (tmp_path / "saved").exists()
     assert stand_in(tmp_path) == ["a"]
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
 
 
 def test_a_run_that_another_process_has_is_not_started_twice(runs, stand_in, tmp_path, capsys):

@@ -65,12 +65,13 @@ def test_patience_goes_on_over_a_restart(tiny_config, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train_until(config, run, step=4)
     assert max(checkpoint_steps(run)) == 2
-    # Two of the three remain after step 2.
-    monkeypatch.setattr(metrics, "mean_metrics", scripted([0.3, 0.2]))
+    # Three remain after step 2, which was saved before its evaluation: that is made again.
+    monkeypatch.setattr(metrics, "mean_metrics", scripted([0.4, 0.3, 0.2]))
     final = train.train(config, run)
     assert (final["step"], final["best"]["step"], final["stopped_early"]) == (4, 1, True)
     # Killed between its last checkpoint and metrics.json.
     (run / "metrics.json").unlink()
+    monkeypatch.setattr(metrics, "mean_metrics", scripted([0.2]))
     assert train.train(config, run) == final
 
 
@@ -126,7 +127,7 @@ def test_patience_is_a_number_of_evaluations_without_a_better_one(patience, expe
 def test_progress_is_saved_as_it_was_before_it_was_a_class():
     saved = {"window": {"loss": 3.0, "count": 2}, "evaluation": {"step": 4, "accuracy": 0.5}}
     saved |= {"best": {"step": 2, "accuracy": 0.75}, "evaluations_since_best": 1, "seconds": 7.5}
-    assert dataclasses.asdict(Progress(**saved)) == saved
+    assert dataclasses.asdict(Progress(**saved)) == saved | {"owed": []}
     # Before patience and the clock there were the first three.
     oldest = {key: saved[key] for key in ("window", "evaluation", "best")}
     assert Progress(**oldest) == Progress(**saved | {"evaluations_since_best": 0, "seconds": 0.0})

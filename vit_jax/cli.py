@@ -41,7 +41,8 @@ _EPILOG = """examples:
 exit codes:
   0  done
   1  done in part: each lack is one line on stderr
-  2  a mistake, told in one line that says the way out"""
+  2  a mistake, told in one line that says the way out
+  130, 143  ended by Ctrl-C, SIGTERM: training saves first, a second Ctrl-C does not wait"""
 
 
 def main() -> NoReturn:

@@ -5,12 +5,14 @@ import contextlib
 import os
 import platform
 import re
+import signal
 import sys
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vit_jax import signals
 from vit_jax.errors import UserError, nearest
 from vit_jax.files import cache_dir
 
@@ -127,19 +129,29 @@ def _processor() -> str:
 def run(main: Callable[[], int]) -> NoReturn:
     """Exits with the code that `main` returns; a user's mistake is one line and code 2.
 
-    A reader of stdout that has gone, as `head` does, ends the command quietly.
+    A reader of stdout that has gone, as `head` does, ends the command quietly; a signal does in a
+    line at most, see `signals.guarding`.
     """
-    try:
-        code = main()
-        sys.stdout.flush()
-    except UserError as error:
-        code = _failed(error)
-    except KeyboardInterrupt:
-        code = 130  # what a shell says of a process that SIGINT ended
-    except OSError as error:
-        code = 141 if isinstance(error, BrokenPipeError) else _failed(error)
-        # Python would try once more to write what is left in the buffer, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with signals.guarding() as guard:
+        try:
+            code = main()
+            sys.stdout.flush()
+        except UserError as error:
+            code = _failed(error)
+        except OSError as error:
+            code = 141 if isinstance(error, BrokenPipeError) else _failed(error)
+            # Python would try once more to write what is left in the buffer, and complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (Exception, KeyboardInterrupt) as error:
+            # Libraries make errors of their own of the KeyboardInterrupt that ends them.
+            if guard.received is None and not isinstance(error, KeyboardInterrupt):
+                raise
+            if not isinstance(error, signals.Stopped):
+                print("interrupted", file=sys.stderr)
+            # What a shell says of a process that the signal has ended.
+            code = 128 + (guard.received or signal.SIGINT)
+    if code > 128:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's exit may wait for threads.
     sys.exit(code)
 
 

@@ -1,8 +1,9 @@
 """Trains a model: `python -m vit_jax.main --config configs/b16.py`, or `vit-jax train`."""
 
+import functools
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vit_jax import command, processes, tensorflow_env
@@ -76,7 +77,7 @@ def _train(config: "ConfigDict", workdir: str) -> None:
         print(f"workdir: {workdir}", flush=True)
     from vit_jax import train  # It takes seconds to import: a wrong flag should not.
 
-    sys.unraisablehook = _hide_abandoned_writes
+    sys.unraisablehook = functools.partial(_hide_abandoned_writes, sys.unraisablehook)
     train.run_checked(config, workdir)
 
 
@@ -90,10 +91,10 @@ def _check_weights(init_from: str, workdir: str) -> None:
         check_exists(init_from)
 
 
-def _hide_abandoned_writes(unraisable: Any) -> None:
+def _hide_abandoned_writes(previous: Callable[[Any], Any], unraisable: Any) -> None:
     # When one write of a checkpoint fails, those that orbax abandons complain one by one.
     if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
+        previous(unraisable)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from collections.abc import Generator, Mapping
 
 from vit_jax import command
 from vit_jax.errors import UserError
+from vit_jax.signals import Stopped
 
 AUTO = "auto"
 # From the last word of a process that has died until the others are ended; JAX's default is 100.
@@ -148,6 +149,8 @@ def ending_together() -> Generator[None]:
         elif isinstance(error, Exception):
             traceback.print_exc()
             code = 1
+        elif not isinstance(error, Stopped):
+            print("interrupted", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

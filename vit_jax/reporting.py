@@ -40,6 +40,7 @@ class Progress:
         best: the best of these.
         evaluations_since_best: how many there were since.
         seconds: spent in training.
+        owed: the names of the evaluators that are due at this step and have not run.
     """
 
     window: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -47,6 +48,7 @@ class Progress:
     best: dict[str, Any] = dataclasses.field(default_factory=dict)
     evaluations_since_best: int = 0
     seconds: float = 0.0
+    owed: list[str] = dataclasses.field(default_factory=list)
 
     def record(self, step: int, scalars: Mapping[str, float]) -> bool:
         """Takes down an evaluation; returns whether it is the best so far."""
@@ -77,11 +79,12 @@ class JsonlWriter:
         path: of the file.
         last_step: later lines, which a killed run wrote after its last checkpoint, are dropped:
             the resumed run writes them again.
+        owes_evaluation: whether the evaluations of `last_step` are made again too.
     """
 
-    def __init__(self, path: pathlib.Path, last_step: int):
+    def __init__(self, path: pathlib.Path, last_step: int, owes_evaluation: bool = False):
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if _step(line) <= last_step]
+        kept = [line for line in lines if _is_kept(line, last_step, owes_evaluation)]
         with atomic_write(path) as part:
             part.write_text("".join(kept))
         self._file = path.open("a")
@@ -96,11 +99,14 @@ class JsonlWriter:
         self._file.close()
 
 
-def _step(line: str) -> float:
+def _is_kept(line: str, last_step: int, owes_evaluation: bool) -> bool:
     try:
-        return json.loads(line)["step"]
+        record = json.loads(line)
     except ValueError:  # The last line of a run that was killed while writing it.
-        return math.inf
+        return False
+    if record["step"] == last_step and owes_evaluation:
+        return "learning_rate" in record  # The line of training.
+    return record["step"] <= last_step
 
 
 class EventWriter:
@@ -271,8 +277,11 @@ class Reporter:
     ):
         # Of several processes the first writes.
         first = jax.process_index() == 0
+        owes = bool(progress.owed)
         self._writers = (
-            (JsonlWriter(workdir / "metrics.jsonl", step), EventWriter(workdir)) if first else ()
+            (JsonlWriter(workdir / "metrics.jsonl", step, owes), EventWriter(workdir))
+            if first
+            else ()
         )
         self._window = Window(progress.window)
         self._stopwatch = Stopwatch(progress.seconds)

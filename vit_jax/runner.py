@@ -10,7 +10,6 @@ same command runs nothing twice: a finished run is read, and one that was stoppe
 its last checkpoint.
 """
 
-import contextlib
 import fcntl
 import json
 import os
@@ -19,12 +18,13 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import vit_jax
 from vit_jax.errors import UserError
 from vit_jax.files import write_json
+from vit_jax.signals import Stopped, catching
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -66,17 +66,16 @@ def run_all(runs: Sequence[Run], workdir: str | os.PathLike) -> dict[str, dict[s
             f"workdir {workdir} is not writable ({error.strerror}): choose another --workdir"
         ) from error
     found: dict[str, dict[str, Any] | None] = {}
-    with _sigterm_exits():
-        for number, run in enumerate(runs, 1):
-            label = f"[{number}/{len(runs)}] {run.name}"
-            try:
-                metrics = _finish(run, workdir, label)
-            except UserError as error:
-                found[run.name] = None
-                say(f"{label}: failed: {error}")
-            else:
-                found[run.name] = metrics
-                say(f"{label}: accuracy {metrics['accuracy']:.4f}")
+    for number, run in enumerate(runs, 1):
+        label = f"[{number}/{len(runs)}] {run.name}"
+        try:
+            metrics = _finish(run, workdir, label)
+        except UserError as error:
+            found[run.name] = None
+            say(f"{label}: failed: {error}")
+        else:
+            found[run.name] = metrics
+            say(f"{label}: accuracy {metrics['accuracy']:.4f}")
     return found
 
 
@@ -106,20 +105,27 @@ def _start(name: str, workdir: pathlib.Path, label: str) -> None:
             raise UserError("another process still runs it: wait for that one") from None
         start = output.tell()
         say(f"{label}: running, see {log}")
-        with subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C comes here, and from here as a SIGTERM.
-        ) as child:
+        with (
+            catching(signal.SIGINT, signal.SIGTERM) as signals,
+            signals.held(),
+            subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONPATH": path},
+                start_new_session=True,  # Ctrl-C comes here, and from here as a SIGTERM.
+            ) as child,
+        ):
             try:
-                code = child.wait()
+                with signals.at_once():
+                    code = child.wait()
             except BaseException:
                 child.terminate()
                 say(f"{label}: stopping; the same command continues from what it saves now")
                 child.wait()
+                if signals.received == signal.SIGINT:
+                    raise Stopped from None
                 raise
     if code:
         raise UserError(_cause(code, log, start))
@@ -141,18 +147,6 @@ def _read(path: pathlib.Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-
-
-@contextlib.contextmanager
-def _sigterm_exits() -> Generator[None]:
-    def stop(*_: Any) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:

@@ -2,13 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
 import pathlib
-import signal
 from collections.abc import Callable, Generator, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -29,7 +29,7 @@ from vit_jax.errors import UserError
 from vit_jax.evaluation.registry import DECIDING, Evaluator
 from vit_jax.files import write_json
 from vit_jax.initialization import Weights, initial_state, read_weights
-from vit_jax.interruption import full_disk, making_workdir, sigterm
+from vit_jax.interruption import Stop, full_disk, making_workdir, only_run, stopping
 from vit_jax.models import prediction_defaults
 from vit_jax.preparation import Prepared, compile_train_step, prepare, train_batches
 from vit_jax.program import abstract_state, state_initializer
@@ -67,6 +67,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
     Raises:
         UserError: for any mistake of the user's, a loss that is not finite, and a full disk.
         SystemExit: 143 after SIGTERM, when the state has been saved.
+        KeyboardInterrupt: after Ctrl-C, likewise.
     """
     check_config(config)
     return run_checked(config, workdir)
@@ -90,7 +91,7 @@ def run_checked(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str
             f"{workdir} holds a run of another version, which reads the images in another order: "
             "finish it with that version, or start anew in another --workdir"
         )
-    with sigterm() as terminated, full_disk(workdir), making_workdir(workdir):
+    with stopping() as stop, full_disk(workdir), making_workdir(workdir), only_run(workdir):
         weights = None
         if saved is None and config.init_from:
             config, weights = read_weights(config)
@@ -102,7 +103,7 @@ def run_checked(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str
                 write_json(workdir / "config.json", to_dict(config))
             state, progress = _start(prepared, store, weights)
             del weights  # They need not stay in memory while the run goes.
-            final = _finish(prepared, state, progress, store, terminated)
+            final = _finish(prepared, state, progress, store, stop)
         if jax.process_index() == 0:
             write_json(finished, final)
     return final
@@ -151,6 +152,8 @@ class Run(NamedTuple):
         batches: on the devices, from the first one that is due.
         reporter: takes what is found.
         metadata: saved beside the state.
+        store: of the checkpoints.
+        stop: by a signal.
     """
 
     prepared: Prepared
@@ -158,6 +161,8 @@ class Run(NamedTuple):
     batches: Iterator[Batch]
     reporter: Reporter
     metadata: dict[str, Any]
+    store: CheckpointStore
+    stop: Stop
 
 
 def _finish(
@@ -165,7 +170,7 @@ def _finish(
     state: TrainState,
     progress: Progress,
     store: CheckpointStore,
-    terminated: Callable[[int], bool],
+    stop: Stop,
 ) -> dict[str, Any]:
     """Takes the steps that are left; returns what metrics.json is to hold."""
     config, step = prepared.config, int(state.step)
@@ -175,7 +180,7 @@ def _finish(
     reporter = Reporter(
         prepared.workdir, step, prepared.total_steps, progress, cost, prepared.schedule
     )
-    with contextlib.closing(reporter):
+    with contextlib.closing(reporter), stop.held():
         run = Run(
             prepared=prepared,
             step=train_step,
@@ -186,9 +191,11 @@ def _finish(
                 "class_names": prepared.class_names,
                 "input": INPUT_VERSION,
             },
+            store=store,
+            stop=stop,
         )
-        step = _loop(run, state, progress, store, terminated)
-    store.wait()
+        step = _loop(run, state, progress)
+        store.wait()
     _say_best(prepared, progress)
     final = {**progress.evaluation, "best": progress.best}
     if config.patience:
@@ -204,37 +211,39 @@ def _say_best(prepared: Prepared, progress: Progress) -> None:
     say(f"best: {name} {best[name]:.4f} at step {best['step']}, whose weights are in {directory}")
 
 
-def _loop(
-    run: Run,
-    state: TrainState,
-    progress: Progress,
-    store: CheckpointStore,
-    terminated: Callable[[int], bool],
-) -> int:
+def _loop(run: Run, state: TrainState, progress: Progress) -> int:
     """Trains until the last step or until patience is over; returns the step it came to."""
     total_steps, patience = run.prepared.total_steps, run.prepared.config.patience
     step = int(state.step)
+    if progress.owed:  # The run was ended before they were made.
+        with run.reporter.paused():
+            _evaluate(run, step, state, progress)
     while step < total_steps and not progress.is_out_of_patience(patience):
-        with _saving_at_bad_image(run, step, state, progress, store):
+        with _keeping(run, step, state, functools.partial(_present_metadata, run, progress)):
             batch = next(run.batches)
         state, metrics = run.step(state, batch)
         step += 1
-        due = _due(run, step, terminated(step))
-        with _stopping_at_bad_loss(store):
+        due = _due(run, step, run.stop.is_due(step))
+        with _stopping_at_bad_loss(run.store):
             run.reporter.add(step, metrics)
             if due.log:
                 run.reporter.log(step)
             if due.evaluators or due.checkpoint:
                 run.reporter.update(progress)
         with run.reporter.paused():
-            ended = _evaluate(run, due, step, state, progress, store)
-            if due.checkpoint or ended:
-                store.save(step, state, _metadata(run, progress))
-        if due.stop and not ended:
-            store.wait()
-            say(f"SIGTERM: saved step {step}; the same command continues from there")
-            raise SystemExit(128 + signal.SIGTERM)
+            progress.owed = [evaluator.name for evaluator in due.evaluators]
+            if due.checkpoint:  # First: whatever evaluation does costs nothing.
+                run.store.save(step, state, _metadata(run, progress))
+            if due.stop:
+                _leave(run, step)
+            if progress.owed:
+                _evaluate(run, step, state, progress)
     return step
+
+
+def _leave(run: Run, step: int) -> NoReturn:
+    run.store.wait()
+    run.stop.leave(f"saved step {step}; the same command continues from there")
 
 
 class Due(NamedTuple):
@@ -244,15 +253,13 @@ class Due(NamedTuple):
         log: a line of the training metrics.
         evaluators: what is evaluated.
         checkpoint: the state is saved.
-        stop: SIGTERM has come.
-        last: this was the last step.
+        stop: a signal ends the run.
     """
 
     log: bool
     evaluators: list[Evaluator]
     checkpoint: bool
     stop: bool
-    last: bool
 
 
 def _due(run: Run, step: int, stop: bool) -> Due:
@@ -267,59 +274,76 @@ def _due(run: Run, step: int, stop: bool) -> Due:
         evaluators=[x for x in prepared.evaluators if is_due(x.every)],
         checkpoint=is_due(prepared.checkpoint_every) or stop,
         stop=stop,
-        last=last,
     )
 
 
-def _evaluate(
-    run: Run,
-    due: Due,
-    step: int,
-    state: TrainState,
-    progress: Progress,
-    store: CheckpointStore,
-) -> bool:
-    """Evaluates what is due; returns whether the run ends here.
+def _evaluate(run: Run, step: int, state: TrainState, progress: Progress) -> None:
+    """Makes the evaluations that are owed, and where the run ends here by patience all others.
 
-    The deciding evaluator comes first: where it ends the run, the others are due as well.
+    The deciding evaluator comes first. All are owed until all have been made.
     """
-    ended, patience = due.last, run.prepared.config.patience
+    patience, last = run.prepared.config.patience, step == run.prepared.total_steps
+    metadata = _metadata(run, progress)
+    ended = False
     for evaluator in run.prepared.evaluators:
-        if not (ended or evaluator in due.evaluators):
+        if not (ended or evaluator.name in progress.owed):
             continue
-        found = evaluator.run(state.eval_params)
+        with _keeping(run, step, state, lambda: metadata), run.stop.at_once():
+            found = evaluator.run(state.eval_params)
         scalars = {name: np.asarray(x).item() for name, x in found.items()}  # JSON takes these.
         run.reporter.evaluated(step, evaluator, scalars)
         if evaluator.name != DECIDING:
             continue
         if progress.record(step, scalars):
-            store.save_best(step, state, _metadata(run, progress))
-        elif progress.is_out_of_patience(patience) and not due.last:
+            run.store.save_best(step, state, _metadata(run, progress))
+        elif progress.is_out_of_patience(patience) and not last:
             ended = True
             best = progress.best["step"]
             run.reporter.say(
                 step,
                 f"stopped: {patience} evaluations without one better than that of step {best}",
             )
-    return ended
+    progress.owed = []
+    if ended:
+        run.store.save(step, state, _metadata(run, progress))
 
 
 def _metadata(run: Run, progress: Progress) -> dict[str, Any]:
     return {**run.metadata, "progress": dataclasses.asdict(progress)}
 
 
+def _present_metadata(run: Run, progress: Progress) -> dict[str, Any]:
+    with _stopping_at_bad_loss(run.store):
+        run.reporter.update(progress)
+    return _metadata(run, progress)
+
+
 @contextlib.contextmanager
-def _saving_at_bad_image(
-    run: Run, step: int, state: TrainState, progress: Progress, store: CheckpointStore
+def _keeping(
+    run: Run, step: int, state: TrainState, metadata: Callable[[], dict[str, Any]]
 ) -> Generator[None]:
-    """An image that cannot be decoded must not cost what was learned."""
+    """Saves the state where reading images or an evaluation fails, or is left by a signal.
+
+    Args:
+        run: whose processes must all come here to save: where there are several none does.
+        step: of the state.
+        state: to save.
+        metadata: of the run at this step.
+    """
     try:
         yield
-    except UserError:
-        if jax.process_count() == 1:
-            with _stopping_at_bad_loss(store):
-                run.reporter.update(progress)
-            store.save(step, state, _metadata(run, progress))
+    except (Exception, KeyboardInterrupt) as error:
+        stopped = run.stop.has_come()
+        if jax.process_count() > 1 or (isinstance(error, KeyboardInterrupt) and not stopped):
+            raise
+        run.store.save(step, state, metadata())
+        if stopped:  # A worker that the same signal has ended is an error here.
+            _leave(run, step)
+        run.store.wait()
+        if isinstance(error, UserError):
+            raise UserError(
+                f"{error}; step {step} is saved, and the same command continues from there"
+            ) from error
         raise
 
 

@@ -12,6 +12,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vit_jax.checkpoints.integrity import read_state
 from vit_jax.checkpoints.training import CheckpointStore, config_differences, latest_metadata
 from vit_jax.errors import UserError
 from vit_jax.state import TrainState
@@ -247,6 +248,38 @@ def test_the_best_takes_the_place_of_the_best_before_it(open_store, tmp_path):
     store.close()
     assert [p.name for p in (tmp_path / "run/best").iterdir()] == ["6"]
     assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("name", ["flipped data", "removed metadata", "emptied step"])
+def test_a_damaged_best_is_replaced(name, open_store, tmp_path):
+    store = open_store()
+    store.save_best(2, make_state(2), {"step": 2})
+    store.close()
+    DAMAGES[name](tmp_path / "run/best/2")
+    store = open_store()
+    store.save_best(2, make_state(2), {"step": "2 again"})
+    store.close()
+    state, metadata = read_state(tmp_path / "run/best/2", abstract(make_state()))
+    assert_identical(state, make_state(2))
+    assert metadata == {"step": "2 again"}
+    assert [p.name for p in (tmp_path / "run/best").iterdir()] == ["2"]
+
+
+def test_one_too_many_after_a_kill_is_removed_when_the_run_goes_on(open_store, tmp_path):
+    store = open_store(keep=3)
+    for step in (1, 2, 3):
+        store.save(step, make_state(step), {})
+    store.close()
+    open_store(keep=2).restore(abstract(make_state()))
+    assert {p.name for p in (tmp_path / "run/checkpoints").iterdir()} == {"2", "3"}
+
+
+@pytest.mark.usefixtures("two_saved")
+def test_the_one_that_is_used_is_never_one_too_many(open_store, tmp_path):
+    flip(files(tmp_path / "run/checkpoints/2/state")[-1])
+    state, _ = open_store(keep=1).restore(abstract(make_state()))
+    assert_identical(state, make_state(1))
+    assert {p.name for p in (tmp_path / "run/checkpoints").iterdir()} == {"1", "damaged-2"}
 
 
 def run_python(code, *arguments, devices=1):

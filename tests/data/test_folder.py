@@ -54,6 +54,13 @@ def test_development_holds_out_a_tenth_of_train(image_folder):
     assert not set(ids(train)) & set(ids(held_out))
 
 
+def test_an_image_to_evaluate_on_that_is_cut_off_is_refused_at_once(image_folder):
+    image = min((image_folder / "test").rglob("*.jpg"))
+    image.write_bytes(image.read_bytes()[:300])
+    with pytest.raises(UserError, match=f"{image} is damaged .*truncated"):
+        open_dataset(f"folder:{image_folder}")
+
+
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
 def test_validation_may_be_called_val(image_folder, name):
     (image_folder / "test").rename(image_folder / name)

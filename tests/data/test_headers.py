@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from vit_jax.data.headers import check_format
+from vit_jax.data.headers import check_end, check_format
 from vit_jax.data.images import read_image
 from vit_jax.errors import UserError
 
@@ -93,3 +93,16 @@ def test_a_file_that_is_cut_off_is_left_to_who_decodes_it(cut, tmp_path):
     for name in ("jpeg, 6 by exif", "png, 6 by exif"):
         (tmp_path / "file").write_bytes(IMAGES[name][: max(cut, 8 * (name[0] == "p"))])
         check_format(tmp_path / "file")
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF"])
+def test_an_image_that_is_cut_off_is_found_by_its_end(tmp_path, file_format):
+    path = tmp_path / "image"
+    whole = encode(file_format, COLOR.resize((64, 64)))
+    path.write_bytes(whole)
+    check_end(path)
+    path.write_bytes(whole + b"\0" * 100)  # It can be decoded.
+    check_end(path)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=f"{path} is damaged"):
+        check_end(path)

@@ -62,6 +62,7 @@ class CheckpointStore:
             UserError: the directories cannot be written.
         """
         self._report = report
+        self._keep = keep
         self._newest_dir = Path(workdir).absolute() / "checkpoints"
         self._best_dir = Path(workdir).absolute() / "best"
         with self._storage_errors():
@@ -77,7 +78,13 @@ class CheckpointStore:
         self._save(self._newest, self._newest_dir, step, state, metadata)
 
     def save_best(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
-        """Saves in the same way as the best checkpoint, in place of the best before it."""
+        """Saves in the same way as the best checkpoint, in place of the best before it.
+
+        One of the same step is replaced: nobody has looked whether it is intact.
+        """
+        self.wait()
+        if step in saved_steps(self._best_dir):
+            self._remove(self._best, self._best_dir, [step])
         self._save(self._best, self._best_dir, step, state, metadata)
 
     def _save(
@@ -121,6 +128,7 @@ class CheckpointStore:
                 damaged[step] = error
                 continue
             self._set_aside(damaged, step)
+            self._prune()
             return restored
         if damaged:
             reasons = shortlist([f"step {step}: {error}" for step, error in damaged.items()])
@@ -159,6 +167,19 @@ class CheckpointStore:
         if damaged:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
             self._newest.reload()
+
+    def _prune(self) -> None:
+        """Removes what a run that was killed in its last save had no time to remove."""
+        if too_many := saved_steps(self._newest_dir)[self._keep :]:
+            self._remove(self._newest, self._newest_dir, too_many)
+
+    def _remove(self, manager: ocp.CheckpointManager, directory: Path, steps: list[int]) -> None:
+        with self._storage_errors():
+            if jax.process_index() == 0:
+                for step in steps:
+                    shutil.rmtree(directory / str(step))
+        multihost_utils.sync_global_devices("checkpoints are removed")
+        manager.reload()
 
     @contextlib.contextmanager
     def _storage_errors(self) -> Generator[None]:

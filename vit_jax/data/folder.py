@@ -2,12 +2,13 @@
 
 import dataclasses
 import hashlib
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from vit_jax.data import classes, splits
-from vit_jax.data.headers import check_format
+from vit_jax.data.headers import check_end, check_format
 from vit_jax.data.source import Example, Source
 from vit_jax.data.tfrecord import unreadable
 from vit_jax.errors import UserError
@@ -101,6 +102,9 @@ class Folder:
 def open_folder(path: str) -> Folder:
     """Lists the images below `path`, and reads the first bytes of each.
 
+    Of those to evaluate on the last bytes are read too, see `headers.check_end`: they are first
+    looked at after many steps.
+
     Classes are the directories of train/, or where there is none of all splits together: numbers
     in the order of their values, other names as text. The files of a split are ordered by a hash of
     their relative path, so that a slice such as "train[:90%]" is a random sample of all classes and
@@ -128,6 +132,8 @@ def open_folder(path: str) -> Folder:
     sources = ["train"] if "train" in found else found
     class_names = classes.in_order({x for name in sources for x in _class_names(root / name)})
     files = {name: _list_files(root / directory, class_names) for directory, name in found.items()}
+    for file in itertools.chain(*(files[name] for name in files if name != "train")):
+        check_end(file.path)
     return Folder(path, class_names, files)
 
 

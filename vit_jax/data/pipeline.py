@@ -13,6 +13,7 @@ import functools
 import math
 import multiprocessing
 import os
+import signal
 import threading
 import types
 import weakref
@@ -353,8 +354,12 @@ def _join(iterator: Iterator[Batch | UserError], count: int) -> Batch | None:
 
 
 def _end_with_parent(worker: int, count: int) -> None:
-    """Ends this worker when the process that started it is gone, killed for example."""
+    """Ends this worker when the process that started it is gone, killed for example.
+
+    Ctrl-C, which a terminal sends to all, is for that process.
+    """
     del worker, count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def wait() -> None:

@@ -1,0 +1,159 @@
+"""An evaluation that fails, or is ended, costs no step of training."""
+
+import signal
+
+import pytest
+from PIL import Image
+
+from vit_jax import train
+from vit_jax.errors import UserError
+from vit_jax.evaluation import fewshot, metrics
+
+from .runs import assert_same_run, checkpoint_steps
+
+SAVED = "step 4 is saved, and the same command continues from there"
+FEWSHOT = {"dataset": "digits", "shots": "1", "every": "4 steps"}
+
+
+def failing(original, error):
+    """Raises an error, or does what it is, the first time it is called; then it is as it was."""
+    errors = [error]
+
+    def evaluate(*args):
+        if not errors:
+            return original(*args)
+        error = errors.pop()
+        if callable(error):
+            error()
+        raise error
+
+    return evaluate
+
+
+@pytest.fixture(scope="module")
+def whole_workdir(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs") / "whole"
+
+
+@pytest.fixture
+def config(tiny_config):
+    """Few-shot accuracy beside the usual."""
+    config = tiny_config()
+    config.evals.fewshot.update(FEWSHOT | {"data_dir": config.dataset.data_dir})
+    return config
+
+
+@pytest.fixture
+def whole(config, whole_workdir):
+    """A run that nothing disturbed."""
+    if not whole_workdir.exists():
+        train.train(config, whole_workdir)
+    return whole_workdir
+
+
+@pytest.mark.parametrize("every", ["2 steps", "1000 steps"])
+@pytest.mark.parametrize(("module", "name"), [(metrics, "mean_metrics"), (fewshot, "_accuracies")])
+def test_the_step_of_an_evaluation_that_fails_is_saved_and_evaluated_again(
+    config, whole, tmp_path, monkeypatch, module, name, every
+):
+    config.checkpoint_every = every
+    run = tmp_path / "run"
+    error = UserError("image test/a.jpg is damaged")
+    monkeypatch.setattr(module, name, failing(getattr(module, name), error))
+    with pytest.raises(UserError, match=f"^image test/a.jpg is damaged; {SAVED}$"):
+        train.train(config, run)
+    assert max(checkpoint_steps(run)) == 4
+    train.train(config, run)
+    assert_same_run(whole, run, 6)
+
+
+def test_what_no_user_has_done_keeps_its_traceback_and_the_step(
+    config, whole, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    config.checkpoint_every = "1000 steps"
+    error = MemoryError("the device")
+    monkeypatch.setattr(metrics, "mean_metrics", failing(metrics.mean_metrics, error))
+    with pytest.raises(MemoryError):
+        train.train(config, run)
+    train.train(config, run)
+    assert_same_run(whole, run, 6)
+
+
+@pytest.mark.parametrize(("module", "name"), [(metrics, "mean_metrics"), (fewshot, "_accuracies")])
+def test_a_kill_in_an_evaluation_costs_no_step(config, whole, tmp_path, monkeypatch, module, name):
+    # What is not a signal's is saved no more than after a kill.
+    run = tmp_path / "run"
+    killed = failing(getattr(module, name), KeyboardInterrupt())
+    monkeypatch.setattr(module, name, killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config, run)
+    assert max(checkpoint_steps(run)) == 4
+    train.train(config, run)
+    assert_same_run(whole, run, 6)
+
+
+@pytest.mark.parametrize(
+    ("number", "end"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_signal_does_not_wait_for_an_evaluation(
+    config, whole, tmp_path, monkeypatch, capsys, number, end
+):
+    config.checkpoint_every = "1000 steps"
+    run = tmp_path / "run"
+    stopped = failing(metrics.mean_metrics, lambda: signal.raise_signal(number))
+    monkeypatch.setattr(metrics, "mean_metrics", stopped)
+    with pytest.raises(end):
+        train.train(config, run)
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last == f"{number.name}: saved step 4; the same command continues from there"
+    train.train(config, run)
+    assert_same_run(whole, run, 6)
+
+
+def test_an_evaluation_that_is_taken_out_is_owed_no_more(config, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    monkeypatch.setattr(fewshot, "_accuracies", failing(None, UserError("an image is damaged")))
+    with pytest.raises(UserError, match=SAVED):
+        train.train(config, run)
+    config.evals.fewshot.dataset = ""
+    assert train.train(config, run)["step"] == 6
+
+
+def make_folder(path):
+    """Two classes of noisy JPEGs: 16 images to train on, 4 to test."""
+    for split, count in (("train", 8), ("test", 2)):
+        for name in ("aster", "rose"):
+            (path / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = Image.effect_noise((24, 24), 60 if name == "rose" else 20)
+                image.convert("RGB").save(path / split / name / f"{i}.jpg")
+    return path
+
+
+@pytest.mark.parametrize("file", ["test/rose/1.jpg", "train/rose/1.jpg"])
+def test_an_image_that_breaks_in_a_run_is_named_and_when_it_is_mended_nothing_is_lost(
+    tiny_config, tmp_path, monkeypatch, file
+):
+    folder = make_folder(tmp_path / "data")
+    config = tiny_config(**{"dataset.name": f"folder:{folder}", "batch_size": 8})
+    train.train(config, tmp_path / "whole")
+    image, run = folder / file, tmp_path / "run"
+    content = image.read_bytes()
+    compile_train_step = train.compile_train_step
+
+    def break_image(*args):
+        image.write_bytes(content[:300])
+        return compile_train_step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "compile_train_step", break_image)
+        for _ in range(2):  # The same command comes to the same end.
+            image.write_bytes(content)
+            with pytest.raises(UserError, match=rf"^image {image} .*; step \d is saved, and the"):
+                train.train(config, run)
+    if "test" in file:
+        assert max(checkpoint_steps(run)) == 4
+    image.write_bytes(content)
+    train.train(config, run)
+    assert_same_run(tmp_path / "whole", run, 6)
