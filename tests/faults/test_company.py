@@ -11,7 +11,6 @@ from .harness import LONG, Fault
 WAITS_AT_6 = Fault("line", r"^step 6/\d+  loss", do="wait")
 
 
-@pytest.mark.xfail(strict=True, reason="nothing tells that a run is at work in a workdir")
 def test_the_second_run_in_a_workdir_is_refused(train, reference, row, tmp_path):
     first = train(WAITS_AT_6._replace(target=str(tmp_path / "go")))
     first.wait_until_struck()
