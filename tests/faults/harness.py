@@ -48,7 +48,7 @@ class Fault(NamedTuple):
     """What strikes a process, and when: see `hook/sitecustomize.py`.
 
     Attributes:
-        kind: of the call: "line", "read", "write", "rename", "mkdir", "remove", "rmdir", "import".
+        kind: of the call: "line", "read", "write", "rename", "mkdir", "rmtree", "import".
         pattern: is searched in the line, path or module.
         nth: of the calls that match.
         do: a method of `Striker`, with its `target` and `amount`.

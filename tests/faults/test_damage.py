@@ -27,11 +27,11 @@ WAYS = {
 }
 
 
-def damage(path, way, other):
+def damage(checkpoint, name, way, other):
     """Damages a file; of OCDBT's, whose names are random, the one most like it is the same."""
-    near = [p for p in files(other) if p.parent.name == path.parent.name]
-    same = [p for p in near if p.name == path.name] or near
+    path, near = checkpoint / name, (other / name).parent
     data = path.read_bytes()
+    same = [other / name] if (other / name).exists() else [p for p in near.iterdir() if p.is_file()]
     twin = min(same, key=lambda p: abs(p.stat().st_size - len(data)))
     left = WAYS[way](data, twin.read_bytes())
     path.unlink()
@@ -60,15 +60,16 @@ def test_a_damaged_file_is_passed_over(kind, way, reference, chance, config, row
         (step,) = (int(path.name) for path in (reference.workdir / "best").iterdir())
         steps = (step - 2, step - 1)
     sound = files(reference.workdir / kind / str(step))
-    for index in range(len(sound)) if LONG else [chance.randrange(len(sound))]:
-        workdir = tmp_path / str(index)
+    for path in chance.sample(sound, 4 if LONG else 1):
+        workdir = tmp_path / "run"
         copy_run(reference, steps, workdir)
-        where = sound[index].relative_to(reference.workdir)
-        damage(workdir / where, way, other=workdir / "checkpoints" / str(steps[0]))
+        name = path.relative_to(reference.workdir / kind / str(step))
+        other = workdir / "checkpoints" / str(steps[0])
+        damage(workdir / kind / str(step), name, way, other)
         train(config, workdir)
         aside = f"checkpoint {step} is damaged" in capsys.readouterr().out
         harness.assert_finished_alike(workdir, reference, rf"checkpoints/damaged-{LAST}")
-        name = where.name if len(where.name) < 30 else "…"
+        shown = name if len(name.name) < 30 else name.with_name("…")
         told = "set aside" if aside else "rewritten" if kind == "best" else "not needed"
-        row(f"file {way}", str(where.with_name(name)), f"{told}, bit-identical")
+        row(f"file {way}", f"{kind}/{step}/{shown}", f"{told}, bit-identical")
         shutil.rmtree(workdir)

@@ -3,7 +3,7 @@
 import pytest
 
 from . import harness
-from .harness import LONG, Fault
+from .harness import CHECKPOINT_EVERY, KEEP, LONG, Fault
 
 START = {
     "import of the loop": Fault("import", r"^vit_jax\.train$"),
@@ -33,8 +33,8 @@ def stage(step):
             "best/6 gets its name": Fault("rename", r"best/6$"),
             "evaluation of the watched set at 8": Fault("line", r"^step 8/.* of watched"),
         }
-    if step == 12:
-        found["checkpoint 4 is removed"] = Fault("rmdir", r"checkpoints/4$")
+    if old := max(step - KEEP * CHECKPOINT_EVERY, 0):
+        found[f"checkpoint {old} is removed"] = Fault("rmtree", rf"checkpoints/{old}$")
     if step == harness.STEPS:
         found |= {
             "last evaluation": Fault("line", rf"^step {step}/.* of test"),
@@ -45,7 +45,7 @@ def stage(step):
     return found
 
 
-STAGES = [stage(step) for step in range(4, harness.STEPS + 1, harness.CHECKPOINT_EVERY)]
+STAGES = [stage(step) for step in range(4, harness.STEPS + 1, CHECKPOINT_EVERY)]
 
 
 def draw(chance, moments):

@@ -26,8 +26,8 @@ def kind_and_text(event, args):
     if event == "open":
         path, _, flags = args
         return "write" if (flags or 0) & WRITES else "read", str(path)
-    if event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "import"):
-        return event.removeprefix("os."), str(args[1] if event == "os.rename" else args[0])
+    if event in ("os.rename", "os.mkdir", "shutil.rmtree", "import"):
+        return event.rpartition(".")[2], str(args[1] if event == "os.rename" else args[0])
     return None
 
 
