@@ -1,5 +1,6 @@
 """An evaluation that fails, or is ended, costs no step of training."""
 
+import shutil
 import signal
 
 import pytest
@@ -51,41 +52,35 @@ def whole(config, whole_workdir):
     return whole_workdir
 
 
-@pytest.mark.parametrize("every", ["2 steps", "1000 steps"])
-@pytest.mark.parametrize(("module", "name"), [(metrics, "mean_metrics"), (fewshot, "_accuracies")])
+DAMAGED = UserError("image test/a.jpg is damaged")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "every", "error", "message"),
+    [
+        (metrics, "mean_metrics", "1000 steps", DAMAGED, f"^{DAMAGED}; {SAVED}$"),
+        (metrics, "mean_metrics", "1000 steps", MemoryError("the device"), "^the device$"),
+        (fewshot, "_accuracies", "2 steps", DAMAGED, f"^{DAMAGED}; {SAVED}$"),
+    ],
+)
 def test_the_step_of_an_evaluation_that_fails_is_saved_and_evaluated_again(
-    config, whole, tmp_path, monkeypatch, module, name, every
+    config, whole, tmp_path, monkeypatch, module, name, every, error, message
 ):
     config.checkpoint_every = every
     run = tmp_path / "run"
-    error = UserError("image test/a.jpg is damaged")
     monkeypatch.setattr(module, name, failing(getattr(module, name), error))
-    with pytest.raises(UserError, match=f"^image test/a.jpg is damaged; {SAVED}$"):
+    with pytest.raises(type(error), match=message):
         train.train(config, run)
     assert max(checkpoint_steps(run)) == 4
     train.train(config, run)
     assert_same_run(whole, run, 6)
 
 
-def test_what_no_user_has_done_keeps_its_traceback_and_the_step(
-    config, whole, tmp_path, monkeypatch
-):
+def test_a_kill_in_an_evaluation_costs_no_step(config, whole, tmp_path, monkeypatch):
+    # What is not a signal's is saved no more than after a kill; val has been evaluated.
     run = tmp_path / "run"
-    config.checkpoint_every = "1000 steps"
-    error = MemoryError("the device")
-    monkeypatch.setattr(metrics, "mean_metrics", failing(metrics.mean_metrics, error))
-    with pytest.raises(MemoryError):
-        train.train(config, run)
-    train.train(config, run)
-    assert_same_run(whole, run, 6)
-
-
-@pytest.mark.parametrize(("module", "name"), [(metrics, "mean_metrics"), (fewshot, "_accuracies")])
-def test_a_kill_in_an_evaluation_costs_no_step(config, whole, tmp_path, monkeypatch, module, name):
-    # What is not a signal's is saved no more than after a kill.
-    run = tmp_path / "run"
-    killed = failing(getattr(module, name), KeyboardInterrupt())
-    monkeypatch.setattr(module, name, killed)
+    killed = failing(fewshot._accuracies, KeyboardInterrupt())
+    monkeypatch.setattr(fewshot, "_accuracies", killed)
     with pytest.raises(KeyboardInterrupt):
         train.train(config, run)
     assert max(checkpoint_steps(run)) == 4
@@ -93,20 +88,15 @@ def test_a_kill_in_an_evaluation_costs_no_step(config, whole, tmp_path, monkeypa
     assert_same_run(whole, run, 6)
 
 
-@pytest.mark.parametrize(
-    ("number", "end"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
-)
-def test_a_signal_does_not_wait_for_an_evaluation(
-    config, whole, tmp_path, monkeypatch, capsys, number, end
-):
+def test_a_signal_does_not_wait_for_an_evaluation(config, whole, tmp_path, monkeypatch, capsys):
     config.checkpoint_every = "1000 steps"
     run = tmp_path / "run"
-    stopped = failing(metrics.mean_metrics, lambda: signal.raise_signal(number))
+    stopped = failing(metrics.mean_metrics, lambda: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr(metrics, "mean_metrics", stopped)
-    with pytest.raises(end):
+    with pytest.raises(KeyboardInterrupt):
         train.train(config, run)
     *_, last = capsys.readouterr().out.splitlines()
-    assert last == f"{number.name}: saved step 4; the same command continues from there"
+    assert last == "SIGINT: saved step 4; the same command continues from there"
     train.train(config, run)
     assert_same_run(whole, run, 6)
 
@@ -131,29 +121,45 @@ def make_folder(path):
     return path
 
 
-@pytest.mark.parametrize("file", ["test/rose/1.jpg", "train/rose/1.jpg"])
-def test_an_image_that_breaks_in_a_run_is_named_and_when_it_is_mended_nothing_is_lost(
-    tiny_config, tmp_path, monkeypatch, file
+def cut(path):
+    path.write_bytes(path.read_bytes()[:300])
+
+
+def remove(path):
+    path.rename(path.with_name("removed"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "fault"),
+    [
+        (cut, "test/rose/1.jpg", "image {0} is damaged"),
+        (cut, "train/rose/1.jpg", "image {0} is damaged"),
+        (remove, "test", "the data cannot be read: {0}/.*: No such file or directory; restore"),
+    ],
+)
+def test_data_that_break_in_a_run_are_named_and_when_they_are_mended_nothing_is_lost(
+    tiny_config, tmp_path, monkeypatch, damage, name, fault
 ):
     folder = make_folder(tmp_path / "data")
     config = tiny_config(**{"dataset.name": f"folder:{folder}", "batch_size": 8})
-    train.train(config, tmp_path / "whole")
-    image, run = folder / file, tmp_path / "run"
-    content = image.read_bytes()
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train.train(config, whole)
+    shutil.copytree(folder, tmp_path / "backup")
     compile_train_step = train.compile_train_step
 
-    def break_image(*args):
-        image.write_bytes(content[:300])
+    def break_data(*args):  # What is broken at the start is refused then.
+        damage(folder / name)
         return compile_train_step(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "compile_train_step", break_image)
+        patch.setattr(train, "compile_train_step", break_data)
         for _ in range(2):  # The same command comes to the same end.
-            image.write_bytes(content)
-            with pytest.raises(UserError, match=rf"^image {image} .*; step \d is saved, and the"):
+            message = f"^{fault.format(folder / name)}.*; step \\d is saved, and the same command"
+            with pytest.raises(UserError, match=message):
                 train.train(config, run)
-    if "test" in file:
+            shutil.rmtree(folder)
+            shutil.copytree(tmp_path / "backup", folder)
+    if "test" in name:
         assert max(checkpoint_steps(run)) == 4
-    image.write_bytes(content)
     train.train(config, run)
-    assert_same_run(tmp_path / "whole", run, 6)
+    assert_same_run(whole, run, 6)

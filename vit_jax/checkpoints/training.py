@@ -174,6 +174,8 @@ class CheckpointStore:
             self._remove(self._newest, self._newest_dir, too_many)
 
     def _remove(self, manager: ocp.CheckpointManager, directory: Path, steps: list[int]) -> None:
+        # Only when all processes have seen that they are there, and come here.
+        multihost_utils.sync_global_devices("checkpoints are to be removed")
         with self._storage_errors():
             if jax.process_index() == 0:
                 for step in steps:
