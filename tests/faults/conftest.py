@@ -99,7 +99,9 @@ def row(record_property, images, tmp_path):
         now = time.monotonic()
         for folder in (tmp_path / "disk", tmp_path, images):
             outcome = outcome.replace(f"{folder}/", "")
-        record_property("fault", (fault, moment, outcome, f"{now - start:.0f}"))
+        line = (fault, moment, outcome, f"{now - start:.0f}")
+        print(*line, sep=" | ")  # Shown where the test fails.
+        record_property("fault", line)
         start = now
 
     return note
