@@ -25,6 +25,9 @@ _MAX_SIDE = 1024
 # hands out anew for every image, which takes twice as long, and too much of a long strip.
 _MAX_NUMBERS = 2**17
 
+# Of a strip of more numbers only the part that is read is transposed, another is at once.
+_MAX_TURNED = 2**24
+
 # A strip that is longer, in pixels, is summed in another order than TensorFlow's.
 _LONG = 2**16
 
@@ -200,10 +203,14 @@ def _resample(image: np.ndarray, rows: _Taps, columns: _Taps) -> np.ndarray:
 def _sum(pixels: np.ndarray, taps: _Taps) -> np.ndarray:
     """Sums over the second axis of [width, length, 3], float32 [size, width, 3]."""
     sums = np.empty((len(taps.source), 3 * len(pixels)), np.float32)
+    is_strip, first = pixels.size > _MAX_TURNED, 0
+    turned = pixels if is_strip else cv2.transpose(pixels)
     for part in _parts(taps, 3 * len(pixels)):
         used, source = np.unique(taps.source[part], return_inverse=True)
-        read = cv2.transpose(pixels[:, used[0] : used[-1] + 1])
-        flat = read.reshape(len(read), -1)[_slice_of(used - used[0])]
+        if is_strip:
+            first = used[0]
+            turned = cv2.transpose(pixels[:, first : used[-1] + 1])
+        flat = turned.reshape(len(turned), -1)[_slice_of(used - first)]
         begins = np.arange(0, source.size + 1, source.shape[1])
         terms = (taps.weights[part].ravel(), source.ravel(), begins)
         sums[part] = csr_array(terms, (len(source), len(used))) @ flat.astype(np.float32)
