@@ -172,7 +172,7 @@ def test_weights_that_cannot_be_written_leave_no_file_that_describes_others(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("format", "name"), FORMATS)
+@pytest.mark.parametrize(("format", "name"), [FORMATS[0], FORMATS[-1]])
 def test_a_killed_writer_leaves_nothing_that_the_next_does_not_remove(tmp_path, format, name):
     kill = (
         "import os, signal, sys, zipfile, safetensors.numpy\n"
