@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 
 from vit_jax import command
 from vit_jax.errors import UserError
+from vit_jax.printable import printable
 
 TRAIN, EVALUATION = "#9aa5b1", "#0b6bcb"
 
@@ -40,7 +41,9 @@ def draw(runs: list[pathlib.Path], output: pathlib.Path) -> None:
             axes.grid(alpha=0.3)
         # Pixels that are predicted have no accuracy.
         final = f": {evaluation[1][-1]:.2%}" if evaluation[1] else ""
-        accuracy.set_title(f"{run.name}{final}", loc="right", fontsize=10, color=EVALUATION)
+        title = printable(f"{run.name}{final}")
+        style = {"fontsize": 10, "color": EVALUATION, "parse_math": False}
+        accuracy.set_title(title, loc="right", **style)
         loss.legend(frameon=False)
     figure.savefig(output, dpi=110)
 
@@ -67,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{missing[0]} has no metrics.jsonl: give the workdir of a run")
     output = args.output or args.runs[0] / "curves.png"
     draw(args.runs, output)
-    print(f"training curves: {output}")
+    print(printable(f"training curves: {output}"))
     return 0
 
 

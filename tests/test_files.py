@@ -1,6 +1,10 @@
+import contextlib
 import json
 import os
 import pathlib
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -157,3 +161,109 @@ def test_numbers_that_are_not_finite_are_null_for_every_reader(tmp_path):
 
     read = json.loads(path.read_text(), parse_constant=refuse)
     assert read == {"hops": [{"max": None, "cosine": None, "mean": 0.5}]}
+
+
+def test_what_a_terminal_would_act_on_is_escaped_in_json_and_read_to_the_same(tmp_path):
+    value = {"name": "\x1b]0;\x9b\u202e\udcff\U000e0041 Löwe 👨\u200d👩"}
+    write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text) == value
+    assert "Löwe" in text and all(x.isprintable() or x in "\n\u200d" for x in text)
+
+
+# Writes one thing in each of the three ways; says so when it is half done, and goes on by a line.
+WRITER = """
+import pathlib, sys
+from vit_jax import files
+way, path = sys.argv[1], pathlib.Path(sys.argv[2])
+options = {"replace": True} if way == "atomic_folder" else {}
+with getattr(files, way)(path, **options) as temporary:
+    if temporary.is_dir():
+        temporary /= "weights"
+    with temporary.open("w") as file:
+        file.write("half")
+        file.flush()
+        print("half", flush=True)
+        sys.stdin.readline()
+        file.write(" and half")
+"""
+WAYS = ["atomic_write", "atomic_folder", "atomic_files"]
+
+
+@pytest.fixture
+def start_writer(tmp_path):
+    with contextlib.ExitStack() as stack:
+
+        def start(way):
+            command = [sys.executable, "-c", WRITER, way, str(tmp_path / "out")]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            process = stack.enter_context(subprocess.Popen(command, **pipes))
+            stack.callback(process.kill)
+            assert process.stdout.readline() == "half\n"
+            return process
+
+        yield start
+
+
+def finish(process):
+    process.communicate("go on\n")
+    return process.returncode
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_killed_writer_leaves_goes_with_the_next_one(tmp_path, start_writer, way):
+    killed = start_writer(way)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    name = "out" if way == "atomic_write" else "out/weights"
+    assert not (tmp_path / name).exists()
+    assert len(list(tmp_path.rglob(".*.tmp"))) == 1  # It is hidden, and known for what it is.
+    assert finish(start_writer(way)) == 0
+    assert read_all(tmp_path) == {name: "half and half"}
+    assert not list(tmp_path.rglob(".*"))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_living_writer_is_at_stays(tmp_path, start_writer, way):
+    slow = start_writer(way)
+    assert finish(start_writer(way)) == 0
+    assert len(list(tmp_path.rglob(".*.tmp"))) == 1
+    assert finish(slow) == 0
+    name = "out" if way == "atomic_write" else "out/weights"
+    assert read_all(tmp_path) == {name: "half and half"}
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_files_of_others_that_look_alike_stay(tmp_path):
+    names = [".out.0123abcd.tmp", ".out.old.tmp", ".other.0123abcd.tmp", ".out.0123abcd"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("mine")
+    with atomic_write(tmp_path / "out") as temporary:
+        temporary.write_text("new")
+    assert sorted(os.listdir(tmp_path)) == sorted([*names, "out"])
+
+
+def test_a_folder_whose_writer_was_killed_as_it_took_anothers_place_is_not_lost(tmp_path):
+    (tmp_path / "out").mkdir()
+    killer = (
+        "import os, pathlib, signal\n"
+        "rename = pathlib.Path.rename\n"
+        "def once(path, target):\n"
+        "    rename(path, target)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "pathlib.Path.rename = once\n"
+    )
+    command = [sys.executable, "-c", killer + WRITER, "atomic_folder", str(tmp_path / "out")]
+    assert subprocess.run(command, input=b"\n", check=False).returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "out", replace=True):
+        raise KeyboardInterrupt
+    assert read_all(tmp_path) == {"out/weights": "half and half"}
+
+
+@pytest.mark.parametrize("way", [atomic_write, atomic_folder, atomic_files])
+def test_an_error_names_the_path_that_was_given(tmp_path, way):
+    with pytest.raises(UserError) as error, way(tmp_path / "out") as temporary:
+        raise UserError(f"{temporary} is too large")
+    assert str(error.value) == f"{tmp_path / 'out'} is too large"

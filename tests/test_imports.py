@@ -11,7 +11,16 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "vit_jax"
 # From the bottom to the top: a module imports those of its own layer and of layers below. An entry
 # is a module or a package with all that is in it; the longest that matches counts.
 LAYERS = (
-    ("errors", "files", "command", "interruption", "signals", "tensorflow_env", "xla_flags"),
+    (
+        "printable",
+        "errors",
+        "files",
+        "command",
+        "interruption",
+        "signals",
+        "tensorflow_env",
+        "xla_flags",
+    ),
     ("last_words", "processes"),
     ("models",),
     ("state", "sharding", "steps"),

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from vit_jax import signals
 from vit_jax.errors import UserError, nearest
 from vit_jax.files import cache_dir
+from vit_jax.printable import printable
 
 # Each of the random numbers of an initialization takes about as long to compile, in seconds.
 _WORTH_KEEPING = 0.1
@@ -157,7 +158,7 @@ def run(main: Callable[[], int]) -> NoReturn:
 
 def report(error: Exception) -> None:
     """Prints an error to stderr in one line, whatever a file's name may hold."""
-    print("error:", " ".join(str(error).splitlines()), file=sys.stderr, flush=True)
+    print("error:", " ".join(map(printable, str(error).splitlines())), file=sys.stderr, flush=True)
 
 
 def _failed(error: Exception) -> int:

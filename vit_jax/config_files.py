@@ -21,6 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from vit_jax import command, config, provenance, recipes
 from vit_jax.errors import UserError, nearest
 from vit_jax.evaluation import registry
+from vit_jax.printable import printable
 
 _PACKAGE = pathlib.Path(__file__).parent
 # Where this package is installed the configs are in it, in a clone of the repository beside it.
@@ -130,7 +131,8 @@ def explain(loaded: Loaded) -> str:
     values = flatten_dict(loaded.config.to_dict(), sep=".", keep_empty_nodes=True)
     written = {key: f"config.{key} = {_show(value)}" for key, value in values.items()}
     width = min(max(map(len, written.values())), 60)
-    return "\n".join(f"{line:{width}}  # {loaded.sources[key]}" for key, line in written.items())
+    lines = (f"{line:{width}}  # {loaded.sources[key]}" for key, line in written.items())
+    return "\n".join(map(printable, lines))
 
 
 def _show(value: Any) -> str:

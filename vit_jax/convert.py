@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from vit_jax import command
 from vit_jax.checkpoints import flags
+from vit_jax.printable import printable
 
 # Those of `checkpoints.save.FORMATS`, which imports JAX, for which --help should not wait.
 FORMATS = ("official", "timm", "huggingface")
@@ -34,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     source = flags.load(args)
     of_params, of_logits = convert(source, args.to, args.format)
-    print(f"from  {source.source}")
-    print(f"to    {args.to} ({args.format})")
+    print(printable(f"from  {source.source}"))
+    print(printable(f"to    {args.to} ({args.format})"))
     print(f"largest difference of any parameter: {of_params:g}")
     print(f"largest difference of the logits on {NUM_IMAGES} random images: {of_logits:g}")
     for note in reader_notes(source, args.format):

@@ -3,13 +3,18 @@
 import difflib
 from collections.abc import Iterable
 
+from vit_jax.printable import printable
+
 
 class UserError(ValueError):
     """A mistake that the user can mend, told in one line.
 
     The message names the offending value, the rule it breaks and the way out. The commands print it
-    after ``error:`` and exit with code 2.
+    after ``error:`` and exit with code 2. What it quotes of a file is escaped, see `printable`.
     """
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:

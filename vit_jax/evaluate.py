@@ -14,6 +14,7 @@ from vit_jax import command, tensorflow_env
 from vit_jax.checkpoints import flags
 from vit_jax.errors import UserError
 from vit_jax.files import atomic_write, write_json
+from vit_jax.printable import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -256,7 +257,7 @@ def _print_rows(result: dict[str, Any]) -> None:
 def _print_per_class(rows: Sequence[dict[str, Any]]) -> None:
     from vit_jax.data import imagenet
 
-    names = [imagenet.readable(row["name"])[:40] for row in rows]
+    names = [printable(imagenet.readable(row["name"]))[:40] for row in rows]
     width = max(map(len, names))
     for name, row in zip(names, rows, strict=True):
         accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.4f}"

@@ -12,11 +12,12 @@ from PIL import Image, ImageOps
 from vit_jax.checkpoints.pretrained import Pretrained, load_pretrained
 from vit_jax.data import imagenet
 from vit_jax.data.image_files import find_images, read_batches
-from vit_jax.data.images import preprocess, read_image
+from vit_jax.data.images import open_image, preprocess
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import one_ahead
 from vit_jax.models import create_model, model_keys
+from vit_jax.printable import printable
 
 # What the methods of `VisionModel` take.
 Images = (
@@ -192,7 +193,7 @@ class VisionModel:
             if key in config
         )
         return (
-            f"<VisionModel {self.pretrained.source}: {config['architecture']}, {shape}, "
+            f"<VisionModel {printable(self.pretrained.source)}: {config['architecture']}, {shape}, "
             f"{count / 1e6:.1f}M parameters, images of {size} x {size}>"
         )
 
@@ -259,7 +260,8 @@ class VisionModel:
 
     def _preprocess(self, image: "str | np.ndarray") -> np.ndarray:
         if isinstance(image, str):
-            image = read_image(image, jpeg_dct=self.preprocessing.jpeg_dct)
+            with open_image(image, jpeg_dct=self.preprocessing.jpeg_dct) as pixels:
+                return preprocess(pixels, self.preprocessing)
         return preprocess(image, self.preprocessing)
 
     def _list(self, images: Images) -> "list[str | np.ndarray] | np.ndarray":

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vit_jax import command, processes, tensorflow_env
+from vit_jax.printable import printable
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -74,7 +75,7 @@ def _train(config: "ConfigDict", workdir: str) -> None:
 
     command.keep_programs()
     if jax.process_index() == 0:
-        print(f"workdir: {workdir}", flush=True)
+        print(printable(f"workdir: {workdir}"), flush=True)
     from vit_jax import train  # It takes seconds to import: a wrong flag should not.
 
     sys.unraisablehook = functools.partial(_hide_abandoned_writes, sys.unraisablehook)

@@ -14,6 +14,7 @@ from vit_jax import command
 from vit_jax.checkpoints import flags
 from vit_jax.errors import UserError
 from vit_jax.files import atomic_write
+from vit_jax.printable import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -111,9 +112,9 @@ def _print(file: str, predictions: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print(json.dumps({"file": file, "predictions": predictions}), flush=True)
         return
-    lines = [file if file.isprintable() else ascii(file)]
+    lines = [printable(file)]
     for each in predictions:
-        label = f"class {each['index']}" if each["label"] is None else each["label"]
+        label = f"class {each['index']}" if each["label"] is None else printable(each["label"])
         lines.append(f"{each['probability']:8.2%}  {label}")
     print("\n".join(lines), flush=True)
 

@@ -22,12 +22,13 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from vit_jax.analysis import flops
 from vit_jax.evaluation.registry import Evaluator
 from vit_jax.files import atomic_write
+from vit_jax.printable import printable
 
 
 def say(line: str) -> None:
     """Prints a line at once; of several processes the first does."""
     if jax.process_index() == 0:
-        print(line, flush=True)
+        print(printable(line), flush=True)
 
 
 @dataclasses.dataclass
@@ -122,7 +123,7 @@ class EventWriter:
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Writes the scalars of a step."""
-        values = [Summary.Value(tag=name, simple_value=x) for name, x in scalars.items()]
+        values = [Summary.Value(tag=printable(name), simple_value=x) for name, x in scalars.items()]
         self._write(step=step, summary=Summary(value=values))
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import vit_jax
 from vit_jax.errors import UserError
 from vit_jax.files import write_json
+from vit_jax.printable import printable, table_cell
 from vit_jax.signals import Stopped, catching
 
 if TYPE_CHECKING:
@@ -164,9 +165,10 @@ def percent(mean: float | None, sd: float | None = None) -> str:
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table, the first column of words and the others of numbers."""
     rule = ["-"] + ["-:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+    cells = (map(table_cell, row) for row in (header, rule, *rows))
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 
 
 def say(line: str) -> None:
     """Prints a line at once, also into a file."""
-    print(line, flush=True)
+    print(printable(line), flush=True)

@@ -1,9 +1,17 @@
 import dataclasses
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+import unittest.mock
 
 import jax
 import numpy as np
 import pytest
 
+from vit_jax.checkpoints import save
 from vit_jax.checkpoints.pretrained import Pretrained, load_pretrained
 from vit_jax.checkpoints.save import save_pretrained
 from vit_jax.data.protocols import Preprocessing
@@ -137,3 +145,54 @@ def test_a_folder_is_not_there_before_it_is_whole(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="disk full"):
         save_pretrained(make(), tmp_path / "folder", "huggingface")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("cause", ["disk", "interrupt"])
+@pytest.mark.parametrize(("format", "name"), FORMATS)
+def test_weights_that_cannot_be_written_leave_no_file_that_describes_others(
+    tmp_path, monkeypatch, format, name, cause
+):
+    path = tmp_path / name
+    if cause == "interrupt":
+        stop = unittest.mock.Mock(side_effect=KeyboardInterrupt)
+        monkeypatch.setattr(save, "write_safetensors", stop)
+        monkeypatch.setattr(save, "_WRITERS", {".npz": stop, ".safetensors": stop})
+        with pytest.raises(KeyboardInterrupt):
+            save_pretrained(make(), path, format)
+    else:
+        _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, hard))  # The info file fits in.
+        try:
+            with pytest.raises(UserError) as error:
+                save_pretrained(make(), path, format)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert str(error.value).startswith(f"{path}")
+        assert ".tmp" not in str(error.value) and "cannot be written: " in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("format", "name"), [FORMATS[0], FORMATS[-1]])
+def test_a_killed_writer_leaves_nothing_that_the_next_does_not_remove(tmp_path, format, name):
+    kill = (
+        "import os, signal, sys, zipfile, safetensors.numpy\n"
+        "from tests.checkpoints.test_save import *\n"
+        "def kill(*_, **__): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "np.lib.format.write_array = safetensors.numpy.save_file = kill\n"
+        "save_pretrained(make(), sys.argv[1], sys.argv[2])\n"
+    )
+    command = [sys.executable, "-c", kill, str(tmp_path / name), format]
+    root = pathlib.Path(__file__).parents[2]
+    assert subprocess.run(command, cwd=root, check=False).returncode == -signal.SIGKILL
+    assert all(path.name.startswith(".") for path in tmp_path.iterdir())
+    pretrained = make()
+    save_pretrained(pretrained, tmp_path / name, format)
+    assert_same(load_pretrained(tmp_path / name), pretrained)
+    assert sorted(os.listdir(tmp_path)) == [name] + [f"{name}.json"] * ("." in name)
+
+
+def test_an_info_file_of_other_weights_is_neither_used_nor_replaced(tmp_path):
+    (tmp_path / "a.npz.json").write_text("{}")
+    with pytest.raises(UserError, match="a.npz.json exists, of other weights: remove it"):
+        save_pretrained(make(), tmp_path / "a.npz", "official")
+    assert os.listdir(tmp_path) == ["a.npz.json"]

@@ -11,6 +11,9 @@ def test_numbers_are_ordered_by_value_and_other_names_as_text():
     assert in_order({"rose 10", "rose 9", "Aster"}) == ("Aster", "rose 10", "rose 9")
     assert in_order({"10", "9", "a"}) == ("10", "9", "a")
     assert in_order({"1", "01", "-1"}) == ("-1", "01", "1")
+    assert in_order({"9" * 5000, "1" + "0" * 5000, "00", "0"}) == ("0", "00", "9" * 5000) + (
+        "1" + "0" * 5000,
+    )
 
 
 @pytest.mark.parametrize(

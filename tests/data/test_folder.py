@@ -1,5 +1,7 @@
 """Image folders: what is read, in which order, and what is refused."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -310,3 +312,12 @@ def test_a_file_that_has_gone_is_named(image_folder):
         for _ in range(train.num_examples):
             next(batches)
     assert gone.name in str(error.value)
+
+
+def test_a_file_whose_name_is_no_text_is_read(tmp_path):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    path = tmp_path / "train" / "a" / os.fsdecode(b"\xff.png")
+    Image.new("RGB", (4, 4)).save(path)
+    train, _ = open_dataset(f"folder:{tmp_path}", eval_split="train")
+    (example,) = train
+    assert example["id"] == str(path)

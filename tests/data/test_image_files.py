@@ -46,13 +46,13 @@ def test_batches_have_one_shape_and_leave_out_what_cannot_be_read(photos):
 
 def test_the_next_batch_is_read_while_the_present_one_is_used(photos, monkeypatch):
     read = {str(photos / name): threading.Event() for name in ("a.png", "b/c.PNG", "d.bmp")}
-    original = image_files.read_image
+    original = image_files.open_image
 
     def recorded(path, **options):
         read[path].set()
         return original(path, **options)
 
-    monkeypatch.setattr(image_files, "read_image", recorded)
+    monkeypatch.setattr(image_files, "open_image", recorded)
     batches = read_batches(list(read), evaluation("pad", 8), 1, pytest.fail)
     assert next(batches)[0] == [str(photos / "a.png")]
     assert read[str(photos / "b/c.PNG")].wait(timeout=30)

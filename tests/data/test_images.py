@@ -1,5 +1,6 @@
 """Decoding and evaluation's view against TensorFlow and PIL, and files that are no images."""
 
+import contextlib
 import io
 import itertools
 import os
@@ -7,6 +8,8 @@ import resource
 import struct
 import subprocess
 import sys
+import threading
+import time
 import zlib
 
 import numpy as np
@@ -14,7 +17,10 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+from vit_jax.data import images, resampling
+from vit_jax.data.image_files import read_batches
 from vit_jax.data.images import MAX_PIXELS, preprocess, read_image
+from vit_jax.data.preprocess import eval_view, train_view
 from vit_jax.data.protocols import Preprocessing, evaluation
 from vit_jax.data.resampling import resize_and_crop
 from vit_jax.errors import UserError
@@ -100,18 +106,17 @@ def test_jpeg_pixels_are_those_of_tensorflow_within_a_gray_level(encoded, write)
     assert np.abs(pixels - expected.numpy()).max() <= 1
 
 
-@pytest.mark.parametrize(
-    "encoded",
-    [
-        encode(RGBA, "WEBP", lossless=True, exact=True),
-        encode(COLOR, "TIFF"),
-        encode(RGBA, "TIFF", compression="tiff_lzw"),
-        encode(COLOR, "PPM"),
-        encode(PALETTE.convert("RGB"), "GIF"),
-        encode(COLOR, "JPEG2000", irreversible=False),
-    ],
-    ids=["webp", "tiff", "tiff with alpha", "ppm", "gif", "jpeg 2000"],
-)
+BEYOND = {
+    "webp": encode(RGBA, "WEBP", lossless=True, exact=True),
+    "tiff": encode(COLOR, "TIFF"),
+    "tiff with alpha": encode(RGBA, "TIFF", compression="tiff_lzw"),
+    "ppm": encode(COLOR, "PPM"),
+    "gif": encode(PALETTE.convert("RGB"), "GIF"),
+    "jpeg 2000": encode(COLOR, "JPEG2000", irreversible=False),
+}
+
+
+@pytest.mark.parametrize("encoded", BEYOND.values(), ids=BEYOND)
 def test_formats_beyond_tensorflow_keep_their_pixels(encoded, write):
     expected = np.asarray(PALETTE.convert("RGB")) if encoded.startswith(b"GIF") else RGB
     np.testing.assert_array_equal(read_image(write(encoded, "no_suffix")), expected)
@@ -133,7 +138,9 @@ def test_16_bit_tiff_keeps_its_high_byte(write):
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF", "WEBP"])
-def test_exif_orientation_is_respected(orientation, file_format, write):
+@pytest.mark.parametrize("tile", [2**22, 50])
+def test_exif_orientation_is_respected(orientation, file_format, tile, write, monkeypatch):
+    monkeypatch.setattr(images, "_TILE", tile)
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if file_format == "WEBP" else {}
@@ -184,6 +191,15 @@ def test_every_rule_of_resizing_gives_the_view_of_tensorflow(shape, center_crop,
     np.testing.assert_allclose(view, expected, atol=5e-4)
 
 
+@pytest.mark.parametrize("rule", ["timm", "huggingface"])
+@pytest.mark.parametrize("shape", [(300, 200), (37, 91)])
+def test_a_channel_at_a_time_is_resized_as_all_are(shape, rule, monkeypatch):
+    image, preprocessing = noise(*shape, 3), Preprocessing(56, 0.9, **RULES[rule])
+    together = resize_and_crop(image, preprocessing)
+    monkeypatch.setattr(resampling, "_MAX_COPY", 0)
+    np.testing.assert_array_equal(resize_and_crop(image, preprocessing), together)
+
+
 @pytest.mark.parametrize("level", [1, 77, 200, 255])
 @pytest.mark.parametrize("shape", [(375, 500), (1001, 667), (300, 4000)])
 def test_means_over_areas_round_as_those_of_tensorflow(shape, level):
@@ -220,16 +236,18 @@ def test_a_strip_is_preprocessed_in_bounded_memory():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # KiB
 
 
-def bomb(width, height):
-    """A sound PNG of one gray level, a few MB for any size."""
+def bomb(width, height, channels=1):
+    """A sound PNG of one level, gray or RGB, a few MB for any size."""
 
     def chunk(name, data):
         checksum = zlib.crc32(name + data)
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)
 
     deflate = zlib.compressobj(1)
-    rows = b"".join(deflate.compress(bytes(width + 1)) for _ in range(height)) + deflate.flush()
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    row, count = bytes(channels * width + 1), max(1, 2**20 // width)
+    parts = [row * min(count, height - top) for top in range(0, height, count)]
+    rows = b"".join(map(deflate.compress, parts)) + deflate.flush()
+    header = struct.pack(">IIBBBBB", width, height, 8, {1: 0, 3: 2}[channels], 0, 0, 0)
     magic = b"\x89PNG\r\n\x1a\n"
     return magic + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
@@ -241,6 +259,114 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(write):
         read_image(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
     assert MAX_PIXELS < 30_000**2
+
+
+@pytest.mark.parametrize("shape", [(178_000_000, 1), (2**20 + 1, 1), (1, 2**20 + 1)])
+def test_a_side_that_is_too_long_is_called_that(write, shape):
+    width, height = shape
+    with pytest.raises(UserError) as error:
+        read_image(write(bomb(width, height)))
+    rule = f"has {width:,} x {height:,} pixels, and a side may have 1,048,576: cut it into parts"
+    assert rule in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(2**20, 2), (2, 2**20)])
+def test_the_longest_side_is_read(write, shape):
+    assert read_image(write(bomb(*shape))).shape == (*shape[::-1], 3)
+
+
+# Reads images by four threads as `predict` does, and prints by how many KiB that raised the peak.
+READ = """
+import resource, sys, warnings
+from vit_jax.data import image_files
+from vit_jax.data.protocols import Preprocessing
+warnings.simplefilter("ignore")
+image_files.os.cpu_count = lambda: 4
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+rule, *files = sys.argv[1:]
+kind = {"resize": rule, "antialias": True, "interpolation": "bicubic"} if rule == "timm" else {}
+before = peak()
+for found, batch in image_files.read_batches(files, Preprocessing(224, 0.875, **kind), 8, print):
+    print(len(found), batch[0, 0, 0, 0], peak() - before)
+"""
+
+
+@pytest.mark.parametrize("rule", ["box", "timm"])
+def test_a_folder_of_the_largest_images_is_read_in_the_memory_of_one(write, rule):
+    # 179 million pixels: PIL has 4 bytes of each, and 3 are those of the result.
+    path = write(bomb(13_377, 13_377, channels=3))
+    command = [sys.executable, "-c", READ, rule, *[str(path)] * 3]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found, pixel, peak = done.stdout.split()
+    assert (found, float(pixel)) == ("3", -1)
+    assert int(peak) * 1024 < 7 * 13_377**2 + 100 * 2**20
+
+
+def test_who_waits_for_room_is_not_overtaken():
+    room, order = images._Room(10), []
+    entered, leave = threading.Event(), threading.Event()
+
+    def take(name, pixels):
+        with room.taken(pixels):
+            order.append(name)
+
+    def hold():
+        with room.taken(5):
+            entered.set()
+            assert leave.wait(30)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert entered.wait(30)
+    large, small = (threading.Thread(target=take, args=x) for x in (("large", 10), ("small", 1)))
+    large.start()
+    while not room._first.locked():
+        time.sleep(0.001)
+    small.start()
+    small.join(0.2)
+    assert order == []  # There would be room for the small one.
+    leave.set()
+    for thread in (holder, large, small):
+        thread.join(30)
+    assert order == ["large", "small"]
+
+
+RULE = evaluation("inception", 16)
+READERS = {
+    "predict": lambda path: list(read_batches([str(path)], RULE, 1, lambda error: None)),
+    "evaluate": lambda path: eval_view(path.read_bytes(), RULE),
+    "train": lambda path: train_view(path.read_bytes(), None, image_size=16, protocol="bit"),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "damaged"])
+def test_every_reader_of_many_images_holds_room_for_each(write, monkeypatch, reader, kind):
+    taken = []
+
+    class Recorder:
+        @contextlib.contextmanager
+        def taken(self, pixels):
+            taken.append(pixels)
+            try:
+                yield
+            finally:
+                taken.append(-pixels)
+
+    monkeypatch.setattr(images, "_room", Recorder())
+    # libjpeg-turbo gives up on the damaged one, and PIL decodes it up to there.
+    encoded = JPEG["rgb jpeg"][:-300] if kind == "damaged" else encode(COLOR, kind)
+    with contextlib.suppress(UserError):
+        READERS[reader](write(encoded))
+    assert taken == [20 * 24, -20 * 24]
+
+
+@pytest.mark.parametrize("encoded", [*LOSSLESS.values(), *BEYOND.values(), JPEG["cmyk jpeg"]])
+def test_tiles_have_the_pixels_of_the_whole(encoded, write, monkeypatch):
+    whole = read_image(write(encoded))
+    for pixels in (7, 50):  # parts of a row, and some rows
+        monkeypatch.setattr(images, "_TILE", pixels)
+        np.testing.assert_array_equal(read_image(write(encoded)), whole)
 
 
 def test_the_limit_on_pixels_holds_where_a_program_lifted_that_of_pil(write, monkeypatch):

@@ -14,6 +14,7 @@ from vit_jax.checkpoints import flags
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 from vit_jax.files import atomic_write, make_folder
+from vit_jax.printable import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,7 +81,7 @@ class _Saver:
         with atomic_write(png) as temporary:
             figure.savefig(temporary, format="png", dpi=self._dpi)
         for path in (png, npz):
-            print(str(path) if str(path).isprintable() else ascii(str(path)), flush=True)
+            print(printable(str(path)), flush=True)
 
 
 def _filters(pretrained: "Pretrained", save: _Saver) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from vit_jax import command
 from vit_jax.checkpoints import augreg, remote
 from vit_jax.errors import UserError
+from vit_jax.printable import printable
 
 _EPILOG = """examples:
   %(prog)s B_16
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = [(args.name, *remote.locate(args.name))]
     print(_table([header, *rows]), flush=True)
     if args.fetch:
-        print(remote.fetch(first))
+        print(printable(str(remote.fetch(first))))
     return 0
 
 
@@ -88,9 +89,10 @@ def _recommendations(
 
 
 def _table(rows: Sequence[Sequence[object]]) -> str:
-    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    rows = [[printable(str(cell)) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
-        "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True))
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         for row in rows
     )
     return "\n".join(line.rstrip() for line in lines)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from vit_jax.errors import UserError
 from vit_jax.files import storage_errors
+from vit_jax.printable import printable
 
 if TYPE_CHECKING:
     import requests
@@ -64,6 +65,8 @@ def fetch_file(source: Source) -> Path:
     )
     with unwritable:
         if path.exists():
+            with contextlib.suppress(OSError):  # Of a process that was killed at its last step.
+                path.with_name(f"{path.name}.partial.json").unlink(missing_ok=True)
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with _held(path.with_name(f"{path.name}.partial")) as file:
@@ -291,4 +294,4 @@ def _discard(file: BinaryIO) -> None:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)

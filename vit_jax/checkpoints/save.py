@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ def save_pretrained(pretrained: Pretrained, path: str | os.PathLike[str], format
         format: one of `FORMATS`.
 
     Raises:
-        UserError: the path exists or has another suffix, the format has no place for a parameter,
-            or the disk is full.
+        UserError: the path or its info file exists, it has another suffix, the format has no place
+            for a parameter, or the disk is full.
     """
     path = Path(path)
     _check_path(path, format)
@@ -43,9 +44,7 @@ def save_pretrained(pretrained: Pretrained, path: str | os.PathLike[str], format
         pretrained.model, pretrained.preprocessing, pretrained.class_names, pretrained.loss
     )
     if path.suffix in _WRITERS:
-        with atomic_write(info_path(path)) as temporary:
-            temporary.write_text(info.to_json())
-        _WRITERS[path.suffix](path, arrays)
+        _write_file(path, arrays, info)
         return
     files = foreign_configs.config_files(info, format)
     documents = {name: json.dumps(x, indent=2) + "\n" for name, x in files.items()}
@@ -56,6 +55,22 @@ def save_pretrained(pretrained: Pretrained, path: str | os.PathLike[str], format
         write_safetensors(folder / "model.safetensors", arrays)
 
 
+def _write_file(path: Path, arrays: Mapping[str, Any], info: ModelInfo) -> None:
+    """Writes weights and their info file, both or none."""
+    placed = False
+    try:
+        # It is there when the weights are, on disk already, and moves last: alone it would describe
+        # the next weights of this name.
+        with atomic_write(info_path(path)) as temporary:
+            temporary.write_text(info.to_json())
+            _WRITERS[path.suffix](path, arrays)
+            placed = True
+    except BaseException:
+        if placed:
+            path.unlink(missing_ok=True)
+        raise
+
+
 def _check_path(path: Path, format: str) -> None:
     suffix = path.suffix if path.suffix in _WRITERS else ""
     if suffix not in _SUFFIXES[format]:
@@ -63,6 +78,8 @@ def _check_path(path: Path, format: str) -> None:
         raise UserError(f"{path}: a path in the {format} format ends in {endings}")
     if path.exists():
         raise UserError(f"{path} exists already: remove it, or choose another path")
+    if suffix and (info := info_path(path)).exists():
+        raise UserError(f"{info} exists, of other weights: remove it, or choose another path")
 
 
 def _check_positions(model: dict[str, Any], format: str) -> None:

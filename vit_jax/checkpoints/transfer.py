@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vit_jax.errors import UserError, shortlist
 from vit_jax.models import ARCHITECTURES
 from vit_jax.models.base import Grid, Resize
+from vit_jax.printable import printable
 
 Action = Literal["loaded", "resized", "dropped", "new"]
 
@@ -117,4 +118,5 @@ def print_report(report: list[Row]) -> None:
         for row in report
     )
     for (name, shape, action), count in alike.items():
-        print(f"{action:8}{shape!s:22}{name}{f' x{count}' if count > 1 else ''}", flush=True)
+        times = f" x{count}" if count > 1 else ""
+        print(printable(f"{action:8}{shape!s:22}{name}{times}"), flush=True)

@@ -15,7 +15,10 @@ def are_numbers(names: Iterable[str]) -> bool:
 def in_order(names: Iterable[str]) -> tuple[str, ...]:
     """Names in the order of their labels: numbers by their value, others by their characters."""
     names = sorted(names)
-    return tuple(sorted(names, key=int) if are_numbers(names) else names)
+    if not are_numbers(names):
+        return tuple(names)
+    digits = {name: name.lstrip("0") for name in names}  # `int` refuses thousands of them.
+    return tuple(sorted(names, key=lambda name: (len(digits[name]), digits[name])))
 
 
 def match(

@@ -161,7 +161,9 @@ def _list_files(directory: Path, class_names: Sequence[str]) -> tuple[File, ...]
         files += [check_image(path, label) for path in paths]
 
     def key(file: File) -> bytes:
-        return hashlib.sha256(Path(file.path).relative_to(directory).as_posix().encode()).digest()
+        name = Path(file.path).relative_to(directory).as_posix()
+        # A name may have bytes that are no text.
+        return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
 
     return tuple(sorted(files, key=key))
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from vit_jax.data.images import SUFFIXES, preprocess, read_image
+from vit_jax.data.images import SUFFIXES, open_image, preprocess
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 
@@ -56,7 +56,8 @@ def read_batches(
         try:
             if os.path.isdir(file):
                 raise UserError(f"{file} holds no image")
-            return preprocess(read_image(file, jpeg_dct=preprocessing.jpeg_dct), preprocessing)
+            with open_image(file, jpeg_dct=preprocessing.jpeg_dct) as image:
+                return preprocess(image, preprocessing)
         except UserError as error:
             return error
 

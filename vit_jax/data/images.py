@@ -2,16 +2,21 @@
 
 JPEGs are decoded by libjpeg-turbo through simplejpeg, in half the time of PIL and to the same
 pixels; what it does not know, and all other formats, by PIL. Threads may call everything here at
-the same time: what takes long releases Python's lock.
+the same time: what takes long releases Python's lock. Through `open_image` they hold a bounded
+number of pixels together.
 """
 
+import contextlib
 import io
+import itertools
 import os
 import struct
+import threading
+from collections.abc import Callable, Generator
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from vit_jax.data.protocols import Preprocessing, eval_box
 from vit_jax.data.resampling import resize_and_crop, sample_box
@@ -30,7 +35,28 @@ SUFFIXES = frozenset(
 # PIL's own limit, which it only has while nobody moves Image.MAX_IMAGE_PIXELS.
 MAX_PIXELS = 178_956_970
 
+# Of one side. PIL's own code overflows near 2^29, and tables of weights are as long as a side.
+MAX_SIDE = 2**20
+
+# What `open_image` holds at a time: the largest image, or one of 16 megapixels for every core.
+PIXELS_AT_A_TIME = max(MAX_PIXELS, 2**24 * (os.cpu_count() or 1))
+
+# What is converted to RGB at a time: PIL's copies would take 10 bytes a pixel of the whole.
+_TILE = 2**22
+
 _ORIENTATION = 0x0112  # the EXIF tag
+
+# How an image is turned upright by its orientation.
+_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: x.swapaxes(0, 1)[:, ::-1],
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: lambda x: x.swapaxes(0, 1)[::-1],
+}
+_TURNS_BACK = {**_TURNS, 6: _TURNS[8], 8: _TURNS[6]}
 
 _JPEG = b"\xff\xd8\xff"
 _START_OF_SCAN, _APP1 = 0xDA, 0xE1  # JPEG markers: pixels follow; EXIF or XMP
@@ -60,8 +86,72 @@ def read_image(
 
     Raises:
         UserError: there is no such file, it is no image of these formats, is damaged or truncated,
-            has more than `MAX_PIXELS` pixels or values of unknown range (floats, 32-bit integers).
+            has more than `MAX_PIXELS` pixels, a side of more than `MAX_SIDE` or values of unknown
+            range (floats, 32-bit integers).
     """
+    return _read(path, encoded, jpeg_dct, turn, lambda _: None)
+
+
+@contextlib.contextmanager
+def open_image(
+    path: str | os.PathLike[str],
+    encoded: bytes | None = None,
+    jpeg_dct: str = "accurate",
+    *,
+    turn: bool = True,
+) -> Generator[np.ndarray]:
+    """Yields what `read_image` returns; all threads together hold `PIXELS_AT_A_TIME` at most.
+
+    A thread waits before it decodes until there is room, those that came first go first. So what is
+    decoded takes 1.3 GB on up to 10 cores: at its height, PIL's 4 bytes a pixel and 3 of the
+    result. What is made of an image should outlive this, the image not; within it no other is
+    opened. Arguments and errors are those of `read_image`.
+    """
+    with contextlib.ExitStack() as stack:
+        admitted: list[int] = []
+
+        def admit(pixels: int) -> None:
+            if not admitted:  # What libjpeg-turbo has given up on comes a second time.
+                stack.enter_context(_room.taken(pixels))
+                admitted.append(pixels)
+
+        yield _read(path, encoded, jpeg_dct, turn, admit)
+
+
+class _Room:
+    """A number of pixels, which threads share in the order in which they come."""
+
+    def __init__(self, pixels: int):
+        self._free = pixels
+        self._freed = threading.Condition()
+        self._first = threading.Lock()
+
+    @contextlib.contextmanager
+    def taken(self, pixels: int) -> Generator[None]:
+        """Waits until so many pixels are free, and holds them."""
+        # Who waits is not overtaken: a large image would wait forever among small ones.
+        with self._first, self._freed:
+            self._freed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._freed:
+                self._free += pixels
+                self._freed.notify_all()
+
+
+_room = _Room(PIXELS_AT_A_TIME)
+
+
+def _read(
+    path: str | os.PathLike[str],
+    encoded: bytes | None,
+    jpeg_dct: str,
+    turn: bool,
+    admit: Callable[[int], None],
+) -> np.ndarray:
+    """As `read_image`; calls `admit` with the number of pixels before it decodes them."""
     # A named pipe would be waited for, forever.
     if encoded is None and os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{path} is not a file: give an image file")
@@ -71,11 +161,13 @@ def read_image(
                 if file.read(len(_JPEG)) == _JPEG:
                     file.seek(0)
                     encoded = file.read()
-        if encoded is not None and (pixels := _decode_jpeg(encoded, jpeg_dct, turn)) is not None:
-            return pixels
+        if encoded is not None:
+            pixels = _decode_jpeg(encoded, jpeg_dct, turn, admit)
+            if pixels is not None:
+                return pixels
         Image.preinit()
         with Image.open(path if encoded is None else io.BytesIO(encoded), formats=FORMATS) as image:
-            return _to_rgb(image, path, turn)
+            return _to_rgb(image, path, turn, admit)
     except UserError:
         raise
     except Image.DecompressionBombError as error:
@@ -85,6 +177,8 @@ def read_image(
         size = os.path.getsize(path) if encoded is None else len(encoded)
         found = "is an empty file" if size == 0 else "is not an image"
         raise UserError(f"{path} {found}: give one of {', '.join(FORMATS)}") from error
+    except MemoryError as error:
+        raise UserError(f"{path} does not fit in memory: make it smaller, or free some") from error
     except (FileNotFoundError, PermissionError) as error:
         raise UserError(f"{path} cannot be opened: {error.strerror}") from error
     except Exception as error:  # PIL's readers have no class for damage: anything may come out
@@ -116,7 +210,9 @@ def preprocess(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     return normalized.reshape(size, size, 3)
 
 
-def _decode_jpeg(encoded: bytes, jpeg_dct: str, turn: bool) -> np.ndarray | None:
+def _decode_jpeg(
+    encoded: bytes, jpeg_dct: str, turn: bool, admit: Callable[[int], None]
+) -> np.ndarray | None:
     """The pixels of a JPEG; None for what is left to PIL, which also says what is wrong."""
     if not encoded.startswith(_JPEG):
         return None
@@ -124,6 +220,7 @@ def _decode_jpeg(encoded: bytes, jpeg_dct: str, turn: bool) -> np.ndarray | None
         height, width, colors, _ = simplejpeg.decode_jpeg_header(encoded)
         if colors not in _COLORS or int(height) * int(width) > MAX_PIXELS:
             return None
+        admit(int(height) * int(width))
         pixels = simplejpeg.decode_jpeg(encoded, fastdct=jpeg_dct == "fast")
         if not (turn and _has_metadata(encoded)):
             return pixels
@@ -131,9 +228,7 @@ def _decode_jpeg(encoded: bytes, jpeg_dct: str, turn: bool) -> np.ndarray | None
             orientation = _orientation(header)
     except Exception:
         return None
-    image = Image.fromarray(pixels)
-    image.getexif()[_ORIENTATION] = orientation
-    return np.asarray(ImageOps.exif_transpose(image))
+    return np.ascontiguousarray(_TURNS[orientation](pixels)) if orientation in _TURNS else pixels
 
 
 def _has_metadata(jpeg: bytes) -> bool:
@@ -149,25 +244,57 @@ def _has_metadata(jpeg: bytes) -> bool:
     return True
 
 
-def _to_rgb(image: Image.Image, path: str | os.PathLike[str], turn: bool) -> np.ndarray:
-    if image.width * image.height > MAX_PIXELS:
-        raise Image.DecompressionBombError
+def _to_rgb(
+    image: Image.Image, path: str | os.PathLike[str], turn: bool, admit: Callable[[int], None]
+) -> np.ndarray:
+    _check_size(image.width, image.height, path)
     if image.mode in ("F", "I"):
         raise UserError(f"{path} has pixels of 32 bits, whose range is unknown: save it with 8")
+    admit(image.width * image.height)
     image.load()
     # Of TIFF and AVIF PIL turns some by itself as it loads, and then the tag is gone.
-    if turn and _orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, -1)
-    if image.format == "GIF" and "transparency" in image.info:
-        rgba = np.asarray(image.convert("RGBA"))
+    orientation = _orientation(image) if turn else 1
+    sides = (image.width, image.height) if orientation in (5, 6, 7, 8) else image.size[::-1]
+    pixels = np.empty((*sides, 3), np.uint8)
+    as_stored = _TURNS_BACK[orientation](pixels) if orientation in _TURNS else pixels
+    for left, top, right, bottom in _tiles(*image.size):
+        whole = (right - left, bottom - top) == image.size
+        tile = image if whole else image.crop((left, top, right, bottom))
+        as_stored[top:bottom, left:right] = _tile_to_rgb(tile, image.format)
+    return pixels
+
+
+def _check_size(width: int, height: int, path: str | os.PathLike[str]) -> None:
+    if width * height > MAX_PIXELS:
+        raise Image.DecompressionBombError
+    if max(width, height) > MAX_SIDE:
+        raise UserError(
+            f"{path} has {width:,} x {height:,} pixels, and a side may have {MAX_SIDE:,}: cut it "
+            "into parts"
+        )
+
+
+def _tiles(width: int, height: int) -> Generator[tuple[int, int, int, int]]:
+    """Boxes of some `_TILE` pixels that cover an image: left, top, right, bottom."""
+    columns = min(width, _TILE)
+    rows = max(1, _TILE // columns)
+    for top, left in itertools.product(range(0, height, rows), range(0, width, columns)):
+        yield left, top, min(left + columns, width), min(top + rows, height)
+
+
+def _tile_to_rgb(tile: Image.Image, file_format: str | None) -> np.ndarray:
+    if tile.mode.startswith("I;16"):
+        return np.repeat((np.asarray(tile) >> 8).astype(np.uint8)[..., None], 3, -1)
+    if file_format == "GIF" and "transparency" in tile.info:
+        rgba = np.asarray(tile.convert("RGBA"))
         return np.where(rgba[..., 3:] > 0, rgba[..., :3], np.uint8(0))
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(tile.convert("RGB"))
 
 
 def _orientation(image: Image.Image) -> int:
+    """One of `_TURNS`, or 1: upright."""
     try:
-        return image.getexif().get(_ORIENTATION, 1)
+        orientation = image.getexif().get(_ORIENTATION)
+        return orientation if orientation in _TURNS else 1
     except Exception:  # damaged metadata, of which anything may come too; the pixels are sound
         return 1

@@ -4,10 +4,12 @@ The protocol chooses a box (see `protocols`), and one resampling takes exactly t
 Augmentation is drawn from a generator, so a view is a pure function of the image and its seed.
 """
 
+import functools
+
 import cv2
 import numpy as np
 
-from vit_jax.data.images import preprocess, read_image
+from vit_jax.data.images import open_image, preprocess
 from vit_jax.data.protocols import BIT_RESIZE, Preprocessing, eval_box, evaluation
 from vit_jax.data.randaugment import randaugment
 from vit_jax.data.resampling import resize, resize_and_crop, sample_box
@@ -52,15 +54,10 @@ def train_view(
     Raises:
         UserError: the image cannot be decoded; it is called "the image" there.
     """
-    image = read_image("the image", encoded, jpeg_dct, turn=turn)
-    if random_crop:
-        pixels = _random_crop(image, rng, protocol, image_size)
-    else:
-        preprocessing = evaluation(protocol, image_size)
-        if preprocessing.resize == "box":
-            pixels = sample_box(image, eval_box(preprocessing, *image.shape[:2]), image_size)
-        else:
-            pixels = resize_and_crop(image, preprocessing)
+    resize_view = functools.partial(_random_crop, rng=rng) if random_crop else _eval_crop
+    with open_image("the image", encoded, jpeg_dct, turn=turn) as image:
+        pixels = resize_view(image, protocol=protocol, size=image_size)
+        del image  # Only the view is worked on from here on.
     # To the nearest, half to even; of what is bilinear nothing lies beyond 0 and 255.
     view = cv2.convertScaleAbs(pixels) if pixels.dtype != np.uint8 else pixels
     if random_flip and rng.random() < 0.5:
@@ -86,13 +83,20 @@ def eval_view(
     Raises:
         UserError: as in `train_view`.
     """
-    image = read_image("the image", encoded, preprocessing.jpeg_dct, turn=turn)
-    height, width = image.shape[:2]
-    return preprocess(image[border : height - border, border : width - border], preprocessing)
+    with open_image("the image", encoded, preprocessing.jpeg_dct, turn=turn) as image:
+        height, width = image.shape[:2]
+        return preprocess(image[border : height - border, border : width - border], preprocessing)
+
+
+def _eval_crop(image: np.ndarray, protocol: str, size: int) -> np.ndarray:
+    preprocessing = evaluation(protocol, size)
+    if preprocessing.resize == "box":
+        return sample_box(image, eval_box(preprocessing, *image.shape[:2]), size)
+    return resize_and_crop(image, preprocessing)
 
 
 def _random_crop(
-    image: np.ndarray, rng: np.random.Generator, protocol: str, size: int
+    image: np.ndarray, protocol: str, size: int, rng: np.random.Generator
 ) -> np.ndarray:
     height, width = image.shape[:2]
     if protocol == "bit":
@@ -156,7 +160,14 @@ def _shifted(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The image moved by up to an eighth of each side, black where it was not."""
     height, width = image.shape[:2]
     rows, columns = height // 8, width // 8
-    padded = np.zeros((height + 2 * rows, width + 2 * columns, 3), np.uint8)
-    padded[rows : rows + height, columns : columns + width] = image
-    y, x = rng.integers(2 * rows + 1), rng.integers(2 * columns + 1)
-    return padded[y : y + height, x : x + width]
+    down, right = rows - rng.integers(2 * rows + 1), columns - rng.integers(2 * columns + 1)
+    moved = np.zeros_like(image)
+    moved[_overlap(down, height), _overlap(right, width)] = image[
+        _overlap(-down, height), _overlap(-right, width)
+    ]
+    return moved
+
+
+def _overlap(shift: int, length: int) -> slice:
+    """What of an axis is covered by the same axis, moved."""
+    return slice(max(shift, 0), length + min(shift, 0))

@@ -25,11 +25,17 @@ _MAX_SIDE = 1024
 # hands out anew for every image, which takes twice as long, and too much of a long strip.
 _MAX_NUMBERS = 2**17
 
+# Of a strip of more numbers only the part that is read is transposed, another is at once.
+_MAX_TURNED = 2**24
+
 # A strip that is longer, in pixels, is summed in another order than TensorFlow's.
 _LONG = 2**16
 
 # What may lie between two passes of PIL's resize, in pixels.
 _MAX_BETWEEN = 2**26
+
+# PIL's resize gets a copy, of 4 bytes a pixel; of an image of more numbers a channel at a time.
+_MAX_COPY = 2**27
 
 Box = tuple[float, float, float, float]  # y, x, height, width in source pixels
 
@@ -189,21 +195,32 @@ def _resample(image: np.ndarray, rows: _Taps, columns: _Taps) -> np.ndarray:
     output = np.empty((len(rows.source), len(columns.source), 3), np.float32)
     for part in _parts(rows, 3 * len(columns.source)):
         used, source = np.unique(rows.source[part], return_inverse=True)
-        between = _sum(cv2.transpose(image[used]), columns)
-        output[part] = _sum(cv2.transpose(between), _Taps(source, rows.weights[part]))
+        between = _sum(image[_slice_of(used)], columns)
+        output[part] = _sum(between, _Taps(source, rows.weights[part]))
     return output
 
 
 def _sum(pixels: np.ndarray, taps: _Taps) -> np.ndarray:
-    """Sums over the first axis of [length, width, 3], float32 [size, width, 3]."""
-    flat = pixels.reshape(len(pixels), -1)
-    sums = np.empty((len(taps.source), flat.shape[1]), np.float32)
-    for part in _parts(taps, flat.shape[1]):
+    """Sums over the second axis of [width, length, 3], float32 [size, width, 3]."""
+    sums = np.empty((len(taps.source), 3 * len(pixels)), np.float32)
+    is_strip, first = pixels.size > _MAX_TURNED, 0
+    turned = pixels if is_strip else cv2.transpose(pixels)
+    for part in _parts(taps, 3 * len(pixels)):
         used, source = np.unique(taps.source[part], return_inverse=True)
+        if is_strip:
+            first = used[0]
+            turned = cv2.transpose(pixels[:, first : used[-1] + 1])
+        flat = turned.reshape(len(turned), -1)[_slice_of(used - first)]
         begins = np.arange(0, source.size + 1, source.shape[1])
         terms = (taps.weights[part].ravel(), source.ravel(), begins)
-        sums[part] = csr_array(terms, (len(source), len(used))) @ flat[used].astype(np.float32)
+        sums[part] = csr_array(terms, (len(source), len(used))) @ flat.astype(np.float32)
     return sums.reshape(len(sums), -1, 3)
+
+
+def _slice_of(indices: np.ndarray) -> np.ndarray | slice:
+    """Indices in their order, as a slice where they leave none out: a slice copies nothing."""
+    first, last = indices[0], indices[-1]
+    return slice(first, last + 1) if last - first + 1 == len(indices) else indices
 
 
 def _parts(taps: _Taps, numbers: int) -> list[slice]:
@@ -224,9 +241,21 @@ def _resize_with_pil(
         # Of a long strip only what is kept, which PIL may round otherwise here and there.
         y, x = image.shape[0] / height, image.shape[1] / width
         box = (left * x, top * y, (left + size) * x, (top + size) * y)
-        return np.asarray(Image.fromarray(image).resize((size, size), kernel, box))
+        return _pil_resize(image, (size, size), kernel, box)
     if image.shape[0] * width > _MAX_BETWEEN:  # A tall one: columns first, likewise.
         turned = image.swapaxes(0, 1)
         return _resize_with_pil(turned, (width, height, left, top), preprocessing).swapaxes(0, 1)
-    pixels = np.asarray(Image.fromarray(image).resize((width, height), kernel))
+    pixels = _pil_resize(image, (width, height), kernel)
     return pixels[top : top + size, left : left + size]
+
+
+def _pil_resize(
+    image: np.ndarray,
+    size: tuple[int, int],
+    kernel: Image.Resampling,
+    box: tuple[float, float, float, float] | None = None,
+) -> np.ndarray:
+    if image.size <= _MAX_COPY:
+        return np.asarray(Image.fromarray(image).resize(size, kernel, box))
+    channels = (Image.fromarray(image[..., channel]) for channel in range(3))
+    return np.dstack([np.asarray(channel.resize(size, kernel, box)) for channel in channels])

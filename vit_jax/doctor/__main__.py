@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from vit_jax import __version__, command
 from vit_jax.doctor import environment
+from vit_jax.printable import printable
 
 _EPILOG = """exit codes:
   0  every device computes what it should
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vit_jax.doctor import arithmetic
 
     if os.environ.get("XLA_FLAGS"):
-        print(f"XLA_FLAGS: {os.environ['XLA_FLAGS']}")
+        print(printable(f"XLA_FLAGS: {os.environ['XLA_FLAGS']}"))
     faults = []
     for device in _devices():
         error = arithmetic.default_product_error(device)
@@ -79,7 +80,7 @@ def _print_environment() -> None:
         print(f"{part.name:34}{state}")
     print()
     for name, path, content in environment.places():
-        print(f"{name:34}{path}: {content}")
+        print(printable(f"{name:34}{path}: {content}"))
     print(flush=True)
 
 

@@ -16,6 +16,7 @@ from vit_jax.checkpoints import flags
 from vit_jax.errors import UserError
 from vit_jax.export.precisions import PRECISIONS
 from vit_jax.export.stages import CONVERTERS, STAGES
+from vit_jax.printable import printable
 
 if TYPE_CHECKING:
     from vit_jax.export.pipeline import Export
@@ -46,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "tensorrt" in (args.stages or ()):
         export.build_engine()
     for failure in export.failures:
-        print(f"error: {failure}; see {export.directory / 'parity.json'}", file=sys.stderr)
+        line = f"error: {failure}; see {export.directory / 'parity.json'}"
+        print(printable(line), file=sys.stderr)
     return 1 if export.failures else 0
 
 
@@ -59,7 +61,8 @@ def _convert(args: argparse.Namespace, export: "Export") -> None:
     logging.set_verbosity(logging.ERROR)
     pretrained = flags.load(args)
     if pretrained.has_untrained_head and args.outputs != "features":
-        print(f"note: {pretrained.source} has a head of zeros: its {args.outputs} mean nothing yet")
+        source = printable(pretrained.source)
+        print(f"note: {source} has a head of zeros: its {args.outputs} mean nothing yet")
     export.convert(
         pretrained,
         stages=args.stages,

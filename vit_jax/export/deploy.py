@@ -28,6 +28,7 @@ from vit_jax.export.onnx_file import OnnxFile, Tensor, read_onnx
 from vit_jax.export.precisions import PRECISIONS
 from vit_jax.export.profiles import Profile, parse_batch
 from vit_jax.files import atomic_folder
+from vit_jax.printable import printable
 
 _TRITON = {"FLOAT": "FP32", "HALF": "FP16", "BF16": "BF16", "UINT8": "UINT8"}
 
@@ -139,7 +140,7 @@ def _readme(
     lines = [
         f"# {name}",
         "",
-        f"`{image.name}` {input_type} {list(image.shape)} -> `{onnx.outputs[0].name}` "
+        f"`{_named(image)}` {input_type} {list(image.shape)} -> `{_named(onnx.outputs[0])}` "
         f"{list(onnx.outputs[0].shape)}, {onnx.precision}; -1 is the batch.",
     ]
     if preprocessing:
@@ -190,7 +191,8 @@ def _write_model(
     (directory / "config.pbtxt").write_text(config, encoding="utf-8")
     if "class_names" in onnx.metadata:
         labels = json.loads(onnx.metadata["class_names"])
-        text = "".join(f"{label}\n" for label in labels)
+        # A name that goes on in the next line would move those of all classes after it.
+        text = "".join(f"{printable(label)}\n" for label in labels)
         (directory / "labels.txt").write_text(text, encoding="utf-8")
     for file in files:
         target = directory / "1" / (name or file.name)
@@ -211,6 +213,11 @@ def _tensor(tensor: Tensor, fixed: bool) -> str:
     return f"name: {json.dumps(tensor.name)} data_type: TYPE_{_TRITON[tensor.type]} dims: {dims}"
 
 
+def _named(tensor: Tensor) -> str:
+    """Its name for a page in Markdown, where it stands between backticks."""
+    return printable(tensor.name).replace("`", "'")
+
+
 def _fixed_batch(onnx: OnnxFile) -> tuple[Profile, ...] | None:
     """The one profile of a file whose batch is fixed; None if it is free."""
     size = onnx.inputs[0].shape[0]
@@ -220,7 +227,7 @@ def _fixed_batch(onnx: OnnxFile) -> tuple[Profile, ...] | None:
 def _indented(words: list[str]) -> str:
     """A command as a Markdown block; no line parts an option from its values."""
     options = []
-    for word in map(shlex.quote, words):
+    for word in map(shlex.quote, map(printable, words)):
         if word.startswith("-") or not options:
             options.append(word)
         else:
@@ -254,7 +261,7 @@ def build_parser(prog: str = "python -m vit_jax.export.deploy") -> command.Parse
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    print(write_deploy(**vars(build_parser().parse_args(argv))))
+    print(printable(str(write_deploy(**vars(build_parser().parse_args(argv))))))
     return 0
 
 

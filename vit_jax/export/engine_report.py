@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from vit_jax.export.nvidia import device_name
+from vit_jax.printable import printable
 
 
 def inspect(trt: Any, engine: Any) -> list[Any]:
@@ -96,7 +97,7 @@ def summary(description: dict[str, Any]) -> str:
     }[attention["fused"]]
     typing = "strongly typed" if description["strongly_typed"] else "weakly typed"
     return (
-        f"TensorRT {description['tensorrt']} on {device_name(description['device'])}: "
+        f"TensorRT {description['tensorrt']} on {printable(device_name(description['device']))}: "
         f"{description['precision']} ({typing}), batch {profiles}\n"
         f"{description['engine']['bytes'] / 2**20:.1f} MiB in {description['layers']} layers, "
         f"built in {description['build_seconds']} s\n"

@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from vit_jax.errors import UserError, first_line
+from vit_jax.printable import printable
 
 
 def import_tensorrt() -> Any:
@@ -94,7 +95,7 @@ def make_logger(trt: Any, verbose: bool = False) -> Any:
             if int(severity) <= int(trt.ILogger.ERROR):
                 self.errors.append(" ".join(message.split()))
             if verbose or int(trt.ILogger.ERROR) < int(severity) <= int(printed):
-                print(f"TensorRT: {message}", file=sys.stderr)
+                print(printable(f"TensorRT: {message}"), file=sys.stderr)
 
         def last_error(self):
             return self.errors[-1] if self.errors else "it gave no reason (try --verbose)"

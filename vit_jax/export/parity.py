@@ -15,6 +15,7 @@ from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 from vit_jax.export.precisions import PRECISIONS, thresholds
 from vit_jax.files import atomic_write, write_json
+from vit_jax.printable import table_cell
 
 Predict = Callable[[np.ndarray], np.ndarray]
 
@@ -62,14 +63,17 @@ def read_images(
     """
     from vit_jax.data.image_files import find_images
     from vit_jax.data.imagenet import comparable
-    from vit_jax.data.images import preprocess, read_image
+    from vit_jax.data.images import open_image, preprocess
+
+    def read(file: str) -> np.ndarray:
+        with open_image(file, jpeg_dct=preprocessing.jpeg_dct) as image:
+            return preprocess(image, preprocessing)
 
     files = find_images([directory])
     files = (
         [files[i * len(files) // number] for i in range(number)] if len(files) > number else files
     )
-    pixels = (read_image(file, jpeg_dct=preprocessing.jpeg_dct) for file in files)
-    images = np.stack([preprocess(image, preprocessing) for image in pixels])
+    images = np.stack([read(file) for file in files])
     indices = {comparable(name): i for i, name in enumerate(class_names or ())}
     labels = [indices.get(comparable(os.path.basename(os.path.dirname(file)))) for file in files]
     return images, None if None in labels else np.array(labels)
@@ -233,7 +237,7 @@ def table(stages: Sequence[Mapping[str, Any]]) -> str:
     lines.append("|-|-|-|-|-|-|" + "-|" * (accuracy + ranged))
     for stage in stages:
         cells = [
-            f"{stage['name']}",
+            table_cell(stage["name"]),
             *(f"{stage[f'{kind}_difference']:.1e}" for kind in ("max", "mean", "relative")),
             f"{stage['cosine']:.6f}",
             f"{stage['top1_agreement']:.2%}",
@@ -241,16 +245,15 @@ def table(stages: Sequence[Mapping[str, Any]]) -> str:
         if accuracy:
             cells.append(f"{stage['accuracy']:.2%} (Flax {stage['reference_accuracy']:.2%})")
         if ranged:
-            cells.append(
-                f"{stage['largest']:.4g} at {stage['largest_at']}" if "largest" in stage else ""
-            )
+            where = table_cell(stage.get("largest_at", ""))
+            cells.append(f"{stage['largest']:.4g} at {where}" if "largest" in stage else "")
         lines.append(f"| {' | '.join(cells)} |")
     if timed := [(stage, row) for stage in stages for row in stage.get("latency", ())]:
         lines += ["", "| | batch | p50 ms | p90 ms | p99 ms | images/s |", "|-|-|-|-|-|-|"]
         for stage, row in timed:
             times = " | ".join(f"{row[f'p{p}_ms']:.2f}" for p in _PERCENTILES)
             speed = f"{row['images_per_second']:.1f}"
-            lines.append(f"| {stage['name']} | {row['batch']} | {times} | {speed} |")
+            lines.append(f"| {table_cell(stage['name'])} | {row['batch']} | {times} | {speed} |")
     return "\n".join(lines)
 
 

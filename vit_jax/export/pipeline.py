@@ -20,6 +20,7 @@ from vit_jax.export.profiles import parse_batch
 from vit_jax.export.stages import Resolution, missing_packages, obstacles, resolve
 from vit_jax.export.to_tensorrt import build, summary
 from vit_jax.files import make_folder
+from vit_jax.printable import printable
 
 if TYPE_CHECKING:
     from vit_jax.checkpoints.pretrained import Pretrained
@@ -259,4 +260,4 @@ class Export:
 
 
 def _print_made(start: float, text: str) -> None:
-    print(f"{text} ({time.perf_counter() - start:.0f} s)", flush=True)
+    print(printable(f"{text} ({time.perf_counter() - start:.0f} s)"), flush=True)

@@ -21,7 +21,7 @@ from vit_jax.export import stages
 from vit_jax.export.forward import Forward
 from vit_jax.export.graph import known
 from vit_jax.export.rewrite import TRACED_BATCH, rewrite
-from vit_jax.files import atomic_write, make_folder
+from vit_jax.files import atomic_files, make_folder
 
 OPSET = 17  # The first with LayerNormalization, and one that TensorRT 8.6 to 11 read.
 _EXTERNAL_ABOVE = 2**31 - 2**20  # bytes; protobuf's limit is 2**31.
@@ -101,19 +101,14 @@ def save(model: ir.Model, directory: str | os.PathLike[str]) -> Path:
     Raises:
         UserError: the directory cannot be written.
     """
-    path = Path(directory) / "model.onnx"
+    directory = Path(directory)
     size = sum(known(value.const_value).nbytes for value in model.graph.initializers.values())
-    before = set(path.parent.glob("model.*.data"))
+    before = set(directory.glob("model.*.data"))
     data = f"model.{secrets.token_hex(4)}.data" if size > _EXTERNAL_ABOVE else None
-    make_folder(path.parent)
-    try:
-        with atomic_write(path) as temporary:
-            ir.save(model, temporary, external_data=data)
-            onnx.checker.check_model(temporary, full_check=True)
-    except BaseException:
-        if data:
-            (path.parent / data).unlink(missing_ok=True)
-        raise
+    make_folder(directory)
+    with atomic_files(directory) as temporary:  # The weights move first: "model.onnx" comes last.
+        ir.save(model, temporary / "model.onnx", external_data=data)
+        onnx.checker.check_model(temporary / "model.onnx", full_check=True)
     for stale in before:
         stale.unlink(missing_ok=True)
-    return path
+    return directory / "model.onnx"

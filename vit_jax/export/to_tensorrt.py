@@ -29,6 +29,7 @@ from vit_jax.export.onnx_file import OnnxFile, read_onnx
 from vit_jax.export.precisions import PRECISIONS
 from vit_jax.export.profiles import Profile, parse_batch
 from vit_jax.files import atomic_files
+from vit_jax.printable import printable
 
 LAYERS, TIMING_CACHE = "layers.json", "timing.cache"
 HARDWARE_COMPATIBILITY = ("none", "ampere_plus", "same_compute_capability")
@@ -229,7 +230,7 @@ def _watch(trt: Any, config: Any) -> Any:
 def _parse(trt: Any, parser: Any, network: Any, onnx: OnnxFile) -> None:
     if not parser.parse_from_file(str(onnx.path)):
         for index in range(parser.num_errors):
-            print(f"parser: {parser.get_error(index)}", file=sys.stderr)
+            print(printable(f"parser: {parser.get_error(index)}"), file=sys.stderr)
         raise UserError(
             f"TensorRT {trt.__version__} cannot read {onnx.path}: its parser's "
             f"{parser.num_errors} errors stand above"
@@ -314,7 +315,7 @@ def _load_timing_cache(config: Any, path: Path) -> Any:
         # False: a cache of another GPU or version must not be used.
         if cache is not None and config.set_timing_cache(cache, False):
             return cache
-        print(f"{path} is of another GPU or TensorRT and starts anew", file=sys.stderr)
+        print(printable(f"{path} is of another GPU or TensorRT and starts anew"), file=sys.stderr)
     cache = config.create_timing_cache(b"")
     config.set_timing_cache(cache, False)
     return cache

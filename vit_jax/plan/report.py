@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vit_jax.plan.planning import peak
+from vit_jax.printable import printable
 
 GIB = 2**30
 _WAYS = {
@@ -21,8 +22,8 @@ _BOUNDS = {
 def render(found: Mapping[str, Any]) -> str:
     """The plan that `planning.plan` found, with "config", its name."""
     head = (
-        f"{found['config']} on {found['devices']} x {found['kind']} ({found['source']}): batch "
-        f"{found['batch_size']:,}, sharding {found['sharding']}"
+        f"{printable(found['config'])} on {found['devices']} x {found['kind']} "
+        f"({found['source']}): batch {found['batch_size']:,}, sharding {found['sharding']}"
     )
     parts = [_memory(found), _batch(found), _remat(found), _collectives(found), _time(found)]
     return "\n\n".join([head, *("\n".join(part) for part in parts if part), "\n".join(_run(found))])
