@@ -13,6 +13,7 @@ from pathlib import Path
 
 from vit_jax.checkpoints import augreg
 from vit_jax.checkpoints.download import Source, fetch_file, root_reason
+from vit_jax.checkpoints.formats.checks import MAX_HEADER
 from vit_jax.errors import UserError
 from vit_jax.files import cache_dir
 
@@ -168,8 +169,9 @@ def _missing_weights(folder: Path) -> str | None:
     if (folder / "model.safetensors").exists():
         return None
     try:
-        index = json.loads((folder / "model.safetensors.index.json").read_bytes())
+        with (folder / "model.safetensors.index.json").open("rb") as file:
+            index = json.loads(file.read(MAX_HEADER))
         shards = sorted(set(index["weight_map"].values()))
         return next((shard for shard in shards if not (folder / shard).exists()), None)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return "model.safetensors"
