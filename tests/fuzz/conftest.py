@@ -8,7 +8,7 @@ in `corpus/png`. Bytes become a file, a dict of names and bytes a folder, of whi
 the path; text is passed as it is. Each must give a result or a `UserError` of one line, execute
 nothing, write nothing outside its folder, and end in bounded time and memory.
 
-    FUZZ_SECONDS=600   for each fuzzer; 5 by default
+    FUZZ_SECONDS=600   for each fuzzer; 3 by default, so that all cost CI about a minute
     FUZZ_SEED=1        of the cases; 0 by default, so that a red CI is due to a change, while
                        `make fuzz` takes another each time
     FUZZ_CASE=PATH     only this case, as a failure prints it
@@ -33,7 +33,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from vit_jax.errors import UserError
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "5"))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "3"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 ROUND = 200  # cases; Hypothesis begins each with the smallest ones again
 CORPUS = pathlib.Path(__file__).parent / "corpus"

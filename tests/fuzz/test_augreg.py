@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from vit_jax.checkpoints import augreg
 
-from .mutations import mutated
+from .mutations import TEXT, mutated
 
 COLUMNS = [field.name for field in dataclasses.fields(augreg.Entry)]
 ROW = dict.fromkeys(COLUMNS, "0.5") | {
@@ -15,7 +15,7 @@ ROW = dict.fromkeys(COLUMNS, "0.5") | {
 }  # fmt: skip
 VALUES = st.one_of(
     st.sampled_from(["", "nan", "inf", "-1", "1e400", "9" * 5000, "1_0", "\x1b[2J", "a\nb", '"']),
-    st.text(max_size=6),
+    TEXT,
 )
 
 

@@ -3,7 +3,7 @@ from flax.serialization import to_bytes
 from hypothesis import strategies as st
 
 from ..checkpoints.array_files import FORMATS, SOUND, read_checked
-from .mutations import NUMBERS, mutated
+from .mutations import NUMBERS, TEXT, mutated
 
 FILES = [FORMATS["flax"](SOUND), to_bytes({"params": SOUND, "step": 3})]
 TYPES = st.sampled_from(["float32", "bfloat16", "<f8", "O", "V8", "f4,f4", "(2,)f4", "m8", "x", 3])
@@ -15,7 +15,7 @@ LEAVES = st.one_of(
     st.none(),
     st.floats(),
     st.integers(-(2**63), 2**64 - 1),
-    st.text(max_size=4),
+    TEXT,
     st.binary(max_size=4),
 )
 KEYS = st.sampled_from(["params", "target", "a", "a/b", "", "..", "__msgpack_chunked_array__"])

@@ -4,13 +4,13 @@ import zipfile
 from hypothesis import strategies as st
 
 from ..checkpoints.array_files import FORMATS, SOUND, npy_header, read_checked, zip_bytes
-from .mutations import mutated, mutated_zip_directory
+from .mutations import TEXT, mutated, mutated_zip_directory
 
 FILES = [FORMATS["npz"](SOUND), FORMATS["compressed npz"](SOUND)]
 SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, -1, 2**31, 2**40, 2**63]), max_size=5).map(tuple)
 DESCRIPTIONS = st.one_of(
     st.sampled_from(["<f4", ">f2", "<f8", "|O", "<i8", "<c8", "V2", "|V0", "f4,f4", "(9,)f4"]),
-    st.lists(st.tuples(st.text(max_size=2), st.sampled_from(["<f4", "|O"])), max_size=3),
+    st.lists(st.tuples(TEXT, st.sampled_from(["<f4", "|O"])), max_size=3),
 )
 
 
@@ -26,7 +26,7 @@ def mutated_members(draw, content):
         member = header + draw(st.binary(max_size=24))
     else:
         member = draw(mutated(member))
-    members[i] = (draw(st.one_of(st.just(name), st.text(max_size=8))), member)
+    members[i] = (draw(st.one_of(st.just(name), TEXT)), member)
     return zip_bytes(members, draw(st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])))
 
 

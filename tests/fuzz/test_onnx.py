@@ -3,7 +3,7 @@ from hypothesis import strategies as st
 from vit_jax.export.deploy import write_deploy
 from vit_jax.export.onnx_file import read_onnx
 
-from .mutations import NUMBERS, message, mutated
+from .mutations import NUMBERS, TEXT, message, mutated
 
 
 def value(name, data_type, sizes):
@@ -31,7 +31,7 @@ def model(
 
 TEXTS = st.one_of(
     st.sampled_from(["", "[]", '["a\\nb"]', "{", "[" * 5000, "null", "fp16", '{"mean": 3}', "7"]),
-    st.text(max_size=6),
+    TEXT,
 )
 KEYS = st.sampled_from(["class_names", "preprocessing", "precision", "pixels"])
 SIZES = st.lists(st.one_of(NUMBERS, st.just(2**64 - 1)), max_size=5)
@@ -53,7 +53,7 @@ MODELS = st.builds(
     location=st.sampled_from(["", "", *LOCATIONS]),
     metadata=st.lists(st.tuples(KEYS, TEXTS), max_size=3),
     sizes=st.one_of(SIZES, st.just((8, 4, 4, 3)), st.just((8, 4, 4, 3))),
-    name=st.one_of(st.just("images"), st.text(max_size=4)),
+    name=st.one_of(st.just("images"), TEXT),
 )
 SOUND = [
     {"model.onnx": model(metadata=[("class_names", '["rose", "iris"]')])},

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from vit_jax.checkpoints import augreg
 from vit_jax.checkpoints.download import Source, fetch_file, root_reason
-from vit_jax.checkpoints.formats.checks import MAX_HEADER
 from vit_jax.errors import UserError
 from vit_jax.files import cache_dir
 
@@ -28,6 +27,7 @@ _HUB_FILES = (
     *("config.json", "preprocessor_config.json"),
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
 )
+_MAX_INDEX = 4 << 20  # bytes, as `arrays.read_sharded` reads
 _BUCKET = "vit_models"
 _BUCKET_URL = f"https://storage.googleapis.com/{_BUCKET}"
 _ACCEPTED = (
@@ -170,7 +170,7 @@ def _missing_weights(folder: Path) -> str | None:
         return None
     try:
         with (folder / "model.safetensors.index.json").open("rb") as file:
-            index = json.loads(file.read(MAX_HEADER))
+            index = json.loads(file.read(_MAX_INDEX))
         shards = sorted(set(index["weight_map"].values()))
         return next((shard for shard in shards if not (folder / shard).exists()), None)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):

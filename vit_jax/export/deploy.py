@@ -95,7 +95,8 @@ def _check_served(onnx: OnnxFile) -> None:
     if onnx.inputs[0].shape[0] == 0 or not onnx.outputs[0].shape:
         raise UserError(f"{onnx.path} takes or gives nothing: use another")
     try:
-        read_class_names(onnx.metadata)
+        if "class_names" in onnx.metadata and read_class_names(onnx.metadata) is None:
+            raise ValueError("class_names is null")
         json.loads(onnx.metadata.get("preprocessing", "null"))
     except (ValueError, RecursionError) as error:
         reason = first_line(error)
@@ -209,9 +210,9 @@ def _write_model(
     """Writes a model of a Triton repository, in its version 1."""
     (directory / "1").mkdir(parents=True)
     (directory / "config.pbtxt").write_text(config, encoding="utf-8")
-    if labels := read_class_names(onnx.metadata):
-        # A line each: a line break in one would shift the others.
-        text = "".join(f"{' '.join(label.splitlines())}\n" for label in labels)
+    if "class_names" in onnx.metadata:
+        labels = json.loads(onnx.metadata["class_names"])
+        text = "".join(f"{label}\n" for label in labels)
         (directory / "labels.txt").write_text(text, encoding="utf-8")
     for file in files:
         target = directory / "1" / (name or file.name)

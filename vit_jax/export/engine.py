@@ -44,7 +44,7 @@ _TYPES = {
     "device compute_capability": str,
 }
 _OPTIONS = {"workspace_mib": int, "optimization_level": int, "tactic_sources": str}
-HARDWARE_COMPATIBILITIES = ("none", "same_compute_capability", "ampere_plus")
+HARDWARE_COMPATIBILITY = ("none", "ampere_plus", "same_compute_capability")
 _NUMPY = {"FLOAT": "float32", "HALF": "float16", "UINT8": "uint8"}
 
 
@@ -200,7 +200,7 @@ def _check_entries(description: dict[str, Any]) -> None:
         value = description.get(key)
         if value is not None and type(value) is not kind:
             raise TypeError(f"{key} is {value!r}")
-    if entries["hardware_compatibility"] not in HARDWARE_COMPATIBILITIES:
+    if entries["hardware_compatibility"] not in HARDWARE_COMPATIBILITY:
         raise ValueError(f"hardware_compatibility {entries['hardware_compatibility']!r}")
     numbers(entries["tensorrt"])
     numbers(entries["device compute_capability"])

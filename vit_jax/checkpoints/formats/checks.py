@@ -113,8 +113,11 @@ class _Bounded(io.BufferedReader):
     largest: int | None = MAX_HEADER
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if self.largest is not None and not 0 <= (-1 if size is None else size) <= self.largest:
-            raise ValueError(f"its directory would take {size} bytes")
+        if self.largest is not None:
+            left = os.fstat(self.fileno()).st_size - self.tell()
+            wanted = left if size is None or size < 0 else min(size, left)
+            if wanted > self.largest:
+                raise ValueError(f"its directory would take {wanted} bytes")
         return super().read(size)
 
 
