@@ -133,7 +133,7 @@ FILES = {
     "sizes.onnx": lambda: onnx_of((5, message((1, (b"\xff" * 9 + b"\x01") * 400_000), (2, 1)))),
     "device.onnx": lambda: model(location="/dev/zero"),
     "device in the folder.onnx": lambda: model(location="zero"),
-    "fields.onnx": lambda: onnx_of((5, varint(8 << 3) + b"\x00" + b"\x40\x00" * (5 << 20))),
+    "fields.onnx": lambda: onnx_of((5, varint(8 << 3) + b"\x00" + b"\x40\x00" * 1_100_000)),
     "shape.onnx": lambda: onnx_of((11, value("x", 1, [1] * 10_000))),
     "description.engine": lambda: b"plan",
     "rows.csv": lambda: written([ROW]) + b",,,,,,,,\n" * 300_000,

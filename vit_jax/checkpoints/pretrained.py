@@ -245,9 +245,11 @@ def _check_state_size(step_dir: Path) -> None:
     Those of which nothing is stored would be filled with zeros, of any shape.
     """
     import orbax.checkpoint as ocp
+    from etils import epath
 
+    state = epath.Path((step_dir / "state").absolute())
     try:
-        described = ocp.PyTreeCheckpointHandler().metadata((step_dir / "state").absolute())
+        described = ocp.PyTreeCheckpointHandler().metadata(state)
     except Exception as error:  # orbax and tensorstore have no class for what is unreadable
         raise ValueError(f"its arrays cannot be read: {first_line(error)}") from error
     shapes = [getattr(leaf, "shape", ()) for leaf in jax.tree.leaves(described.tree)]

@@ -208,9 +208,9 @@ def _check_entries(description: dict[str, Any]) -> None:
         low, best, high = (profile[key] for key in ("min", "opt", "max"))
         if {type(low), type(best), type(high)} != {int} or not 0 < low <= best <= high:
             raise ValueError(f"profile {profile!r}")
-    for key, value in description.get("metadata", {}).items():
-        if not isinstance(value, str):
-            raise TypeError(f"metadata {key!r} is {value!r}")
+    metadata = description.get("metadata", {})
+    if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
+        raise TypeError("metadata are no texts")
 
 
 class EngineRunner:

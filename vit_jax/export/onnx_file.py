@@ -22,8 +22,9 @@ from vit_jax.errors import UserError, first_line
 from vit_jax.export.precisions import PRECISIONS, Precision, detect
 from vit_jax.files import storage_errors
 
-# Of all messages in a file; ViT-H/14 has some 100,000, weights being one field each.
-_MAX_FIELDS = 4_000_000
+# Of all messages in a file: a node has some five that are looked at, and the values of a weight are
+# one.
+_MAX_FIELDS = 1_000_000
 _MAX_DIMS = 64
 
 # TensorProto.DataType.
