@@ -25,6 +25,7 @@ import signal
 import sys
 import tempfile
 import time
+import unicodedata
 import warnings
 import zlib
 
@@ -260,7 +261,8 @@ class Fuzzer:
 
 def told_badly(message):
     """What is wrong with the text of a UserError, None if nothing."""
-    if not message.isprintable():
+    shown = "\u200c\u200d"  # They join letters and emoji, and are not printable to Python.
+    if not all(x.isprintable() or x in shown or unicodedata.category(x) == "Zs" for x in message):
         return f"its error is no printable line: {message!r}"
     if len(message) > 2000:
         return f"its error has {len(message)} characters: {message[:200]}"

@@ -260,7 +260,8 @@ def build_parser(prog: str = "python -m vit_jax.export.deploy") -> command.Parse
     """The flags of the command; `prog` is what its help calls it."""
     parser = command.Parser(
         prog=prog,
-        description="Writes a Triton model repository and build commands beside a model.",
+        description="Writes a Triton model repository and build commands beside a model. An "
+        "engine is a program that the server runs: give none that somebody else built.",
     )
     parser.add_argument("directory", help="with model.onnx and perhaps model.engine")
     parser.add_argument("--batch", default="1:8:64", help="batch sizes where no engine has its own")
