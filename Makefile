@@ -12,7 +12,7 @@ PIP := $(RUN) -m pip install --quiet --no-compile
 # Compiled programs are kept for the next run, and for the other process of this one.
 CACHE := JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/xla JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
-.PHONY: demo test faults coverage lint types docs doctor clean
+.PHONY: demo test faults fuzz coverage lint types docs doctor clean
 
 demo: $(VENV)/installed
 	$(RUN) -m vit_jax doctor
@@ -28,6 +28,13 @@ test: $(VENV)/installed
 # Attacks the commands for a quarter of an hour, and prints the table of docs/robustness.md.
 faults: $(VENV)/installed
 	FAULTS=long FAULTS_SEED=$${FAULTS_SEED:-$$(date +%s)} $(CACHE) $(RUN) -m pytest tests/faults -n $(JOBS) $(FLAGS)
+
+# Every reader of files is attacked for ten minutes, with other cases each time; FLAGS='-k npz' one.
+# EXTRAS=export,peers,test has PyTorch, without which its two readers are left out.
+fuzz: export FUZZ_SECONDS ?= 600
+fuzz: export FUZZ_SEED ?= $(shell date +%s)
+fuzz: $(VENV)/installed
+	$(CACHE) $(RUN) -m pytest -n $(JOBS) tests/fuzz $(FLAGS)
 
 # The tests, and the share of lines that they run, without those in other processes.
 coverage: COVERAGE := --cov=vit_jax --cov-report=term:skip-covered

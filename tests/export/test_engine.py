@@ -70,13 +70,33 @@ def test_an_engine_of_another_gpu_is_one_line(built, level, capability, fits):
             engine.check_engine(description, pathlib.Path("e"), "11.4.0.106", there)
 
 
+def test_an_engine_of_unknown_source_says_that_it_is_a_program(built, capsys):
+    directory = built()
+    engine.load_engine(directory)
+    assert "program" not in capsys.readouterr().err
+    (directory / "engine.json").unlink()
+    engine.load_engine(directory)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "its source is unknown: an engine is a program, load only what you trust" in line
+
+
 def test_a_damaged_engine_or_description_is_one_line(built, tmp_path):
     directory = built()
     whole = (directory / "model.engine").read_bytes()
     (directory / "model.engine").write_bytes(whole[:-1])
     with pytest.raises(UserError, match="bytes and engine.json says"):
         engine.load_engine(directory)
-    for text in ("{", "{}", "[]", '{"engine": {"bytes": 1}}'):
+    sound = json.loads((directory / "engine.json").read_text())
+    changes = (
+        {"device": 3},
+        {"tensorrt": 10},
+        {"version_compatible": "no"},
+        {"metadata": ["a"]},
+        {"hardware_compatibility": "any"},
+        {"profiles": [{"min": 2, "opt": 1, "max": 0}]},
+    )
+    wrong = [json.dumps(sound | change) for change in changes]
+    for text in ("{", "{}", "[]", '{"engine": {"bytes": 1}}', "[" * 100_000, *wrong):
         (directory / "engine.json").write_text(text)
         with pytest.raises(UserError, match="engine.json is damaged"):
             engine.load_engine(directory)

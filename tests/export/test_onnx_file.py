@@ -1,4 +1,5 @@
 import hashlib
+import os
 
 import numpy as np
 import pytest
@@ -102,3 +103,19 @@ def test_every_cut_of_a_file_is_an_error_and_none_a_crash(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.onnx cannot be read"):
         read_onnx(tmp_path / "nowhere.onnx")
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../other", "a/../model.onnx", "zero", "\x1b[2J"])
+def test_weights_outside_its_folder_are_never_read(tmp_path, name):
+    os.symlink("/dev/zero", tmp_path / "zero")
+    options = {"save_as_external_data": True, "size_threshold": 0, "location": "model.onnx.data"}
+    path = save(tmp_path / "model.onnx", **options)
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = name
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match="must lie in its own folder") as caught:
+        read_onnx(path)
+    assert str(caught.value).isprintable()

@@ -1,7 +1,7 @@
 """Arrays in files: .npz, .safetensors, PyTorch and Flax, read as if every file were hostile.
 
 Whatever a file holds, reading it gives float32 arrays or one `UserError`. Nothing in it is
-executed, and what it makes the reader allocate is bounded by its own size: see
+executed, and the memory and the time that it takes are bounded by its own size: see
 `formats.checks`.
 
 NumPy's archives and PyTorch's carry a checksum of every array, which is verified. Safetensors,
@@ -33,6 +33,9 @@ _READERS: dict[FileFormat, Callable[[Path, int], dict[str, np.ndarray]]] = {
     "legacy torch": lambda path, size: torch_pickle.read_torch(path, size, is_legacy=True),
     "flax": flax_msgpack.read_flax,
 }
+
+# Of 16 GiB in all; Hugging Face cuts at 5 GB.
+MAX_SHARDS = 1000
 
 # How files begin that are often in the place of weights, and the way out.
 _MISTAKEN = {
@@ -78,6 +81,8 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 def read_sharded(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Reads the arrays of all shards that a Hugging Face index names.
 
+    Together they may take what one file of their size may.
+
     Args:
         path: a `model.safetensors.index.json`, or that of other shards, whose `weight_map` gives
             the shard of every array: a file in the same folder.
@@ -90,9 +95,11 @@ def read_sharded(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     with _reading(path):
         weight_map = _read_weight_map(path)
         shards = _find_shards(path, weight_map)
+    size = sum(map(_file_size, shards))
     arrays, found = {}, {}
     for shard in shards:
         read = read_arrays(shard)
+        checks.check_total(path, size, sum(x.nbytes for x in [*arrays.values(), *read.values()]))
         if repeated := sorted(arrays.keys() & read.keys()):
             raise UserError(
                 f"{shard} repeats {checks.printable_shortlist(repeated)} of another shard: "
@@ -130,6 +137,8 @@ def _is_file_name(value: Any) -> bool:
 
 def _find_shards(path: Path, weight_map: dict[str, str]) -> list[Path]:
     shards = [path.with_name(name) for name in sorted({*weight_map.values()})]
+    if len(shards) > MAX_SHARDS:
+        raise UserError(f"{path} names {len(shards)} shards: at most {MAX_SHARDS} are read")
     if missing := [shard.name for shard in shards if not shard.exists()]:
         raise UserError(f"{path} names shards that are missing: put {shortlist(missing)} there")
     if sum(map(_file_size, shards)) > checks.MAX_BYTES:

@@ -8,13 +8,19 @@ the choice of a fine-tune from vit_jax_augreg.ipynb.
 
 import csv
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, first_line
+
+# Its paper counts more than 50,000 models.
+MAX_BYTES = 64 << 20
+MAX_ROWS = 250_000
+_LISTED = 50
 
 UPSTREAM = ("i21k", "i21k_30", "i1k")
 
@@ -47,22 +53,29 @@ class Entry:
 
 
 def read_index(path: str | os.PathLike[str]) -> list[Entry]:
-    """Reads `index.csv`.
+    """Reads `index.csv`, of at most `MAX_BYTES` and `MAX_ROWS`, once and row by row.
 
     Raises:
-        UserError: it is unreadable, empty, or lacks a column.
+        UserError: it is unreadable, too large, empty, or lacks a column.
     """
     path = Path(path)
     columns = [field.name for field in dataclasses.fields(Entry)]
     try:
+        if not path.is_file():  # To open a FIFO would wait for ever.
+            raise ValueError("no file")
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
                 raise ValueError(f"column {missing[0]} is missing")
-            entries = [_entry(row) for row in reader]
+            entries = [_entry(row) for row in itertools.islice(reader, MAX_ROWS + 1)]
+        if len(entries) > MAX_ROWS:
+            raise ValueError(f"more than {MAX_ROWS} rows")
     except (OSError, ValueError, OverflowError, csv.Error) as error:
+        reason = _shown(first_line(error))
         raise UserError(
-            f"{path} is not the index of AugReg ({error}): delete it, and it is fetched again"
+            f"{path} is not the index of AugReg ({reason}): delete it, and it is fetched again"
         ) from error
     if not entries:
         raise UserError(f"{path} has no rows: delete it, and it is fetched again")
@@ -160,6 +173,11 @@ def _entry(row: dict[str, str | None]) -> Entry:
     return Entry(**values)
 
 
+def _shown(text: str) -> str:
+    """Text of the index for a message, on whose line and terminal it must not act."""
+    return text if text.isprintable() else ascii(text)
+
+
 def _dataset_key(dataset: str) -> str:
     return dataset.lower().replace("_", "-")  # "oxford_iiit_pet" is TFDS's "oxford-iiit-pet"
 
@@ -174,7 +192,9 @@ def _select(
     selected = [row for row in rows if key(row) == wanted]
     if not selected:
         there = sorted({key(row) for row in rows} - {""})
-        listed = ", ".join(map(str, there)) or "none"
+        some = [_shown(str(x)[:100]) for x in there[:_LISTED]]
+        rest = [f"and {len(there) - _LISTED} more"] * (len(there) > _LISTED)
+        listed = ", ".join([*some, *rest]) or "none"
         raise UserError(f"{asked!r} is no {about}: there is {listed}")
     return selected
 
@@ -182,5 +202,6 @@ def _select(
 def _highest(rows: Sequence[Entry], score: str) -> Entry:
     scored = [row for row in rows if math.isfinite(getattr(row, score))]
     if not scored:
-        raise UserError(f"{rows[0].filename} has no {score} in the index: name a file yourself")
+        name = _shown(rows[0].filename[:200])
+        raise UserError(f"{name} has no {score} in the index: name a file yourself")
     return max(scored, key=lambda row: getattr(row, score))

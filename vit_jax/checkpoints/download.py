@@ -29,6 +29,7 @@ _ATTEMPTS = 4
 _FIRST_PAUSE = 0.5  # seconds; doubled before each further attempt
 _TIMEOUT = (10, 60)  # seconds to connect; between two pieces of the answer
 _BLOCK = 1 << 16  # bytes; a connection that breaks takes less than one with it
+_MAX_RECORD = 1 << 16  # bytes
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -278,9 +279,14 @@ def _record_path(file: BinaryIO) -> Path:
 
 def _read_record(file: BinaryIO) -> _Published | None:
     try:
-        return _Published(**json.loads(_record_path(file).read_bytes()))
-    except (FileNotFoundError, ValueError, TypeError):  # Without it the file is begun anew.
+        with _record_path(file).open("rb") as record:
+            published = _Published(**json.loads(record.read(_MAX_RECORD)))
+    # Without it the file is begun anew.
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
         return None
+    texts = (published.etag, published.md5 or "", published.crc32c or "")
+    is_record = all(isinstance(x, str) and x.isascii() and x.isprintable() for x in texts)
+    return published if is_record and isinstance(published.size, int | None) else None
 
 
 def _empty(file: BinaryIO) -> None:

@@ -3,22 +3,38 @@
 from typing import Any
 
 from vit_jax import models
-from vit_jax.checkpoints.layouts import Arrays
-from vit_jax.errors import UserError
+from vit_jax.checkpoints.layouts import MAX_DEPTH, Arrays
+from vit_jax.errors import UserError, shortlist
 from vit_jax.models.vit import SIZES
+
+# What a unit of a residual network has; a layer of a ViT has 16.
+_ARRAYS_OF_A_LAYER = 9
 
 
 def infer_model(arrays: Arrays) -> dict[str, Any]:
     """The architecture and its sizes, for `models.create_model`.
 
+    What they make the model take is bounded: it has at most `MAX_DEPTH` layers, and each of them
+    has its arrays.
+
     Args:
         arrays: official names, joined by "/".
 
     Raises:
-        UserError: a parameter without which nothing can be told is missing or misshapen.
+        UserError: a parameter without which nothing can be told is missing or misshapen, one has no
+            values, or there are more layers than arrays for them.
     """
+    if empty := [name for name, x in arrays.items() if not x.size]:
+        raise UserError(f"no values in {shortlist(empty)}: every parameter of a model has some")
     architecture = models.recognize(arrays)
-    return {"architecture": architecture, **models.family_of(architecture).infer(arrays)}
+    sizes = models.family_of(architecture).infer(arrays)
+    depth = sizes.get("num_layers", 0) + sum(sizes.get("resnet_layers", ()))
+    if depth > min(MAX_DEPTH, len(arrays) // _ARRAYS_OF_A_LAYER):
+        raise UserError(
+            f"{len(arrays)} arrays name {depth} layers: a layer has {_ARRAYS_OF_A_LAYER} arrays or "
+            f"more, and a model at most {MAX_DEPTH} layers; fetch the file again"
+        )
+    return {"architecture": architecture, **sizes}
 
 
 def usual_num_heads(hidden_size: int, num_layers: int, mlp_dim: int) -> int:

@@ -16,6 +16,10 @@ from vit_jax.models.vit import POSITIONS
 
 Arrays = dict[str, np.ndarray]
 
+# Layers, and units of residual networks, are traced one by one, at some 10 ms each. The deepest
+# model that was published has 66 of them, a ResNet-200.
+MAX_DEPTH = 500
+
 # What big_vision calls an encoder layer's MLP, as newer Linen does.
 _NEWER_MLP = "MlpBlock_0/"
 _LAYER = "Transformer/encoderblock_"
@@ -346,6 +350,11 @@ def _unstack(arrays: Arrays) -> Arrays:
     for name, x in arrays.items():
         match = re.fullmatch(r"Transformer/encoderblock/(.+)", name)
         if match and x.ndim:
+            if len(x) > MAX_DEPTH:
+                raise UserError(
+                    f"{name} stacks {len(x)} layers, and a model has at most {MAX_DEPTH}: fetch "
+                    "the file again"
+                )
             result |= {f"{_LAYER}{i}/{match[1]}": layer for i, layer in enumerate(x)}
         else:
             result[name] = x

@@ -1,6 +1,7 @@
 """Weights with all that must travel with them, from any format: see `load_pretrained`."""
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vit_jax import models
 from vit_jax.checkpoints import foreign_configs, infer, layouts, remote
 from vit_jax.checkpoints.arrays import read_arrays, read_sharded
+from vit_jax.checkpoints.formats import checks
 from vit_jax.checkpoints.layouts import Arrays
 from vit_jax.checkpoints.model_info import ModelInfo, info_from_run
 from vit_jax.checkpoints.transfer import check_fit, transfer
 from vit_jax.data import imagenet
 from vit_jax.data.protocols import Preprocessing, evaluation
-from vit_jax.errors import UserError, shortlist
+from vit_jax.errors import UserError, first_line, shortlist
 from vit_jax.models import masked
 
 _ACCEPTED = (
@@ -203,22 +205,64 @@ def _find_step(path: Path) -> Path:
 
 
 def _read_step(step_dir: Path) -> tuple[Arrays, ModelInfo]:
-    """Returns the parameters of a run's checkpoint, and what is known of them."""
+    """Returns the parameters of a run's checkpoint, and what is known of them.
+
+    It may be a stranger's: a checksum in it only tells that it is as it was written.
+    """
     from vit_jax.checkpoints import integrity
 
     try:
+        _check_document_size(step_dir)
         document = integrity.read_document(step_dir)
+        _check_state_size(step_dir)
         is_averaged = any(name.startswith("ema_params/") for name in document["arrays"])
         params = integrity.read_subtree(step_dir, "ema_params" if is_averaged else "params")
-    except integrity.DamagedError as error:
+        info = info_from_run(document["metadata"])
+    except (UserError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:  # Beside a DamagedError, what entries of another type lead to.
+        reason = checks.printable(first_line(error)) or type(error).__name__
         raise UserError(
-            f"checkpoint {step_dir} is damaged: {error}; name another step of the run"
+            f"checkpoint {step_dir} is damaged: {reason}; name another step of the run"
         ) from error
     arrays = flatten_dict(params, sep="/")
     if bad := [name for name, x in arrays.items() if not np.isfinite(x).all()]:
-        raise UserError(f"{step_dir} has NaN or infinite values in {shortlist(bad)}")
-    return arrays, info_from_run(document["metadata"])
+        raise UserError(
+            f"{step_dir} has NaN or infinite values in {checks.printable_shortlist(bad)}"
+        )
+    return arrays, info
 
+
+def _check_document_size(step_dir: Path) -> None:
+    path = step_dir / "metadata" / "metadata"
+    if path.is_file() and path.stat().st_size > _MAX_DOCUMENT:
+        raise UserError(f"{path} has more than {_MAX_DOCUMENT >> 20} MiB: name another checkpoint")
+
+
+def _check_state_size(step_dir: Path) -> None:
+    """Checks before any is read that the files of a checkpoint can back the arrays it declares.
+
+    Those of which nothing is stored would be filled with zeros, of any shape.
+    """
+    import orbax.checkpoint as ocp
+    from etils import epath
+
+    state = epath.Path((step_dir / "state").absolute())
+    try:
+        described = ocp.PyTreeCheckpointHandler().metadata(state)
+    except Exception as error:  # orbax and tensorstore have no class for what is unreadable
+        raise ValueError(f"its arrays cannot be read: {first_line(error)}") from error
+    shapes = [getattr(leaf, "shape", ()) for leaf in jax.tree.leaves(described.tree)]
+    if len(shapes) > 4 * checks.MAX_ARRAYS:  # Beside each parameter what the optimizer has of it.
+        raise UserError(
+            f"{step_dir} holds {len(shapes)} arrays: at most {4 * checks.MAX_ARRAYS} make a run"
+        )
+    size = sum(path.stat().st_size for path in step_dir.rglob("*") if path.is_file())
+    checks.check_total(step_dir, size, sum(8 * math.prod(shape) for shape in shapes))
+
+
+# The shapes, types and fingerprints of all arrays, the config and the names of classes.
+_MAX_DOCUMENT = 16 << 20
 
 # The first of these in a folder is read, the safe formats first.
 _WEIGHTS = tuple(

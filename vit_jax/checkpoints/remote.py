@@ -27,6 +27,7 @@ _HUB_FILES = (
     *("config.json", "preprocessor_config.json"),
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
 )
+_MAX_INDEX = 4 << 20  # bytes, as `arrays.read_sharded` reads
 _BUCKET = "vit_models"
 _BUCKET_URL = f"https://storage.googleapis.com/{_BUCKET}"
 _ACCEPTED = (
@@ -168,8 +169,9 @@ def _missing_weights(folder: Path) -> str | None:
     if (folder / "model.safetensors").exists():
         return None
     try:
-        index = json.loads((folder / "model.safetensors.index.json").read_bytes())
+        with (folder / "model.safetensors.index.json").open("rb") as file:
+            index = json.loads(file.read(_MAX_INDEX))
         shards = sorted(set(index["weight_map"].values()))
         return next((shard for shard in shards if not (folder / shard).exists()), None)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return "model.safetensors"

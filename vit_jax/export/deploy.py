@@ -3,7 +3,8 @@
     python -m vit_jax.export.deploy DIR
 
 DIR holds `model.onnx` and, once `vit_jax.export.to_tensorrt` ran, `model.engine`. Writes
-`DIR/deploy`; needs neither TensorRT nor a GPU.
+`DIR/deploy`; needs neither TensorRT nor a GPU. An engine is a program that the server will run: put
+none there that somebody else built.
 """
 
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax import command
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, first_line
 from vit_jax.export.build_commands import (
     input_shape,
     own_command,
@@ -24,7 +25,7 @@ from vit_jax.export.build_commands import (
 )
 from vit_jax.export.engine import ENGINE, read_description
 from vit_jax.export.nvidia import numbers
-from vit_jax.export.onnx_file import OnnxFile, Tensor, read_onnx
+from vit_jax.export.onnx_file import OnnxFile, Tensor, read_class_names, read_onnx
 from vit_jax.export.precisions import PRECISIONS
 from vit_jax.export.profiles import Profile, parse_batch
 from vit_jax.files import atomic_folder
@@ -57,7 +58,8 @@ def write_deploy(
         The directory that was written.
 
     Raises:
-        UserError: there is no ONNX file, or a value is out of range, or the disk is full.
+        UserError: there is no ONNX file, it is no model of images, its metadata or engine.json is
+            damaged, a value is out of range, or the disk is full.
     """
     if instances < 1 or queue_delay_us < 0:
         raise UserError(f"instances {instances} or queue_delay_us {queue_delay_us} is too small")
@@ -65,9 +67,12 @@ def write_deploy(
         raise UserError(f"name {name!r} is not a directory name: use for example vit")
     directory = Path(directory)
     onnx = read_onnx(directory / "model.onnx")
+    _check_served(onnx)
     engine = directory / ENGINE
     description = read_description(engine) if engine.is_file() else {}
-    built = tuple(Profile(**profile) for profile in description.get("profiles", ()))
+    built = tuple(Profile(p["min"], p["opt"], p["max"]) for p in description.get("profiles", ()))
+    if description and not built:
+        raise UserError(f"{engine} has no profiles in its engine.json: build the engine again")
     asked = _fixed_batch(onnx) or parse_batch(batch)
     target = directory / "deploy"
     queue = {"instances": instances, "queue_delay_us": queue_delay_us}
@@ -82,6 +87,23 @@ def write_deploy(
         text = _readme(onnx, description, built or asked, name)
         (new / "README.md").write_text(text, encoding="utf-8")
     return target
+
+
+def _check_served(onnx: OnnxFile) -> None:
+    """Raises a UserError if a file is no model of images, or what it says of them is damaged."""
+    if not onnx.inputs or not onnx.outputs or len(onnx.inputs[0].shape) != 4:
+        raise UserError(f"{onnx.path} is no model of [batch, height, width, 3]: use another")
+    if onnx.inputs[0].shape[0] == 0 or not onnx.outputs[0].shape:
+        raise UserError(f"{onnx.path} takes or gives nothing: use another")
+    try:
+        if "class_names" in onnx.metadata and read_class_names(onnx.metadata) is None:
+            raise ValueError("class_names is null")
+        json.loads(onnx.metadata.get("preprocessing", "null"))
+    except (ValueError, RecursionError) as error:
+        reason = first_line(error)
+        raise UserError(
+            f"the metadata of {onnx.path} is damaged ({reason}): export it again"
+        ) from error
 
 
 def triton_config(
@@ -245,7 +267,8 @@ def build_parser(prog: str = "python -m vit_jax.export.deploy") -> command.Parse
     """The flags of the command; `prog` is what its help calls it."""
     parser = command.Parser(
         prog=prog,
-        description="Writes a Triton model repository and build commands beside a model.",
+        description="Writes a Triton model repository and build commands beside a model. An "
+        "engine is a program that the server runs: give none that somebody else built.",
     )
     parser.add_argument("directory", help="with model.onnx and perhaps model.engine")
     parser.add_argument("--batch", default="1:8:64", help="batch sizes where no engine has its own")

@@ -1,4 +1,9 @@
-"""TensorRT engines: on disk, whether this machine can run them, and how. No JAX, no TensorFlow."""
+"""TensorRT engines: on disk, whether this machine can run them, and how. No JAX, no TensorFlow.
+
+An engine is a program, not data: TensorRT checks its version and its device, not what it does, and
+one that is version-compatible brings its own runtime library. Load none from an unknown source;
+build it from the ONNX file, which is data.
+"""
 
 import contextlib
 import ctypes
@@ -6,11 +11,12 @@ import dataclasses
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, first_line
 from vit_jax.export.nvidia import (
     create,
     device_name,
@@ -26,6 +32,19 @@ if TYPE_CHECKING:  # The builder reads engines too, and needs no NumPy.
     import numpy as np
 
 ENGINE, DESCRIPTION = "model.engine", "engine.json"
+_MAX_DESCRIPTION = 4 << 20
+# Of the entries of a description that are read here.
+_TYPES = {
+    "engine file": str,
+    "engine bytes": int,
+    "tensorrt": str,
+    "version_compatible": bool,
+    "hardware_compatibility": str,
+    "device name": str,
+    "device compute_capability": str,
+}
+_OPTIONS = {"workspace_mib": int, "optimization_level": int, "tactic_sources": str}
+HARDWARE_COMPATIBILITY = ("none", "ampere_plus", "same_compute_capability")
 _NUMPY = {"FLOAT": "float32", "HALF": "float16", "UINT8": "uint8"}
 
 
@@ -43,6 +62,8 @@ class Engine:
 def load_engine(path: str | os.PathLike[str]) -> Engine:
     """Deserializes an engine, and says first whether it can run here.
 
+    This runs code of whoever built it: see the top of this module.
+
     Args:
         path: an engine file, or the directory that `build` wrote. `engine.json` is looked for
             beside it; without one, TensorRT alone decides.
@@ -58,6 +79,12 @@ def load_engine(path: str | os.PathLike[str]) -> Engine:
     device = find_device()
     if description:
         check_engine(description, path, trt.__version__, device)
+    else:
+        print(
+            f"{path} has no {DESCRIPTION} beside it, so its source is unknown: an engine is a "
+            "program, load only what you trust",
+            file=sys.stderr,
+        )
     with storage_errors(lambda reason: f"{path} cannot be read ({reason}): name an engine"):
         plan = path.read_bytes()
     logger = make_logger(trt)
@@ -129,19 +156,26 @@ def deserialize(trt: Any, plan: Any, logger: Any, host_code: bool) -> tuple[Any,
 
 
 def read_description(engine: Path) -> dict[str, Any]:
-    """The engine.json beside an engine, or nothing if there is none."""
+    """The engine.json beside an engine, or nothing if there is none.
+
+    Raises:
+        UserError: there is no engine, or its description has more than 4 MiB, lacks an entry that
+            is read, has one of another type, or says another size.
+    """
     path = engine.with_name(DESCRIPTION)
     if not engine.is_file():
         raise UserError(f"{engine} is missing: name an engine, or the directory of one")
     if not path.is_file():
         return {}
     try:
+        if path.stat().st_size > _MAX_DESCRIPTION:
+            raise ValueError("larger than 4 MiB")
         description = json.loads(path.read_text(encoding="utf-8"))
-        size = description["engine"]["bytes"]
-        for key in ("tensorrt", "device", "version_compatible", "hardware_compatibility"):
-            description[key]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}): build the engine again") from error
+        _check_entries(description)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{path} is damaged ({reason}): build the engine again") from error
+    size = description["engine"]["bytes"]
     if engine.name != description["engine"]["file"]:
         return {}
     if engine.stat().st_size != size:
@@ -150,6 +184,33 @@ def read_description(engine: Path) -> dict[str, Any]:
             "build the engine again"
         )
     return description
+
+
+def _check_entries(description: dict[str, Any]) -> None:
+    """Raises an exception where an entry is missing, or is not what `build` writes."""
+    entries = {
+        **{f"engine {key}": description["engine"][key] for key in ("file", "bytes")},
+        **{key: description[key] for key in _TYPES if " " not in key},
+        **{f"device {key}": description["device"][key] for key in ("name", "compute_capability")},
+    }
+    for key, value in entries.items():
+        if type(value) is not _TYPES[key]:
+            raise TypeError(f"{key} is {value!r}")
+    for key, kind in _OPTIONS.items():
+        value = description.get(key)
+        if value is not None and type(value) is not kind:
+            raise TypeError(f"{key} is {value!r}")
+    if entries["hardware_compatibility"] not in HARDWARE_COMPATIBILITY:
+        raise ValueError(f"hardware_compatibility {entries['hardware_compatibility']!r}")
+    numbers(entries["tensorrt"])
+    numbers(entries["device compute_capability"])
+    for profile in description.get("profiles", []):
+        low, best, high = (profile[key] for key in ("min", "opt", "max"))
+        if {type(low), type(best), type(high)} != {int} or not 0 < low <= best <= high:
+            raise ValueError(f"profile {profile!r}")
+    metadata = description.get("metadata", {})
+    if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
+        raise TypeError("metadata are no texts")
 
 
 class EngineRunner:

@@ -1,17 +1,31 @@
-"""The contents of an ONNX file, read without `onnx`: its weights are skipped, not loaded."""
+"""The contents of an ONNX file, read without `onnx`: its weights are skipped, not loaded.
+
+A file may be a stranger's: whatever it holds, reading it gives its description or one `UserError`.
+It takes memory of a few times what it says beside its weights, at most `_MAX_FIELDS` fields, some
+microseconds each; and its bytes, and those of its external data, go through SHA-256 once. External
+data lies in the folder of the file.
+"""
 
 import contextlib
 import dataclasses
 import hashlib
+import itertools
+import json
+import math
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, first_line
 from vit_jax.export.precisions import PRECISIONS, Precision, detect
 from vit_jax.files import storage_errors
+
+# Of all messages in a file: a node has some five that are looked at, and the values of a weight are
+# one.
+_MAX_FIELDS = 1_000_000
+_MAX_DIMS = 64
 
 # TensorProto.DataType.
 _TYPES = {1: "FLOAT", 2: "UINT8", 3: "INT8", 6: "INT32", 7: "INT64", 10: "HALF", 16: "BF16"}
@@ -64,10 +78,15 @@ def read_onnx(path: str | os.PathLike[str]) -> OnnxFile:
         path: of the file; its external data is looked for beside it.
 
     Raises:
-        UserError: the file or its external data is missing, or it is not ONNX.
+        UserError: the file or its external data is missing, or lies elsewhere, or it is not ONNX.
     """
     path = Path(path)
     graph = _read(path)
+    if bad := sorted(name for name in graph.external if not _is_inside(path.parent, name)):
+        raise UserError(
+            f"{path} has weights in {ascii(bad[0][:200])}: they must lie in its own folder, so "
+            "export the model again"
+        )
     sha256 = {path.name: _sha256(path)}
     for name in sorted(graph.external):
         with _external_errors(path, name):
@@ -93,6 +112,32 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     return _read(Path(path)).metadata
 
 
+def read_class_names(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
+    """The class names in the metadata of a model, in the order of its outputs; None without them.
+
+    Raises:
+        ValueError: the entry is no list of texts.
+    """
+    names = json.loads(metadata.get("class_names", "null"))
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("class_names is no list of texts")
+    return tuple(names)
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    """Tells whether a name is one of a file in a folder, or of none there; a device would not end.
+
+    Each file has one such name, so that none is read twice.
+    """
+    parts = name.split("/")
+    if not name.isprintable() or {"", ".", ".."} & set(parts) or "\\" in name:
+        return False
+    path = folder / name
+    return not path.exists() or (path.is_file() and path.resolve().is_relative_to(folder.resolve()))
+
+
 def _external_errors(path: Path, name: str) -> contextlib.AbstractContextManager[None]:
     return storage_errors(
         lambda reason: (
@@ -100,6 +145,14 @@ def _external_errors(path: Path, name: str) -> contextlib.AbstractContextManager
             f"({reason}): keep the two side by side"
         )
     )
+
+
+@dataclasses.dataclass
+class _Data:
+    """The bytes of a file, and how many more fields of them are read."""
+
+    content: Any
+    left: int = _MAX_FIELDS
 
 
 @dataclasses.dataclass
@@ -116,6 +169,8 @@ class _Graph:
 
 def _read(path: Path) -> _Graph:
     with storage_errors(lambda reason: f"{path} cannot be read ({reason}): name an ONNX file"):
+        if path.exists() and not path.is_file():  # To open a FIFO would wait for ever.
+            raise UserError(f"{path} is a directory or a device: name an ONNX file")
         try:
             with (
                 path.open("rb") as file,
@@ -124,15 +179,16 @@ def _read(path: Path) -> _Graph:
                 return _scan(data)
         except (ValueError, IndexError, TypeError) as error:
             raise UserError(
-                f"{path} is not an ONNX file ({error}): export the model again"
+                f"{path} is not an ONNX file ({first_line(error)}): export the model again"
             ) from error
 
 
 def _scan(data: Any) -> _Graph:
     """Goes over a ModelProto; the numbers are those of the fields in onnx.proto."""
+    data = _Data(data)
     found = _Graph()
     graphs = 0
-    for field, span in _fields(data, 0, len(data)):
+    for field, span in _fields(data, 0, len(data.content)):
         if field == 14:  # ModelProto.metadata_props
             key, value = _entry(data, span)
             found.metadata[key] = value
@@ -140,8 +196,7 @@ def _scan(data: Any) -> _Graph:
             graphs += 1
             for kind, inner in _fields(data, *span):
                 if kind == 1:  # GraphProto.node
-                    operator = _get(data, inner, 4)  # NodeProto.op_type
-                    name = data[slice(*operator)].decode()
+                    name = _text(data, _get(data, inner, 4))  # NodeProto.op_type
                     found.operators[name] = found.operators.get(name, 0) + 1
                 elif kind == 5:  # GraphProto.initializer
                     _scan_tensor(data, inner, found.weights, found.external)
@@ -152,20 +207,34 @@ def _scan(data: Any) -> _Graph:
     return found
 
 
-def _value(data: Any, span: tuple[int, int]) -> Tensor:
+def _value(data: _Data, span: tuple[int, int]) -> Tensor:
     """A ValueInfoProto of a tensor."""
-    name = data[slice(*_get(data, span, 1))].decode()
+    name = _text(data, _get(data, span, 1))
     tensor = _get(data, _get(data, span, 2), 1)  # ValueInfoProto.type, TypeProto.tensor_type
     data_type = _get(data, tensor, 1)
     shape = []
     for field, dim in _fields(data, *_get(data, tensor, 2)):
         if field == 1:  # TensorShapeProto.dim
             # Dimension.dim_value; a named dimension has none.
-            shape.append(next((value for kind, value in _fields(data, *dim) if kind == 1), -1))
+            size = next((value for kind, value in _fields(data, *dim) if kind == 1), -1)
+            shape.append(_number(size) if size != -1 else -1)
+    if len(shape) > _MAX_DIMS or not isinstance(data_type, int):
+        raise ValueError("an input or output has no type and shape")
     return Tensor(name, _TYPES.get(data_type, str(data_type)), tuple(shape))
 
 
-def _get(data: Any, span: tuple[int, int], wanted: int) -> Any:
+def _text(data: _Data, span: tuple[int, int]) -> str:
+    return data.content[slice(*span)].decode()
+
+
+def _number(value: Any) -> int:
+    """A size, of which the format has 64 bits with a sign."""
+    if not isinstance(value, int) or value >= 1 << 63:
+        raise ValueError("a size is no number, or below 0")
+    return value
+
+
+def _get(data: _Data, span: tuple[int, int], wanted: int) -> Any:
     """The value of a field that may stand once in a message."""
     for field, value in _fields(data, *span):
         if field == wanted:
@@ -174,14 +243,15 @@ def _get(data: Any, span: tuple[int, int], wanted: int) -> Any:
 
 
 def _scan_tensor(
-    data: Any, span: tuple[int, int], weights: dict[str, int], external: set[str]
+    data: _Data, span: tuple[int, int], weights: dict[str, int], external: set[str]
 ) -> None:
-    size, data_type = 1, 0
+    sizes, data_type = [], 0
     for field, value in _fields(data, *span):
         if field == 1:  # TensorProto.dims, packed or one by one
             packed = value if isinstance(value, tuple) else None
-            for dim in _varints(data, *packed) if packed else [value]:
-                size *= dim
+            sizes += itertools.islice(_varints(data, *packed), _MAX_DIMS) if packed else [value]
+            if len(sizes) >= _MAX_DIMS:  # Their product would have as many digits.
+                raise ValueError(f"a weight has {_MAX_DIMS} dimensions or more")
         elif field == 2:  # TensorProto.data_type
             data_type = value
         elif field == 13:  # TensorProto.external_data
@@ -190,18 +260,21 @@ def _scan_tensor(
                 external.add(text)
     for row in PRECISIONS.values():
         if row.onnx_type == data_type:
-            weights[row.name] = weights.get(row.name, 0) + size
+            weights[row.name] = weights.get(row.name, 0) + math.prod(map(_number, sizes))
 
 
-def _entry(data: Any, span: tuple[int, int]) -> tuple[str, str]:
+def _entry(data: _Data, span: tuple[int, int]) -> tuple[str, str]:
     """A StringStringEntryProto."""
-    texts = {field: data[slice(*text)].decode() for field, text in _fields(data, *span)}
+    texts = {field: _text(data, text) for field, text in _fields(data, *span)}
     return texts.get(1, ""), texts.get(2, "")
 
 
-def _fields(data: Any, start: int, end: int) -> Iterator[tuple[int, Any]]:
+def _fields(data: _Data, start: int, end: int) -> Iterator[tuple[int, Any]]:
     """The fields of a protocol buffer message: a number, or the span of what has a length."""
     while start < end:
+        data.left -= 1
+        if data.left < 0:
+            raise ValueError(f"it has more than {_MAX_FIELDS} fields")
         key, start = _varint(data, start)
         field, wire = key >> 3, key & 7
         if wire == 0:
@@ -218,21 +291,21 @@ def _fields(data: Any, start: int, end: int) -> Iterator[tuple[int, Any]]:
         yield field, value
 
 
-def _varints(data: Any, start: int, end: int) -> Iterator[int]:
+def _varints(data: _Data, start: int, end: int) -> Iterator[int]:
     while start < end:
         value, start = _varint(data, start)
         yield value
 
 
-def _varint(data: Any, start: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[start]
+def _varint(data: _Data, start: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):  # 10 bytes for 64 bits; a longer one would have no end.
+        byte = data.content[start]
         start += 1
         value |= (byte & 127) << shift
-        shift += 7
         if byte < 128:
             return value, start
+    raise ValueError(f"no protocol buffer at byte {start}")
 
 
 def _sha256(path: Path) -> str:

@@ -4,6 +4,9 @@
         logits = model.predict(images)
 
 TensorFlow, onnxruntime, TensorRT and the CUDA bindings are imported for the format that needs them.
+
+An engine is a program, and the graph of a SavedModel may read and write files: load these from a
+source that you trust. An ONNX file is data.
 """
 
 import contextlib
@@ -19,7 +22,7 @@ import numpy as np
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError, first_line
 from vit_jax.export.engine import EngineRunner, load_engine
-from vit_jax.export.onnx_file import read_metadata
+from vit_jax.export.onnx_file import read_class_names, read_metadata
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -201,7 +204,10 @@ def _onnx(path: Path, device: str) -> Model:
     # onnxruntime falls back to the CPU without an error.
     if session.get_providers()[0] != provider:
         raise missing
-    (images,), (_output,) = session.get_inputs(), session.get_outputs()
+    try:
+        (images,), (_output,) = session.get_inputs(), session.get_outputs()
+    except ValueError as error:
+        raise UserError(f"{path} is no model of one input and one output: use another") from error
 
     def run(batch: np.ndarray) -> np.ndarray:
         results: Any = session.run(None, {images.name: np.ascontiguousarray(batch)})
@@ -254,16 +260,17 @@ def _model(
         fields = json.loads(metadata.get("preprocessing", "null"))
         if fields is not None:
             fields |= {name: tuple(fields[name]) for name in ("mean", "std")}
-        names = json.loads(metadata.get("class_names", "null"))
+        names = read_class_names(metadata)
         return Model(
             path=path,
             image_shape=tuple(image_shape),
             image_dtype=np.dtype(dtype),
             sizes=sizes,
             preprocessing=None if fields is None else Preprocessing(**fields),
-            class_names=None if names is None else tuple(names),
+            class_names=names,
             _run=run,
             _resources=resources or contextlib.ExitStack(),
         )
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"the metadata of {path} is damaged ({error}): export it again") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        reason = first_line(error)
+        raise UserError(f"the metadata of {path} is damaged ({reason}): export it again") from error

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from vit_jax import command
 from vit_jax.errors import UserError
-from vit_jax.export.engine import DESCRIPTION, ENGINE, deserialize
+from vit_jax.export.engine import DESCRIPTION, ENGINE, HARDWARE_COMPATIBILITY, deserialize
 from vit_jax.export.engine_report import inspect, report, summary, tensors
 from vit_jax.export.nvidia import create, find_device, import_tensorrt, make_logger
 from vit_jax.export.onnx_file import OnnxFile, read_onnx
@@ -32,7 +32,6 @@ from vit_jax.files import atomic_files
 from vit_jax.printable import printable
 
 LAYERS, TIMING_CACHE = "layers.json", "timing.cache"
-HARDWARE_COMPATIBILITY = ("none", "ampere_plus", "same_compute_capability")
 
 
 def build(

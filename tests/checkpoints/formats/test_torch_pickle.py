@@ -128,3 +128,10 @@ def test_a_torch_file_that_was_compressed_again_is_refused(tmp_path, torch):
         members = [(name, archive.read(name)) for name in archive.namelist()]
     message = refusal(tmp_path / "a.pth", zip_bytes(members, zipfile.ZIP_DEFLATED))
     assert "was compressed, which PyTorch does not do" in message
+
+
+@pytest.mark.usefixtures("torch")
+def test_a_pickle_of_more_opcodes_than_any_model_has_is_not_executed(tmp_path):
+    lists_that_are_dropped = b"\x80\x02" + b"]0" * 1_000_000 + b"}."
+    message = refusal(tmp_path / "a.pth", torch_archive(lists_that_are_dropped))
+    assert "has more than 1000000 opcodes: that is no state dict" in message

@@ -4,12 +4,18 @@ The memory that a file makes the reader allocate is bounded by its size: the arr
 take 256 MiB plus 8 times the size of the file, and never more than 16 GiB. Float16 doubles,
 compressed trained weights shrink by a tenth, and a head or biases that are still zero compress to
 nothing, which the 256 MiB allow for; a decompression bomb grows a thousandfold.
+
+So is the time. There are at most `MAX_ARRAYS` arrays, and what describes them (the directory of an
+archive, headers, an index, a pickle) is read up to `MAX_HEADER` bytes, whatever lengths and counts
+the file declares; that takes some seconds at most. The rest is passed over a fixed number of times.
 """
 
+import contextlib
+import io
 import math
 import os
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +105,35 @@ def check_total(path: Path, size: int, declared: int) -> None:
             f"{path} of {size} bytes declares {declared} bytes of arrays, and at most {allowed} "
             "are read from it: save it again uncompressed, or use a smaller model"
         )
+
+
+class _Bounded(io.BufferedReader):
+    """A file of which no more than so many bytes are read at once, until `largest` is None."""
+
+    largest: int | None = MAX_HEADER
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.largest is not None:
+            left = os.fstat(self.fileno()).st_size - self.tell()
+            wanted = left if size is None or size < 0 else min(size, left)
+            if wanted > self.largest:
+                raise ValueError(f"its directory would take {wanted} bytes")
+        return super().read(size)
+
+
+@contextlib.contextmanager
+def open_archive(path: Path) -> Generator[zipfile.ZipFile]:
+    """Opens a zip archive whose directory takes no more than `MAX_HEADER` bytes.
+
+    zipfile reads a directory of any size, and makes an object of 500 bytes of each 46 in it.
+
+    Raises:
+        ValueError: the directory is larger.
+        Exception: whatever zipfile raises on a damaged file.
+    """
+    with _Bounded(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
+        file.largest = None
+        yield archive
 
 
 def checked_members(path: Path, archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:

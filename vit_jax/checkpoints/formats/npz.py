@@ -12,9 +12,11 @@ import ml_dtypes
 import numpy as np
 
 from vit_jax.checkpoints.formats.checks import (
+    MAX_ARRAYS,
     check_declared,
     check_names,
     checked_members,
+    open_archive,
     printable_shortlist,
     to_float32,
     to_writable,
@@ -22,8 +24,10 @@ from vit_jax.checkpoints.formats.checks import (
 from vit_jax.errors import UserError
 from vit_jax.files import atomic_write
 
-# np.lib.format writes no header longer than this, but would read one of 4 GiB.
+# np.lib.format writes no header longer than this, but would read one of 4 GiB. What all headers may
+# take together, a multiple of their usual 128 bytes: they are parsed at some MB a second.
 _MAX_HEADER = 1 << 14
+_MAX_HEADERS = 256 * MAX_ARRAYS
 
 
 def read_npz(path: Path, size: int) -> dict[str, np.ndarray]:
@@ -33,7 +37,7 @@ def read_npz(path: Path, size: int) -> dict[str, np.ndarray]:
         UserError: it holds something else than arrays of numbers, or more than it can back.
         Exception: whatever the libraries that parse it raise on a damaged file.
     """
-    with zipfile.ZipFile(path) as archive:
+    with open_archive(path) as archive:
         members = checked_members(path, archive, size)
         if other := [name for name in members if not name.endswith(".npy")]:
             raise UserError(
@@ -41,7 +45,8 @@ def read_npz(path: Path, size: int) -> dict[str, np.ndarray]:
             )
         members = {name.removesuffix(".npy"): info for name, info in members.items()}
         check_names(path, members)
-        types = {name: _npy_type(path, archive, info) for name, info in members.items()}
+        headers = _read_headers(archive, members)
+        types = {name: _npy_type(path, info, headers[name]) for name, info in members.items()}
         check_declared(path, size, types)
         return {name: _read_npy(archive, info) for name, info in members.items()}
 
@@ -61,11 +66,25 @@ def write_npz(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
                 np.lib.format.write_array(member, array, allow_pickle=False)
 
 
-def _npy_type(
-    path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo
-) -> tuple[str, tuple[int, ...]]:
-    with archive.open(info) as member:
-        start = io.BytesIO(member.read(_MAX_HEADER))
+def _read_headers(
+    archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]
+) -> dict[str, bytes]:
+    """Returns the header of every array, or what stands in its place, up to `_MAX_HEADER` bytes."""
+    headers, length = {}, 0
+    for name, info in members.items():
+        with archive.open(info) as member:
+            start = member.read(_MAX_HEADER)
+        # The length of what follows, of 2 bytes or, from version 2 of the format on, of 4.
+        at = 10 if start[6:7] == b"\x01" else 12
+        headers[name] = start[: at + int.from_bytes(start[8:at], "little")]
+        length += len(headers[name])
+        if length > _MAX_HEADERS:
+            raise ValueError(f"the headers of its arrays take more than {_MAX_HEADERS} bytes")
+    return headers
+
+
+def _npy_type(path: Path, info: zipfile.ZipInfo, header: bytes) -> tuple[str, tuple[int, ...]]:
+    start = io.BytesIO(header)
     read_header = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,

@@ -14,10 +14,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vit_jax.checkpoints.formats.checks import (
+    MAX_ARRAYS,
     MAX_HEADER,
     check_declared,
     check_names,
     checked_members,
+    open_archive,
     printable,
     printable_shortlist,
     to_float32,
@@ -26,6 +28,10 @@ from vit_jax.errors import UserError
 
 # How every file of torch.save from before version 1.6 begins: its magic number, pickled.
 LEGACY_START = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
+
+# A tensor takes some 30 opcodes, and an optimizer beside the model has two more for each. PyTorch
+# and `_check_pickle` go through about a million in a second.
+_MAX_OPCODES = 100 * MAX_ARRAYS
 
 # What the pickle of a state dict calls.
 _GLOBALS = {
@@ -46,7 +52,7 @@ _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_
 
 def is_torch_archive(path: Path) -> bool:
     """Tells whether a zip archive is one of `torch.save`, by the name of its pickle."""
-    with zipfile.ZipFile(path) as archive:
+    with open_archive(path) as archive:
         return any(name.endswith("/data.pkl") for name in archive.namelist())
 
 
@@ -117,7 +123,7 @@ def _check_legacy_pickles(path: Path) -> None:
 
 
 def _check_archive(path: Path, size: int) -> None:
-    with zipfile.ZipFile(path) as archive:
+    with open_archive(path) as archive:
         members = checked_members(path, archive, size)
         if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
             raise UserError(f"{path} was compressed, which PyTorch does not do: unpack it first")
@@ -132,11 +138,14 @@ def _check_archive(path: Path, size: int) -> None:
 def _check_pickle(path: Path, file: BinaryIO) -> None:
     """Refuses what `torch.load(weights_only=True)` would not execute, yet allocate or hash.
 
-    It calls `bytearray(n)` or `torch.Tensor(n)` for any n. Tuples of tuples that are fetched from
-    the memo take a few bytes per doubling, and a dict hashes them whole.
+    It calls `bytearray(n)` or `torch.Tensor(n)` for any n, and executes any number of opcodes.
+    Tuples of tuples that are fetched from the memo take a few bytes per doubling, and a dict hashes
+    them whole.
     """
     fetchable, top = set(), ""
-    for opcode, value, _ in pickletools.genops(file):
+    for count, (opcode, value, _) in enumerate(pickletools.genops(file)):
+        if count > _MAX_OPCODES:
+            raise UserError(f"{path} has more than {_MAX_OPCODES} opcodes: that is no state dict")
         if opcode.name in {"GLOBAL", "STACK_GLOBAL", "INST"} and value not in _GLOBALS:
             name = printable(str(value or opcode.name).replace(" ", "."))
             raise UserError(
