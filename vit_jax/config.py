@@ -32,8 +32,8 @@ from vit_jax.state import check_warmup, optimizer_keys
 _LEFT_TO_WEIGHTS = {f"model.{key}" for key in recipes.LEFT_TO_WEIGHTS}
 # Whose name decides which other keys a section has.
 _NAMED = {"model": "architecture", "optimizer": "name"}
-# Of an image's forward pass: 2,000 times ViT-22B's at 224 pixels, 20 seconds of an H100.
-MOST_MULTIPLY_ADDS = 1e16
+# Of an image's forward pass: 200 times those of ViT-22B at 224 pixels, two seconds of an H100.
+MOST_MULTIPLY_ADDS = 1e15
 
 # Keys that configs did not have from the beginning, and what runs did without them: the value that
 # a saved config without the key has.

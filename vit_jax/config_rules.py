@@ -116,28 +116,27 @@ def _yes_or_no(example: bool) -> Rule:
     return Rule(bool, lambda value: None, example)  # noqa: ARG005
 
 
+def text_problem(value: str, most: int = 4096) -> str | None:
+    """Says why a text is no name of anything: as a path of Linux it is one line, and not long."""
+    if len(value) > most:
+        return f"is {brief(value)}: it must have at most {most} characters"
+    # Control characters, and halves of a character, which UTF-8 cannot write.
+    odd = next((x for x in value if unicodedata.category(x) in ("Cc", "Cs")), None)
+    if odd is not None:
+        return f"is {brief(value)}: it must be one line of text, without {ascii(odd)}"
+    return None
+
+
 def _text(example: str, most: int = 4096) -> Rule:
-    """A line of text, at most as long as a path of Linux: neither more nor else is a name."""
-
-    def problem(value: str) -> str | None:
-        if len(value) > most:
-            return f"is {brief(value)}: it must have at most {most} characters"
-        # Control characters, and halves of a character, which UTF-8 cannot write.
-        odd = next((x for x in value if unicodedata.category(x) in ("Cc", "Cs")), None)
-        if odd is not None:
-            return f"is {brief(value)}: it must be one line of text, without {ascii(odd)}"
-        return None
-
-    return Rule(str, problem, example)
+    return Rule(str, lambda value: text_problem(value, most), example)
 
 
 def _read_by(parse: Callable[[str], Any], example: str) -> Rule:
     """Text in a small language, whose parser says in a UserError what is wrong with it."""
-    # Nothing in these languages is longer, and Python reads no number of thousands of digits.
-    line = _text(example, most=200)
 
     def problem(value: str) -> str | None:
-        if bad := line.problem(value):
+        # Nothing in these languages is longer, and Python reads no number of thousands of digits.
+        if bad := text_problem(value, most=200):
             return bad
         try:
             parse(value)

@@ -101,7 +101,7 @@ def test_a_configuration_of_another_model_is_refused(
 @pytest.mark.parametrize("format", ["huggingface", "timm"])
 def test_the_configuration_of_the_weights_is_read(weights, tmp_path, format):
     write(tmp_path, format, weights, CONFIG, "architectures", ["any"])
-    assert load_pretrained(tmp_path).model == MODEL
+    assert MODEL.items() <= load_pretrained(tmp_path).model.items()
 
 
 @pytest.mark.parametrize(

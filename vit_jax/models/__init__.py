@@ -36,11 +36,12 @@ def model_config(name: str) -> dict[str, Any]:
     Raises:
         UserError: the name is of none of these forms.
     """
-    for architecture, family in ARCHITECTURES.items():
+    # No name is longer, and Python reads no number of thousands of digits.
+    for architecture, family in ARCHITECTURES.items() if len(name) <= 100 else ():
         if (fields := family.parse(name)) is not None:
             return {"architecture": architecture, **fields}
     names = ", or ".join(family.names for family in ARCHITECTURES.values())
-    raise UserError(f"model {name!r} is unknown: use {names}")
+    raise UserError(f"model {brief(name)} is unknown: use {names}")
 
 
 def family_of(architecture: str | None) -> type[ModelConfig]:
