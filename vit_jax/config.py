@@ -262,7 +262,7 @@ def _check_objective(config: ConfigDict) -> None:
 def unknown_key(key: str, valid: Iterable[str]) -> UserError:
     """The error for a key that nothing reads, with its name of today or the nearest valid one."""
     sections = {old.partition(".")[0]: new.rpartition(".")[0] for old, new in MOVED_KEYS.items()}
-    key = key if key.isprintable() else ascii(key)
+    key = key if key.isprintable() and len(key) <= 80 else brief(key)
     if moved := (sections | MOVED_KEYS).get(key):
         return UserError(f"config.{key} is config.{moved} today: set that")
     if key in REMOVED_KEYS:

@@ -112,7 +112,7 @@ def find(name: str) -> tuple[pathlib.Path, str | None]:
             return _DIRECTORY / "vit.py", ",".join(filter(None, (match[1], spec)))
     near = nearest(match[1], _names()) if match else None
     hint = f"did you mean {near}? " if near else ""
-    shown = path if len(path) <= 200 else brief(path)
+    shown = path if path.isprintable() and len(path) <= 200 else brief(path)
     raise UserError(f"config {shown} does not exist: {hint}{_known()}")
 
 
