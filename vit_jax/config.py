@@ -81,7 +81,7 @@ def check_config(config: ConfigDict, *, may_lack: bool = False) -> None:
     check_keys(config)
     for section, rules in _rules(config).items():
         values = _section(config, section)
-        for key in rules.keys() & values.keys():  # An evaluator has defaults.
+        for key in sorted(rules.keys() & values.keys()):  # An evaluator has defaults.
             _check_given(f"{section}.{key}".lstrip("."), values[key], rules[key])
     _check_evals(config.evals)
     _check_model(config.model, config.dataset.image_size)
