@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import recipes
 from vit_jax.data.subset import parse_subset
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, brief
 
 # Not in the paper: the paper gives no patience. These 5 evaluations are a tenth of a full run's 50.
 PATIENCE = 5
@@ -33,7 +33,7 @@ def get_config(spec: str = "ViT-B/32,imagenet21k,10%") -> ConfigDict:
     model, _, rest = spec.partition(",")
     dataset, _, subset = rest.rpartition(",")
     if not dataset or not subset.endswith("%"):
-        raise UserError(f"spec {spec!r} is not of the form ViT-B/32,imagenet21k,10%")
+        raise UserError(f"spec {brief(spec)} is not of the form ViT-B/32,imagenet21k,10%")
     config = recipes.get_config(model, f"pretrain,{dataset},dev")
     share = float(parse_subset(subset))
     # An epoch of the subset is shorter: the hyperparameters, and so the steps, stay the same.

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import re
 import runpy
@@ -23,6 +24,7 @@ from vit_jax.config import (
     to_dict,
     unknown_key,
 )
+from vit_jax.config_rules import RULES, check_value, model_rules
 from vit_jax.errors import UserError
 from vit_jax.models.base import option
 from vit_jax.recipes import LEFT_TO_WEIGHTS
@@ -121,8 +123,13 @@ def test_a_missing_key_raises():
         ),
         ("", "patience", -1, "config.patience is -1: it must not be negative"),
         ("", "augment", "strong3", "augment 'strong3' is not understood: use none, light1, light2"),
-        ("", "augment_contrast", "mean", "config.augment_contrast is 'mean': use augreg or pil"),
-        ("dataset", "jpeg_dct", "best", "config.dataset.jpeg_dct is 'best': use accurate or fast"),
+        (
+            "",
+            "augment_contrast",
+            "mean",
+            "config.augment_contrast 'mean' is unknown: use augreg or pil",
+        ),
+        ("dataset", "jpeg_dct", "best", "config.dataset.jpeg_dct 'best' is unknown: use accurate"),
         ("dataset", "subset", "half", "dataset.subset 'half' is not understood: use a number of"),
         ("dataset", "subset_seed", -1, "config.dataset.subset_seed is -1: it must not be neg"),
         ("evals.fewshot", "shots", "few", "shots 'few' are not positive numbers, each once"),
@@ -146,7 +153,7 @@ def test_a_missing_key_raises():
             "optimizer",
             "mu_dtype",
             "float8",
-            "config.optimizer.mu_dtype is 'float8': use float32 or",
+            "config.optimizer.mu_dtype 'float8' is unknown: use float32 or",
         ),
     ],
 )
@@ -225,6 +232,116 @@ def test_images_without_labels_are_not_mixed():
         check_config(config)
 
 
+HOSTILE = {
+    int: ["7", 7.5, True, None, math.nan, [1], -(2**70), 2**70, 10**5000],
+    float: ["0.1", True, None, math.nan, math.inf, -math.inf, [0.1], 1e300, -1e300, 10**5000],
+    bool: ["true", 1, None, math.nan],
+    str: [3, True, None, math.nan, ["a"], "\x1b[2J", "a\nb", "a\0", "\ud800", "9" * 5000],
+    tuple: ["3", 3, True, None, math.nan, [math.nan], ["3"], [True], [-1], [2**70], [3] * 999],
+}
+# What may be negative: the others must refuse -1 as well.
+SIGNED = {"seed", "model.head_bias_init"}
+
+
+def _with(config, key, value):
+    """The config with another value, of whatever type, as a JSON file would have it."""
+    values = to_dict(config)
+    *sections, name = key.split(".")
+    functools.reduce(dict.get, sections, values)[name] = value
+    return ConfigDict(values)
+
+
+def _by_key():
+    """A recipe that has it, for every key that any recipe has, and its type."""
+    kinds, of_key = {f"model.{key}": kind for key, kind in LEFT_TO_WEIGHTS.items()}, {}
+    for model in ("ViT-B/16", "R50+ViT-B/16", "R50x1", "Axial-ViT-B/16", "AxialResNet50"):
+        for spec in ("pretrain,imagenet21k", "masked,jft", "finetune,cifar10,512,dev"):
+            values = flatten_dict(recipe(model, spec).to_dict(), sep=".")
+            of_key |= {key: (model, spec, kinds.get(key, type(x))) for key, x in values.items()}
+    return of_key
+
+
+BY_KEY = _by_key()
+
+
+@pytest.mark.parametrize("key", sorted(BY_KEY))
+def test_what_no_value_can_be_is_refused_by_its_key_with_a_way_out(key):
+    model, spec, kind = BY_KEY[key]
+    sound = recipe(model, spec)
+    sound.init_from = "weights.npz"
+    check_config(sound)
+    hostile = HOSTILE[kind]
+    if kind in (int, float) and key not in SIGNED:
+        hostile = [*hostile, kind(-1)]
+    if key.removeprefix("model.") in LEFT_TO_WEIGHTS:  # Where None has a meaning.
+        hostile = [x for x in hostile if x is not None]
+    for value in hostile:
+        config = _with(sound, key, value)
+        with pytest.raises(UserError) as caught:
+            check_config(config)
+        line = str(caught.value)
+        assert line.isprintable() and len(line) < 600
+        assert line.startswith((f"config.{key}", f"config.{key.rpartition('.')[0]}"))
+        of_type = key.endswith(".type")  # Whose error lists all that there are.
+        assert f"; try --config.{key}=" in line or (of_type and "use one of" in line)
+        # It shows the value, or as much of it as there is room for.
+        shown = "'999" if value == "9" * 5000 else None
+        shown = shown or ("whole number of" if value == 10**5000 else repr(value)[:60])
+        assert (
+            shown in line or (of_type and str(value)[:60] in line) or (f"config.{key} has " in line)
+        )  # A list has one that is wrong.
+
+
+@pytest.mark.parametrize("key", sorted(BY_KEY))
+def test_the_way_out_is_one(key):
+    section, _, name = key.rpartition(".")
+    if section == "model":
+        rule = model_rules(recipe(BY_KEY[key][0]).model.architecture)[name]
+    elif section.startswith("evals."):
+        rule = RULES[f"evals.*.{name}"]
+    else:
+        rule = RULES[key]
+    check_value(key, rule.example, rule)
+
+
+def test_a_key_without_a_rule_is_noticed():
+    assert {re.sub(r"^evals\.\w+", "evals.*", key) for key in BY_KEY if "model." not in key} == {
+        key for key in RULES if not key.startswith("model.")
+    }
+    for architecture in models.ARCHITECTURES:
+        for key, field in models.model_fields(architecture).items():
+            ruled = field.metadata.get("choices") or field.metadata.get("check")
+            assert ruled or field.type is bool, f"{architecture}.{key} has no rule: give it one"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model.hidden_size", 2**40, "config.model.hidden_size is 1099511627776: it must be at mo"),
+        ("model.num_heads", True, "config.model.num_heads is True: it must be of type int"),
+        ("dataset.image_size", 10**6, "config.dataset.image_size is 1000000: it must be at most 1"),
+        ("dataset.image_size", 9984, "config.model has 7.6e+15 multiply-adds for an image of con"),
+        ("schedule.base_lr", math.nan, "config.schedule.base_lr is nan: it must be a finite numb"),
+        ("seed", 1 << 70, "config.seed is 1180591620717411303424: it must be at most 2147483647"),
+        ("duration", "_", "config.duration: duration '_' is not understood: use '500 steps' or"),
+        ("log_every", "2147483648", "config.log_every: duration '2147483648' is above 2147483647"),
+        ("augment", "mixup(1e9)", "config.augment: augment 'mixup(1e9)' is not understood: use"),
+        ("augment", "mixup(1001)", "is out of range: mixup's alpha must be above 0 and at most 1"),
+        ("batch_size", {"a": {"b": 2}}, "config.batch_size is {'a': {'b': 2}}: it must be of type"),
+    ],
+)
+def test_what_a_day_of_attacks_got_through_is_refused(key, value, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_config(_with(recipe("ViT-L/16"), key, value))
+
+
+def test_seeds_that_jax_would_take_for_another_are_refused():
+    # The reason of the bound: more than 32 bits are cut off.
+    assert jax.random.key_data(jax.random.key(5)).tolist() == (
+        jax.random.key_data(jax.random.key(2**32 + 5)).tolist()
+    )
+
+
 def test_an_int_will_do_for_a_float():
     config = ConfigDict(to_dict(recipe("ViT-B/16")), type_safe=False)
     config.optimizer.weight_decay = 0
@@ -264,6 +381,12 @@ def test_durations(duration, steps):
 def test_a_duration_of_another_form_is_refused(duration):
     with pytest.raises(UserError, match="is not understood: use '500 steps' or '7 epochs'"):
         count_steps(duration, num_examples=10, batch_size=1)
+
+
+def test_more_steps_than_are_counted_are_refused():
+    assert count_steps("2147483647 steps", num_examples=1, batch_size=1) == 2**31 - 1
+    with pytest.raises(UserError, match="is 2147484000 steps of 1 images: at most 2147483647"):
+        count_steps("2147484 epochs", num_examples=1000, batch_size=1)
 
 
 @pytest.mark.parametrize("model", ["ViT-B/16", "R50+ViT-B/16", "R+ViT-Ti/16"])
@@ -338,10 +461,51 @@ def test_a_config_json_from_before_a_key_has_what_runs_did_then(key, tmp_path):
     check_config(read_config(str(path)))
 
 
-def test_a_broken_config_json_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json cannot be read"):
-        read_config(str(tmp_path / "config.json"))
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read: Expecting property name"),
+        ("[]", "cannot be read: it is [], not an object of keys and values"),
+        ('"x"', "cannot be read: it is 'x', not an object of keys and values"),
+        ("[" * 100_000, "cannot be read: maximum recursion depth"),
+        ('{"seed": ' * 100_000, "cannot be read: maximum recursion depth"),
+        ('{"seed": 1' + "0" * 5000 + "}", "cannot be read: Exceeds the limit (4300 digits)"),
+        ("{}", "config.accumulate_steps is missing"),
+        ('{"seeds": 1}', "config.seeds is not a key that anything reads: did you mean config.seed"),
+        ('{"\\u001b[2J": 1}', r"config.'\x1b[2J' is not a key that anything reads"),
+        ('{"__class__": 1}', "cannot be read: '__class__ cannot be overridden.'"),
+    ],
+)
+def test_a_broken_config_json_is_refused(tmp_path, text, message):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        read_config(str(path))
+    assert str(caught.value).isprintable() and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("optimizer", 3, "config.optimizer is 3: it is a section of keys"),
+        ("optimizer.name", [], "config.optimizer.name is []: it must be of type str"),
+        ("model.architecture", "cnn", "config.model.architecture 'cnn' is unknown: use vit"),
+        ("evals", [1], "config.evals is [1]: it is a section of keys"),
+        ("evals.val", 7, "config.evals.val is 7: it is a section of keys"),
+        (
+            "evals.val.type",
+            None,
+            "config.evals.val: type 'None' is unknown: use one of objective",
+        ),
+        ("evals.\x1b", {"type": "objective"}, r"config.evals has an entry '\x1b': give it a name"),
+    ],
+)
+def test_a_config_json_of_other_sections_is_refused(tmp_path, key, value, message):
+    config = to_dict(_with(recipe("ViT-B/16"), key, value))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_config(str(path))
 
 
 # Another value of every key of a section that is handed on as a whole: something must change.

@@ -199,6 +199,67 @@ def test_a_value_of_another_type_is_told_by_its_key(flag, message):
         load("digits", [f"--config.{flag}"])
 
 
+@pytest.mark.parametrize(
+    ("name", "flag", "message"),
+    [
+        ("digits", "=1", "config. is not a key that anything reads"),
+        ("digits", ".1=2", "config.1 is not a key that anything reads"),
+        ("digits", ".seed[0]=3", "config.seed[0] is not a key that anything reads"),
+        ("digits", ".evals.val.type.x=3", "config.evals.val.type.x is not a key that anything"),
+        ("digits", ".evals.keys.type=objective", "config.evals.keys is a name that cannot be give"),
+        ("digits", ".seed=" + "9" * 5000, "config.seed is '99999"),
+        ("digits", ".model=3", "Failed to parse '3' as a ConfigDict"),
+        (
+            "vit:R50x1",
+            ".model.resnet_layers=" + "-" * 9000 + "1",
+            "cannot be read, write it as in P",
+        ),
+        (
+            "vit:R50x1",
+            ".model.resnet_layers=(1,nan)",
+            "config.model.resnet_layers has '(1,nan)': it",
+        ),
+        ("digits", ".schedule.base_lr=nan", "config.schedule.base_lr is nan: it must be a finite"),
+        (
+            "digits",
+            ".seed=1180591620717411303424",
+            "config.seed is 1180591620717411303424: it must",
+        ),
+    ],
+)
+def test_a_flag_that_is_none_is_one_line(name, flag, message):
+    flag = f"--config.{flag}" if flag.startswith("=") else f"--config{flag}"
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        check_config(load(name, [flag]).config)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("\0", "--config is '\\x00': it must be one line of text, without '\\x00'"),
+        ("x" * 5000, "it must have at most 4096 characters"),
+        ("x" * 4000, "does not exist: known are"),
+        ("vit:ViT-B/" + "9" * 4000, "is unknown: use ViT-SIZE/PATCH"),
+        ("vit:R50x" + "9" * 50, "config.model.width_factor is 99999999999"),
+        ("b16:" + "x" * 4000, "is unknown: use pretrain, masked or finetune"),
+        ("experiments/figure_4.py:ViT-B/32,x,0." + "0" * 400 + "1%", "is not understood: use a nu"),
+        ("experiments/figure_4.py:ViT-B/32,x,0." + "0" * 30 + "1%", "is above 2147483647 epochs"),
+    ],
+)
+def test_a_name_that_is_none_is_one_line(name, message):
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        check_config(load(name).config)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
+
+
+def test_a_file_that_makes_no_config_is_refused(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def get_config():\n    return {'seed': 1}\n")
+    with pytest.raises(UserError, match="its get_config must return the ConfigDict of a run"):
+        load(str(path))
+
+
 def test_an_evaluator_is_added_in_python():
     loaded = load("digits", ["--config.seed=1"]).config
     for config in (loaded, recipes.get_config("ViT-B/16")):

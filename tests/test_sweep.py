@@ -84,7 +84,10 @@ def test_the_rates_are_those_of_table_4(dataset, rates):
     assert sweep.learning_rates(["0.1", "2e-3"], dataset) == [0.002, 0.1]
 
 
-@pytest.mark.parametrize("given", [["0"], ["-1"], ["x"], ["0.1", "1e-1"], [""], ["nan"]])
+@pytest.mark.parametrize(
+    "given",
+    [["0"], ["-1"], ["x"], ["0.1", "1e-1"], ["0.1", "0.10000001"], [""], ["nan"], ["1e999"]],
+)
 def test_a_rate_that_is_none_is_one_line(given):
     with pytest.raises(UserError, match="are not positive numbers, each once"):
         sweep.learning_rates(given, "cifar10")

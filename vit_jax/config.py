@@ -3,9 +3,9 @@
 A config is an `ml_collections.ConfigDict` that describes a whole run; `vit_jax.recipes` makes them.
 """
 
+import functools
 import json
 import pathlib
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,41 +13,27 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict, config_dict
 
 from vit_jax import recipes
-from vit_jax.data.augmentation import CONTRASTS, parse_augment
-from vit_jax.data.protocols import JPEG_DCTS
-from vit_jax.data.subset import parse_subset
-from vit_jax.errors import UserError, nearest
+from vit_jax.config_rules import (
+    MOST_STEPS,
+    RULES,
+    SECTIONS,
+    Rule,
+    check_value,
+    evaluator_rules,
+    model_rules,
+    parse_duration,
+)
+from vit_jax.data.augmentation import parse_augment
+from vit_jax.errors import UserError, brief, first_line, nearest
 from vit_jax.evaluation import registry
-from vit_jax.models import DTYPES, describe, field_type, masked, model_fields, vit
-from vit_jax.sharding import parse_sharding
-from vit_jax.state import DECAYS, check_warmup, optimizer_keys
-from vit_jax.steps import LOSSES
+from vit_jax.models import describe, vit
+from vit_jax.state import check_warmup, optimizer_keys
 
-AT_LEAST_ONE = {
-    "batch_size",
-    "accumulate_steps",
-    "keep_checkpoints",
-    "dataset.image_size",
-}
-FRACTIONS = {
-    "label_smoothing",
-    "ema_decay",
-    "optimizer.b1",
-    "optimizer.b2",
-    "optimizer.momentum",
-}
-CHOICES = {"augment_contrast": CONTRASTS, "dataset.jpeg_dct": JPEG_DCTS}
-NAMES = {"loss": LOSSES, "schedule.decay": DECAYS}
-NOT_NEGATIVE = {
-    "patience",
-    "dataset.subset_seed",
-    "dataset.workers",
-    "optimizer.weight_decay",
-    "optimizer.clip_norm",
-    "schedule.base_lr",
-    "schedule.end_lr",
-}
 _LEFT_TO_WEIGHTS = {f"model.{key}" for key in recipes.LEFT_TO_WEIGHTS}
+# Whose name decides which other keys a section has.
+_NAMED = {"model": "architecture", "optimizer": "name"}
+# Of an image's forward pass: 200 times those of ViT-22B at 224 pixels, two seconds of an H100.
+MOST_MULTIPLY_ADDS = 1e15
 
 # Keys that configs did not have from the beginning, and what runs did without them: the value that
 # a saved config without the key has.
@@ -92,30 +78,71 @@ def check_config(config: ConfigDict, *, may_lack: bool = False) -> None:
     """
     if may_lack:
         config = _without_required(config)
-    template = recipes.pretrain("ViT-B/16", "imagenet2012")
-    template.optimizer.update(recipes.finetune("ViT-B/16", "cifar10").optimizer)
-    _check_keys(config.keys(), template.keys(), "")
-    for section, values in template.items():
-        if not isinstance(values, ConfigDict):
-            _check_type(section, config[section], type(values))
-            continue
-        if not isinstance(config[section], ConfigDict):
-            raise UserError(f"config.{section} is {config[section]!r}: it is a section of keys")
-        if section == "evals":
-            _check_evals(config.evals)
-            continue
-        types = {key: type(value) for key, value in values.items()}
-        if section == "model":
-            fields = model_fields(config.model.get("architecture"))
-            types = {"architecture": str, **{key: field_type(x) for key, x in fields.items()}}
-        if section == "optimizer":
-            types = {key: types[key] for key in optimizer_keys(config.optimizer.get("name"))}
-        _check_keys(config[section].keys(), types, f"{section}.")
-        for key, kind in types.items():
-            _check_type(f"{section}.{key}", config[section][key], kind)
+    check_keys(config)
+    for section, rules in _rules(config).items():
+        values = _section(config, section)
+        for key in sorted(rules.keys() & values.keys()):  # An evaluator has defaults.
+            _check_given(f"{section}.{key}".lstrip("."), values[key], rules[key])
+    _check_evals(config.evals)
     _check_model(config.model, config.dataset.image_size)
-    _check_ranges(config)
+    _check_objective(config)
     _check_durations(config)
+
+
+def check_keys(config: ConfigDict) -> None:
+    """Checks that a config has the keys that a run reads, and no others; their values may be any.
+
+    Raises:
+        UserError: a key is unknown (the nearest valid one is named) or missing, a section is none,
+            or the name that decides the keys of a section is unknown.
+    """
+    _check_names(config, {key.partition(".")[0] for key in RULES}, "")
+    for section in sorted(SECTIONS):
+        _check_is_section(section, config[section])
+    for name, entry in config.evals.items():
+        _check_entry(name, entry)
+    for section, rules in _rules(config).items():
+        if section:
+            _check_names(_section(config, section), rules, f"{section}.")
+
+
+def _check_is_section(name: str, values: Any) -> None:
+    if not isinstance(values, ConfigDict):
+        raise UserError(f"config.{name} is {brief(values)}: it is a section of keys")
+    if key := _NAMED.get(name):
+        check_value(f"{name}.{key}", values.get(key), RULES[f"{name}.{key}"])
+
+
+def _check_entry(name: str, entry: Any) -> None:
+    if not name or not name.isprintable():
+        raise UserError(f"config.evals has an entry {name!r}: give it a name of one line of text")
+    _check_is_section(f"evals.{name}", entry)
+    kind = entry.get("type")
+    if isinstance(kind, str) and len(kind) > 100:  # It would be shown whole.
+        check_value(f"evals.{name}.type", kind, RULES["evals.*.type"])
+    try:
+        registry.complete(entry.to_dict())
+    except UserError as error:
+        raise UserError(f"config.evals.{name}: {error}") from error
+
+
+def _rules(config: ConfigDict) -> dict[str, dict[str, Rule]]:
+    """The rules of a config's keys, by section; those of the top level are of section ""."""
+    rules: dict[str, dict[str, Rule]] = {"": {}}
+    for name, rule in RULES.items():
+        section, _, key = name.rpartition(".")
+        rules.setdefault(section, {})[key] = rule
+    del rules["evals.*"]
+    keys = optimizer_keys(config.optimizer.name)
+    rules["optimizer"] = {key: rules["optimizer"][key] for key in sorted(keys)}
+    rules["model"] = model_rules(config.model.architecture)
+    for name, entry in config.evals.items():
+        rules[f"evals.{name}"] = evaluator_rules(entry["type"])
+    return rules
+
+
+def _section(config: ConfigDict, path: str) -> ConfigDict:
+    return functools.reduce(lambda values, key: values[key], filter(None, path.split(".")), config)
 
 
 def _without_required(config: ConfigDict) -> ConfigDict:
@@ -125,30 +152,26 @@ def _without_required(config: ConfigDict) -> ConfigDict:
     return given
 
 
-def _check_keys(keys: Iterable[str], valid: Iterable[str], prefix: str) -> None:
+def _check_given(name: str, value: Any, rule: Rule) -> None:
+    if isinstance(value, str) and value == recipes.REQUIRED:
+        raise UserError(f"config.{name} must be given: --config.{name}=...")
+    if value is not None or name not in _LEFT_TO_WEIGHTS:
+        check_value(name, value, rule)
+
+
+def _check_names(keys: Iterable[str], valid: Iterable[str], prefix: str) -> None:
     for key in sorted(set(keys) - set(valid)):
         raise unknown_key(prefix + key, [prefix + name for name in valid])
-    for key in sorted(set(valid) - set(keys)):
+    has_defaults = prefix.startswith("evals.")
+    for key in sorted(set() if has_defaults else set(valid) - set(keys)):
         raise UserError(f"config.{prefix}{key} is missing")
 
 
 def _check_evals(evals: ConfigDict) -> None:
     prefixes = {}
     for name, values in evals.items():
-        if not isinstance(values, ConfigDict):
-            raise UserError(f"config.evals.{name} is {values!r}: it is a section of keys")
-        try:
-            settings = registry.complete(values.to_dict())
-        except UserError as error:
-            raise UserError(f"config.evals.{name}: {error}") from error
-        row = registry.EVALUATORS[settings["type"]]
-        for key in sorted(set(values) - {"type"}):
-            if key not in row.defaults:
-                raise unknown_key(
-                    f"evals.{name}.{key}", [f"evals.{name}.{x}" for x in row.defaults]
-                )
-            _check_type(f"evals.{name}.{key}", values[key], type(row.defaults[key]))
-        row.check(settings)
+        settings = registry.complete(values.to_dict())
+        registry.EVALUATORS[settings["type"]].check(settings)
         if registry.is_on(settings):
             other = prefixes.setdefault(registry.prefix(name, settings), name)
             if other != name:
@@ -176,54 +199,14 @@ def _check_deciding(evals: ConfigDict) -> None:
         )
 
 
-def _check_type(key: str, value: Any, kind: type) -> None:
-    if value == recipes.REQUIRED:
-        raise UserError(f"config.{key} must be given: --config.{key}=...")
-    if value is None and key in _LEFT_TO_WEIGHTS:
-        return
-    alike = {float: (int, float), tuple: (tuple, list)}  # JSON has no tuples.
-    if isinstance(value, bool) != (kind is bool) or not isinstance(value, alike.get(kind, kind)):
-        raise UserError(f"config.{key} is {value!r}: it must be of type {kind.__name__}")
-
-
 def _check_model(model: ConfigDict, image_size: int) -> None:
-    for key, field in model_fields(model.architecture).items():
-        check = field.metadata.get("check")
-        if check and model[key] is not None and (problem := check(model[key])):
-            raise UserError(f"config.model.{key} {problem}")
     description = describe(dict(model))
-    if isinstance(description, vit.ViTConfig) and image_size > 0:
+    if isinstance(description, vit.ViTConfig):
         description.grid(image_size, image_size)
-
-
-def _check_ranges(config: ConfigDict) -> None:
-    values = flatten_dict(to_dict(config), sep=".")
-    for key in AT_LEAST_ONE & values.keys():
-        if values[key] < 1:
-            raise UserError(f"config.{key} is {values[key]}: it must be at least 1")
-    for key in FRACTIONS & values.keys():
-        if not 0 <= values[key] < 1:
-            raise UserError(f"config.{key} is {values[key]}: it must be from 0 to below 1")
-    for key in NOT_NEGATIVE & values.keys():
-        if values[key] < 0:
-            raise UserError(f"config.{key} is {values[key]}: it must not be negative")
-    for key, choices in CHOICES.items():
-        if values[key] not in choices:
-            raise UserError(f"config.{key} is {values[key]!r}: use {' or '.join(choices)}")
-    for key, names in NAMES.items():
-        if values[key] not in names:
-            raise UserError(f"{key} {values[key]!r} is unknown: use {' or '.join(names)}")
-    if values["schedule.base_lr"] == 0:
-        raise UserError("config.schedule.base_lr is 0.0: it must be above 0")
-    _check_objective(values)
-    parse_sharding(values["sharding"])
-    parse_augment(values["augment"])
-    if values["dataset.subset"]:
-        parse_subset(values["dataset.subset"])
-    if values["optimizer.mu_dtype"] not in DTYPES:
+    if (cost := description.multiply_adds(image_size)) > MOST_MULTIPLY_ADDS:
         raise UserError(
-            f"config.optimizer.mu_dtype is {values['optimizer.mu_dtype']!r}: "
-            f"use {' or '.join(DTYPES)}"
+            f"config.model has {cost:.1e} multiply-adds for an image of config.dataset.image_size "
+            f"{image_size}: at most {MOST_MULTIPLY_ADDS:.0e} can be trained, make either smaller"
         )
 
 
@@ -236,10 +219,7 @@ def _check_durations(config: ConfigDict) -> None:
         "checkpoint_every": config.checkpoint_every,
         **{f"evals.{name}.every": x["every"] for name, x in _complete_evals(config).items()},
     }.items():
-        try:
-            parsed[key] = parse_duration(text)
-        except UserError as error:
-            raise UserError(f"config.{key}: {error}") from error
+        parsed[key] = parse_duration(text)
     (duration, unit), (warmup, warmup_unit) = parsed["duration"], parsed["schedule.warmup"]
     if duration == 0:
         raise UserError(f"duration {config.duration!r} is 0 {unit}: it must be at least 1 step")
@@ -254,7 +234,6 @@ def _check_durations(config: ConfigDict) -> None:
         )
 
 
-OBJECTIVES = ("classification", "masked_patches")
 # What is about classes, of which masked patch prediction has none.
 OF_CLASSES = (
     "label_smoothing",
@@ -264,11 +243,9 @@ OF_CLASSES = (
 )
 
 
-def _check_objective(values: Mapping[str, Any]) -> None:
+def _check_objective(config: ConfigDict) -> None:
+    values = flatten_dict(to_dict(config), sep=".")
     objective = values["objective"]
-    if objective not in OBJECTIVES:
-        raise UserError(f"config.objective {objective!r} is unknown: use {' or '.join(OBJECTIVES)}")
-    masked.check_masking(values["masking.rate"], values["masking.target"])
     if objective == "masked_patches" and parse_augment(values["augment"]).mixup_alpha:
         raise UserError(
             f"config.augment is {values['augment']!r}, but objective masked_patches has no labels "
@@ -285,6 +262,7 @@ def _check_objective(values: Mapping[str, Any]) -> None:
 def unknown_key(key: str, valid: Iterable[str]) -> UserError:
     """The error for a key that nothing reads, with its name of today or the nearest valid one."""
     sections = {old.partition(".")[0]: new.rpartition(".")[0] for old, new in MOVED_KEYS.items()}
+    key = key if key.isprintable() and len(key) <= 80 else brief(key)
     if moved := (sections | MOVED_KEYS).get(key):
         return UserError(f"config.{key} is config.{moved} today: set that")
     if key in REMOVED_KEYS:
@@ -295,28 +273,22 @@ def unknown_key(key: str, valid: Iterable[str]) -> UserError:
     return UserError(f"config.{key} is not a key that anything reads: {hint}")
 
 
-def parse_duration(duration: str) -> tuple[float, str]:
-    """The number and the unit of a duration, "steps" or "epochs".
-
-    Raises:
-        UserError: the duration is of neither form.
-    """
-    match = re.fullmatch(r"\s*([\d_]+(?:\.\d+)?)\s*(steps?|epochs?)?\s*", duration)
-    if not match or (not (match[2] or "").startswith("epoch") and "." in match[1]):
-        raise UserError(f"duration {duration!r} is not understood: use '500 steps' or '7 epochs'")
-    return float(match[1]), "epochs" if (match[2] or "").startswith("epoch") else "steps"
-
-
 def count_steps(duration: str, num_examples: int, batch_size: int) -> int:
     """Steps in a duration: "500 steps" (or "500"), or "7 epochs" of num_examples images each.
 
     Raises:
-        UserError: the duration is of neither form.
+        UserError: the duration is of neither form, or of more steps than int32 counts.
     """
     number, unit = parse_duration(duration)
-    if unit == "epochs":
-        return max(round(number * num_examples / batch_size), 1) if number else 0
-    return int(number)
+    if unit == "steps" or not number:
+        return int(number)
+    steps = max(round(number * num_examples / batch_size), 1)
+    if steps > MOST_STEPS:
+        raise UserError(
+            f"duration {duration!r} is {steps} steps of {batch_size} images: at most {MOST_STEPS} "
+            "are counted, shorten it"
+        )
+    return steps
 
 
 def left_to_weights(config: ConfigDict) -> list[str]:
@@ -380,13 +352,26 @@ def migrate(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_config(path: str) -> ConfigDict:
-    """The config of a run's config.json: `--config runs/x/config.json` runs it again."""
+    """The config of a run's config.json: `--config runs/x/config.json` runs it again.
+
+    Raises:
+        UserError: it cannot be read, or its keys are not those of a run, see `check_keys`.
+    """
     try:
-        config = ConfigDict(migrate(json.loads(pathlib.Path(path).read_text())))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"config {path} cannot be read: {error}") from error
+        saved = json.loads(pathlib.Path(path).read_text())
+        if not isinstance(saved, dict):
+            raise ValueError(f"it is {brief(saved)}, not an object of keys and values")
+        config = ConfigDict(migrate(saved))
+        check_keys(config)
+    # A key that a ConfigDict cannot have is one of the others.
+    except UserError as error:
+        raise UserError(f"config {path}: {error}") from error
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"config {path} cannot be read: {first_line(error)}: give the config.json of a run"
+        ) from error
     for key, kind in recipes.LEFT_TO_WEIGHTS.items():
         # A flag can replace null only where it knows the type.
-        if isinstance(model := config.get("model"), ConfigDict) and model.get(key, "") is None:
-            model[key] = config_dict.placeholder(kind)
+        if config.model.get(key, "") is None:
+            config.model[key] = config_dict.placeholder(kind)
     return config

@@ -19,9 +19,13 @@ from flax.traverse_util import empty_node, flatten_dict
 from ml_collections import ConfigDict, config_flags
 
 from vit_jax import command, config, provenance, recipes
-from vit_jax.errors import UserError, nearest
+from vit_jax.config_rules import text_problem
+from vit_jax.errors import UserError, brief, first_line, nearest
 from vit_jax.evaluation import registry
 from vit_jax.printable import printable
+
+# Of ml_collections, for what is no value, or no key.
+_UNREADABLE = (AttributeError, LookupError, TypeError, ValueError, MemoryError, RecursionError)
 
 _PACKAGE = pathlib.Path(__file__).parent
 # Where this package is installed the configs are in it, in a clone of the repository beside it.
@@ -69,17 +73,17 @@ def load(
         loaded = _read(path, spec)
     sources = _sources(loaded, name, recorded)
     sources |= _add_evaluators(loaded, argv)
+    _check_keys(argv, loaded)
     values = flags.FlagValues()
     try:
         # It parses the flags that it is asked to define.
         holder = config_flags.DEFINE_config_dict(
             "config", loaded, flag_values=values, sys_argv=["", *argv]
         )
-    except (AttributeError, KeyError) as error:
-        _check_keys(argv, loaded)
-        raise UserError(str(error).splitlines()[0]) from error
     except flags.Error as error:
         raise _bad_value(error, loaded) from error
+    except _UNREADABLE as error:
+        raise _unreadable(error) from error
     _parse_flags(parser, values, argv, loaded)
     changed = config_flags.get_override_values(values["config"])
     for key in flatten_dict(changed, sep="."):
@@ -96,17 +100,21 @@ def find(name: str) -> tuple[pathlib.Path, str | None]:
     Raises:
         UserError: there is no such file.
     """
+    if problem := text_problem(name):
+        raise UserError(f"--config {problem}")
     path, colon, spec = name.partition(":")
     if os.path.isfile(path):
         return pathlib.Path(path), spec if colon else None
     if match := re.fullmatch(r"(?:configs/)?(\w+)(?:\.py)?", path):
-        if (file := _DIRECTORY / f"{match[1]}.py").is_file():
+        file = _DIRECTORY / f"{match[1]}.py"
+        if os.path.isfile(file):  # No file has a name that is too long.
             return file, spec if colon else None
         if recipes.model_name(match[1]) != match[1]:
             return _DIRECTORY / "vit.py", ",".join(filter(None, (match[1], spec)))
     near = nearest(match[1], _names()) if match else None
     hint = f"did you mean {near}? " if near else ""
-    raise UserError(f"config {path} does not exist: {hint}{_known()}")
+    shown = path if path.isprintable() and len(path) <= 200 else brief(path)
+    raise UserError(f"config {shown} does not exist: {hint}{_known()}")
 
 
 def _names() -> list[str]:
@@ -152,11 +160,14 @@ def _read(path: pathlib.Path, spec: str | None) -> ConfigDict:
         raise UserError(
             f"config {path} has no get_config: define one that returns the ConfigDict of a run"
         )
-    if spec is None:
-        return get_config()
-    if not inspect.signature(get_config).parameters:
+    if spec is not None and not inspect.signature(get_config).parameters:
         raise UserError(f"config {path} takes no spec: leave out ':{spec}'")
-    return get_config(spec)
+    made = get_config() if spec is None else get_config(spec)
+    if not isinstance(made, ConfigDict):
+        raise UserError(
+            f"config {path} makes {brief(made)}: its get_config must return the ConfigDict of a run"
+        )
+    return made
 
 
 def _sources(loaded: ConfigDict, name: str, recorded: Sequence[recipes.Recorded]) -> dict[str, str]:
@@ -191,6 +202,8 @@ def _parse_flags(
         raise UserError(f"unrecognized arguments: {flag}{hint} (--help lists all flags)") from error
     except flags.Error as error:
         raise _bad_value(error, loaded) from error
+    except _UNREADABLE as error:
+        raise _unreadable(error) from error
     flags.FLAGS.mark_as_parsed()
     logging.use_absl_handler()
     if not flags.FLAGS["verbosity"].present:
@@ -202,13 +215,24 @@ def _parse_flags(
 
 def _bad_value(error: flags.Error, loaded: ConfigDict) -> UserError:
     """The error for a value that is not of its key's type."""
-    line = str(error).splitlines()[0]
-    match = re.match(r"flag --config\.([\w.]+)=(.*?): ", line)
+    line = _line(error)
+    match = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
     value = flatten_dict(loaded.to_dict(), sep=".").get(match[1]) if match else None
     if match is None or value is None:
         return UserError(line)
     kind = type(value).__name__
-    return UserError(f"config.{match[1]} is {match[2]!r}: it must be of type {kind}")
+    return UserError(f"config.{match[1]} is {brief(match[2])}: it must be of type {kind}")
+
+
+def _unreadable(error: Exception) -> UserError:
+    return UserError(
+        f"a value of --config.KEY=VALUE cannot be read, write it as in Python: {_line(error)}"
+    )
+
+
+def _line(error: BaseException) -> str:
+    line = first_line(error)
+    return line if line.isprintable() else ascii(line)
 
 
 def _open_evals(config: ConfigDict) -> ConfigDict:
@@ -232,6 +256,8 @@ def _add_evaluators(loaded: ConfigDict, argv: Sequence[str]) -> dict[str, str]:
         if not match or match[1] in evals:
             continue
         kind, name = value if equals else following, match[1]
+        if not name.isidentifier() or hasattr(ConfigDict, name):
+            raise UserError(f"config.evals.{name} is a name that cannot be given: take another")
         try:
             evals[name] = registry.complete({"type": kind})
         except UserError as error:
@@ -241,7 +267,8 @@ def _add_evaluators(loaded: ConfigDict, argv: Sequence[str]) -> dict[str, str]:
 
 
 def _check_keys(argv: Sequence[str], loaded: ConfigDict) -> None:
-    valid = flatten_dict(config.to_dict(loaded), sep=".")
+    leaves = flatten_dict(loaded.to_dict(), sep=".", keep_empty_nodes=True)
+    valid = {*leaves, *(key.partition(".")[0] for key in leaves)}
     for argument in argv:
         flag = argument.partition("=")[0]
         key = flag.removeprefix("--config.")
@@ -252,4 +279,4 @@ def _check_keys(argv: Sequence[str], loaded: ConfigDict) -> None:
                 f"--config.evals.{entry[1]}.type={'|'.join(registry.EVALUATORS)}"
             )
         if key != flag and key not in valid:
-            raise config.unknown_key(key, valid)
+            raise config.unknown_key(key, leaves)

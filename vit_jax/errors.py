@@ -19,6 +19,8 @@ class UserError(ValueError):
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:
     """The name among `valid` that is most like another, None if none is like it."""
+    if len(name) > 200:  # The time that it takes is quadratic.
+        return None
     return next(iter(difflib.get_close_matches(name, list(valid), n=1)), None)
 
 
@@ -32,3 +34,15 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, cut at 200 characters."""
     lines = str(error).splitlines() or [type(error).__name__]
     return lines[0][:200]
+
+
+def brief(value: object) -> str:
+    """A value as a message shows it: its repr in one line, cut at 80 characters."""
+    if isinstance(value, int) and value.bit_length() > 256:  # Python writes no more than it likes.
+        return f"a whole number of {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except ValueError:
+        return f"a {type(value).__name__} with a number of too many digits"
+    text = text.replace("\n", " ")
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_dict
 
 from vit_jax import models
 from vit_jax.data import vtab
-from vit_jax.errors import UserError, nearest
+from vit_jax.errors import UserError, brief, nearest
 from vit_jax.evaluation import registry
 from vit_jax.models.vit import SIZES
 
@@ -246,23 +246,25 @@ def parse_spec(spec: str) -> tuple[str, str, set[str]]:
     if recipe not in RECIPES:
         near = nearest(recipe, RECIPES)
         hint = f"did you mean {near}?" if near else "for example pretrain,imagenet21k"
-        raise UserError(f"recipe {recipe!r} is unknown: use pretrain, masked or finetune; {hint}")
+        raise UserError(
+            f"recipe {brief(recipe)} is unknown: use pretrain, masked or finetune; {hint}"
+        )
     options = set()
     while (word := dataset.rpartition(",")[2]) in ("dev", "512"):
         dataset = dataset.rpartition(",")[0]
         options.add(word)
     if "512" in options and recipe != "finetune":
         raise UserError(
-            f"spec {spec!r} has 512, which is a resolution to fine-tune at: use "
+            f"spec {brief(spec)} has 512, which is a resolution to fine-tune at: use "
             f"finetune,{dataset or 'imagenet2012'},512, or change config.dataset.image_size"
         )
     if "," in dataset and not dataset.startswith("folder:"):
         dataset, _, rest = dataset.partition(",")
         raise UserError(
-            f"spec {spec!r} has {rest!r} after the data set: only dev or 512 may follow"
+            f"spec {brief(spec)} has {brief(rest)} after the data set: only dev or 512 may follow"
         )
     if not dataset and (recipe != "pretrain" or (comma and not options)):
-        raise UserError(f"spec {spec!r} names no data set: for example {recipe},cifar10")
+        raise UserError(f"spec {brief(spec)} names no data set: for example {recipe},cifar10")
     return recipe, dataset or "imagenet2012", options
 
 

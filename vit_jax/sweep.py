@@ -83,10 +83,11 @@ def learning_rates(given: Sequence[str] | None, dataset: str) -> list[float]:
         rates = sorted(map(float, given or recipes.finetuning_row(dataset).base_lrs))
     except ValueError:
         rates = []
-    if not rates or not all(0 < rate < math.inf for rate in rates) or len({*rates}) < len(rates):
+    names = {f"{rate:g}" for rate in rates}  # As the runs are named.
+    if not rates or not all(0 < rate < math.inf for rate in rates) or len(names) < len(rates):
         raise UserError(
-            f"--learning_rates {','.join(given or ())} are not positive numbers, each once: "
-            "for example 0.003,0.01"
+            f"--learning_rates {','.join(given or ())} are not positive numbers, each once "
+            "in its first six digits: for example 0.003,0.01"
         )
     return rates
 

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vit_jax.data.protocols import Preprocessing
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, brief
+from vit_jax.models.base import LONGEST, type_problem
 
 # Names of activations, and the form of GELU that they are.
 GELUS = {
@@ -60,12 +61,78 @@ def choose(table: Mapping[Any, str], key: Any, field: str) -> str:
     return table[key]
 
 
-def height_and_width(size: Any) -> tuple[int, int]:
+def whole(value: Any, field: str) -> int:
+    """Returns a number of things that there is at least one of, and no more than in any model.
+
+    Raises:
+        UserError: it is none.
+    """
+    if type(value) is not int or not 1 <= value <= LONGEST:
+        raise UserError(f"{field} is {brief(value)}: it must be a whole number from 1 to {LONGEST}")
+    return value
+
+
+def real(value: Any, field: str) -> float:
+    """Returns a finite number.
+
+    Raises:
+        UserError: it is none.
+    """
+    if problem := type_problem(value, float):
+        raise UserError(f"{field} {problem}")
+    return float(value)
+
+
+def yes_or_no(value: Any, field: str) -> bool:
+    """Returns a bool; null is no.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if not isinstance(value, bool | None):
+        raise UserError(f"{field} is {brief(value)}: it must be true or false")
+    return bool(value)
+
+
+def labels(value: Any, field: str) -> tuple[str, ...] | None:
+    """Returns the names in a list, None if there are none.
+
+    Raises:
+        UserError: it is no list.
+    """
+    if value and not isinstance(value, list):
+        raise UserError(f"{field} is {brief(value)}: it must be a list of names")
+    return tuple(map(str, value)) if value else None
+
+
+def check_shapes(
+    told: Mapping[str, Any], sizes: Mapping[str, Any], names: Mapping[str, str]
+) -> None:
+    """Checks that a configuration is of the model that its weights have the shapes of.
+
+    Args:
+        told: its fields.
+        sizes: of the model, as far as shapes tell them.
+        names: of those fields that are a size, the size.
+
+    Raises:
+        UserError: a size is another.
+    """
+    for field, name in names.items():
+        value = told.get(field)
+        if value is not None and name in sizes and whole(value, field) != sizes[name]:
+            raise UserError(
+                f"{field} is {value}, but by the shapes of the weights {sizes[name]}: they are of "
+                "different models, fetch both again"
+            )
+
+
+def height_and_width(size: Any, field: str) -> tuple[int, int]:
     """Reads a size that is a number, a pair or a dict of `height` and `width`."""
     if isinstance(size, dict):
         size = size.get("height"), size.get("width")
     height, width = size if isinstance(size, list | tuple) else (size, size)
-    return int(height), int(width)
+    return whole(height, field), whole(width, field)
 
 
 def channels(values: Any) -> tuple[Any, ...]:

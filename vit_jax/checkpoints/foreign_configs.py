@@ -137,7 +137,7 @@ def _read_config(
     if format == "timm":
         return timm_config.read_config(config, sizes, image_size)
     processor = files.get("preprocessor_config.json", {})
-    return huggingface_config.read_config(config, processor, image_size)
+    return huggingface_config.read_config(config, processor, sizes, image_size)
 
 
 @contextlib.contextmanager

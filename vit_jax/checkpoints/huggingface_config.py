@@ -12,9 +12,13 @@ from vit_jax.checkpoints.config_fields import (
     INTERPOLATIONS,
     channels,
     check_fields,
+    check_shapes,
     choose,
     height_and_width,
     pil_interpolation,
+    real,
+    whole,
+    yes_or_no,
 )
 from vit_jax.checkpoints.model_info import ModelInfo
 from vit_jax.data import imagenet
@@ -38,10 +42,15 @@ READ = (
     *("hidden_act", "id2label", "image_size", "layer_norm_eps", "model_type"),
     *("num_attention_heads", "problem_type"),
 )
-SHAPES = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_labels", "patch_size"),
-    "pooler_output_size",
-)
+# What shapes tell, by its name here.
+SHAPES = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "mlp_dim",
+    "num_hidden_layers": "num_layers",
+    "patch_size": "patch_size",
+}
+# Those of the parts that a model need not have.
+OF_HEADS = {"num_labels": "num_classes", "pooler_output_size": "representation_size"}
 # Of training, of masked images, of where the file came from, and of PreTrainedConfig for all
 # models, which no ViT reads.
 HARMLESS = (
@@ -91,22 +100,28 @@ _LOSSES = {"single_label_classification": "softmax", "multi_label_classification
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # PIL's numbers
 
 
-def read_config(config: dict[str, Any], processor: dict[str, Any], image_size: int) -> ModelInfo:
+def read_config(
+    config: dict[str, Any], processor: dict[str, Any], sizes: dict[str, Any], image_size: int
+) -> ModelInfo:
     """Returns what the two files tell of a model.
 
     Args:
         config: of `config.json`.
         processor: of `preprocessor_config.json`.
+        sizes: of the model, as far as shapes tell them.
         image_size: that of the position embeddings, for where the files name none.
 
     Raises:
-        UserError: a field or a value is not of the paper's model.
+        UserError: a field or a value is not of the paper's model, or contradicts its shapes.
         TypeError, ValueError, LookupError, AttributeError, ArithmeticError: a value is of another
             form than Transformers writes.
     """
     if config.get("model_type", "vit") != "vit":
         raise UserError(f"model_type {config['model_type']!r} is not 'vit': only that is read")
-    check_fields(config, FIXED, READ + SHAPES + HARMLESS)
+    check_fields(config, FIXED, (*READ, *SHAPES, *OF_HEADS, *HARMLESS))
+    told = {**config, **_one_side(config, "patch_size"), **_one_side(config, "image_size")}
+    check_shapes(told, {**sizes, "image_size": image_size}, SHAPES | {"image_size": "image_size"})
+    check_shapes(told, {key: x for key, x in sizes.items() if x}, OF_HEADS)
     labels = config.get("id2label")
     names = tuple(str(labels[str(i)]) for i in range(len(labels))) if labels else None
     if names == tuple(f"LABEL_{i}" for i in range(len(names or ()))):  # Placeholders.
@@ -114,10 +129,12 @@ def read_config(config: dict[str, Any], processor: dict[str, Any], image_size: i
     model = {
         "architecture": "vit",
         "gelu": choose(GELUS, config.get("hidden_act", "gelu"), "hidden_act"),
-        "layer_norm_epsilon": float(config.get("layer_norm_eps", LAYER_NORM_EPSILON)),
+        "layer_norm_epsilon": real(
+            config.get("layer_norm_eps", LAYER_NORM_EPSILON), "layer_norm_eps"
+        ),
     }
     if "num_attention_heads" in config:
-        model["num_heads"] = int(config["num_attention_heads"])
+        model["num_heads"] = whole(config["num_attention_heads"], "num_attention_heads")
     size = processor.get("size", config.get("image_size", image_size))
     loss = config.get("problem_type")
     loss = None if loss is None else choose(_LOSSES, loss, "problem_type")
@@ -128,7 +145,7 @@ def _preprocessing(processor: dict[str, Any], size: Any) -> Preprocessing:
     _check_processor(processor)
     squash = not (isinstance(size, dict) and "shortest_edge" in size)
     side = _square("size", size if squash else size["shortest_edge"])
-    if processor.get("do_center_crop", not squash):
+    if yes_or_no(processor.get("do_center_crop", not squash), "do_center_crop"):
         image_size = _square("crop_size", processor.get("crop_size", side))
     elif squash:
         image_size = side
@@ -136,7 +153,7 @@ def _preprocessing(processor: dict[str, Any], size: Any) -> Preprocessing:
         raise UserError("size has shortest_edge without a center crop: images must be square")
     if image_size > side:
         raise UserError(f"crop_size {image_size} is above size {side}: padding is not supported")
-    normalized = processor.get("do_normalize", True)
+    normalized = yes_or_no(processor.get("do_normalize", True), "do_normalize")
     return Preprocessing(
         image_size,
         None if squash and image_size == side else image_size / side,
@@ -154,14 +171,19 @@ def _check_processor(processor: dict[str, Any]) -> None:
     for key in ("image_processor_type", "feature_extractor_type"):
         if processor.get(key, PROCESSORS[0]) not in PROCESSORS:
             raise UserError(f"{key} is {processor[key]!r}: only {', '.join(PROCESSORS)} are read")
-    if not processor.get("do_resize", True) or not processor.get("do_rescale", True):
+    if not all(yes_or_no(processor.get(x, True), x) for x in ("do_resize", "do_rescale")):
         raise UserError("do_resize or do_rescale is false: images must be resized and rescaled")
     if processor.get("rescale_factor", 1 / 255) != 1 / 255:
         raise UserError(f"rescale_factor {processor['rescale_factor']!r} is not 1/255")
 
 
+def _one_side(config: dict[str, Any], field: str) -> dict[str, int]:
+    size = config.get(field)
+    return {} if size is None else {field: _square(field, size)}
+
+
 def _square(name: str, size: Any) -> int:
-    height, width = height_and_width(size)
+    height, width = height_and_width(size, name)
     if height != width:
         raise UserError(f"{name} is {height} x {width}: only square images are supported")
     return height

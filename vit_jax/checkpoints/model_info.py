@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.data.protocols import Preprocessing, evaluation
-from vit_jax.errors import UserError, first_line
-from vit_jax.models import check_types, prediction_fields
+from vit_jax.errors import UserError, brief, first_line
+from vit_jax.models import check_fields, prediction_fields
 
 _MAX_BYTES = 2**26
 
@@ -69,13 +69,13 @@ def read_info_file(path: Path, default: ModelInfo) -> ModelInfo:
         if unknown := sorted(document.keys() - allowed):
             raise UserError(f"{unknown[0]!r} is none of {', '.join(sorted(allowed))}")
         model = {**default.model, **document.pop("model", {})}
-        check_types(model)
+        check_fields(model)
         # Null leaves the default; but class_names may be null where the default has names.
         document = {key: x for key, x in document.items() if x is not None or key == "class_names"}
         if "preprocessing" in document:
             document["preprocessing"] = _preprocessing(document["preprocessing"])
         if document.get("class_names") is not None:
-            document["class_names"] = tuple(map(str, document["class_names"]))
+            document["class_names"] = _names(document["class_names"])
         if document.get("loss", "softmax") not in ("softmax", "sigmoid"):
             raise UserError(f"loss {document['loss']!r} is neither softmax nor sigmoid")
     except (TypeError, ValueError) as error:
@@ -91,19 +91,41 @@ def _preprocessing(values: dict[str, Any]) -> Preprocessing:
 
 
 def info_from_run(metadata: dict[str, Any]) -> ModelInfo:
-    """Returns what a run of this project saved beside its weights, in a checkpoint's metadata."""
+    """Returns what a run of this project saved beside its weights, in a checkpoint's metadata.
+
+    Raises:
+        UserError: it is not what a run saves.
+    """
     config = metadata.get("config")
     names = metadata.get("class_names")
-    names = None if names is None else tuple(names)
+    names = None if names is None else _names(names)
     if config is None:
         return ModelInfo(class_names=names)
+    try:
+        return _info_from_config(config, names)
+    except UserError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise UserError(
+            f"the config beside the weights is none of a run ({first_line(error)}): mend it"
+        ) from error
+
+
+def _names(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list | tuple):
+        raise UserError(f"class_names is {brief(values)}: it must be a list of names")
+    return tuple(map(str, values))
+
+
+def _info_from_config(config: dict[str, Any], names: tuple[str, ...] | None) -> ModelInfo:
     # Here because it takes the optimizers along, which no other weights need.
     from vit_jax.config import migrate
 
     config = migrate(config)
-    data = config["dataset"]
+    data, model = config["dataset"], prediction_fields(config["model"])
+    check_fields({key: x for key, x in model.items() if x is not None})
     return ModelInfo(
-        prediction_fields(config["model"]),
+        model,
         evaluation(data["protocol"], data["image_size"], data["jpeg_dct"]),
         names,
         config["loss"],

@@ -13,9 +13,13 @@ from vit_jax.checkpoints.config_fields import (
     INTERPOLATIONS,
     channels,
     check_fields,
+    check_shapes,
     choose,
     height_and_width,
+    labels,
     pil_interpolation,
+    real,
+    whole,
 )
 from vit_jax.checkpoints.model_info import ModelInfo
 from vit_jax.data.protocols import Preprocessing, resized_side
@@ -46,9 +50,10 @@ FIXED = {
     "scale_mlp_norm": False,
 }
 READ = ("act_layer", "global_pool", "img_size", "norm_layer", "num_heads")
-SHAPES = (
-    *("class_token", "depth", "embed_dim", "fc_norm", "mlp_ratio", "no_embed_class"),
-    *("num_classes", "patch_size"),
+# What shapes tell, by its name here; the others in their own form.
+SHAPES = {"depth": "num_layers", "embed_dim": "hidden_size"}
+OTHER_SHAPES = (
+    *("class_token", "fc_norm", "mlp_ratio", "no_embed_class", "num_classes", "patch_size"),
 )
 # Of training, and of how other image sizes are taken.
 HARMLESS = (
@@ -100,25 +105,26 @@ def read_config(config: dict[str, Any], sizes: dict[str, Any], image_size: int) 
         image_size: that of the position embeddings, for where the file names none.
 
     Raises:
-        UserError: a field or a value is not of the paper's model.
+        UserError: a field or a value is not of the paper's model, or contradicts its shapes.
         TypeError, ValueError, LookupError, AttributeError, ArithmeticError: a value is of another
             form than timm writes.
     """
     arguments = config.get("model_args") or {}
     pretrained = config.get("pretrained_cfg", config)  # Once all was in one dictionary.
     _check_arguments(config, arguments, pretrained, sizes["classifier"] == "token")
+    _check_sizes(config, arguments, sizes)
     names = config.get("label_names", pretrained.get("label_names"))
     return ModelInfo(
         _model(config.get("architecture"), arguments, sizes["architecture"]),
         preprocessing(_image_size(arguments, pretrained, image_size), **pretrained),
-        tuple(map(str, names)) if names else None,
+        labels(names, "label_names"),
     )
 
 
 def _check_arguments(
     config: dict[str, Any], arguments: dict[str, Any], pretrained: dict[str, Any], has_class: bool
 ) -> None:
-    check_fields(arguments, FIXED, READ + SHAPES + HARMLESS)
+    check_fields(arguments, FIXED, (*READ, *SHAPES, *OTHER_SHAPES, *HARMLESS))
     check_fields({"label_offset": pretrained.get("label_offset")}, {"label_offset": 0}, ())
     norm = arguments.get("norm_layer") or "layernorm"
     if norm.replace("_", "").lower() != "layernorm":
@@ -132,6 +138,29 @@ def _check_arguments(
         )
 
 
+def _check_sizes(config: dict[str, Any], arguments: dict[str, Any], sizes: dict[str, Any]) -> None:
+    told = dict(arguments)
+    names = dict(SHAPES)
+    if sizes["architecture"] == "vit":  # A hybrid's are of the feature map, and part of its name.
+        names["patch_size"] = "patch_size"
+        if arguments.get("patch_size") is not None:
+            height, width = height_and_width(arguments["patch_size"], "patch_size")
+            told["patch_size"] = height if height == width else arguments["patch_size"]
+    check_shapes(told, sizes, names)
+    check_shapes(config, sizes, {"num_features": "hidden_size"})
+    for values in (arguments, config):
+        if values.get("num_classes"):  # 0 and null, of a model without a head, are any.
+            check_shapes(values, sizes, {"num_classes": "num_classes"})
+    ratio = arguments.get("mlp_ratio")
+    if ratio is not None and "mlp_dim" in sizes:
+        wanted = real(ratio, "mlp_ratio") * sizes["hidden_size"]
+        if abs(wanted - sizes["mlp_dim"]) >= 1:  # timm takes the floor.
+            raise UserError(
+                f"mlp_ratio {ratio} of width {sizes['hidden_size']} is not the MLP width "
+                f"{sizes['mlp_dim']} of the weights: they are of different models, fetch both again"
+            )
+
+
 def _model(name: Any, arguments: dict[str, Any], architecture: str) -> dict[str, Any]:
     default_activation = "gelu_tanh" if name in TANH else "gelu"
     model = {
@@ -143,7 +172,7 @@ def _model(name: Any, arguments: dict[str, Any], architecture: str) -> dict[str,
         model["group_norm_epsilon"] = GROUP_NORM_EPSILON
     num_heads = arguments.get("num_heads", NUM_HEADS.get(name))
     if num_heads is not None:
-        model["num_heads"] = int(num_heads)
+        model["num_heads"] = whole(num_heads, "num_heads")
     return model
 
 
@@ -151,12 +180,12 @@ def _image_size(arguments: dict[str, Any], pretrained: dict[str, Any], default: 
     # The size of the position embeddings; a model that takes several may be used at another.
     size = arguments.get("img_size")
     if size:
-        size = (3, *height_and_width(size))
+        size = (3, *height_and_width(size, "img_size"))
     else:
-        size = pretrained.get("input_size", (3, *height_and_width(default)))
+        size = pretrained.get("input_size", (3, default, default))
     if size[1] != size[2]:
         raise UserError(f"input_size {size} is not square: only square images are supported")
-    return int(size[1])
+    return whole(size[1], "input_size")
 
 
 def preprocessing(

@@ -21,6 +21,10 @@ AUGREG = {
 CONTRASTS = ("augreg", "pil")
 
 
+# The share of an image has a standard deviation of 1 / sqrt(8 alpha + 4).
+MOST_ALPHA = 1000
+
+
 class Augmentation(NamedTuple):
     """The augmentation of training images beyond crop and flip; 0 is nothing."""
 
@@ -56,7 +60,10 @@ def parse_augment(text: str) -> Augmentation:
         augmentation = augmentation._replace(num_operations=operations, magnitude=magnitude)
     if "mixup" in found:
         alpha = float(found["mixup"][5])
-        if alpha <= 0:
-            raise UserError(f"augment {text!r} is out of range: mixup's alpha must be above 0")
+        if not 0 < alpha <= MOST_ALPHA:
+            raise UserError(
+                f"augment {text!r} is out of range: mixup's alpha must be above 0 and at most "
+                f"{MOST_ALPHA}, from where on all are mixed half and half"
+            )
         augmentation = augmentation._replace(mixup_alpha=alpha)
     return augmentation

@@ -34,7 +34,7 @@ import math
 
 import numpy as np
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, brief
 
 PROTOCOLS = ("inception", "bit", "big_vision", "pretrain", "pad")
 
@@ -43,6 +43,10 @@ BIT_RESIZE = 448 / 384
 
 # libjpeg's inverse transforms: that of PIL, and TensorFlow's default.
 JPEG_DCTS = ("accurate", "fast")
+
+# Sides in pixels: 20 times those of the largest images that models of the paper are fine-tuned at.
+# Before their center is cut out images are resized to a little more, of which 224/256 is usual.
+MAX_IMAGE_SIZE, MAX_RESIZED = 10_000, 12_000
 
 RESIZES = ("box", "big_vision", "timm", "huggingface")
 INTERPOLATIONS = ("bilinear", "bicubic", "area")
@@ -84,25 +88,35 @@ class Preprocessing:
     jpeg_dct: str = "accurate"
 
     def __post_init__(self):
-        if not 1 <= self.image_size <= 10_000:
-            raise UserError(f"image_size {self.image_size} is not from 1 to 10000")
-        if self.center_crop is not None and not 0 < self.center_crop <= 1:
-            raise UserError(f"center_crop {self.center_crop} is not above 0 and at most 1")
+        size, crop = self.image_size, self.center_crop
+        is_whole = isinstance(size, int) and not isinstance(size, bool)
+        if not is_whole or not 1 <= size <= MAX_IMAGE_SIZE:
+            raise UserError(
+                f"image_size {brief(size)} is no whole number from 1 to {MAX_IMAGE_SIZE}"
+            )
+        if crop is not None and not (_is_number(crop) and 0 < crop <= 1):
+            raise UserError(f"center_crop {brief(crop)} is no number above 0 and at most 1")
+        if crop is not None and size / crop > MAX_RESIZED:
+            raise UserError(
+                f"center_crop {crop} of image_size {size} is cut from {size / crop:.0f} pixels: "
+                f"at most {MAX_RESIZED} are made"
+            )
         for name, choices in (
             ("interpolation", INTERPOLATIONS),
             ("resize", RESIZES),
             ("jpeg_dct", JPEG_DCTS),
             ("squash", (False, True)),
+            ("antialias", (False, True)),
         ):
             if getattr(self, name) not in choices:
                 listed = ", ".join(map(str, choices))
-                raise UserError(f"{name} {getattr(self, name)!r} is none of {listed}")
+                raise UserError(f"{name} {brief(getattr(self, name))} is none of {listed}")
         self._check_kernel()
         for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != 3 or not all(map(math.isfinite, values)):
-                raise UserError(f"{name} {values} is not three numbers")
-        if min(self.std) <= 0:
-            raise UserError(f"std {self.std} is not positive")
+            if len(values) != 3 or not all(_is_number(x) and abs(x) <= 1e6 for x in values):
+                raise UserError(f"{name} {brief(values)} is not three numbers of at most 1e6")
+        if not min(self.std) >= 1e-6:  # An image has 256 levels, of which 1/255 is one.
+            raise UserError(f"std {brief(self.std)} is not positive, of at least 1e-6")
 
     def _check_kernel(self):
         if (self.interpolation == "area") != (self.resize == "big_vision"):
@@ -113,6 +127,10 @@ class Preprocessing:
         if self.resize != "box" and self.antialias != (self.resize != "big_vision"):
             fixed = str(not self.antialias).lower()
             raise UserError(f"resize {self.resize!r} has antialias {fixed} only: set it so")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def evaluation(protocol: str, image_size: int, jpeg_dct: str = "accurate") -> Preprocessing:

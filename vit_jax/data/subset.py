@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 
 from vit_jax.data.source import Source
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, brief
 
 
 def parse_subset(text: str) -> Fraction | int:
@@ -18,12 +18,14 @@ def parse_subset(text: str) -> Fraction | int:
     Raises:
         UserError: it is neither.
     """
-    match = re.fullmatch(r"\s*(?:(\d+(?:_\d+)*)|(\d+(?:\.\d+)?)\s*%)\s*", text)
+    # Python reads no number of thousands of digits, and no share is that small.
+    form = r"\s*(?:(\d+(?:_\d+)*)|(\d+(?:\.\d+)?)\s*%)\s*"
+    match = re.fullmatch(form, text, re.ASCII) if len(text) <= 40 else None
     subset = Fraction(match[2]) / 100 if match and match[2] else int(match[1]) if match else 0
     if not subset or (isinstance(subset, Fraction) and subset > 1):
         raise UserError(
-            f"dataset.subset {text!r} is not understood: use a number of images, such as 5000, or "
-            "a percentage of at most 100%, such as 10%"
+            f"dataset.subset {brief(text)} is not understood: use a number of images, such as "
+            "5000, or a percentage of at most 100%, such as 10%"
         )
     return subset
 

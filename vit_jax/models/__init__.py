@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, brief
 from vit_jax.models.axial import AxialResNetConfig, AxialViTConfig
-from vit_jax.models.base import DTYPES, Model, ModelConfig
+from vit_jax.models.base import DTYPES, Model, ModelConfig, type_problem
 from vit_jax.models.bit import BiTConfig
 from vit_jax.models.hybrid import HybridConfig
 from vit_jax.models.vit import ViTConfig
@@ -36,11 +36,12 @@ def model_config(name: str) -> dict[str, Any]:
     Raises:
         UserError: the name is of none of these forms.
     """
-    for architecture, family in ARCHITECTURES.items():
+    # No name is longer, and Python reads no number of thousands of digits.
+    for architecture, family in ARCHITECTURES.items() if len(name) <= 100 else ():
         if (fields := family.parse(name)) is not None:
             return {"architecture": architecture, **fields}
     names = ", or ".join(family.names for family in ARCHITECTURES.values())
-    raise UserError(f"model {name!r} is unknown: use {names}")
+    raise UserError(f"model {brief(name)} is unknown: use {names}")
 
 
 def family_of(architecture: str | None) -> type[ModelConfig]:
@@ -100,20 +101,23 @@ def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: defaults.get(key) if x is None else x for key, x in config.items()}
 
 
-def check_types(config: Mapping[str, Any]) -> None:
-    """Checks the keys of a config's `model` section, or of a part of it, and their types.
+def check_fields(config: Mapping[str, Any]) -> None:
+    """Checks the keys of a config's `model` section, or of a part of it, each for itself.
 
     Raises:
-        UserError: a key is none of its architecture's, or a value is of another type.
+        UserError: a key is none of its architecture's, or a value is of another type, not finite or
+            out of its range.
     """
+    if not isinstance(config["architecture"], str):
+        raise UserError(f"model.architecture {brief(config['architecture'])} is no name")
     fields = model_fields(config["architecture"])
     for key in config.keys() - {"architecture"}:
         if key not in fields:
             raise UserError(f"model.{key} is not a key that anything reads")
-        kind = field_type(fields[key])
-        alike = {float: (int, float), tuple: (tuple, list)}.get(kind, kind)
-        if not isinstance(config[key], alike):
-            raise UserError(f"model.{key} is {config[key]!r}: it must be of type {kind.__name__}")
+        check = fields[key].metadata.get("check")
+        problem = type_problem(config[key], field_type(fields[key]))
+        if problem := problem or (check and check(config[key])):
+            raise UserError(f"model.{key} {problem}")
 
 
 def describe(config: Mapping[str, Any], **overrides: Any) -> ModelConfig:

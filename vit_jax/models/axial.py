@@ -17,7 +17,7 @@ import numpy as np
 
 from vit_jax.errors import UserError
 from vit_jax.models import resnet
-from vit_jax.models.base import Arrays, Model, linear_head, option, width_of
+from vit_jax.models.base import Arrays, Model, epsilon, linear_head, option, width_of
 from vit_jax.models.bit import RESNETS
 from vit_jax.models.encoder import EncoderBlock
 from vit_jax.models.positions import resize_axis
@@ -144,7 +144,7 @@ class AxialResNetConfig(resnet.StagesConfig):
     landmark = "block1/unit1/height/kernel"
     resizers: ClassVar = {"axial_embedding": resize_axis}
 
-    group_norm_epsilon: float = option(1e-4)
+    group_norm_epsilon: float = option(1e-4, check=epsilon)
 
     def build(self) -> "AxialResNet":
         """The module."""

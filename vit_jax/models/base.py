@@ -4,6 +4,7 @@ A family of models is a file with both, and a line in `models.ARCHITECTURES`.
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, brief
 from vit_jax.models.rematerialization import POLICIES
 
 Array = jax.Array
@@ -45,15 +46,45 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def at_least(least: int) -> Check:
-    """Checks numbers that are counted: 1 and more, or 0 and more."""
+def type_problem(value: Any, kind: type) -> str | None:
+    """Says whether a value is of another type than `kind`, or a number that is not finite."""
+    alike = {float: (int, float), tuple: (tuple, list)}  # JSON has no tuples.
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, alike.get(kind, kind)):
+        return f"is {brief(value)}: it must be of type {kind.__name__}"
+    if kind is float and not abs(value) <= sys.float_info.max:
+        return f"is {brief(value)}: it must be a finite number"
+    return None
+
+
+# No axis of a model is longer: 48 times the classes of ImageNet-21k, 170 times ViT-22B's width.
+LONGEST = 2**20
+
+
+def at_least(least: int, most: int = LONGEST) -> Check:
+    """Checks numbers that are counted: 1 and more, or 0 and more, up to what a model can have."""
     rule = f"be at least {least}" if least else "not be negative"
-    return lambda x: f"is {x}: it must {rule}" if x < least else None
+
+    def check(x: int) -> str | None:
+        if x > most:
+            return f"is {brief(x)}: it must be at most {most}, more has no model"
+        return f"is {brief(x)}: it must {rule}" if x < least else None
+
+    return check
 
 
 def fraction(x: float) -> str | None:
     """Checks a rate from 0 to below 1."""
-    return None if 0 <= x < 1 else f"is {x}: it must be from 0 to below 1"
+    return None if 0 <= x < 1 else f"is {brief(x)}: it must be from 0 to below 1"
+
+
+def epsilon(x: float) -> str | None:
+    """Checks what a normalization adds to a variance: with 1 and more it normalizes nothing."""
+    return None if 0 < x < 1 else f"is {brief(x)}: it must be above 0 and below 1"
+
+
+def logit(x: float) -> str | None:
+    """Checks a bias of logits: the exponential of a larger one is 0 or infinite in float32."""
+    return None if abs(x) <= 80 else f"is {brief(x)}: it must be from -80 to 80"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +123,7 @@ class ModelConfig:
     resizers: ClassVar[Mapping[str, "Resizer"]] = {}
 
     num_classes: int = option(check=at_least(0))
-    head_bias_init: float = option(0.0, training_only=True)
+    head_bias_init: float = option(0.0, check=logit, training_only=True)
     remat: str = option("nothing", choices=POLICIES, training_only=True)
     dtype: str = option("float32", choices=DTYPES, training_only=True)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from vit_jax.errors import UserError
 from vit_jax.models import resnet
-from vit_jax.models.base import Arrays, Model, ModelConfig, at_least, option, width_of
+from vit_jax.models.base import Arrays, Model, ModelConfig, at_least, epsilon, option, width_of
 from vit_jax.models.resnet import EXPANSION, ROOT_WIDTH, GroupNorm, StdConv
 
 Array = jax.Array
@@ -52,7 +52,7 @@ class BiTConfig(resnet.StagesConfig):
     head = "resnet/head/conv2d"
 
     width_factor: int = option(1, check=at_least(1))
-    group_norm_epsilon: float = option(1e-5)
+    group_norm_epsilon: float = option(1e-5, check=epsilon)
 
     def build(self) -> "ResNet":
         """The module."""

@@ -16,7 +16,7 @@ import numpy as np
 from vit_jax.errors import UserError
 from vit_jax.models import attention
 from vit_jax.models.activations import GELU
-from vit_jax.models.base import Grid, ModelConfig, at_least, fraction, option
+from vit_jax.models.base import Grid, ModelConfig, at_least, epsilon, fraction, option
 from vit_jax.models.dropout import Dropout
 from vit_jax.models.normalization import LayerNorm
 from vit_jax.models.positions import (
@@ -35,6 +35,9 @@ from vit_jax.models.rematerialization import (
 )
 
 Array = jax.Array
+
+# The deepest published Transformers have 1,000 layers (DeepNet, 2022); each is traced.
+DEEPEST = 2**12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +69,7 @@ class EncoderConfig(ModelConfig):
     """
 
     hidden_size: int = option(check=at_least(1))
-    num_layers: int = option(check=at_least(1))
+    num_layers: int = option(check=at_least(1, DEEPEST))
     mlp_dim: int = option(check=at_least(1))
     num_heads: int = option(check=at_least(1))
     classifier: str = option("token", choices=("token", "gap"))
@@ -76,7 +79,7 @@ class EncoderConfig(ModelConfig):
     position_embedding: str = option("learned", choices=POSITION_EMBEDDINGS)
     position_placement: str = option("stem", choices=PLACEMENTS)
     gelu: str = option("tanh", choices=tuple(GELU))
-    layer_norm_epsilon: float = option(1e-6)
+    layer_norm_epsilon: float = option(1e-6, check=epsilon)
     scan_layers: bool = option(False, training_only=True)
     remat: str = option("dots", choices=POLICIES, training_only=True)
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from vit_jax.models import resnet
-from vit_jax.models.base import Arrays, option
+from vit_jax.models.base import Arrays, epsilon, option
 from vit_jax.models.vit import SIZES, VisionTransformer, ViTConfig
 
 # The stem of a hybrid and the suffix of its name. The suffix is the total downsampling, but for
@@ -37,7 +37,7 @@ class HybridConfig(ViTConfig, resnet.StagesConfig):
     embeds_pixels = False
 
     resnet_layers: tuple[int, ...] = option((3, 4, 6, 3), check=resnet.units_per_stage)
-    group_norm_epsilon: float = option(1e-6)
+    group_norm_epsilon: float = option(1e-6, check=epsilon)
 
     @property
     def downsampling(self) -> int:

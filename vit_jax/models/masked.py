@@ -255,15 +255,3 @@ def scores(predictions: Array, targets: Array) -> dict[str, Array]:
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     correct = jnp.mean(jnp.argmax(logits, -1) == targets, axis=(1, 2))
     return {"loss": losses.mean(axis=(1, 2)), "correct": correct}
-
-
-def check_masking(rate: float, target: str) -> None:
-    """Checks the `masking` section of a config.
-
-    Raises:
-        UserError: the rate is no share, or the target unknown.
-    """
-    if not 0 < rate <= 1:
-        raise UserError(f"config.masking.rate is {rate}: it must be above 0 and at most 1")
-    if target not in TARGETS:
-        raise UserError(f"config.masking.target {target!r} is unknown: use {', '.join(TARGETS)}")

@@ -16,8 +16,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.errors import UserError
-from vit_jax.models.base import Arrays, ModelConfig, option
+from vit_jax.errors import UserError, brief
+from vit_jax.models.base import Arrays, ModelConfig, epsilon, option
 from vit_jax.models.rematerialization import rematerialize
 
 Array = jax.Array
@@ -30,12 +30,18 @@ EXPANSION = 4
 # AxialResNet) to the variance.
 STANDARDIZE_EPSILON = 1e-5
 BIT_STANDARDIZE_EPSILON = 1e-10
+# R200 has 36 units in a stage and four stages; each stage halves the side and doubles the width.
+MOST_UNITS, MOST_STAGES = 1000, 8
 
 
 def units_per_stage(layers: Sequence[Any]) -> str | None:
     """Checks `resnet_layers` in a config."""
-    wrong = [units for units in layers if type(units) is not int or units < 1]
-    return f"has {wrong[0]!r}: it must be units per stage" if wrong else None
+    if len(layers) > MOST_STAGES:
+        return f"has {len(layers)} stages: it must be at most {MOST_STAGES}"
+    wrong = [x for x in layers if type(x) is not int or not 1 <= x <= MOST_UNITS]
+    return (
+        f"has {brief(wrong[0])}: it must be units per stage, 1 to {MOST_UNITS}" if wrong else None
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +56,7 @@ class StagesConfig(ModelConfig):
     """
 
     resnet_layers: tuple[int, ...] = option(check=units_per_stage)
-    group_norm_epsilon: float = option()
+    group_norm_epsilon: float = option(check=epsilon)
 
     @property
     def downsampling(self) -> int:
@@ -62,7 +68,7 @@ class StagesConfig(ModelConfig):
         super().validate()
         if units_per_stage(self.resnet_layers):
             raise UserError(
-                f"resnet_layers {self.resnet_layers} is no list of units per stage: use for "
+                f"resnet_layers {brief(self.resnet_layers)} is no list of units per stage: use for "
                 "example (3, 4, 6, 3)"
             )
 
