@@ -3,16 +3,28 @@ PYTHON ?= python3
 VENV ?= .venv
 # The newest JAX that this Python can have; EXTRAS=export,test is the pinned one, for a SavedModel.
 EXTRAS ?= export-newest,docs,test
+# The two that CI tests are locked, for every Python and system; all else, and LOCK=, is the newest there is.
+LOCK.export-newest,docs,test := requirements/newest.txt
+LOCK.export,peers,test := requirements/pinned.txt
+LOCK ?= $(LOCK.$(EXTRAS))
 # Processes that tests run in, each of up to 8 GB, and further flags of pytest.
 JOBS ?= 2
 FLAGS ?=
 RUN := $(VENV)/bin/python
 # Python compiles the files that it imports; of all that is installed they are a part.
 PIP := $(RUN) -m pip install --quiet --no-compile
+PIP_LOCKED := $(PIP) --no-deps --no-build-isolation
+# In full, for commands that change their directory; $(abspath) would split it at its spaces.
+VENV_PATH := $$(cd '$(VENV)' && pwd)
 # Compiled programs are kept for the next run, and for the other process of this one.
-CACHE := JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/xla JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+CACHE := JAX_COMPILATION_CACHE_DIR="$(VENV_PATH)/xla" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
-.PHONY: demo test coverage lint types docs doctor clean
+# What looks after the locks, in an environment of its own.
+TOOLS ?= .venv-tools
+COMPILE := $(TOOLS)/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
+	--generate-hashes --no-annotate --no-header
+
+.PHONY: demo test coverage lint types docs doctor lock clean
 
 demo: $(VENV)/installed
 	$(RUN) -m vit_jax doctor
@@ -42,15 +54,34 @@ types: $(VENV)/installed
 
 # The notebook runs the commands of this environment.
 docs: $(VENV)/installed
-	PATH="$(abspath $(VENV))/bin:$$PATH" NO_MKDOCS_2_WARNING=1 $(CACHE) $(RUN) -m mkdocs build --strict
+	PATH="$(VENV_PATH)/bin:$$PATH" NO_MKDOCS_2_WARNING=1 $(CACHE) $(RUN) -m mkdocs build --strict
 
-$(VENV)/installed: setup.py vit_jax/__init__.py
+$(VENV)/installed: setup.py vit_jax/__init__.py $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is older than Python 3.11: use make PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
+ifeq ($(LOCK),)
+	@echo "not locked: the newest of $(EXTRAS) that there is"
 	$(PIP) --editable '.[$(EXTRAS)]'
 	$(if $(findstring export-newest,$(EXTRAS)),$(PIP) --no-deps jax2onnx)
+else
+	$(PIP_LOCKED) --require-hashes --requirement requirements/build.txt
+	$(PIP_LOCKED) --require-hashes --requirement $(LOCK)
+	$(PIP_LOCKED) --editable .
+endif
 	touch $@
 
+$(TOOLS)/installed: requirements/tools.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --no-compile --require-hashes --requirement $<
+	touch $@
+
+# Takes up the newest of everything; requirements/*.in and pyproject.toml say what setup.py cannot.
+lock: $(TOOLS)/installed
+	$(COMPILE) setup.py requirements/newest.in --extra export-newest --extra docs --extra test --output-file requirements/newest.txt
+	$(COMPILE) setup.py --extra export --extra peers --extra test --output-file requirements/pinned.txt
+	$(COMPILE) requirements/build.in --output-file requirements/build.txt
+	$(COMPILE) requirements/tools.in --output-file requirements/tools.txt
+
 clean:
-	rm -rf $(VENV) site
+	rm -rf $(VENV) $(TOOLS) site
