@@ -3,16 +3,31 @@ PYTHON ?= python3
 VENV ?= .venv
 # The newest JAX that this Python can have; EXTRAS=export,test is the pinned one, for a SavedModel.
 EXTRAS ?= export-newest,docs,test
+# The two that CI tests are locked, for every Python and system. All else, and LOCK=, is the newest.
+LOCK.export-newest,docs,test := requirements/newest.txt
+LOCK.export,peers,test := requirements/pinned.txt
+LOCK ?= $(LOCK.$(EXTRAS))
 # Processes that tests run in, each of up to 8 GB, and further flags of pytest.
 JOBS ?= 2
 FLAGS ?=
+# Of `make mutation`: a file of vit_jax, whose tests are the file of that name in tests.
+MODULE ?= state
+# What looks after locks and tests, in an environment of its own.
+TOOLS ?= .venv-tools
 RUN := $(VENV)/bin/python
 # Python compiles the files that it imports; of all that is installed they are a part.
 PIP := $(RUN) -m pip install --quiet --no-compile
+PIP_LOCKED := $(PIP) --no-deps --no-build-isolation
+# In full, for commands that change their directory; $(abspath) would split it at its spaces.
+VENV_PATH := $$(cd '$(VENV)' && pwd)
+TOOLS_PATH := $$(cd '$(TOOLS)' && pwd)
 # Compiled programs are kept for the next run, and for the other process of this one.
-CACHE := JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/xla JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+CACHE := JAX_COMPILATION_CACHE_DIR="$(VENV_PATH)/xla" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
-.PHONY: demo test faults fuzz coverage lint types docs doctor clean
+COMPILE := $(TOOLS)/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
+	--generate-hashes --no-annotate --no-header --output-file
+
+.PHONY: demo test faults fuzz coverage lint types docs doctor lock outdated audit licenses mutation clean
 
 demo: $(VENV)/installed
 	$(RUN) -m vit_jax doctor
@@ -53,15 +68,74 @@ types: $(VENV)/installed
 
 # The notebook runs the commands of this environment.
 docs: $(VENV)/installed
-	PATH="$(abspath $(VENV))/bin:$$PATH" NO_MKDOCS_2_WARNING=1 $(CACHE) $(RUN) -m mkdocs build --strict
+	PATH="$(VENV_PATH)/bin:$$PATH" NO_MKDOCS_2_WARNING=1 $(CACHE) $(RUN) -m mkdocs build --strict
 
-$(VENV)/installed: setup.py vit_jax/__init__.py
+$(VENV)/installed: setup.py vit_jax/__init__.py $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is older than Python 3.11: use make PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
+ifeq ($(LOCK),)
+	@echo "not locked: the newest of $(EXTRAS) that there is"
 	$(PIP) --editable '.[$(EXTRAS)]'
 	$(if $(findstring export-newest,$(EXTRAS)),$(PIP) --no-deps jax2onnx)
+else
+	$(PIP_LOCKED) --require-hashes --requirement requirements/build.txt
+	$(PIP_LOCKED) --require-hashes --requirement $(LOCK)
+	$(PIP_LOCKED) --editable .
+endif
 	touch $@
 
+$(TOOLS)/installed: requirements/tools.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --no-compile --no-deps --require-hashes --requirement $<
+	touch $@
+
+# Takes up the newest of everything; requirements/*.in and pyproject.toml say what setup.py cannot.
+lock: $(TOOLS)/installed
+	$(COMPILE) requirements/newest.txt setup.py requirements/newest.in \
+		--extra export-newest --extra docs --extra test
+	$(COMPILE) requirements/pinned.txt setup.py --extra export --extra peers --extra test
+	$(COMPILE) requirements/build.txt requirements/build.in
+	$(COMPILE) requirements/tools.txt requirements/tools.in
+
+# What has been released since the locks were made.
+outdated: $(VENV)/installed
+	$(RUN) -m pip list --outdated
+
+# Asks PyPI for the known vulnerabilities of what is locked. What it cannot ask about is a failure.
+audit: $(TOOLS)/installed
+	@for lock in newest pinned build tools; do \
+		$(TOOLS)/bin/pip-audit --strict --disable-pip --progress-spinner off \
+			--requirement requirements/$$lock.txt 2> $(TOOLS)/audit.log; \
+		code=$$?; echo "$$lock: $$(tail -n 1 $(TOOLS)/audit.log)"; [ $$code = 0 ] || exit $$code; \
+	done
+
+# The licenses of what is installed; one of the GNU family is a failure.
+licenses: $(VENV)/installed $(TOOLS)/installed
+	$(TOOLS)/bin/pip-licenses --python $(RUN) --order license --partial-match --fail-on "GPL;GNU"
+
+# Faults put into a copy of what is committed, one at a time, and the share that its tests let pass.
+MUTATION := $(TOOLS)/mutation
+define MUTATION_CONFIG
+[cosmic-ray]
+module-path = "vit_jax/$(MODULE).py"
+test-command = "python -m pytest -x -m 'not slow' tests/$(dir $(MODULE))test_$(notdir $(MODULE)).py"
+timeout = 300.0
+[cosmic-ray.distributor]
+name = "local"
+[cosmic-ray.filters.operators-filter]
+exclude-operators = ["core/ReplaceBinaryOperator_BitOr_.*"]  # which is that of types
+endef
+export MUTATION_CONFIG
+
+mutation: $(VENV)/installed $(TOOLS)/installed
+	rm -rf $(MUTATION) && git clone --quiet . $(MUTATION)
+	echo "$$MUTATION_CONFIG" > $(MUTATION)/config.toml
+	export $(CACHE) PATH="$(VENV_PATH)/bin:$(TOOLS_PATH)/bin:$$PATH" && \
+		cd $(MUTATION) && export PYTHONPATH="$$PWD" && \
+		cosmic-ray init config.toml session && cr-filter-operators session config.toml && \
+		cosmic-ray baseline config.toml && cosmic-ray exec config.toml session && \
+		cr-report --surviving-only --show-diff session && cr-rate --fail-over 20 session
+
 clean:
-	rm -rf $(VENV) site
+	rm -rf $(VENV) $(TOOLS) site

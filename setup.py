@@ -87,7 +87,7 @@ setup(
         # The pages: `make docs`, which runs the notebook.
         "docs": [
             "ipykernel>=7.4",
-            "mkdocs-jupyter>=0.27",
+            "mkdocs-jupyter>=0.26.3",  # The last for Python 3.11.
             "mkdocs-material>=9.8",
             "mkdocstrings[python]>=1.0.8",
         ],

@@ -82,6 +82,14 @@ def test_flags_on_the_pages_exist(line):
     assert {flag for flag in flags if not flag.startswith("--config.")} <= known
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_targets_on_the_pages_are_in_the_makefile(page):
+    (targets,) = re.findall(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.M)
+    named = re.findall(r"(?:^    |`)make ([a-z]+)", page.read_text(), re.M)
+    assert set(named) <= set(targets.split())
+    assert named or page.name != "CONTRIBUTING.md"
+
+
 def test_a_size_is_one_row(monkeypatch):
     monkeypatch.setattr(vit, "SIZES", dict(vit.SIZES))
     exec(example("vit_jax/models/vit.py"), {"SIZES": vit.SIZES})

@@ -112,8 +112,9 @@ def keep_programs() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
     if jax.config.jax_compilation_cache_dir is not None:
         return
-    directory = cache_dir() / "xla" / _processor()
-    with contextlib.suppress(OSError):  # Where nothing can be written all is as without.
+    # Where nothing can be written all is as without.
+    with contextlib.suppress(OSError, UserError):
+        directory = cache_dir() / "xla" / _processor()
         directory.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(directory))
 

@@ -17,8 +17,15 @@ from vit_jax.printable import printable
 
 
 def cache_dir() -> Path:
-    """`$VIT_JAX_CACHE`, by default `~/.cache/vit_jax`."""
-    return Path(os.environ.get("VIT_JAX_CACHE") or "~/.cache/vit_jax").expanduser()
+    """`$VIT_JAX_CACHE`, by default `~/.cache/vit_jax`.
+
+    Raises:
+        UserError: the system knows no home of this user's, as in a container with `--user`.
+    """
+    try:
+        return Path(os.environ.get("VIT_JAX_CACHE") or "~/.cache/vit_jax").expanduser()
+    except RuntimeError as error:
+        raise UserError("this user has no home: set HOME to a folder") from error
 
 
 @contextlib.contextmanager

@@ -74,7 +74,10 @@ def _index_paths(path: str) -> list[Path]:
     """The places where the index of a file is looked for; the first that can be takes it."""
     name = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()
     file = Path(path)
-    return [file.parent / _INDEX / f"{file.name}.npy", cache_dir() / "offsets" / f"{name}.npy"]
+    places = [file.parent / _INDEX / f"{file.name}.npy"]
+    with contextlib.suppress(UserError):
+        places.append(cache_dir() / "offsets" / f"{name}.npy")
+    return places
 
 
 def _scan(path: str, size: int) -> list[int]:

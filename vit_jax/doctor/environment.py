@@ -78,14 +78,15 @@ def prepared_datasets(directory: Path) -> list[str]:
 
 def places() -> list[tuple[str, Path, str]]:
     """Lists what is kept on this machine: what it is, where, and what is there."""
+    kept = cache_dir()
     datasets = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     hub = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser() / "hub"
     rows = [
         ("data sets of TFDS", datasets, _listed(prepared_datasets(datasets))),
-        ("weights of Google's bucket", cache_dir(), _listed(_names(cache_dir(), "**/*.npz"))),
+        ("weights of Google's bucket", kept, _listed(_names(kept, "**/*.npz"))),
         ("weights of Hugging Face's hub", hub, _listed(_names(hub, "models--*"))),
     ]
-    compiled = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_dir() / "xla")
+    compiled = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or kept / "xla")
     rows.append(("compiled programs", compiled, f"{len(_names(compiled, '**/*-cache'))} of them"))
     return rows
 
