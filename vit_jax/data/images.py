@@ -42,7 +42,10 @@ MAX_SIDE = 2**20
 PIXELS_AT_A_TIME = max(MAX_PIXELS, 2**24 * (os.cpu_count() or 1))
 
 # What is converted to RGB at a time: PIL's copies would take 10 bytes a pixel of the whole.
-_TILE = 2**22
+_TILE = 2**20
+
+# glibc gives memory back at once above 32 MiB. PIL's blocks have 16, which each thread would keep.
+Image.core.set_block_size(2**26)
 
 _ORIENTATION = 0x0112  # the EXIF tag
 
