@@ -107,7 +107,8 @@ def open_image(
 
     A thread waits before it decodes until there is room, those that came first go first. So what is
     decoded takes 1.3 GB on up to 10 cores: at its height, PIL's 4 bytes a pixel and 3 of the
-    result. What is made of an image should outlive this, the image not; within it no other is
+    result; the decoders of WebP, AVIF, JPEG 2000 and progressive JPEGs hold copies of their own
+    beside. What is made of an image should outlive this, the image not; within it no other is
     opened. Arguments and errors are those of `read_image`.
     """
     with contextlib.ExitStack() as stack:
