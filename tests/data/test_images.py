@@ -275,15 +275,17 @@ def test_the_longest_side_is_read(write, shape):
     assert read_image(write(bomb(*shape))).shape == (*shape[::-1], 3)
 
 
-# Reads images by four threads as `predict` does, and prints by how many KiB that raised the peak.
+# Reads images by four threads as `predict` does, of which there is room for the pixels of one, and
+# prints by how many KiB that raised the peak.
 READ = """
 import resource, sys, warnings
-from vit_jax.data import image_files
+from vit_jax.data import image_files, images
 from vit_jax.data.protocols import Preprocessing
 warnings.simplefilter("ignore")
 image_files.os.cpu_count = lambda: 4
+pixels, rule, *files = sys.argv[1:]
+images._room = images._Room(int(pixels))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-rule, *files = sys.argv[1:]
 kind = {"resize": rule, "antialias": True, "interpolation": "bicubic"} if rule == "timm" else {}
 before = peak()
 for found, batch in image_files.read_batches(files, Preprocessing(224, 0.875, **kind), 8, print):
@@ -291,15 +293,19 @@ for found, batch in image_files.read_batches(files, Preprocessing(224, 0.875, **
 """
 
 
-@pytest.mark.parametrize("rule", ["box", "timm"])
-def test_a_folder_of_the_largest_images_is_read_in_the_memory_of_one(write, rule):
-    # 179 million pixels: PIL has 4 bytes of each, and 3 are those of the result.
-    path = write(bomb(13_377, 13_377, channels=3))
-    command = [sys.executable, "-c", READ, rule, *[str(path)] * 3]
+@pytest.mark.parametrize(
+    ("side", "channels", "rule", "count"),
+    [(13_377, 1, "box", 2), (4000, 3, "box", 3), (4000, 3, "timm", 3)],
+    ids=["the largest there are", "rgb", "resized by PIL"],
+)
+def test_a_folder_of_images_is_read_in_the_memory_of_one(write, side, channels, rule, count):
+    path = write(bomb(side, side, channels))
+    command = [sys.executable, "-c", READ, str(side**2), rule, *[str(path)] * count]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found, pixel, peak = done.stdout.split()
-    assert (found, float(pixel)) == ("3", -1)
-    assert int(peak) * 1024 < 7 * 13_377**2 + 100 * 2**20
+    assert (int(found), float(pixel)) == (count, -1)
+    # What PIL decodes, 1 byte of gray and 4 of color, and 3 of the result; and what is done to it.
+    assert int(peak) * 1024 < ({1: 1, 3: 4}[channels] + 3) * side**2 + 80 * 2**20
 
 
 def test_who_waits_for_room_is_not_overtaken():

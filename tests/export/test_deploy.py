@@ -244,3 +244,9 @@ def test_without_an_engine_there_are_commands_for_every_version(directory):
     assert re.findall(r"### TensorRT (\S+)", text) == ["11", "10", "8.6"]
     assert "one profile" in text
     assert '"image_size": 4' in text
+
+
+def test_class_names_of_strangers_stay_in_their_lines(directory):
+    names = ["a\nb", "\x1b[2J", "água"]
+    labels = write_deploy(directory(names=names)) / "models/vit_onnx/labels.txt"
+    assert labels.read_text().splitlines() == [r"a\nb", r"\x1b[2J", "água"]
