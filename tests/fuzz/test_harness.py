@@ -30,8 +30,14 @@ def swallowing(act):
 
 
 def refuse(message):
+    class Raw(UserError):
+        """One that shows what it is given."""
+
+        def __str__(self):
+            return message
+
     def read(_):
-        raise UserError(message)
+        raise Raw("")
 
     return read
 
