@@ -54,6 +54,8 @@ WRITTEN = {
     **{f"os.{name}": (0,) for name in ("mkdir", "rmdir", "remove", "truncate", "chmod", "utime")},
     **{"os.rename": (0, 1), "os.link": (1,), "os.symlink": (1,), "shutil.rmtree": (0,)},
 }
+# And where the descriptor of the folder that it is relative to, as `shutil.rmtree` gives it.
+RELATIVE = {"os.mkdir": 2, "os.rmdir": 1, "os.remove": 1}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # The standard library makes these classes by `exec`.
 MAKERS = ("dataclasses.py", os.path.join("collections", "__init__.py"), "inspect.py", "enum.py")
@@ -87,7 +89,8 @@ class Watch:
         elif event == "open" and arguments[2] & WRITING:
             problem = self._outside(event, arguments[0])
         elif event in WRITTEN:
-            outside = (self._outside(event, arguments[i]) for i in WRITTEN[event])
+            folder = arguments[RELATIVE[event]] if event in RELATIVE else -1
+            outside = (self._outside(event, arguments[i], folder) for i in WRITTEN[event])
             problem = next(filter(None, outside), None)
         if problem:
             self.seen.append(problem)
@@ -101,10 +104,11 @@ class Watch:
             return None if caller.endswith(MAKERS) else f"exec of {file} in {caller}"
         return f"exec of {file}" if os.path.realpath(file).startswith(self.folder) else None
 
-    def _outside(self, event, path):
+    def _outside(self, event, path, folder=-1):
         if isinstance(path, int):
             return None
-        real = os.path.realpath(os.fsdecode(path))
+        base = os.getcwd() if folder < 0 else os.readlink(f"/proc/self/fd/{folder}")
+        real = os.path.realpath(os.path.join(base, os.fsdecode(path)))
         roots = (self.folder, self.kept, os.devnull)
         return None if real.startswith(roots) else f"{event} of {real}"
 

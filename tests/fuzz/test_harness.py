@@ -3,6 +3,7 @@
 import os
 import pathlib
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -29,8 +30,14 @@ def swallowing(act):
 
 
 def refuse(message):
+    class Raw(UserError):
+        """One that shows what it is given."""
+
+        def __str__(self):
+            return message
+
     def read(_):
-        raise UserError(message)
+        raise Raw("")
 
     return read
 
@@ -89,6 +96,18 @@ def test_a_case_can_be_repeated_from_what_is_printed(fuzz, monkeypatch):
     monkeypatch.setenv("FUZZ_CASE", saved)
     with pytest.raises(AssertionError, match=r"repeat it: FUZZ_CASE="):
         fuzz("harness", st.just(b"good"), read)
+
+
+def test_a_folder_of_its_own_may_be_made_and_removed(fuzz, monkeypatch):
+    monkeypatch.setattr(conftest, "SECONDS", 0.1)
+
+    def read(path):
+        folder = path.parent / "temporary"
+        folder.mkdir()
+        (folder / "a").write_text("a")
+        shutil.rmtree(folder)
+
+    fuzz("harness", st.just(b"x"), read)
 
 
 def test_a_sound_reader_passes_and_is_counted(fuzz, monkeypatch):
