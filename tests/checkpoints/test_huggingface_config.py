@@ -132,6 +132,7 @@ def test_every_field_of_transformers_config_is_known():
         *huggingface_config.FIXED,
         *huggingface_config.READ,
         *huggingface_config.SHAPES,
+        *huggingface_config.OF_HEADS,
     }
     assert transformers.ViTConfig().to_dict().keys() <= known | {*huggingface_config.HARMLESS}
 

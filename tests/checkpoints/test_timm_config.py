@@ -215,6 +215,7 @@ def test_every_argument_of_timms_vit_is_known():
         *timm_config.FIXED,
         *timm_config.READ,
         *timm_config.SHAPES,
+        *timm_config.OTHER_SHAPES,
         *timm_config.HARMLESS,
     }
     assert arguments.keys() - {"self"} <= known

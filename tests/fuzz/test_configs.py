@@ -94,7 +94,7 @@ def text_of(documents):
 def complete(info):
     """Describes the model, as far as what the shapes of weights tell is missing."""
     if info.model["architecture"] == "vit":
-        describe({**MODEL, **info.model})
+        describe({**MODEL, **{key: x for key, x in info.model.items() if x is not None}})
 
 
 def test_run_configs(fuzz):

@@ -113,7 +113,8 @@ def check_fields(config: Mapping[str, Any]) -> None:
     fields = model_fields(config["architecture"])
     for key in config.keys() - {"architecture"}:
         if key not in fields:
-            raise UserError(f"model.{key} is not a key that anything reads")
+            name = key if key.isprintable() and len(key) <= 80 else brief(key)
+            raise UserError(f"model.{name} is not a key that anything reads")
         check = fields[key].metadata.get("check")
         problem = type_problem(config[key], field_type(fields[key]))
         if problem := problem or (check and check(config[key])):
