@@ -80,11 +80,9 @@ def test_kubernetes_needs_its_package(monkeypatch):
         processes.join(None, None, None, "")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_dies_ends_the_other_within_a_minute(
-    tiny_config, tmp_path, command, start, victim
-):
+@pytest.fixture
+def two(tiny_config, tmp_path, command, start):
+    """The workdir, the two processes of a run that has saved a step, and their logs."""
     config = tiny_config(duration="100000 steps", checkpoint_every="3 steps", log_every="2 steps")
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -100,6 +98,13 @@ def test_a_process_that_dies_ends_the_other_within_a_minute(
         assert [p.poll() for p in both] == [None, None], [log.read_text() for log in logs]
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    return workdir, both, logs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_ends_the_other_within_a_minute(two, victim):
+    workdir, both, logs = two
     os.kill(both[victim].pid, signal.SIGKILL)
     killed = time.monotonic()
     assert both[1 - victim].wait(90) != 0
@@ -111,3 +116,18 @@ def test_a_process_that_dies_ends_the_other_within_a_minute(
     assert f"is the last saved in {workdir}" in end
     assert text.count("error:") == 1 and "Traceback" not in text
     assert json.loads((workdir / "config.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process_saves_and_ends_both(two, number):
+    workdir, both, logs = two
+    both[1].send_signal(number)
+    codes = [process.wait(60) for process in both]
+    texts = [log.read_text() for log in logs]
+    assert codes == [128 + signal.SIGTERM, 128 + number], texts
+    *_, end = texts[0].splitlines()
+    saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdecimal())
+    assert end == f"SIGTERM: saved step {saved}; the same command continues from there"
+    assert not any("Traceback" in text or "error:" in text for text in texts)
+    assert not (workdir / ".lock").exists()
