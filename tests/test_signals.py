@@ -66,6 +66,7 @@ def start(name, *arguments, **options):
         **options,
     )
     assert process.stdout.readline() == "ready\n"
+    time.sleep(0.3)  # It is within what it does then.
     return process
 
 
