@@ -52,7 +52,9 @@ class Striker:
         """The signal `target`, `amount` seconds after the moment."""
         number = signal.Signals[f"SIG{self.target}"]
         if self.amount:
-            threading.Timer(self.amount, os.kill, (os.getpid(), number)).start()
+            later = threading.Timer(self.amount, os.kill, (os.getpid(), number))
+            later.daemon = True  # A process that has come to its end does not wait for it.
+            later.start()
         else:
             os.kill(os.getpid(), number)
 
