@@ -46,6 +46,17 @@ def test_adam_decays_weights_decoupled_and_times_the_learning_rate(decay, bias_d
         np.testing.assert_allclose(params["layer"][name], expected, rtol=1e-5)
 
 
+def test_kernels_decay_at_any_depth_under_sgd_too():
+    layer = {"kernel": jnp.array(2.0), "bias": jnp.array(2.0)}
+    params = {"head": layer, "block": {"deeper": {"layer": layer}}, "kernel": jnp.array(2.0)}
+    optimizer = create_optimizer(SGD | {"weight_decay": 0.3, "decay": "kernels"}, lambda _: 0.1)
+    still = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(still, optimizer.init(params), params)
+    decayed = {"kernel": -0.1 * 0.3 * 2.0, "bias": 0.0}
+    expected = {"head": decayed, "block": {"deeper": {"layer": decayed}}, "kernel": -0.06}
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), updates, expected)
+
+
 def test_sgd_has_heavy_ball_momentum():
     params, _ = steps(SGD)
     p, trace = np.asarray(PARAMS["layer"]["bias"], np.float64), 0.0
@@ -115,9 +126,12 @@ def test_no_warmup_starts_at_the_base_rate():
     assert rate(0) == pytest.approx(0.4)
 
 
-def test_a_warmup_as_long_as_the_run_is_refused():
-    with pytest.raises(UserError, match="schedule.warmup is 10 steps but the run has 10"):
-        create_schedule(base_lr=1.0, decay="linear", warmup_steps=10, total_steps=10, end_lr=0.0)
+@pytest.mark.parametrize("warmup", [10, 11])
+def test_a_warmup_as_long_as_the_run_is_refused(warmup):
+    with pytest.raises(UserError, match=f"schedule.warmup is {warmup} steps but the run has 10"):
+        create_schedule(
+            base_lr=1.0, decay="linear", warmup_steps=warmup, total_steps=10, end_lr=0.0
+        )
 
 
 def test_an_unknown_decay_is_refused():
@@ -144,6 +158,13 @@ def test_the_seed_decides_parameters_and_randomness():
     keys = [jax.random.key_data(state.rng) for state in (first, same, other)]
     assert np.array_equal(keys[0], keys[1])
     assert not np.array_equal(keys[0], keys[2])
+
+
+def test_a_fresh_state_is_at_step_0_and_its_key_is_not_that_of_the_parameters():
+    state = fresh()
+    assert (state.step.dtype, int(state.step)) == (jnp.int32, 0)
+    drawn = MODEL.init(state.rng, jnp.zeros((1, 8, 8, 3)))["params"]
+    assert not np.allclose(drawn["embedding"]["kernel"], state.params["embedding"]["kernel"])
 
 
 def test_the_average_is_evaluated_where_there_is_one():

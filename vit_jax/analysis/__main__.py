@@ -1,6 +1,7 @@
 """Draws what a model looks at and learns: `python -m vit_jax.analysis all --checkpoint C ...`."""
 
 import argparse
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     args = _parse(argv)
     warnings.simplefilter("ignore")  # PIL warns of odd metadata and large sizes.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # It tells of a home without a cache.
     command.keep_programs()
     names = _OF_IMAGES + _OF_WEIGHTS if args.analysis == "all" else (args.analysis,)
     from vit_jax.data.image_files import find_images  # With PIL: --help should not wait for it.
