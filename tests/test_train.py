@@ -93,7 +93,8 @@ def test_the_first_loss_is_that_of_guessing(finished):
     assert read_losses(finished)[0] == pytest.approx(math.log(10), rel=1e-5)
 
 
-def test_the_wait_for_the_compiler_is_announced(tiny_config, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_takes_long_is_announced(dtype, tiny_config, tmp_path, monkeypatch, capsys):
     said = []
 
     def compile_train_step(*_):
@@ -102,8 +103,10 @@ def test_the_wait_for_the_compiler_is_announced(tiny_config, tmp_path, monkeypat
 
     monkeypatch.setattr(train, "compile_train_step", compile_train_step)
     with pytest.raises(KeyboardInterrupt):
-        train.train(tiny_config(), tmp_path / "run")
-    assert [text.splitlines()[-1] for text in said] == ["compiling the training step"]
+        train.train(tiny_config(**{"model.dtype": dtype}), tmp_path / "run")
+    (text,) = said
+    assert text.splitlines()[-1] == "compiling the training step"
+    assert ("a CPU is slow in bfloat16" in text) == (dtype == "bfloat16")
 
 
 def test_a_finished_run_says_so(finished, tiny_config, capsys):

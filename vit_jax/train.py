@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple, NoReturn
 
@@ -135,6 +136,8 @@ def _start(
         f"{prepared.total_steps:,} steps of {config.batch_size:,} on {prepared.mesh.size} "
         f"{jax.devices()[0].device_kind} device(s)"
     )
+    if jax.default_backend() == "cpu" and config.model.dtype != "float32":
+        say(f"a CPU is slow in {config.model.dtype}: it takes --config.model.dtype=float32 faster")
     restored = store.restore(abstract)
     if restored is not None:
         state, metadata = restored
@@ -175,7 +178,9 @@ def _finish(
     """Takes the steps that are left; returns what metrics.json is to hold."""
     config, step = prepared.config, int(state.step)
     say("compiling the training step")  # Of a large model this takes minutes.
+    begin = time.perf_counter()
     train_step = compile_train_step(prepared, state)
+    say(f"compiled in {time.perf_counter() - begin:.1f} s")
     cost = Cost(config.batch_size, prepared.mesh.size, flops.train_flops(prepared.multiply_adds))
     reporter = Reporter(
         prepared.workdir, step, prepared.total_steps, progress, cost, prepared.schedule
