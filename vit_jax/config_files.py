@@ -161,7 +161,8 @@ def _read(path: pathlib.Path, spec: str | None) -> ConfigDict:
             f"config {path} has no get_config: define one that returns the ConfigDict of a run"
         )
     if spec is not None and not inspect.signature(get_config).parameters:
-        raise UserError(f"config {path} takes no spec: leave out ':{spec}'")
+        shown = spec if spec.isprintable() and len(spec) <= 200 else ascii(spec)[1:80]
+        raise UserError(f"config {path} takes no spec: leave out ':{shown}'")
     made = get_config() if spec is None else get_config(spec)
     if not isinstance(made, ConfigDict):
         raise UserError(

@@ -27,8 +27,9 @@ def accuracies(dtype, workdir):
 
 @pytest.mark.slow
 def test_bfloat16_trains_as_well_as_float32_on_the_digits(tmp_path):
+    # Measured with JAX 0.12: 83.9, 79.7, 78.6 in float32, 83.9, 80.0, 79.4 in bfloat16. Runs of
+    # other seeds are five points apart, and one image of the 355 is 0.3.
     float32, bfloat16 = (accuracies(dtype, tmp_path) for dtype in ("float32", "bfloat16"))
     print(f"float32 {float32}, bfloat16 {bfloat16}")
-    assert min(float32) > 80
-    difference = statistics.mean(bfloat16) - statistics.mean(float32)
-    assert abs(difference) < 2
+    assert min(float32) > 70
+    assert abs(statistics.mean(bfloat16) - statistics.mean(float32)) < 2

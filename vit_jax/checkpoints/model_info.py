@@ -79,7 +79,9 @@ def read_info_file(path: Path, default: ModelInfo) -> ModelInfo:
         if document.get("loss", "softmax") not in ("softmax", "sigmoid"):
             raise UserError(f"loss {document['loss']!r} is neither softmax nor sigmoid")
     except (TypeError, ValueError) as error:
-        raise UserError(f"{file}: {first_line(error)}: mend or remove it") from error
+        line = first_line(error)
+        line = line if line.isprintable() else ascii(line)
+        raise UserError(f"{file}: {line}: mend or remove it") from error
     return dataclasses.replace(default, model=model, **document)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from vit_jax.errors import UserError, nearest
+from vit_jax.errors import UserError, brief, nearest
 from vit_jax.evaluation import fewshot, metrics
 from vit_jax.evaluation.watched import Watched
 from vit_jax.steps import eval_step
@@ -187,7 +187,7 @@ def complete(settings: Settings) -> dict[str, Any]:
     if kind not in EVALUATORS:
         near = nearest(kind, EVALUATORS)
         hint = f"did you mean {near}? Valid are" if near else "use one of"
-        raise UserError(f"type {kind!r} is unknown: {hint} {', '.join(EVALUATORS)}")
+        raise UserError(f"type {brief(kind)} is unknown: {hint} {', '.join(EVALUATORS)}")
     return {"type": kind, **EVALUATORS[kind].defaults, **settings}
 
 
