@@ -192,9 +192,8 @@ def _watch(reader: socket.socket) -> None:
                     first, deadline = ours[0], time.monotonic() + GRACE_SECONDS
             if interrupts - _guard.repeated > 1:
                 os._exit(128 + signal.SIGINT)
-            if _guard.held:
+            if _guard.held or _guard.told:  # It ends by itself, the others of its run with it.
                 deadline = time.monotonic() + GRACE_SECONDS
             if first is not None and time.monotonic() > deadline:
-                if not _guard.told:
-                    os.write(2, b"interrupted\n")
+                os.write(2, b"interrupted\n")
                 os._exit(128 + first)
