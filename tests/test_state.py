@@ -47,12 +47,12 @@ def test_adam_decays_weights_decoupled_and_times_the_learning_rate(decay, bias_d
 
 
 def test_kernels_decay_at_any_depth_under_sgd_too():
-    layer = {"kernel": jnp.array(2.0), "bias": jnp.array(2.0)}
+    layer = {name: jnp.array(2.0) for name in ("kernel", "bias", "scale")}
     params = {"head": layer, "block": {"deeper": {"layer": layer}}, "kernel": jnp.array(2.0)}
     optimizer = create_optimizer(SGD | {"weight_decay": 0.3, "decay": "kernels"}, lambda _: 0.1)
     still = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(still, optimizer.init(params), params)
-    decayed = {"kernel": -0.1 * 0.3 * 2.0, "bias": 0.0}
+    decayed = {"kernel": -0.1 * 0.3 * 2.0, "bias": 0.0, "scale": 0.0}
     expected = {"head": decayed, "block": {"deeper": {"layer": decayed}}, "kernel": -0.06}
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), updates, expected)
 
