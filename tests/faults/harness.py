@@ -262,7 +262,8 @@ def _shape(checkpoint):
 def assert_refused(outcome):
     """Exit code 2 and one line, which is returned."""
     assert outcome.code == 2, outcome.text
-    (line,) = outcome.stderr.splitlines() or [""]
+    assert outcome.stderr.count("\n") == 1, outcome.text
+    line = outcome.stderr.strip()
     assert line.startswith("error: "), outcome.text
     return line.removeprefix("error: ")
 
