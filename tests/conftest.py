@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -17,6 +18,10 @@ from ml_collections import ConfigDict
 
 from vit_jax.config import to_dict
 from vit_jax.recipes import get_config
+
+# A shell has what it runs in the background ignore SIGINT, and so would the commands that tests end.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What depends on the versions of JAX, TensorFlow, PyTorch and their like.

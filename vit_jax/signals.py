@@ -160,7 +160,8 @@ def _sending_again() -> Generator[None]:
     try:
         yield
     finally:
-        sys.unraisablehook = previous
+        if sys.unraisablehook is hook:  # Another that has been put before it stays.
+            sys.unraisablehook = previous
 
 
 @contextlib.contextmanager

@@ -190,7 +190,12 @@ class CheckpointStore:
         except Exception as error:  # orbax and tensorstore wrap the OSError in classes of theirs
             problem = _storage_problem(error)
             if problem is None:
-                raise
+                if self._newest_dir.is_dir() and self._best_dir.is_dir():
+                    raise
+                raise UserError(
+                    f"checkpoints cannot be written: {self._newest_dir} or {self._best_dir} has "
+                    "vanished: bring it back and run the same command again"
+                ) from error
             good = self.latest_step()
             raise UserError(
                 f"cannot write checkpoints to {self._newest_dir.parent}: {problem}; free space or "
