@@ -23,7 +23,7 @@ NAMES = st.sampled_from(
 
 def read(folder):
     arrays = read_sharded(folder / INDEX)
-    assert arrays.keys() == SOUND.keys()
+    assert arrays.keys() <= SOUND.keys()  # What the index leaves out is not read.
     assert all(x.dtype == np.float32 for x in arrays.values())
 
 
