@@ -218,7 +218,7 @@ def test_moments_of_a_command_are_timed(tmp_path):
     cache = str(tmp_path)
     found = startup.time_moments(words, {"first_words": "", "first_step": r"step +1/"}, cache)
     assert 0.5 < found["first_step"] - found["first_words"] < 5
-    with pytest.raises(RuntimeError, match="ended before compiling, first_step"):
+    with pytest.raises(RuntimeError, match="ended before compiling, compiled, first_step"):
         startup.time_moments([sys.executable, "-c", "print()"], startup.MOMENTS, cache)
 
 

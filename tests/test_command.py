@@ -36,7 +36,7 @@ def test_a_mistake_in_a_flag_is_one_line_without_the_usage():
     ("raised", "code", "printed"),
     [
         (UserError("size 3 is odd: use 4"), 2, "error: size 3 is odd: use 4\n"),
-        (UserError("file a\nb is missing"), 2, "error: file a b is missing\n"),
+        (UserError("file a\nb is missing"), 2, "error: file a\\nb is missing\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (Stopped(), 130, ""),
     ],
