@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from vit_jax.config import to_dict
 from vit_jax.recipes import get_config
 
-# A shell has what it runs in the background ignore SIGINT; commands that tests end would inherit it.
+# A shell has what it runs in the background ignore SIGINT, and what that starts would likewise.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -11,6 +11,7 @@ from sklearn import metrics
 from sklearn.datasets import load_digits
 
 from vit_jax import evaluate
+from vit_jax.checkpoints.model_info import info_path
 from vit_jax.checkpoints.pretrained import Pretrained, abstract_params
 from vit_jax.checkpoints.save import save_pretrained
 from vit_jax.data import datasets
@@ -306,6 +307,7 @@ def save_for_objectnet(path, pixels):
     """A model of 1,000 classes that believes in ten of them; its logits by image."""
     pretrained = save_random(path, None, num_classes=1000)
     path.unlink()
+    info_path(path).unlink()
     model = create_model(pretrained.model)
     bias = np.zeros(1000, np.float32)
     bias[[*range(4), *(i for several in OBJECTNET.values() for i in several)]] = 20

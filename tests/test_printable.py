@@ -107,7 +107,7 @@ def test_no_command_passes_on_what_a_stranger_wrote(strange, name, capfd, monkey
     assert end.value.code == code, output
     assert all(x == "\n" or x.isprintable() for x in output), ascii(output)
     assert not re.search(r"^FORGED", output, re.MULTILINE)
-    assert "FORGED" in output  # It was shown at all.
+    assert "FORG" in output  # It was shown at all; what is long is cut.
 
 
 def test_a_model_tells_where_it_is_from_in_one_line(strange):

@@ -16,8 +16,8 @@ from vit_jax.data.augmentation import CONTRASTS, parse_augment
 from vit_jax.data.protocols import JPEG_DCTS, MAX_IMAGE_SIZE, PROTOCOLS
 from vit_jax.data.subset import parse_subset
 from vit_jax.errors import UserError, brief, first_line
+from vit_jax.evaluation import registry
 from vit_jax.evaluation.fewshot import parse_shots
-from vit_jax.evaluation.registry import EVALUATORS
 from vit_jax.models import ARCHITECTURES, DTYPES, field_type, model_config, model_fields
 from vit_jax.models.base import type_problem
 from vit_jax.models.masked import TARGETS
@@ -33,7 +33,7 @@ Problem = Callable[[Any], str | None]
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a key's value may be.
+    """The values that a key may have.
 
     Attributes:
         kind: its type; an int will do for a float, a list for a tuple.
@@ -110,6 +110,10 @@ def _one_of(names: Collection[str], example: str) -> Rule:
         return None if value in names else f"{brief(value)} is unknown: use {listed}"
 
     return Rule(str, problem, example)
+
+
+def _evaluator_type(example: str) -> Rule:
+    return Rule(str, lambda name: _one_of(registry.EVALUATORS, example).problem(name), example)
 
 
 def _yes_or_no(example: bool) -> Rule:
@@ -192,7 +196,7 @@ RULES: dict[str, Rule] = {
     "ema_decay": _fraction(0.9999),
     "sharding": _read_by(parse_sharding, "fsdp"),
     "log_every": _DURATION,
-    "evals.*.type": _one_of(EVALUATORS, "objective"),
+    "evals.*.type": _evaluator_type("objective"),
     "evals.*.dataset": _text("cifar10"),
     "evals.*.data_dir": _text("/data/tfds"),
     "evals.*.split": _text("test", most=1000),
@@ -255,7 +259,7 @@ def evaluator_rules(kind: str) -> dict[str, Rule]:
 
     A key that has no row, as those of a type that one writes, must be of its default's type.
     """
-    defaults = {"type": kind, **EVALUATORS[kind].defaults}
+    defaults = {"type": kind, **registry.EVALUATORS[kind].defaults}
     return {
         key: RULES.get(f"evals.*.{key}") or Rule(type(default), lambda value: None, default)  # noqa: ARG005
         for key, default in defaults.items()

@@ -28,23 +28,23 @@ class Stop:
         self._signals = signals
 
     def is_due(self, step: int) -> bool:
-        """Whether to save and stop after a step, the same on all processes: each must ask."""
+        """Tells all processes, each of which must ask, whether to save and stop after a step."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._signals.received is not None
 
     def held(self) -> contextlib.AbstractContextManager[None]:
-        """What is within goes on until it asks whether its end is due."""
+        """Has what is within go on until it asks whether its end is due."""
         if jax.process_count() > 1:  # JAX tells the others of a SIGTERM, so that all end together.
             return self._signals.held(functools.partial(signal.raise_signal, signal.SIGTERM))
         return self._signals.held()
 
     def at_once(self) -> contextlib.AbstractContextManager[None]:
-        """What is within may take long and ends by KeyboardInterrupt, in a run of one process."""
+        """Ends what is within by KeyboardInterrupt, in a run of one process: it may take long."""
         return self._signals.at_once()
 
     def has_come(self) -> bool:
-        """Whether a signal has come to this process."""
+        """Tells whether a signal has come to this process."""
         return self._signals.received is not None
 
     def say(self, text: str) -> None:

@@ -41,7 +41,7 @@ class Signals:
 
     @contextlib.contextmanager
     def held(self, pass_on: Callable[[], Any] | None = None) -> Generator[None]:
-        """What is within goes on after a signal: it looks at `received`, and leaves.
+        """Has what is within go on after a signal: it looks at `received`, and leaves.
 
         Args:
             pass_on: is called instead of anything else, by what has no place to end alone.
@@ -51,7 +51,7 @@ class Signals:
 
     @contextlib.contextmanager
     def at_once(self) -> Generator[None]:
-        """What is within `held` and this as well ends by KeyboardInterrupt, unless passed on."""
+        """Ends what is within `held` and this as well by KeyboardInterrupt, unless passed on."""
         if self._pass_on is not None:
             yield
             return

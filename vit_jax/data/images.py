@@ -155,7 +155,7 @@ def _read(
     turn: bool,
     admit: Callable[[int], None],
 ) -> np.ndarray:
-    """As `read_image`; calls `admit` with the number of pixels before it decodes them."""
+    """Reads as `read_image`; calls `admit` with the number of pixels before it decodes them."""
     # A named pipe would be waited for, forever.
     if encoded is None and os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{path} is not a file: give an image file")

@@ -169,5 +169,5 @@ def _shifted(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _overlap(shift: int, length: int) -> slice:
-    """What of an axis is covered by the same axis, moved."""
+    """The part of an axis that is covered by the same axis, moved."""
     return slice(max(shift, 0), length + min(shift, 0))
