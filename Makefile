@@ -100,7 +100,7 @@ lock: $(TOOLS)/installed
 
 # What has been released since the locks were made.
 outdated: $(VENV)/installed
-	$(RUN) -m pip list --outdated
+	$(RUN) -m pip list --outdated --retries 0 --timeout 5
 
 # Asks PyPI for the known vulnerabilities of what is locked. What it cannot ask about is a failure.
 audit: $(TOOLS)/installed

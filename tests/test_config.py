@@ -322,7 +322,7 @@ def test_a_key_without_a_rule_is_noticed():
         ("dataset.image_size", 10**6, "config.dataset.image_size is 1000000: it must be at most 1"),
         ("dataset.image_size", 9984, "config.model has 7.6e+15 multiply-adds for an image of con"),
         ("schedule.base_lr", math.nan, "config.schedule.base_lr is nan: it must be a finite numb"),
-        ("seed", 1 << 70, "config.seed is 1180591620717411303424: it must be at most 2147483647"),
+        ("seed", 1 << 70, "config.seed is 1180591620717411303424: it must be at most 4294967295"),
         ("duration", "_", "config.duration: duration '_' is not understood: use '500 steps' or"),
         ("log_every", "2147483648", "config.log_every: duration '2147483648' is above 2147483647"),
         ("augment", "mixup(1e9)", "config.augment: augment 'mixup(1e9)' is not understood: use"),

@@ -41,8 +41,8 @@ def test_a_signal_saves_and_the_run_goes_on(tiny_config, tmp_path, command, star
     os.killpg(process.pid, number)  # As a terminal does: to the workers too.
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number, output
-    *_, last = output.splitlines()
-    assert last.startswith(f"{number.name}: saved step ")
+    # After it Python may warn of the shared memory of a worker that the signal has ended.
+    assert any(x.startswith(f"{number.name}: saved step ") for x in output.splitlines()), output
     assert "Traceback" not in output
     assert run(command(config, stopped))[0] == 0
     assert_same_run(whole, stopped, 60)

@@ -94,7 +94,7 @@ def two(tiny_config, tmp_path, command, start):
         for i, log in enumerate(logs)
     ]
     deadline = time.monotonic() + 200
-    while not any((workdir / "checkpoints").glob("[0-9]")):
+    while not any(x.name.isdecimal() for x in (workdir / "checkpoints").glob("*")):
         assert [p.poll() for p in both] == [None, None], [log.read_text() for log in logs]
         assert time.monotonic() < deadline
         time.sleep(0.1)

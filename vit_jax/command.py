@@ -144,6 +144,8 @@ def run(main: Callable[[], int]) -> NoReturn:
             code = 141 if isinstance(error, BrokenPipeError) else _failed(error)
             # Python would try once more to write what is left in the buffer, and complain.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except SystemExit as error:  # Of --help, and of a run that a signal has ended.
+            code = error.code
         except (Exception, KeyboardInterrupt) as error:
             # Libraries make errors of their own of the KeyboardInterrupt that ends them.
             if guard.received is None and not isinstance(error, KeyboardInterrupt):
@@ -152,7 +154,7 @@ def run(main: Callable[[], int]) -> NoReturn:
                 print("interrupted", file=sys.stderr)
             # What a shell says of a process that the signal has ended.
             code = 128 + (guard.received or signal.SIGINT)
-    if code > 128:
+    if isinstance(code, int) and code > 128:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's exit may wait for threads.
     sys.exit(code)
 

@@ -177,7 +177,7 @@ _LARGEST_RATE = "far above any rate that trains"
 
 RULES: dict[str, Rule] = {
     # JAX's keys have 32 bits: of a larger seed they would be those of another.
-    "seed": _between(int, -(2**31), 2**31 - 1, 0, "JAX's random keys have 32 bits"),
+    "seed": _between(int, -(2**31), 2**32 - 1, 0, "JAX's random keys have 32 bits"),
     "batch_size": _between(int, 1, 2**24, 512, _LARGEST_BATCH),
     "accumulate_steps": _between(int, 1, 2**24, 1, _LARGEST_BATCH),
     "duration": _DURATION,

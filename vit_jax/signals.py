@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Generator
 from typing import Any
 
-# From the first signal until a command that may end anywhere is ended: what it has half written
-# it removes in that time. It is more where it waits for the compiler.
+# From the first signal until a command that may end anywhere is ended, also in the middle of a
+# compilation: what it has half written it removes in that time.
 GRACE_SECONDS = 3.0
 
 _POLL_SECONDS = 0.1
@@ -62,14 +62,13 @@ class Signals:
 
     @contextlib.contextmanager
     def _set(self, held: bool, pass_on: Callable[[], Any] | None = None) -> Generator[None]:
-        before = self._held, self._pass_on
+        before = self._held, self._pass_on, _guard.held
         self._held, self._pass_on = held, pass_on
-        _guard.held = held
+        _guard.held |= held  # What is held sees to its end also after what ends at once in it.
         try:
             yield
         finally:
-            self._held, self._pass_on = before
-            _guard.held = self._held
+            self._held, self._pass_on, _guard.held = before
 
     def handle(self, number: int, frame: Any) -> None:
         """Handles a signal, in the main thread."""

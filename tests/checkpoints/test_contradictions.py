@@ -11,27 +11,13 @@ from flax.traverse_util import flatten_dict
 
 from vit_jax.checkpoints import foreign_configs, layouts
 from vit_jax.checkpoints.formats.safetensors import write_safetensors
-from vit_jax.checkpoints.model_info import ModelInfo, info_from_run
+from vit_jax.checkpoints.model_info import info_from_run
 from vit_jax.checkpoints.pretrained import abstract_params, load_pretrained
 from vit_jax.config import to_dict
-from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 from vit_jax.recipes import get_config
 
-MODEL = {
-    "architecture": "vit",
-    "patch_size": 8,
-    "hidden_size": 16,
-    "num_layers": 1,
-    "mlp_dim": 32,
-    "num_heads": 2,
-    "num_classes": 3,
-    "classifier": "token",
-    "representation_size": 0,
-    "gelu": "erf",
-    "layer_norm_epsilon": 1e-6,
-}
-INFO = ModelInfo(MODEL, Preprocessing(16, 0.875), ("a", "b", "c"))
+from .small_model import INFO, MODEL
 
 
 @pytest.fixture(scope="module")

@@ -105,17 +105,31 @@ def test_a_missing_file_is_named(tmp_path):
         read_onnx(tmp_path / "nowhere.onnx")
 
 
-@pytest.mark.parametrize("name", ["/dev/zero", "../other", "a/../model.onnx", "zero", "\x1b[2J"])
-def test_weights_outside_its_folder_are_never_read(tmp_path, name):
-    os.symlink("/dev/zero", tmp_path / "zero")
+@pytest.mark.parametrize("name", ["./model.onnx.data", "link"])
+def test_weights_may_lie_behind_a_link_of_the_folder(tmp_path, name):
     options = {"save_as_external_data": True, "size_threshold": 0, "location": "model.onnx.data"}
     path = save(tmp_path / "model.onnx", **options)
+    sha256 = read_onnx(path).sha256["model.onnx.data"]
+    os.symlink(tmp_path / "model.onnx.data", tmp_path / "link")
+    name_weights(path, name)
+    assert read_onnx(path).sha256[name] == sha256
+
+
+def name_weights(path, name):
     model = onnx.load(path, load_external_data=False)
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = name
     path.write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../other", "a/../model.onnx", "zero", "\x1b[2J"])
+def test_weights_outside_its_folder_are_never_read(tmp_path, name):
+    os.symlink("/dev/zero", tmp_path / "zero")
+    options = {"save_as_external_data": True, "size_threshold": 0, "location": "model.onnx.data"}
+    path = save(tmp_path / "model.onnx", **options)
+    name_weights(path, name)
     with pytest.raises(UserError, match="must lie in its own folder") as caught:
         read_onnx(path)
     assert str(caught.value).isprintable()

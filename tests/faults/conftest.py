@@ -14,7 +14,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def compiled(tmp_path_factory):
     """One cache of compiled programs for all children: a start costs no more than its imports."""
     with pytest.MonkeyPatch.context() as patch:

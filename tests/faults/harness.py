@@ -26,6 +26,7 @@ from ..runs import assert_same_run, checkpoint_steps, read_arrays
 LONG = os.environ.get("FAULTS") == "long"
 SEED = int(os.environ.get("FAULTS_SEED") or 0)
 ROOT = Path(__file__).parents[2]
+LIBC = ctypes.CDLL(None)  # Before a fork, in which the loader's lock may be held.
 HOOK = Path(__file__).parent / "hook"
 STEPS, CHECKPOINT_EVERY, KEEP = 24, 4, 2
 # What a run leaves, besides checkpoints/ and best/.
@@ -125,7 +126,7 @@ class Command:
 
 def _obey_modes():
     """Has root obey the modes of files as everybody does; others have nothing to lose."""
-    ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, DAC_OVERRIDE, 0, 0, 0)
+    LIBC.prctl(PR_CAPBSET_DROP, DAC_OVERRIDE, 0, 0, 0)
 
 
 def write_images(folder):

@@ -67,7 +67,7 @@ class Watch:
     def __init__(self):
         self.folder, self.seen = None, []
         # Programs that JAX has compiled.
-        self.kept = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.devnull)
+        self.kept = os.path.realpath(os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.devnull)
         sys.addaudithook(self._audit)
 
     @contextlib.contextmanager
@@ -110,7 +110,8 @@ class Watch:
         base = os.getcwd() if folder < 0 else os.readlink(f"/proc/self/fd/{folder}")
         real = os.path.realpath(os.path.join(base, os.fsdecode(path)))
         roots = (self.folder, self.kept, os.devnull)
-        return None if real.startswith(roots) else f"{event} of {real}"
+        inside = any(real == root or real.startswith(root + os.sep) for root in roots)
+        return None if inside else f"{event} of {real}"
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ readers = {
 for path in sys.argv[1:]:
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
     bound = pages * resource.getpagesize() + (1 << 30)
-    resource.setrlimit(resource.RLIMIT_AS, (bound, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (bound, resource.getrlimit(resource.RLIMIT_AS)[1]))
     began = time.process_time()
     try:
         readers[path.partition(".")[2]](path)

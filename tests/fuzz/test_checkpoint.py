@@ -10,8 +10,10 @@ import pytest
 from hypothesis import strategies as st
 
 from vit_jax.checkpoints import integrity
+from vit_jax.checkpoints.formats import checks
 from vit_jax.checkpoints.pretrained import load_pretrained
 from vit_jax.config import to_dict
+from vit_jax.errors import UserError
 from vit_jax.recipes import get_config
 
 from .mutations import JSON, mutated, mutated_json
@@ -27,7 +29,11 @@ def files(tmp_path_factory):
     config.model.update({key: x for key, x in VIT.items() if key != "architecture"})
     config.dataset.image_size = 16
     params = unflatten_dict(tensors_of(VIT), sep="/")
-    state = {"params": jax.tree.map(np.asarray, params), "step": np.zeros((), np.int32)}
+    state = {
+        "params": jax.tree.map(np.asarray, params),
+        "opt_state": np.zeros(2**18, np.float32),  # As of a large model it is most of the state.
+        "step": np.zeros((), np.int32),
+    }
     metadata = {"config": to_dict(config), "class_names": list("abc")}
     step = tmp_path_factory.mktemp("run") / "1"
     handler = ocp.CompositeCheckpointHandler(**integrity.item_handlers())
@@ -72,3 +78,15 @@ def test_checkpoint(fuzz, files):
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(pretrained.params))
 
     fuzz("checkpoint", damaged(files), read, sound=[files])
+
+
+def test_of_a_state_only_what_is_read_counts(files, tmp_path, monkeypatch):
+    for name, content in files.items():
+        path = tmp_path / "1" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    monkeypatch.setattr(checks, "MAX_BYTES", 2**19)  # The state has 2**20 bytes and some.
+    assert load_pretrained(tmp_path / "1").model["hidden_size"] == 16
+    monkeypatch.setattr(checks, "MAX_BYTES", 2**14)
+    with pytest.raises(UserError, match="at most 16384 are read from it"):
+        load_pretrained(tmp_path / "1")

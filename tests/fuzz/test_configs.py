@@ -11,24 +11,11 @@ from vit_jax import config_files, recipes
 from vit_jax.checkpoints import foreign_configs
 from vit_jax.checkpoints.model_info import ModelInfo, info_from_run, read_info_file
 from vit_jax.config import check_config, to_dict
-from vit_jax.data.protocols import Preprocessing
 from vit_jax.models import describe
 
-MODEL = {
-    "architecture": "vit",
-    "patch_size": 8,
-    "hidden_size": 16,
-    "num_layers": 1,
-    "mlp_dim": 32,
-    "num_heads": 2,
-    "num_classes": 3,
-    "classifier": "token",
-    "representation_size": 0,
-    "gelu": "erf",
-    "layer_norm_epsilon": 1e-6,
-}
+from ..checkpoints.small_model import INFO, MODEL
+
 FIGURE_4 = str(pathlib.Path(__file__).parents[2] / "experiments/figure_4.py")
-INFO = ModelInfo(MODEL, Preprocessing(16, 0.875), ("a", "b", "c"))
 RUN = to_dict(recipes.get_config("ViT-B/16", "pretrain,digits"))
 
 WORDS = [

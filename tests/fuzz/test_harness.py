@@ -44,7 +44,7 @@ def refuse(message):
 
 def spin(_):
     began = time.process_time()
-    while time.process_time() - began < 1:
+    while time.process_time() - began < 0.6:
         pass
 
 
@@ -111,7 +111,7 @@ def test_a_folder_of_its_own_may_be_made_and_removed(fuzz, monkeypatch):
 
 
 def test_a_sound_reader_passes_and_is_counted(fuzz, monkeypatch):
-    monkeypatch.setattr(conftest, "SECONDS", 0.5)
+    monkeypatch.setattr(conftest, "SECONDS", 3)
     seen = []
     fuzz("harness", st.binary(max_size=4), lambda path: seen.append(path.read_bytes()))
-    assert len(set(seen)) > 2  # However busy the machine is.
+    assert len(set(seen)) > 2

@@ -13,26 +13,12 @@ from flax.traverse_util import flatten_dict
 from hypothesis import strategies as st
 
 from vit_jax.checkpoints import foreign_configs, layouts
-from vit_jax.checkpoints.model_info import ModelInfo
 from vit_jax.checkpoints.pretrained import abstract_params, load_pretrained
-from vit_jax.data.protocols import Preprocessing
 
+from ..checkpoints.small_model import INFO
+from ..checkpoints.small_model import MODEL as VIT
 from .mutations import JSON, mutated_json
 
-VIT = {
-    "architecture": "vit",
-    "patch_size": 8,
-    "hidden_size": 16,
-    "num_layers": 1,
-    "mlp_dim": 32,
-    "num_heads": 2,
-    "num_classes": 3,
-    "classifier": "token",
-    "representation_size": 0,
-    "gelu": "erf",
-    "layer_norm_epsilon": 1e-6,
-}
-INFO = ModelInfo(VIT, Preprocessing(16, 0.875), ("a", "b", "c"))
 INFO_FILE = {"vit_jax.json": {"model": VIT, "loss": "softmax", "class_names": list("abc")}}
 FORMATS = {
     "timm": foreign_configs.config_files(INFO, "timm") | INFO_FILE,

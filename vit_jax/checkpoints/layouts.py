@@ -12,13 +12,14 @@ import numpy as np
 
 from vit_jax import models
 from vit_jax.errors import UserError, shortlist
+from vit_jax.models.encoder import DEEPEST
 from vit_jax.models.vit import POSITIONS
 
 Arrays = dict[str, np.ndarray]
 
-# Layers, and units of residual networks, are traced one by one, at some 10 ms each. The deepest
-# model that was published has 66 of them, a ResNet-200.
-MAX_DEPTH = 500
+# Layers, and units of residual networks, are traced one by one, at some 10 ms each. What can be
+# trained here can be read.
+MAX_DEPTH = DEEPEST
 
 # What big_vision calls an encoder layer's MLP, as newer Linen does.
 _NEWER_MLP = "MlpBlock_0/"

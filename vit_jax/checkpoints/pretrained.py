@@ -214,9 +214,10 @@ def _read_step(step_dir: Path) -> tuple[Arrays, ModelInfo]:
     try:
         _check_document_size(step_dir)
         document = integrity.read_document(step_dir)
-        _check_state_size(step_dir)
         is_averaged = any(name.startswith("ema_params/") for name in document["arrays"])
-        params = integrity.read_subtree(step_dir, "ema_params" if is_averaged else "params")
+        field = "ema_params" if is_averaged else "params"
+        _check_state_size(step_dir, field)
+        params = integrity.read_subtree(step_dir, field)
         info = info_from_run(document["metadata"])
     except (UserError, MemoryError, jax.errors.JaxRuntimeError):
         raise
@@ -239,8 +240,8 @@ def _check_document_size(step_dir: Path) -> None:
         raise UserError(f"{path} has more than {_MAX_DOCUMENT >> 20} MiB: name another checkpoint")
 
 
-def _check_state_size(step_dir: Path) -> None:
-    """Checks before any is read that the files of a checkpoint can back the arrays it declares.
+def _check_state_size(step_dir: Path, field: str) -> None:
+    """Checks before any is read that the files of a checkpoint can back the arrays of a field.
 
     Those of which nothing is stored would be filled with zeros, of any shape.
     """
@@ -252,10 +253,10 @@ def _check_state_size(step_dir: Path) -> None:
         described = ocp.PyTreeCheckpointHandler().metadata(state)
     except Exception as error:  # orbax and tensorstore have no class for what is unreadable
         raise ValueError(f"its arrays cannot be read: {first_line(error)}") from error
-    shapes = [getattr(leaf, "shape", ()) for leaf in jax.tree.leaves(described.tree)]
-    if len(shapes) > 4 * checks.MAX_ARRAYS:  # Beside each parameter what the optimizer has of it.
+    shapes = [getattr(leaf, "shape", ()) for leaf in jax.tree.leaves(described.tree[field])]
+    if len(shapes) > checks.MAX_ARRAYS:
         raise UserError(
-            f"{step_dir} holds {len(shapes)} arrays: at most {4 * checks.MAX_ARRAYS} make a run"
+            f"{step_dir} holds {len(shapes)} parameters: at most {checks.MAX_ARRAYS} are read"
         )
     size = sum(path.stat().st_size for path in step_dir.rglob("*") if path.is_file())
     checks.check_total(step_dir, size, sum(8 * math.prod(shape) for shape in shapes))

@@ -14,7 +14,7 @@ from vit_jax.checkpoints.formats.safetensors import write_safetensors
 from vit_jax.checkpoints.model_info import ModelInfo, info_path
 from vit_jax.checkpoints.pretrained import Pretrained
 from vit_jax.errors import UserError
-from vit_jax.files import atomic_folder, atomic_write
+from vit_jax.files import atomic_files, atomic_folder
 
 FORMATS = ("official", "timm", "huggingface")
 _WRITERS = {".npz": write_npz, ".safetensors": write_safetensors}
@@ -56,19 +56,10 @@ def save_pretrained(pretrained: Pretrained, path: str | os.PathLike[str], format
 
 
 def _write_file(path: Path, arrays: Mapping[str, Any], info: ModelInfo) -> None:
-    """Writes weights and their info file, both or none."""
-    placed = False
-    try:
-        # It is there when the weights are, on disk already, and moves last: alone it would describe
-        # the next weights of this name.
-        with atomic_write(info_path(path)) as temporary:
-            temporary.write_text(info.to_json())
-            _WRITERS[path.suffix](path, arrays)
-            placed = True
-    except BaseException:
-        if placed:
-            path.unlink(missing_ok=True)
-        raise
+    """Writes weights and their info file, which get their names one right after the other."""
+    with atomic_files(path.parent) as folder:
+        _WRITERS[path.suffix](folder / path.name, arrays)
+        (folder / info_path(path).name).write_text(info.to_json())
 
 
 def _check_path(path: Path, format: str) -> None:
@@ -76,6 +67,8 @@ def _check_path(path: Path, format: str) -> None:
     if suffix not in _SUFFIXES[format]:
         endings = " or ".join(x or "no suffix, for a folder" for x in _SUFFIXES[format])
         raise UserError(f"{path}: a path in the {format} format ends in {endings}")
+    if not path.parent.is_dir():
+        raise UserError(f"{path} cannot be written: folder {path.parent} does not exist")
     if path.exists():
         raise UserError(f"{path} exists already: remove it, or choose another path")
     if suffix and (info := info_path(path)).exists():

@@ -149,7 +149,8 @@ def _check_sizes(config: dict[str, Any], arguments: dict[str, Any], sizes: dict[
     check_shapes(told, sizes, names)
     check_shapes(config, sizes, {"num_features": "hidden_size"})
     for values in (arguments, config):
-        if values.get("num_classes"):  # 0 and null, of a model without a head, are any.
+        # 0 and null, and weights without a head, are any.
+        if values.get("num_classes") and sizes["num_classes"]:
             check_shapes(values, sizes, {"num_classes": "num_classes"})
     ratio = arguments.get("mlp_ratio")
     if ratio is not None and "mlp_dim" in sizes:

@@ -23,7 +23,7 @@ from vit_jax.checkpoints.integrity import (
     read_document,
     read_state,
 )
-from vit_jax.errors import UserError, shortlist
+from vit_jax.errors import UserError, first_line, shortlist
 
 _STORAGE_ERRORS = (
     errno.ENOSPC,
@@ -83,8 +83,7 @@ class CheckpointStore:
         One of the same step is replaced: nobody has looked whether it is intact.
         """
         self.wait()
-        if step in saved_steps(self._best_dir):
-            self._remove(self._best, self._best_dir, [step])
+        self._remove(self._best, self._best_dir, {step}.intersection(saved_steps(self._best_dir)))
         self._save(self._best, self._best_dir, step, state, metadata)
 
     def _save(
@@ -170,11 +169,12 @@ class CheckpointStore:
 
     def _prune(self) -> None:
         """Removes what a run that was killed in its last save had no time to remove."""
-        if too_many := saved_steps(self._newest_dir)[self._keep :]:
-            self._remove(self._newest, self._newest_dir, too_many)
+        self._remove(self._newest, self._newest_dir, saved_steps(self._newest_dir)[self._keep :])
 
-    def _remove(self, manager: ocp.CheckpointManager, directory: Path, steps: list[int]) -> None:
-        # Only when all processes have seen that they are there, and come here.
+    def _remove(
+        self, manager: ocp.CheckpointManager, directory: Path, steps: Iterable[int]
+    ) -> None:
+        # All processes meet here, whether or not their listings of the directory agree.
         multihost_utils.sync_global_devices("checkpoints are to be removed")
         with self._storage_errors():
             if jax.process_index() == 0:
@@ -193,8 +193,8 @@ class CheckpointStore:
                 if self._newest_dir.is_dir() and self._best_dir.is_dir():
                     raise
                 raise UserError(
-                    f"checkpoints cannot be written: {self._newest_dir} or {self._best_dir} has "
-                    "vanished: bring it back and run the same command again"
+                    f"checkpoints cannot be written ({first_line(error)}): {self._newest_dir} or "
+                    f"{self._best_dir} is no directory; bring it back, run the same command again"
                 ) from error
             good = self.latest_step()
             raise UserError(

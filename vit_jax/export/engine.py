@@ -27,6 +27,7 @@ from vit_jax.export.nvidia import (
     numbers,
 )
 from vit_jax.files import storage_errors
+from vit_jax.printable import printable
 
 if TYPE_CHECKING:  # The builder reads engines too, and needs no NumPy.
     import numpy as np
@@ -80,9 +81,9 @@ def load_engine(path: str | os.PathLike[str]) -> Engine:
     if description:
         check_engine(description, path, trt.__version__, device)
     else:
+        source = f"{path} has no {DESCRIPTION} beside it, so its source is unknown"
         print(
-            f"{path} has no {DESCRIPTION} beside it, so its source is unknown: an engine is a "
-            "program, load only what you trust",
+            printable(f"{source}: an engine is a program, load only what you trust"),
             file=sys.stderr,
         )
     with storage_errors(lambda reason: f"{path} cannot be read ({reason}): name an engine"):

@@ -37,7 +37,7 @@ from vit_jax.models.rematerialization import (
 Array = jax.Array
 
 # The deepest published Transformers have 1,000 layers (DeepNet, 2022); each is traced.
-DEEPEST = 2**12
+DEEPEST = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

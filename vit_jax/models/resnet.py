@@ -31,7 +31,7 @@ EXPANSION = 4
 STANDARDIZE_EPSILON = 1e-5
 BIT_STANDARDIZE_EPSILON = 1e-10
 # R200 has 36 units in a stage and four stages; each stage halves the side and doubles the width.
-MOST_UNITS, MOST_STAGES = 1000, 8
+MOST_UNITS, MOST_STAGES = 125, 8
 
 
 def units_per_stage(layers: Sequence[Any]) -> str | None:
