@@ -226,18 +226,20 @@ def assert_finished_alike(workdir, reference, may_hold=""):
     assert_same_run(reference.workdir, workdir, STEPS)
     best = json.loads((workdir / "metrics.json").read_text())["best"]["step"]
     assert_same_arrays(read_arrays(workdir, best, "best"), reference.arrays(best))
-    newest = range(STEPS, 0, -CHECKPOINT_EVERY)[:KEEP]
-    assert sorted(checkpoint_steps(workdir)) == sorted(newest)
-    known = {f"checkpoints/{step}" for step in newest} | {f"best/{best}"}
+    steps = sorted(checkpoint_steps(workdir))
+    assert len(steps) == KEEP and steps[-1] == STEPS, steps
+    for step in steps:  # One may have been saved at a signal.
+        assert_same_arrays(read_arrays(workdir, step), reference.arrays(step))
+    known = {f"checkpoints/{step}" for step in steps} | {f"best/{best}"}
     strays = [
         name
         for name in _top_names(workdir)
         if name not in known and not re.fullmatch(f"{FINAL_NAMES}|{may_hold}", name)
     ]
     assert not strays, f"stray files: {strays}"
-    for step in newest:
-        where = Path("checkpoints", str(step))
-        assert _shape(workdir / where) <= _shape(reference.workdir / where)
+    last = reference.workdir / "checkpoints" / str(STEPS)
+    for step in steps:
+        assert _shape(workdir / "checkpoints" / str(step)) <= _shape(last)
 
 
 def _top_names(workdir):

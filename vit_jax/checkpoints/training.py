@@ -65,9 +65,11 @@ class CheckpointStore:
         self._keep = keep
         self._newest_dir = Path(workdir).absolute() / "checkpoints"
         self._best_dir = Path(workdir).absolute() / "best"
+        self._opened: dict[Path, os.stat_result] = {}
         with self._storage_errors():
             self._newest = _manager(self._newest_dir, keep)
             self._best = _manager(self._best_dir, keep=1)
+        self._opened = {path: path.stat() for path in (self._newest_dir, self._best_dir)}
 
     def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
         """Saves `state`, a tree of arrays, with JSON-like `metadata`; a step already saved stays.
@@ -190,11 +192,11 @@ class CheckpointStore:
         except Exception as error:  # orbax and tensorstore wrap the OSError in classes of theirs
             problem = _storage_problem(error)
             if problem is None:
-                if self._newest_dir.is_dir() and self._best_dir.is_dir():
+                if not (gone := [str(path) for path in self._opened if not self._is_there(path)]):
                     raise
                 raise UserError(
-                    f"checkpoints cannot be written ({first_line(error)}): {self._newest_dir} or "
-                    f"{self._best_dir} is no directory; bring it back, run the same command again"
+                    f"checkpoints cannot be written ({first_line(error)}): no longer there is "
+                    f"{' or '.join(gone)}; bring it back and run the same command again"
                 ) from error
             good = self.latest_step()
             raise UserError(
@@ -202,6 +204,13 @@ class CheckpointStore:
                 "choose another --workdir ("
                 + ("none is saved yet)" if good is None else f"the last good one is step {good})")
             ) from error
+
+    def _is_there(self, directory: Path) -> bool:
+        """Tells whether a directory is the one that was opened: a write may make another anew."""
+        try:
+            return os.path.samestat(directory.stat(), self._opened[directory])
+        except OSError:
+            return False
 
 
 def saved_steps(directory: Path) -> list[int]:
