@@ -24,7 +24,7 @@ from vit_jax.config_rules import (
     parse_duration,
 )
 from vit_jax.data.augmentation import parse_augment
-from vit_jax.errors import UserError, brief, first_line, nearest
+from vit_jax.errors import UserError, brief, brief_name, first_line, nearest
 from vit_jax.evaluation import registry
 from vit_jax.models import describe, vit
 from vit_jax.state import check_warmup, optimizer_keys
@@ -259,7 +259,7 @@ def _check_objective(config: ConfigDict) -> None:
 def unknown_key(key: str, valid: Iterable[str]) -> UserError:
     """The error for a key that nothing reads, with its name of today or the nearest valid one."""
     sections = {old.partition(".")[0]: new.rpartition(".")[0] for old, new in MOVED_KEYS.items()}
-    key = key if key.isprintable() and len(key) <= 80 else brief(key)
+    key = brief_name(key)
     if moved := (sections | MOVED_KEYS).get(key):
         return UserError(f"config.{key} is config.{moved} today: set that")
     if key in REMOVED_KEYS:

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 
 from vit_jax import command, config, provenance, recipes
 from vit_jax.config_rules import text_problem
-from vit_jax.errors import UserError, brief, first_line, nearest
+from vit_jax.errors import UserError, brief, brief_name, first_line, nearest
 from vit_jax.evaluation import registry
 from vit_jax.printable import printable
 
@@ -113,7 +113,7 @@ def find(name: str) -> tuple[pathlib.Path, str | None]:
             return _DIRECTORY / "vit.py", ",".join(filter(None, (match[1], spec)))
     near = nearest(match[1], _names()) if match else None
     hint = f"did you mean {near}? " if near else ""
-    shown = path if path.isprintable() and len(path) <= 200 else brief(path)
+    shown = brief_name(path, 200)
     raise UserError(f"config {shown} does not exist: {hint}{_known()}")
 
 

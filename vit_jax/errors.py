@@ -36,6 +36,11 @@ def first_line(error: BaseException) -> str:
     return lines[0][:200]
 
 
+def brief_name(name: str, most: int = 80) -> str:
+    """A name as a message shows it: as it is, or as `brief` where it is long or not printable."""
+    return name if name.isprintable() and len(name) <= most else brief(name)
+
+
 def brief(value: object) -> str:
     """A value as a message shows it: its repr in one line, cut at 80 characters."""
     if isinstance(value, int) and value.bit_length() > 256:  # Python writes no more than it likes.

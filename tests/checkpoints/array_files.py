@@ -49,6 +49,12 @@ def npy_header(descr, shape, version=1):
     return b"\x93NUMPY" + bytes([version, 0]) + length + text
 
 
+def zip_members(content):
+    """The names and the contents of what is in an archive."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        return [(name, archive.read(name)) for name in archive.namelist()]
+
+
 def zip_bytes(members, compression=zipfile.ZIP_STORED):
     buffer = io.BytesIO()
     with warnings.catch_warnings(), zipfile.ZipFile(buffer, "w", compression) as archive:

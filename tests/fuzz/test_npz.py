@@ -1,9 +1,15 @@
-import io
 import zipfile
 
 from hypothesis import strategies as st
 
-from ..checkpoints.array_files import FORMATS, SOUND, npy_header, read_checked, zip_bytes
+from ..checkpoints.array_files import (
+    FORMATS,
+    SOUND,
+    npy_header,
+    read_checked,
+    zip_bytes,
+    zip_members,
+)
 from .mutations import TEXT, mutated, mutated_zip_directory
 
 FILES = [FORMATS["npz"](SOUND), FORMATS["compressed npz"](SOUND)]
@@ -17,8 +23,7 @@ DESCRIPTIONS = st.one_of(
 @st.composite
 def mutated_members(draw, content):
     """An archive with sound checksums of which a member is mutated, or is an array of any type."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        members = [(name, archive.read(name)) for name in archive.namelist()]
+    members = zip_members(content)
     i = draw(st.integers(0, len(members) - 1))
     name, member = members[i]
     if draw(st.booleans()):

@@ -1,7 +1,5 @@
-import io
 import pickle
 import pickletools
-import zipfile
 
 import pytest
 from hypothesis import strategies as st
@@ -15,6 +13,7 @@ from ..checkpoints.array_files import (
     state_pickle,
     torch_archive,
     zip_bytes,
+    zip_members,
 )
 from .mutations import mutated, mutated_zip_directory
 
@@ -63,8 +62,7 @@ def opcodes(draw, pickled):
 @st.composite
 def mutated_members(draw, content):
     """An archive with sound checksums; of its members the pickle is mutated most."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        members = [(name, archive.read(name)) for name in archive.namelist()]
+    members = zip_members(content)
     i = draw(st.integers(0, len(members) - 1))
     name, member = members[i]
     members[i] = (name, draw(mutated(member)))
@@ -72,8 +70,7 @@ def mutated_members(draw, content):
 
 
 def of_torch(content):
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        return archive.read(next(x for x in archive.namelist() if x.endswith("data.pkl")))
+    return next(member for name, member in zip_members(content) if name.endswith("data.pkl"))
 
 
 @pytest.mark.versions

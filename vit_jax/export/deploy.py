@@ -211,8 +211,8 @@ def _write_model(
     """Writes a model of a Triton repository, in its version 1."""
     (directory / "1").mkdir(parents=True)
     (directory / "config.pbtxt").write_text(config, encoding="utf-8")
-    if "class_names" in onnx.metadata:
-        labels = json.loads(onnx.metadata["class_names"])
+    labels = read_class_names(onnx.metadata)
+    if labels is not None:
         # A name that goes on in the next line would move those of all classes after it.
         text = "".join(f"{printable(label)}\n" for label in labels)
         (directory / "labels.txt").write_text(text, encoding="utf-8")

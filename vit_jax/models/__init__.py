@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.errors import UserError, brief
+from vit_jax.errors import UserError, brief, brief_name
 from vit_jax.models.axial import AxialResNetConfig, AxialViTConfig
 from vit_jax.models.base import DTYPES, Model, ModelConfig, type_problem
 from vit_jax.models.bit import BiTConfig
@@ -113,8 +113,7 @@ def check_fields(config: Mapping[str, Any]) -> None:
     fields = model_fields(config["architecture"])
     for key in config.keys() - {"architecture"}:
         if key not in fields:
-            name = key if key.isprintable() and len(key) <= 80 else brief(key)
-            raise UserError(f"model.{name} is not a key that anything reads")
+            raise UserError(f"model.{brief_name(key)} is not a key that anything reads")
         check = fields[key].metadata.get("check")
         problem = type_problem(config[key], field_type(fields[key]))
         if problem := problem or (check and check(config[key])):
