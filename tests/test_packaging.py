@@ -39,6 +39,18 @@ MACHINES = [
 ]
 
 
+# What make hands to the tests that it runs, and would take up again in a make that they run.
+SETTINGS = re.findall(r"^(\w+) \?=", (ROOT / "Makefile").read_text(), re.MULTILINE)
+FROM_MAKE = {*SETTINGS, "COVERAGE", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"}
+
+
+def make(*words: str, cwd: pathlib.Path, **variables: str) -> subprocess.CompletedProcess:
+    """Runs make as in a shell of its own."""
+    kept = {name: value for name, value in os.environ.items() if name not in FROM_MAKE}
+    words = ["make", *words]
+    return subprocess.run(words, cwd=cwd, env=kept | variables, capture_output=True, text=True)
+
+
 def locked(lock: pathlib.Path) -> list[tuple[Requirement, list[str]]]:
     """The requirements of a lock, each with its hashes."""
     entries = re.split(r"\n(?=\S)", lock.read_text().replace("\\\n", " ").strip())
@@ -91,9 +103,9 @@ def test_a_lock_has_what_setup_py_asks_for(name, machine, monkeypatch):
 def test_what_ci_installs_is_locked(name):
     extras = f"EXTRAS={','.join(ENVIRONMENTS[name])}"
     assert extras in (ROOT / ".ci/run").read_text()
-    make = ["make", "--dry-run", "VENV=.venv-none", ".venv-none/installed", extras]
-    printed = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    installs = [line for line in printed.splitlines() if " pip install " in line]
+    run = make("--dry-run", "VENV=.venv-none", ".venv-none/installed", extras, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    installs = [line for line in run.stdout.splitlines() if " pip install " in line]
     # What pip may fetch has a hash; the last is this package itself, for which it fetches nothing.
     *fetching, own = installs
     assert [line.split("--requirement ")[1] for line in fetching] == [
@@ -132,9 +144,8 @@ def test_make_works_in_any_folder(clone, tmp_path):
     python.chmod(0o755)
     before = sorted(clone.parent.iterdir())
     names = ["demo", "test", "coverage", "lint", "docs", "doctor"]
-    make = ["make", f"PYTHON={python}", *names]
-    variables = {**os.environ, "CALLS": str(calls), "JAX_COMPILATION_CACHE_DIR": ""}
-    run = subprocess.run(make, cwd=clone, env=variables, capture_output=True, text=True)
+    variables = {"CALLS": str(calls), "JAX_COMPILATION_CACHE_DIR": ""}
+    run = make(f"PYTHON={python}", *names, cwd=clone, **variables)
     assert run.returncode == 0, run.stderr
     called = [line.split("|") for line in calls.read_text().splitlines()]
     caches = {cache for *_, cache, _, words in called if re.search("pytest|mkdocs", words)}
