@@ -161,8 +161,7 @@ def _read(path: pathlib.Path, spec: str | None) -> ConfigDict:
             f"config {path} has no get_config: define one that returns the ConfigDict of a run"
         )
     if spec is not None and not inspect.signature(get_config).parameters:
-        shown = spec if spec.isprintable() and len(spec) <= 200 else ascii(spec)[1:80]
-        raise UserError(f"config {path} takes no spec: leave out ':{shown}'")
+        raise UserError(f"config {path} takes no spec: leave out ':{printable(spec[:200])}'")
     made = get_config() if spec is None else get_config(spec)
     if not isinstance(made, ConfigDict):
         raise UserError(
@@ -232,8 +231,7 @@ def _unreadable(error: Exception) -> UserError:
 
 
 def _line(error: BaseException) -> str:
-    line = first_line(error)
-    return line if line.isprintable() else ascii(line)
+    return printable(first_line(error))
 
 
 def _open_evals(config: ConfigDict) -> ConfigDict:

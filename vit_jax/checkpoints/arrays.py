@@ -23,6 +23,7 @@ import numpy as np
 from vit_jax.checkpoints.formats import checks, flax_msgpack, npz, safetensors, torch_pickle
 from vit_jax.errors import UserError, first_line, shortlist
 from vit_jax.files import storage_errors
+from vit_jax.printable import printable
 
 FileFormat = Literal["npz", "safetensors", "torch", "legacy torch", "flax"]
 
@@ -157,7 +158,7 @@ def _reading(path: Path) -> Generator[None]:
     except MemoryError as error:
         raise UserError(f"{path} does not fit in memory: use a smaller file") from error
     except Exception as error:  # parsers of other projects have no class for hostile bytes
-        reason = checks.printable(first_line(error))
+        reason = printable(first_line(error))
         raise UserError(f"{path} is damaged ({reason}): fetch it again") from error
 
 

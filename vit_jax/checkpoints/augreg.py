@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.errors import UserError, first_line
+from vit_jax.printable import printable
 
 # Its paper counts more than 50,000 models.
 MAX_BYTES = 64 << 20
@@ -73,7 +74,7 @@ def read_index(path: str | os.PathLike[str]) -> list[Entry]:
         if len(entries) > MAX_ROWS:
             raise ValueError(f"more than {MAX_ROWS} rows")
     except (OSError, ValueError, OverflowError, csv.Error) as error:
-        reason = _shown(first_line(error))
+        reason = printable(first_line(error))
         raise UserError(
             f"{path} is not the index of AugReg ({reason}): delete it, and it is fetched again"
         ) from error
@@ -173,11 +174,6 @@ def _entry(row: dict[str, str | None]) -> Entry:
     return Entry(**values)
 
 
-def _shown(text: str) -> str:
-    """Text of the index for a message, on whose line and terminal it must not act."""
-    return text if text.isprintable() else ascii(text)
-
-
 def _dataset_key(dataset: str) -> str:
     return dataset.lower().replace("_", "-")  # "oxford_iiit_pet" is TFDS's "oxford-iiit-pet"
 
@@ -192,7 +188,7 @@ def _select(
     selected = [row for row in rows if key(row) == wanted]
     if not selected:
         there = sorted({key(row) for row in rows} - {""})
-        some = [_shown(str(x)[:100]) for x in there[:_LISTED]]
+        some = [printable(str(x)[:100]) for x in there[:_LISTED]]
         rest = [f"and {len(there) - _LISTED} more"] * (len(there) > _LISTED)
         listed = ", ".join([*some, *rest]) or "none"
         raise UserError(f"{asked!r} is no {about}: there is {listed}")
@@ -202,6 +198,6 @@ def _select(
 def _highest(rows: Sequence[Entry], score: str) -> Entry:
     scored = [row for row in rows if math.isfinite(getattr(row, score))]
     if not scored:
-        name = _shown(rows[0].filename[:200])
+        name = printable(rows[0].filename[:200])
         raise UserError(f"{name} has no {score} in the index: name a file yourself")
     return max(scored, key=lambda row: getattr(row, score))

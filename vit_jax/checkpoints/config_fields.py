@@ -6,6 +6,7 @@ from typing import Any
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError, brief
 from vit_jax.models.base import LONGEST, type_problem
+from vit_jax.printable import printable
 
 # Names of activations, and the form of GELU that they are.
 GELUS = {
@@ -37,7 +38,7 @@ def check_fields(
     """
     accepted = set(accepted)
     for key, value in values.items():
-        field = f"{key if key.isprintable() else ascii(key)} is {value!r}"[:100]
+        field = f"{printable(key)} is {value!r}"[:100]
         if key in fixed:
             if value is not None and value != fixed[key]:
                 raise UserError(

@@ -16,6 +16,7 @@ from typing import Any
 from vit_jax.data.protocols import Preprocessing, evaluation
 from vit_jax.errors import UserError, brief, first_line
 from vit_jax.models import check_fields, prediction_fields
+from vit_jax.printable import printable
 
 _MAX_BYTES = 2**26
 
@@ -79,9 +80,7 @@ def read_info_file(path: Path, default: ModelInfo) -> ModelInfo:
         if document.get("loss", "softmax") not in ("softmax", "sigmoid"):
             raise UserError(f"loss {document['loss']!r} is neither softmax nor sigmoid")
     except (TypeError, ValueError) as error:
-        line = first_line(error)
-        line = line if line.isprintable() else ascii(line)
-        raise UserError(f"{file}: {line}: mend or remove it") from error
+        raise UserError(f"{file}: {printable(first_line(error))}: mend or remove it") from error
     return dataclasses.replace(default, model=model, **document)
 
 

@@ -22,6 +22,7 @@ from vit_jax.data import imagenet
 from vit_jax.data.protocols import Preprocessing, evaluation
 from vit_jax.errors import UserError, first_line, shortlist
 from vit_jax.models import masked
+from vit_jax.printable import printable
 
 _ACCEPTED = (
     "a run's workdir or a checkpoint in it; a file of weights (.npz, .safetensors, .pth) under "
@@ -222,7 +223,7 @@ def _read_step(step_dir: Path) -> tuple[Arrays, ModelInfo]:
     except (UserError, MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:  # Beside a DamagedError, what entries of another type lead to.
-        reason = checks.printable(first_line(error)) or type(error).__name__
+        reason = printable(first_line(error)) or type(error).__name__
         raise UserError(
             f"checkpoint {step_dir} is damaged: {reason}; name another step of the run"
         ) from error

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.errors import UserError, shortlist
+from vit_jax.printable import printable
 
 MAX_BYTES = 16 << 30
 MAX_ARRAYS = 10_000  # ViT-H/14 has 400
@@ -183,11 +184,6 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(unique := dict(pairs)) < len(pairs):
         raise ValueError("it has one key twice")
     return unique
-
-
-def printable(text: str) -> str:
-    """Returns text that a file holds, escaped where a terminal might act on it."""
-    return text if text.isprintable() else ascii(text)
 
 
 def printable_shortlist(names: list[str]) -> str:

@@ -20,11 +20,11 @@ from vit_jax.checkpoints.formats.checks import (
     check_names,
     checked_members,
     open_archive,
-    printable,
     printable_shortlist,
     to_float32,
 )
 from vit_jax.errors import UserError
+from vit_jax.printable import printable
 
 # How every file of torch.save from before version 1.6 begins: its magic number, pickled.
 LEGACY_START = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
