@@ -62,7 +62,7 @@ def build_parser(prog: str, title: str) -> command.Parser:
         "--output", type=pathlib.Path, default=OUTPUT, metavar="DIR", help=f"all of it [{OUTPUT}]"
     )
     parser.add_argument(
-        "--seeds", type=command.positive, metavar="N", help="of a fine-tuning [the scale's, 3]"
+        "--seeds", type=command.positive, metavar="N", help="of a fine-tuning, at most the scale's [all]"
     )
     parser.add_argument(
         "--dry_run", action="store_true", help="print what it would cost, and do nothing else"

@@ -28,12 +28,12 @@ from vit_jax.errors import UserError
 def run(job):
     workdir = pathlib.Path(job["workdir"])
     config = job.get("config")
+    if config and (workdir / "metrics.json").exists():
+        return
     with open(workdir.parent / "begun.jsonl", "a") as file:
         file.write(json.dumps({"name": workdir.name, "process": os.getpid(), **job}) + "\\n")
     if config is None:
         worker._do_task(job, workdir)
-        return
-    if (workdir / "metrics.json").exists():
         return
     rate = config["schedule"]["base_lr"]
     if rate == 0.5:
