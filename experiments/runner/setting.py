@@ -52,7 +52,7 @@ class Setting:
 
     Attributes:
         scale: that the runs are of.
-        seeds: of a fine-tuning, at most `scale.seeds`.
+        seeds: of what is repeated.
         datasets: what the user names in place of the paper's, {"jft": "folder:/data/mine"}; and
             "objectnet", a folder.
         data_dir: where TFDS looks; "" is its default.
@@ -163,7 +163,7 @@ class Setting:
         if task == "imagenet2012" and task not in self.datasets:
             config.evals.real = {"every": "0 steps", "data_dir": self.data_dir, **self.scale.real}
         runs = []
-        for seed in range(min(self.seeds, self.scale.seeds)):
+        for seed in range(self.seeds):
             final = _at(config, rates[0], seed=seed)
             run = self._run(f"{name}-seed{seed}", final, model, task, changes, start=start)
             runs.append(dataclasses.replace(run, rates=tuple(held_out)))
