@@ -429,7 +429,7 @@ def _place_names(figure: Figure) -> None:
                 hidden = []
                 for number, place in enumerate(_PLACES):
                     _move(text, *place)
-                    hidden.append(_overlap(_box(text), taken) + number)
+                    hidden.append(_overlap(_box(text), taken) + 3 * number)
                 _move(text, *_PLACES[int(np.argmin(hidden))])
                 taken = np.vstack([taken, _box(text)])
 
