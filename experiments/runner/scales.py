@@ -159,7 +159,7 @@ class Scale:
         name: as on the command line.
         summary: a sentence for every page: what its numbers are.
         seeds: of a fine-tuning, at most.
-        learning_rates: of a row of Table 4 that are tried, the largest; 0 for all.
+        learning_rates: how many of a row of Table 4 are tried, those in its middle.
         runs_per_process: that a process makes before another takes its place.
         reduction: of every run; None leaves it as it is.
         stand_ins: by the paper's name of a data set or task; a task of VTAB by "vtab:TASK".
@@ -205,7 +205,7 @@ PAPER = Scale(
     name="paper",
     summary="Scale paper: the models, data sets and durations of the paper.",
     seeds=3,
-    learning_rates=0,
+    learning_rates=4,
     runs_per_process=1,
 )
 
@@ -275,8 +275,8 @@ SMOKE = Scale(
         patch=4,
         stages=1,
         units=16,
-        steps=4,
-        batch_sizes=(64, 32),
+        steps=2.5,
+        batch_sizes=(32, 16),
         rates={"adam": 4.0, "sgd": 10.0},
         evaluations=10,
         patience=2,
