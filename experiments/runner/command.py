@@ -123,9 +123,7 @@ def _add_data_flags(group: "argparse._ArgumentGroup") -> None:
 
 
 def _add_cost_flags(group: "argparse._ArgumentGroup") -> None:
-    group.add_argument(
-        "--device", metavar="NAME", help="the accelerator [TPU v3, which the paper has]"
-    )
+    group.add_argument("--device", metavar="NAME", help="the accelerator [H100]")
     group.add_argument(
         "--mfu",
         type=float,

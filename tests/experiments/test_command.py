@@ -107,14 +107,14 @@ def test_dry_run_asks_for_the_cost_and_runs_nothing(
 ):
     asked = []
 
-    def report(measurements, setting, device="TPU v3", mfu=0.4):
+    def report(measurements, setting, device="H100", mfu=0.4):
         asked.extend([list(measurements), setting.datasets, setting.images, device, mfu])
         return "so many"
 
     monkeypatch.setattr(cost, "report", report)
     flags = ["--dry_run", "--jft", "folder:/x", "--jft_images", "9", "--mfu", "0.3"]
     assert main(experiment, tmp_path, *flags) == 0
-    assert asked == [["table0"], {"jft": "folder:/x"}, {"jft": 9}, "TPU v3", 0.3]
+    assert asked == [["table0"], {"jft": "folder:/x"}, {"jft": 9}, "H100", 0.3]
     assert capsys.readouterr().out == "so many\n"
     assert executed == []
 
