@@ -20,7 +20,7 @@ from typing import Any
 
 import experiments
 from experiments.runner import graph
-from experiments.runner.experiment import Measurement, Run
+from experiments.runner.experiment import Measurement, Run, Task
 from experiments.runner.graph import Job
 from experiments.runner.outcomes import Outcomes, read, request
 from vit_jax.config import check_config, to_dict
@@ -106,7 +106,10 @@ def execute(
 def _work(board: "Board", pool: "Sequence[Slot]", signals: Signals) -> None:
     while board.has_work() or any(slot.job for slot in pool):
         for slot in pool:
-            if slot.job is None and (job := board.next_due()):
+            others = [x.job for x in pool if x.job]
+            if slot.job or any(map(_is_alone, others)):
+                continue
+            if job := board.next_due(may_be_alone=not others):
                 slot.start(job, board.outcomes, board.label(job))
         busy = {slot.answers: slot for slot in pool if slot.job}
         with signals.at_once():
@@ -115,6 +118,10 @@ def _work(board: "Board", pool: "Sequence[Slot]", signals: Signals) -> None:
             board.settle(*slot.receive())
         for slot in pool:
             slot.tell_if_long()
+
+
+def _is_alone(job: Job) -> bool:
+    return isinstance(job, Task) and job.alone
 
 
 class Board:
@@ -188,23 +195,32 @@ class Board:
         """Names a job, with how many have been settled."""
         return f"[{self._settled}/{len(self._mine)}] {job.name}"
 
-    def next_due(self) -> Job | None:
-        """Takes what can begin now; what cannot any more has failed."""
+    def next_due(self, *, may_be_alone: bool) -> Job | None:
+        """Takes what can begin now, what needs to be alone last; what cannot any more has failed.
+
+        Args:
+            may_be_alone: whether nothing else is at work.
+        """
         self._look_at_others()
         waiting: list[str] = []
-        for job in list(self._left.values()):
+        for job in sorted(self._left.values(), key=_is_alone):
             states = {needed.name: self._states[needed.name] for needed in job.needs}
             if reason := _hopeless(job, states, self.outcomes):
                 self.settle(job, {"state": "failed", "reason": reason})
             elif "left" in states.values():
                 waiting += [name for name, state in states.items() if state == "left"]
-            elif time.monotonic() >= self._not_before.get(job.name, 0.0):
+            elif self._may_begin(job, may_be_alone):
                 del self._left[job.name]
                 if not self._is_finished(job):
                     return job
                 self.settle(job, {"state": "finished"})
         self._tell_awaited([name for name in dict.fromkeys(waiting) if name in self._others])
         return None
+
+    def _may_begin(self, job: Job, may_be_alone: bool) -> bool:
+        if _is_alone(job) and not may_be_alone:
+            return False
+        return time.monotonic() >= self._not_before.get(job.name, 0.0)
 
     def _look_at_others(self) -> None:
         if time.monotonic() < self._looked + _POLL_SECONDS:
@@ -342,7 +358,7 @@ class Slot:
             reason = cause(process.returncode, self._log, self._start)
             return job, {"state": "failed", "reason": reason}, seconds
         answer = json.loads(line)
-        self._done += 1
+        self._done += isinstance(job, Run)
         # What an unknown error leaves behind, the next run should not have to do with.
         if self._done >= self._runs_per_process or answer.get("is_unknown"):
             self.close()

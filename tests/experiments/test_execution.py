@@ -63,6 +63,10 @@ ANALYSIS = """
 def count_files(workdir, runs, suffix):
     (workdir / "array.txt").write_text("1 2 3")
     return {"files": sum(len([*run.glob(f"*{suffix}")]) for run in runs), "runs": len(runs)}
+
+def count_marks(workdir, runs, own=0):
+    folder = workdir.parent
+    return {"finished": len([*folder.glob("run*/metrics.json"), *folder.glob("a/metrics.json")])}
 """
 
 
@@ -240,6 +244,17 @@ def test_a_task_computes_on_finished_runs_and_again_if_it_is_another(outcomes, m
     assert execute(outcomes, task("config.json")).failed == []
     assert begun(outcomes) == []
     assert (outcomes.folder / "count" / "array.txt").exists()
+
+
+def test_a_task_that_measures_a_speed_runs_last_and_alone(outcomes, make):
+    task = Task("alone", "analysis:count_marks", of=(make("a"),), alone=True)
+    more = Task("more", "analysis:count_marks", {"own": 1}, alone=True)
+    runs = [make(f"run{i}") for i in range(4)]
+    assert execute(outcomes, task, more, *runs, workers=3).failed == []
+    assert {*names(begun(outcomes))[-2:]} == {"alone", "more"}
+    for name in ("alone", "more"):
+        metrics = json.loads((outcomes.folder / name / "metrics.json").read_text())
+        assert metrics["finished"] == 5
 
 
 def test_what_a_task_does_not_survive_is_told_in_a_line(outcomes):
