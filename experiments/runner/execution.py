@@ -236,8 +236,8 @@ class Board:
     def settle(self, job: Job, answer: Mapping[str, Any], seconds: float | None = None) -> None:
         """Takes down what has become of a job: "finished", "failed", or "busy" elsewhere."""
         if answer["state"] == "busy":
-            if job.name not in self._not_before:
-                say(f"{self.label(job)}: another command is at it: waiting for that")
+            if not self._not_before:
+                say(f"{self.label(job)}: another command is at it; what others do is waited for")
             self._not_before[job.name] = time.monotonic() + _POLL_SECONDS
             self._left = {
                 name: x for name, x in self._mine.items() if name in {job.name, *self._left}

@@ -41,17 +41,25 @@ def main() -> int:
     jobs: queue.Queue[dict[str, Any] | None] = queue.Queue()
     working = threading.Event()
     threading.Thread(target=_read, args=(requests, jobs, working), daemon=True).start()
-    tensorflow_env.quiet()
-    command.keep_programs()
-    import jax
-
+    _prepare()
     while (job := jobs.get()) is not None:
         answer = _do(job)
         working.clear()
         answers.write(json.dumps(answer).encode() + b"\n")
-        # Programs are not found again by another run, only their parts on the disk are.
-        jax.clear_caches()
+        _release_memory()
     return 0
+
+
+def _prepare() -> None:
+    tensorflow_env.quiet()
+    command.keep_programs()
+
+
+def _release_memory() -> None:
+    """Drops the programs of a run: another one does not find them, only those on the disk."""
+    import jax
+
+    jax.clear_caches()
 
 
 def _own(stream: TextIO, mode: str) -> BinaryIO:
@@ -129,17 +137,21 @@ def _run(job: dict[str, Any]) -> None:
 
 
 def _do_task(job: dict[str, Any], workdir: pathlib.Path) -> None:
+    asked = {key: job[key] for key in ("function", "arguments", "of")}
+    metrics, task = workdir / "metrics.json", workdir / TASK_FILE
+    # Another command may have done it meanwhile.
+    if metrics.exists() and task.exists() and asked.items() <= json.loads(task.read_text()).items():
+        return
     module, _, name = job["function"].partition(":")
     function = getattr(importlib.import_module(module), name)
     workdir.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     runs = [pathlib.Path(run) for run in job["runs"]]
     scalars = function(workdir=workdir, runs=runs, **job["arguments"])
-    asked = {key: job[key] for key in ("function", "arguments", "of")}
     # The task before its metrics: by these it is finished.
-    (workdir / "metrics.json").unlink(missing_ok=True)
-    write_json(workdir / TASK_FILE, asked | {"seconds": time.perf_counter() - begin})
-    write_json(workdir / "metrics.json", {key: float(x) for key, x in scalars.items()})
+    metrics.unlink(missing_ok=True)
+    write_json(task, asked | {"seconds": time.perf_counter() - begin})
+    write_json(metrics, {key: float(x) for key, x in scalars.items()})
 
 
 if __name__ == "__main__":
