@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 import vit_jax
 from experiments.runner import graph, tables
-from experiments.runner.experiment import Run
 from experiments.runner.outcomes import TASK_FILE
 from vit_jax.files import atomic_write
 from vit_jax.printable import printable
@@ -39,6 +38,7 @@ _FILES = {
     "results.jsonl": "every number with its run",
     PICTURE: "the picture",
 }
+_MOST_OPEN = 8
 _SECONDS_A_DAY = 24 * 60 * 60
 
 
@@ -47,7 +47,7 @@ class Cost:
     """What finished runs took.
 
     Attributes:
-        jobs: how many there are, tasks among them.
+        jobs: how many there are; a task counts as one.
         steps: of training.
         seconds: of training on all devices, and of tasks.
         exaflops: of training.
@@ -80,14 +80,12 @@ def write(results: "Results", folder: pathlib.Path) -> pathlib.Path:
         f'<nav><a href="{INDEX}">All experiments</a> · scale {_text(scale)}</nav>',
         f"<h1>{_text(experiment.title)}</h1>",
         f"<p>{_text(experiment.about)}</p>" if experiment.about else "",
-        _notice(tables.caption(results)),
+        _overview(tables.caption(results), _costs(results, folder)),
         _problems(results.problems),
         _picture(results, folder),
         _table(tables.grid(results)),
-        "<h2>How it was made</h2>",
+        "<h2>The command</h2>",
         f"<pre><code>{_text(_command(results))}</code></pre>",
-        "<h2>What it took</h2>",
-        _cost_of(results, folder),
         _links(folder, name),
     ]
     return _write(folder / f"{name}.html", experiment.title, body)
@@ -118,9 +116,9 @@ def write_index(all_results: "Sequence[Results]", folder: pathlib.Path) -> pathl
         "<p>The tables and figures of “An Image is Worth 16x16 Words” "
         '(<a href="https://arxiv.org/abs/2010.11929">arXiv 2010.11929</a>), '
         "made by <code>python -m experiments.all</code>.</p>",
-        _notice((setting.scale.summary, *setting.about_data)),
-        _definitions(
-            {"Experiments": f"{finished} of {len(all_results)} are complete", **_describe(total)}
+        _overview(
+            (setting.scale.summary, *setting.about_data),
+            {"Experiments": f"{finished} of {len(all_results)} are complete", **_describe(total)},
         ),
         f'<ul class="cards">{"".join(cards)}</ul>',
     ]
@@ -157,15 +155,21 @@ def _text(text: str) -> str:
     return html.escape(printable(text))
 
 
-def _notice(sentences: Iterable[str]) -> str:
-    return f'<div class="scale">{"".join(f"<p>{_text(x)}</p>" for x in sentences)}</div>'
+def _overview(sentences: Iterable[str], facts: Mapping[str, str]) -> str:
+    notice = "".join(f"<p>{_text(sentence)}</p>" for sentence in sentences)
+    parts = (f"<dt>{_text(name)}</dt><dd>{_text(x)}</dd>" for name, x in facts.items())
+    return f'<div class="overview"><div class="scale">{notice}</div><dl>{"".join(parts)}</dl></div>'
 
 
 def _problems(lines: Sequence[str]) -> str:
     if not lines:
         return ""
     items = "".join(f"<li>{_text(line)}</li>" for line in lines)
-    return f'<div class="scale problems"><p>Missing:</p><ul>{items}</ul></div>'
+    is_open = " open" if len(lines) <= _MOST_OPEN else ""
+    return (
+        f'<details class="scale problems"{is_open}><summary>Missing: {len(lines)} runs</summary>'
+        f"<ul>{items}</ul></details>"
+    )
 
 
 def _picture(results: "Results", folder: pathlib.Path) -> str:
@@ -173,7 +177,8 @@ def _picture(results: "Results", folder: pathlib.Path) -> str:
     if not (folder / name / PICTURE).exists():
         return ""
     alt = f"The picture of {results.experiment.title}; its numbers are in the table below."
-    return f'<div class="picture"><img src="{_text(name)}/{PICTURE}" alt="{_text(alt)}"></div>'
+    path = f"{_text(name)}/{PICTURE}"
+    return f'<a class="picture" href="{path}"><img src="{path}" alt="{_text(alt)}"></a>'
 
 
 def _table(grid: tables.Grid) -> str:
@@ -234,25 +239,19 @@ def _flags(setting: "Setting") -> Mapping[str, str]:
     return flags | ({"data_dir": setting.data_dir} if setting.data_dir else {})
 
 
-def _cost_of(results: "Results", folder: pathlib.Path) -> str:
+def _costs(results: "Results", folder: pathlib.Path) -> dict[str, str]:
+    """What all took that the experiment needs, also what other experiments need too."""
     jobs = graph.collect(result.measurement for result in results.found)
-    finished = {name: path for name, path in _finished(folder).items() if name in jobs}
-    runs = sum(isinstance(job, Run) for job in jobs.values())
-    total = sum(map(_cost, finished.values()), Cost())
-    asked = f"{len(finished):,} of {len(jobs):,}: {runs:,} runs of training"
-    if len(jobs) > runs:
-        asked += f", {len(jobs) - runs:,} computations on what they left"
-    return _definitions({**_describe(total), "Finished": asked}) + (
-        "<p>Sweeps of learning rates and pre-trainings that other experiments need too are counted."
-        "</p>"
-    )
+    finished = [path for name, path in _finished(folder).items() if name in jobs]
+    facts = _describe(sum(map(_cost, finished), Cost()))
+    return {**facts, "Finished": f"{len(finished):,} of {len(jobs):,} runs"}
 
 
 def _describe(cost: Cost) -> dict[str, str]:
     from vit_jax.reporting import format_seconds  # It imports JAX.
 
     return {
-        "Finished": f"{cost.jobs:,} runs and computations",
+        "Finished": f"{cost.jobs:,} runs",
         "Steps": f"{cost.steps:,}",
         "Time": f"{format_seconds(cost.seconds)}, added over devices",
         "Arithmetic": f"{cost.exaflops:.3g} exaFLOPs",
@@ -273,11 +272,6 @@ def _cost(workdir: pathlib.Path) -> Cost:
         last = next(x for x in map(json.loads, reversed(lines)) if "device_days" in x)
         return Cost(1, last["step"], _SECONDS_A_DAY * last["device_days"], last["exaflops"])
     return Cost(jobs=1)
-
-
-def _definitions(entries: Mapping[str, str]) -> str:
-    parts = (f"<dt>{_text(name)}</dt><dd>{_text(x)}</dd>" for name, x in entries.items())
-    return f"<dl>{''.join(parts)}</dl>"
 
 
 def _links(folder: pathlib.Path, name: str) -> str:
@@ -307,7 +301,7 @@ def _card(results: "Results", folder: pathlib.Path) -> str:
 
 def _preview(grid: tables.Grid) -> str:
     """A corner of the table, of our numbers alone."""
-    columns = slice(0, 3)
+    columns = slice(0, 2)
     head = "".join(f'<th class="number">{_text(name)}</th>' for name in grid.columns[columns])
     rows = "".join(
         f"<tr><th>{_text(' · '.join(filter(None, labels[:2])))}</th>"
