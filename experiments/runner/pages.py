@@ -285,18 +285,14 @@ def _links(folder: pathlib.Path, name: str) -> str:
 
 def _card(results: "Results", folder: pathlib.Path) -> str:
     asked = [result for result in results.found if result.values]
-    missing = sum(result.mean is None for result in asked)
-    status = (
-        f"{len(asked):,} numbers"
-        if not missing
-        else f"{missing:,} of {len(asked):,} numbers are missing"
-    )
+    there = sum(result.mean is not None for result in asked)
+    status = f"{there:,} of {len(asked):,} numbers"
     name = results.experiment.name
     if (folder / name / PICTURE).exists():
         thumbnail = f'<img src="{_text(name)}/{PICTURE}" alt="" loading="lazy">'
     else:
         thumbnail = _preview(tables.grid(results))
-    return _card_of(name, results.experiment.title, thumbnail, status, bool(missing))
+    return _card_of(name, results.experiment.title, thumbnail, status, there < len(asked))
 
 
 def _preview(grid: tables.Grid) -> str:
