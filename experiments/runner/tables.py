@@ -11,7 +11,8 @@ from vit_jax.printable import printable
 if TYPE_CHECKING:
     from experiments.runner.results import Result, Results
 
-OURS = "ours (paper)"
+OURS, FAILED, NOT_RUN = "ours (paper)", "failed", "not run"
+_MOST_LINES = 30
 _COLUMNS = (
     "metric",
     "mean",
@@ -41,6 +42,11 @@ class Cell:
     paper: str = ""
     note: str = ""
 
+    @property
+    def is_missing(self) -> bool:
+        """Whether there is something to run and no number."""
+        return self.ours in (FAILED, NOT_RUN)
+
     def __str__(self) -> str:
         paper = f"({self.paper})" if self.paper else ""
         note = f"[{self.note}]" if self.note else ""
@@ -62,7 +68,7 @@ def grid(results: "Results") -> Grid:
     Raises:
         ValueError: two measurements have the same labels.
     """
-    experiment = results.experiment
+    experiment, decimals = results.experiment, _decimals(results)
     cells: dict[tuple[tuple[str, ...], str], Cell] = {}
     for result in results.found:
         labels = result.measurement.labels
@@ -70,7 +76,7 @@ def grid(results: "Results") -> Grid:
         place = row, labels.get(experiment.column, OURS)
         if place in cells:
             raise ValueError(f"{experiment.name} has two measurements of {dict(labels)}")
-        cells[place] = cell(result)
+        cells[place] = _cell(result, decimals)
     rows, columns = (dict.fromkeys(place[part] for place in cells) for part in (0, 1))
     return Grid(
         experiment.rows,
@@ -79,24 +85,31 @@ def grid(results: "Results") -> Grid:
     )
 
 
-def cell(result: "Result") -> Cell:
-    """What is shown of a measurement."""
+def _decimals(results: "Results") -> int:
+    """The decimals of the paper's shares: one in Table 9, two in Table 5."""
+    every = [result.measurement for result in results.found]
+    shares = [each.paper for each in every if each.percent and each.paper is not None]
+    return 1 if all(round(share, 1) == share for share in shares) else 2
+
+
+def _cell(result: "Result", decimals: int) -> Cell:
     measurement, found = result.measurement, [x for x in result.values if x is not None]
-    paper = number(measurement.paper, measurement.paper_sd)
+    paper = _number(measurement.paper, measurement.paper_sd)
+    if measurement.percent and measurement.paper is not None and measurement.paper_sd is None:
+        paper = f"{measurement.paper:.{decimals}f}"
     if not result.values:
         return Cell(paper=paper)
     if result.mean is None:
         has_run = any("failed" in problem for problem in result.problems)
-        return Cell("failed" if has_run else "not run", paper)
+        return Cell(FAILED if has_run else NOT_RUN, paper)
     missing = len(found) < len(result.values)
     note = f"{len(found)} of {len(result.values)} seeds" if missing else ""
-    if measurement.percent:
-        return Cell(runner.percent(result.mean, result.sd), paper, note)
-    return Cell(number(result.mean, result.sd), paper, note)
+    show = runner.percent if measurement.percent else _number
+    return Cell(show(result.mean, result.sd), paper, note)
 
 
-def number(mean: float | None, sd: float | None = None) -> str:
-    """A number in the unit in which it is shown: "77.9", "1.2e-05" or "88.55 ± 0.04"."""
+def _number(mean: float | None, sd: float | None = None) -> str:
+    """A number in the unit in which it is shown: "4262", "1.2e-05" or "88.55 ± 0.04"."""
     if mean is None:
         return ""
     if sd is None:
@@ -135,8 +148,15 @@ def markdown(results: "Results") -> str:
         "\n".join(map(printable, caption(results))),
     ]
     if results.problems:
-        parts.append("Missing:\n\n" + "\n".join(f"- {printable(x)}" for x in results.problems))
+        parts.append("Missing:\n\n" + "\n".join(f"- {line}" for line in _missing(results)))
     return "\n\n".join(parts)
+
+
+def _missing(results: "Results") -> list[str]:
+    # What failed is news, what has not run is known to whoever stopped it.
+    lines = sorted(map(printable, results.problems), key=lambda line: "failed" not in line)
+    more = len(lines) - _MOST_LINES
+    return lines if more <= 0 else [*lines[:_MOST_LINES], f"{more} more, see results.jsonl"]
 
 
 def csv(results: "Results") -> str:
