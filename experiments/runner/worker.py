@@ -1,6 +1,7 @@
 """A process that does one run or task after another, so that imports are paid once.
 
-`python -m experiments.runner.worker` takes a job a line, as JSON, and answers each with a line:
+`python -m experiments.runner.worker [CORE ...]` takes a job a line, as JSON, and answers each with a
+line; it keeps to the cores of these numbers, if any are given:
 
     {"workdir": ..., "log": ..., "config": {...}}
     {"workdir": ..., "log": ..., "function": ..., "arguments": {...}, "of": [...], "runs": [...]}
@@ -34,6 +35,8 @@ from vit_jax.files import write_json
 
 def main() -> int:
     """Works until stdin ends."""
+    if (cores := {*map(int, sys.argv[1:])}) and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)  # Before the libraries start their threads.
     # What else reads or prints must not take or send such lines.
     requests, answers = _own(sys.stdin, "rb"), _own(sys.stdout, "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())

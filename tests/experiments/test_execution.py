@@ -152,6 +152,25 @@ def test_several_at_once_keep_the_order_of_needs(outcomes, sweep):
     assert len(records) == 6
 
 
+def test_workers_share_the_cores(monkeypatch):
+    monkeypatch.setattr(execution, "_has_accelerator", lambda: False)
+    monkeypatch.setattr(execution, "_cores", lambda: [0, 2, 4, 6, 8])
+    assert execution._shares(2) == [[0, 2], [4, 6, 8]]
+    assert execution._shares(1) == [[]]
+    assert execution._shares(6) == [[]] * 6
+    assert execution.default_workers() == 5
+    monkeypatch.setattr(execution, "_has_accelerator", lambda: True)
+    assert execution._shares(2) == [[], []]
+    assert execution.default_workers() == 1
+
+
+def test_seeds_that_share_their_programs_do_not_compile_them_at_the_same_time(outcomes, sweep):
+    execute(outcomes, *sweep("a-", seeds=3), *sweep("b-", seeds=3), workers=2)
+    records = begun(outcomes)
+    assert {name[0] for name in names(records)[:2]} == {*"ab"}
+    assert len(records) == 14
+
+
 def test_what_only_unfinished_runs_need_is_not_run_for_finished_ones(outcomes, sweep):
     finals = sweep()
     execute(outcomes, *finals)
