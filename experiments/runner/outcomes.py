@@ -112,7 +112,8 @@ class Outcomes:
 
     def _best_rate(self, run: Run) -> float:
         accuracies = {
-            rate.config.schedule.base_lr: read(self.workdir(rate) / "metrics.json")["accuracy"]
+            rate.config.schedule.base_lr: read(self.workdir(rate) / "metrics.json").get("accuracy")
+            or 0.0
             for rate in run.rates
             if self.is_finished(rate)
         }
