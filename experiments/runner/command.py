@@ -271,7 +271,7 @@ def _render(
         if len(experiments) == 1:
             print(f"\n{tables.markdown(results)}\n")
         page = pages.write(results, folder)
-        missing = f", {len(results.problems)} runs are missing" if results.problems else ""
+        missing = f", runs missing: {len(results.problems)}" if results.problems else ""
         print(printable(f"{experiment.name}: {page}{missing}"), flush=True)
     print(printable(f"all of them: {pages.write_index(found, folder)}"))
     return complete

@@ -71,7 +71,7 @@ def test_a_failed_run_is_named_and_the_rest_is_rendered(experiment, executed, tm
     assert (folder / "table.csv").exists()
     printed = capsys.readouterr().out
     assert table.strip() in printed
-    assert "1 runs are missing" in printed
+    assert "runs missing: 1" in printed
     page = (tmp_path / "smoke" / "table0.html").read_text()
     assert "Table 0: &lt;nothing&gt;" in page and "out of memory" in page
     assert (tmp_path / "smoke" / "index.html").exists()
