@@ -299,9 +299,12 @@ def _draw(results: "Results", path: pathlib.Path) -> bool:
     path.unlink(missing_ok=True)  # One of other results would lie.
     try:
         figure = results.experiment.draw(results)
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, dpi=_PICTURE_DPI, format="png")
+    except UserError:  # The disk refuses.
+        raise
     except Exception as error:  # A picture with points that are missing is no reason for no page.
-        print(printable(f"{results.experiment.name}: no picture: {first_line(error)}"))
+        kind = type(error).__name__
+        print(printable(f"{results.experiment.name}: no picture: {kind}: {first_line(error)}"))
         return False
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=_PICTURE_DPI, format="png")
     return True

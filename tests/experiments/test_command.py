@@ -90,7 +90,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_page(experiment, tmp_path, caps
 
     drawn = Experiment("table0", "Table 0", experiment.measure, ("task",), draw=draw)
     assert main(drawn, tmp_path) == 1
-    assert "table0: no picture: no mean of None" in capsys.readouterr().out
+    assert "table0: no picture: ZeroDivisionError: no mean of None" in capsys.readouterr().out
     assert (tmp_path / "smoke" / "table0.html").exists()
 
 
