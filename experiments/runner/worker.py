@@ -82,8 +82,8 @@ def _read(
 
 
 def _do(job: dict[str, Any]) -> dict[str, Any]:
-    with pathlib.Path(job["log"]).open("a") as log:
-        if not _lock(log):
+    with pathlib.Path(job["log"]).open("a") as log, _locked(log) as is_ours:
+        if not is_ours:
             return {"state": "busy"}
         try:
             with _printing_to(log):
@@ -97,14 +97,21 @@ def _do(job: dict[str, Any]) -> dict[str, Any]:
     return {"state": "finished"}
 
 
-def _lock(file: TextIO) -> bool:
+@contextmanager
+def _locked(file: TextIO) -> Generator[bool]:
+    """Locks a file; yields whether it is ours, as it is where there are no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
-    except OSError:  # There are no locks here.
-        pass
-    return True
+        yield False
+        return
+    except OSError:
+        yield True
+        return
+    try:
+        yield True
+    finally:  # stdout keeps the file open until the next job: to close it would not be enough.
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 @contextmanager
