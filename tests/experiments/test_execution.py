@@ -164,11 +164,19 @@ def test_workers_share_the_cores(monkeypatch):
     assert execution.default_workers() == 1
 
 
-def test_seeds_that_share_their_programs_do_not_compile_them_at_the_same_time(outcomes, sweep):
-    execute(outcomes, *sweep("a-", seeds=3), *sweep("b-", seeds=3), workers=2)
-    records = begun(outcomes)
-    assert {name[0] for name in names(records)[:2]} == {*"ab"}
-    assert len(records) == 14
+def test_what_shares_its_programs_is_not_compiled_at_the_same_time(outcomes, make):
+    outcomes.folder.mkdir()
+    seeds = [make(f"seed{seed}", seed=seed, init_from=make("first")) for seed in (0, 1)]
+    jobs = graph.collect([Measurement({}, [*seeds, make("second")])])
+    board = execution.Board(jobs, ["seed0", "seed1", "second"], {*jobs}, outcomes)
+    first = board.next_due([])
+    assert first.name == "first"
+    second = board.next_due([first])
+    assert second.name == "second"
+    assert board.next_due([first, second]) is None
+    board.settle(first, {"state": "finished"})
+    seed = board.next_due([second])
+    assert (seed.name, board.next_due([second, seed]).name) == ("seed0", "seed1")
 
 
 def test_what_only_unfinished_runs_need_is_not_run_for_finished_ones(outcomes, sweep):
