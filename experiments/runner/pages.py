@@ -264,7 +264,7 @@ def _finished(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 def _cost(workdir: pathlib.Path) -> Cost:
     """What a finished run took; of files that are damaged or missing nothing is counted."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, StopIteration):
         if (workdir / TASK_FILE).exists():
             task = json.loads((workdir / TASK_FILE).read_text())
             return Cost(jobs=1, seconds=task["seconds"])

@@ -407,6 +407,7 @@ execution.execute([Measurement({}, [run])], Outcomes(pathlib.Path(folder)), work
 """
 
 
+@pytest.mark.slow
 def test_a_killed_command_loses_at_most_one_evaluation_interval(tmp_path, tiny_config, monkeypatch):
     interval = 100
     every = {x: f"{interval} steps" for x in ("evals.val.every", "checkpoint_every", "log_every")}
