@@ -417,10 +417,10 @@ def test_big_visions_attention_pooling_is_read(tmp_path, early):
         from_official(flatten_dict(params, sep="/"), "timm")
 
 
-def test_no_positions_are_not_taken_for_big_visions_by_the_pooling(tmp_path):
+def test_the_pooling_does_not_pass_for_layers_of_big_vision_without_positions(tmp_path):
     params = make_params(classifier="map", position_embedding="none")
-    pretrained = load_pretrained(save_npz(tmp_path / "a.npz", params))
-    assert pretrained.model["position_embedding"] == "none"
+    with pytest.raises(UserError, match="pos_embedding is missing"):
+        load_pretrained(save_npz(tmp_path / "a.npz", params))
 
 
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"params": x, "step": np.int32(3)},

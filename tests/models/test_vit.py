@@ -10,6 +10,7 @@ from scipy.special import erf
 from vit_jax.errors import UserError
 from vit_jax.models import create_model, model_config
 from vit_jax.models.rematerialization import POLICIES
+from vit_jax.models.vit import AttentionPooling
 
 TINY = {
     "architecture": "vit",
@@ -121,8 +122,8 @@ def test_attention_pooling_has_no_dropout_and_is_drawn_as_xavier_says():
     variables = {"params": params | {"Transformer": encoder}}
     found = model.apply(variables, IMAGES, train=True, rngs={"dropout": jax.random.key(3)})
     np.testing.assert_array_equal(found, model.apply(variables, IMAGES))
-    wide = create_model(model_config("ViT-B/16"), num_classes=1, num_layers=1, classifier="map")
-    drawn = wide.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]["MAPHead_0"]
+    wide = AttentionPooling(create_model(model_config("ViT-B/16"), num_classes=1).config)
+    drawn = jax.jit(wide.init)(jax.random.key(0), jnp.zeros((1, 2, 768)))["params"]
     attention = drawn["MultiHeadDotProductAttention_0"]
     for array, fans in (
         (drawn["probe"], 1 + 768),

@@ -53,7 +53,7 @@ SIZES = {
 }
 HEAD_SIZE = 64
 POSITIONS = "Transformer/posembed_input/pos_embedding"
-PROBE = "MAPHead_0/probe"
+POOLING = "MAPHead_0"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,7 +223,7 @@ class ViTConfig(EncoderConfig):
 def _classifier(arrays: Arrays) -> str:
     if "cls" in arrays:
         return "token"
-    return "map" if PROBE in arrays else "gap"
+    return "map" if f"{POOLING}/probe" in arrays else "gap"
 
 
 def _query(layer: str) -> str:
@@ -323,7 +323,7 @@ class VisionTransformer(Model):
         grid = config.grid(*images.shape[1:3])
         z = self._encode(self._embed(images), grid, train)
         if config.classifier == "map":
-            y = AttentionPooling(config, name="MAPHead_0")(z)
+            y = AttentionPooling(config, name=POOLING)(z)
         else:
             y = z[:, 0] if config.has_class else z.mean(axis=1)  # Eq. 4
         if config.representation_size:
