@@ -122,13 +122,13 @@ def test_attention_pooling_has_no_dropout_and_is_drawn_as_xavier_says():
     variables = {"params": params | {"Transformer": encoder}}
     found = model.apply(variables, IMAGES, train=True, rngs={"dropout": jax.random.key(3)})
     np.testing.assert_array_equal(found, model.apply(variables, IMAGES))
-    wide = AttentionPooling(create_model(model_config("ViT-B/16"), num_classes=1).config)
-    drawn = jax.jit(wide.init)(jax.random.key(0), jnp.zeros((1, 2, 768)))["params"]
+    wide = AttentionPooling(create_model(model_config("ViT-Ti/16"), num_classes=1).config)
+    drawn = jax.jit(wide.init)(jax.random.key(0), jnp.zeros((1, 2, 192)))["params"]
     attention = drawn["MultiHeadDotProductAttention_0"]
     for array, fans in (
-        (drawn["probe"], 1 + 768),
-        (attention["query"]["kernel"], 2 * 768),
-        (attention["out"]["kernel"], 2 * 768),
+        (drawn["probe"], 1 + 192),
+        (attention["query"]["kernel"], 2 * 192),
+        (attention["out"]["kernel"], 2 * 192),
     ):
         assert float(jnp.abs(array).max()) == pytest.approx(np.sqrt(6 / fans), rel=0.02)
 
