@@ -135,6 +135,7 @@ def test_a_training_step_leaves_what_is_frozen_and_its_norm(accumulate_steps):
     np.testing.assert_allclose(after.params["trained"], expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_with_frozen_parameters_resumes_bit_for_bit(tiny_config, tmp_path):
     config = tiny_config(
         **{
