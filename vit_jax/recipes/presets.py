@@ -78,18 +78,26 @@ TRANSFER_SPLITS = {
 
 
 class HyperRule(NamedTuple):
-    """What BiT's rule derives from the number of training images."""
+    """What BiT's rule derives from the number of training images.
+
+    Attributes:
+        steps: of the run.
+        warmup_steps: of its warm-up.
+        drops: shares of the steps after which the learning rate is a tenth.
+        augment: mixup, or none.
+    """
 
     steps: int
     warmup_steps: int
+    drops: tuple[float, ...]
     augment: str
 
 
 # Below 20,000 training images, below 500,000, and above.
 BIT_HYPERRULE = {
-    "small": HyperRule(500, 100, "none"),
-    "medium": HyperRule(10_000, 500, "mixup(0.1)"),
-    "large": HyperRule(20_000, 500, "mixup(0.1)"),
+    "small": HyperRule(500, 100, (0.4, 0.6, 0.8), "none"),
+    "medium": HyperRule(10_000, 500, (0.3, 0.6, 0.9), "mixup(0.1)"),
+    "large": HyperRule(20_000, 500, (0.3, 0.6, 0.9), "mixup(0.1)"),
 }
 _SIZES = {"cifar10": "medium", "cifar100": "medium", "imagenet2012": "large"}
 HYPERRULE_LR = 0.003
@@ -211,12 +219,11 @@ def crop_as_inception(config: ConfigDict) -> None:
 def bit_hyperrule(model: str, dataset: str) -> ConfigDict:
     """BiT-HyperRule: fine-tuning whose settings follow from the size of data set and images.
 
-    The rate is a tenth after each of 30%, 60% and 90% of the steps, as the paper's text says; of
-    500 steps the published code does so after 200, 300 and 400. As the text says, too, half of the
-    images are flipped, which that code does with all, and nothing is held out of train, of which it
-    leaves 2% of CIFAR and 1% of ImageNet. What a mixed image is mixed with is the one before it in
-    the batch, not the one that is as far from its end. A data set that is not known here is small;
-    of small images it needs config.dataset.image_size 128.
+    It is that of the published code, in JAX and PyTorch; where these differ that of PyTorch: half
+    of the images are flipped, not all, and nothing is held out of train. The paper's text drops the
+    rate at 30%, 60% and 90% of 500 steps too. Not as there: an image is mixed with the one before
+    it in the batch, not with the one that is as far from its end. A data set that is not known here
+    is small, or what the spec says; of small images it needs config.dataset.image_size 128.
     """
     config = _from_weights(model, dataset)
     name = table_name(dataset)
@@ -237,6 +244,7 @@ def _of_size(size: str) -> Callable[[ConfigDict], None]:
         rule = BIT_HYPERRULE[size]
         config.duration = f"{rule.steps} steps"
         config.schedule.warmup = f"{rule.warmup_steps} steps"
+        config.schedule.drops = rule.drops
         config.augment = rule.augment
 
     return change
