@@ -27,9 +27,15 @@ from vit_jax.config import (
 from vit_jax.config_rules import RULES, check_value, model_rules
 from vit_jax.errors import UserError
 from vit_jax.models.base import option
-from vit_jax.recipes import LEFT_TO_WEIGHTS
-from vit_jax.recipes import get_config as recipe
-from vit_jax.state import OPTIMIZERS, create_optimizer, create_schedule, optimizer_keys
+from vit_jax.recipes import ADAFACTOR, LEFT_TO_WEIGHTS, get_config
+from vit_jax.state import (
+    DECAYS,
+    OPTIMIZERS,
+    SCHEDULE_LENGTHS,
+    create_optimizer,
+    create_schedule,
+    optimizer_keys,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Written by the code of before config.evals.
@@ -39,6 +45,15 @@ FILES = [
     ROOT / "experiments/cifar10_from_scratch.py",
     ROOT / "experiments/figure_4.py",
 ]
+
+
+def recipe(model, spec=""):
+    if spec != "adafactor":
+        return get_config(model, spec)
+    config = get_config(model, "pretrain,jft")
+    config.optimizer = ADAFACTOR
+    config.schedule.decay, config.schedule.end_lr = "rsqrt", 0.0
+    return config
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -133,7 +148,7 @@ def test_a_missing_key_raises():
         ("dataset", "subset", "half", "dataset.subset 'half' is not understood: use a number of"),
         ("dataset", "subset_seed", -1, "config.dataset.subset_seed is -1: it must not be neg"),
         ("evals.fewshot", "shots", "few", "shots 'few' are not positive numbers, each once"),
-        ("optimizer", "name", "lamb", "optimizer.name 'lamb' is unknown: use adam or sgd"),
+        ("optimizer", "name", "lamb", "optimizer.name 'lamb' is unknown: use adam, adafactor, sgd"),
         ("model", "architecture", "cnn", "model.architecture 'cnn' is unknown: use vit"),
         ("optimizer", "weight_decay", "0.1", "config.optimizer.weight_decay is '0.1': it must be"),
         ("", "objective", "contrastive", "config.objective 'contrastive' is unknown: use classifi"),
@@ -255,7 +270,7 @@ def _by_key():
     """A recipe that has it, for every key that any recipe has, and its type."""
     kinds, of_key = {f"model.{key}": kind for key, kind in LEFT_TO_WEIGHTS.items()}, {}
     for model in ("ViT-B/16", "R50+ViT-B/16", "R50x1", "Axial-ViT-B/16", "AxialResNet50"):
-        for spec in ("pretrain,imagenet21k", "masked,jft", "finetune,cifar10,512,dev"):
+        for spec in ("adafactor", "pretrain,imagenet21k", "masked,jft", "finetune,cifar10,512,dev"):
             values = flatten_dict(recipe(model, spec).to_dict(), sep=".")
             of_key |= {key: (model, spec, kinds.get(key, type(x))) for key, x in values.items()}
     return of_key
@@ -333,6 +348,24 @@ def test_a_key_without_a_rule_is_noticed():
 def test_what_a_day_of_attacks_got_through_is_refused(key, value, message):
     with pytest.raises(UserError, match=re.escape(message)):
         check_config(_with(recipe("ViT-L/16"), key, value))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("optimizer.lr_multipliers", "head", "multipliers: 'head' is not understood: use PATTERN="),
+        ("optimizer.lr_multipliers", "(=1", "'(' is no regular expression: missing ), untermina"),
+        ("optimizer.lr_multipliers", "a=1e7", "factor 1e7 of 'a' is above 1e+06"),
+        ("schedule.drops", [0.6, 0.3], "config.schedule.drops is [0.6, 0.3]: it must be up to 10"),
+        ("schedule.timescale", "0", "schedule.timescale is 0: it must be at least 1 step"),
+        ("schedule.cooldown", "500 epochs", "500 epochs but the run has 14, of which 0 are the"),
+        ("schedule.cooldown", "9 steps", "end_lr is 1e-05 but a cool-down ends at 0: set --config"),
+        ("schedule.decay", "rsqrt", "schedule.end_lr is 1e-05 but decay rsqrt has no end: set --"),
+    ],
+)
+def test_a_schedule_or_multipliers_that_cannot_be_are_refused(key, value, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_config(_with(recipe("ViT-L/16", "pretrain,jft"), key, value))
 
 
 def test_seeds_that_jax_would_take_for_another_are_refused():
@@ -444,6 +477,9 @@ def test_a_config_of_before_evals_has_them():
         del before["dataset"][key]
     before["dataset"]["workers"] = 0
     before["model"]["remat"] = "nothing"
+    before["optimizer"]["lr_multipliers"] = ""
+    before["schedule"] |= {"cooldown": "0 steps", "drops": [0.3, 0.6, 0.9]}
+    before["schedule"]["timescale"] = "10000 steps"
     assert after == {key: x for key, x in before.items() if key not in ("eval_every", "fewshot")}
     check_config(read_config(str(BEFORE_EVALS)))
 
@@ -520,12 +556,14 @@ MODEL = {
     "resnet_layers": ((1,), (2,)), "group_norm_epsilon": (1e-6, 1e-5), "width_factor": (1, 2),
 }  # fmt: skip
 OPTIMIZER = {
-    "b1": (0.9, 0.8), "b2": (0.999, 0.9), "momentum": (0.9, 0.8), "weight_decay": (0.1, 0.2),
+    "b1": (0.9, 0.8), "b2": (0.999, 0.3), "momentum": (0.9, 0.8), "weight_decay": (0.1, 0.2),
     "decay": ("all", "kernels"), "mu_dtype": ("float32", "bfloat16"), "clip_norm": (0.0, 0.5),
+    "lr_multipliers": ("", "bias=2"), "decay_rate": (0.8, 0.7),
 }  # fmt: skip
 SCHEDULE = {
     "base_lr": (0.1, 0.2), "decay": ("cosine", "linear"), "end_lr": (0.0, 0.01),
-    "warmup_steps": (2, 4), "total_steps": (20, 30),
+    "warmup_steps": (2, 4), "total_steps": (20, 30), "timescale_steps": (5, 6),
+    "cooldown_steps": (0, 5), "drops": ((0.3, 0.6), (0.3, 0.7)),
 }  # fmt: skip
 
 
@@ -592,7 +630,13 @@ def test_every_schedule_key_has_an_effect():
         schedule = create_schedule(**values)
         return [float(schedule(step)) for step in range(20)]
 
-    assert not without_effect(SCHEDULE, SCHEDULE, rates)
-    # And these are the keys: warm-up and length are counted in steps before.
-    keys = set(recipe("ViT-B/16").schedule) - {"warmup"} | {"warmup_steps", "total_steps"}
-    assert keys == set(SCHEDULE)
+    of_others = {"linear": {"timescale_steps", "drops"}, "cosine": {"timescale_steps", "drops"},
+                 "rsqrt": {"end_lr", "drops", "total_steps"},
+                 "staircase": {"end_lr", "timescale_steps"}}  # fmt: skip
+    assert of_others.keys() == set(DECAYS)
+    for decay, without in of_others.items():
+        values = SCHEDULE | {"decay": (decay, "linear" if decay == "cosine" else "cosine")}
+        assert without_effect(values, values, rates) == without
+    # And these are the keys: lengths are counted in steps before.
+    keys = {f"{x}_steps" if x in SCHEDULE_LENGTHS else x for x in recipe("ViT-B/16").schedule}
+    assert keys | {"total_steps"} == set(SCHEDULE)

@@ -22,7 +22,7 @@ LAYERS = (
         "xla_flags",
     ),
     ("last_words", "processes"),
-    ("models",),
+    ("models", "multipliers"),
     ("state", "sharding", "steps"),
     ("data",),
     ("evaluation",),
@@ -56,6 +56,7 @@ ROOT = "vit_jax"
 # They run where there is no TensorFlow, nor what belongs to it or to the export.
 WITHOUT_TENSORFLOW = (
     "models",
+    "multipliers",
     "steps",
     "state",
     "sharding",

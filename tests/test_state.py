@@ -12,6 +12,9 @@ ADAM = {"name": "adam", "b1": 0.9, "b2": 0.999, "weight_decay": 0.3, "decay": "a
         "mu_dtype": "float32", "clip_norm": 0.0}  # fmt: skip
 SGD = {"name": "sgd", "momentum": 0.9, "weight_decay": 0.0, "decay": "all",
        "mu_dtype": "float32", "clip_norm": 0.0}  # fmt: skip
+# With decays and a floor that two steps reach, axes of 32 and more, and shorter ones.
+ADAFACTOR = {"name": "adafactor", "momentum": 0.9, "decay_rate": 0.8, "b2": 0.5, "clip_norm": 0.0,
+             "weight_decay": 0.3, "decay": "kernels", "mu_dtype": "float32"}  # fmt: skip
 PARAMS = {"layer": {"kernel": jnp.array([[1.0, -2.0], [3.0, 0.5]]), "bias": jnp.array([0.5, 2.0])}}
 GRADS = [
     jax.tree.map(lambda p, k=k: jnp.sin(k + 1.0 + 3 * p), PARAMS) for k in range(3)
@@ -86,12 +89,40 @@ def test_gradients_are_clipped_at_their_global_norm_before_they_make_moments(con
     np.testing.assert_allclose(params["layer"]["bias"], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("config", [ADAM, SGD])
+@pytest.mark.parametrize("config", [ADAM, ADAFACTOR, SGD])
 def test_the_first_moment_can_be_bfloat16(config):
     _, state = steps(config | {"mu_dtype": "bfloat16"})
-    dtypes = [x.dtype for x in jax.tree.leaves(state) if x.ndim]
-    moments = 2 if config is ADAM else 1
+    dtypes = [x.dtype for x in jax.tree.leaves(state) if x.size > 1]
+    moments = 1 if config is SGD else 2
     assert sorted(map(str, dtypes)) == ["bfloat16"] * 2 + ["float32"] * 2 * (moments - 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "columns"),
+    # Kept are means over one of the two longest axes each, if both have 32; else all elements.
+    [((40, 33), 0, 1), ((32, 2, 48), 0, 2), ((3, 31, 50), None, None), ((64,), None, None)],
+)
+def test_adafactor_is_its_formulas(shape, rows, columns):
+    draw = np.random.default_rng(0).normal
+    p, *grads = (draw(size=shape) for _ in range(4))
+    optimizer = create_optimizer(ADAFACTOR, lambda count: 0.1 / (1 + count))
+    params = {"kernel": jnp.float32(p)}
+    state, m, v = optimizer.init(params), 0.0, [0.0, 0.0]
+    moments = sum(x.size for x in jax.tree.leaves(state) if x.size > 1)
+    for t, g in enumerate(grads):
+        updates, state = optimizer.update({"kernel": jnp.float32(g)}, state, params)
+        params = optax.apply_updates(params, updates)
+        # Shazeer and Stern's Algorithm 4, whose decay is 0 in the first step.
+        decay = min(1 - (t + 1) ** -0.8, 0.5)
+        squares = (
+            [g**2] if rows is None else [(g**2).mean(x, keepdims=True) for x in (rows, columns)]
+        )
+        v = [decay * x + (1 - decay) * y for x, y in zip(v, squares, strict=False)]
+        second = v[0] if rows is None else v[0] * v[1] / v[0].mean(columns, keepdims=True)
+        m = 0.9 * m + 0.1 * g / np.sqrt(second)
+        p = p - 0.1 / (1 + t) * (m + 0.3 * p)
+        np.testing.assert_allclose(params["kernel"], p, rtol=2e-5, atol=1e-6)
+    assert moments == p.size + sum(x.size for x in v)
 
 
 def test_an_unknown_decay_mask_is_refused():
@@ -99,9 +130,9 @@ def test_an_unknown_decay_mask_is_refused():
         create_optimizer(ADAM | {"decay": "weights"}, lambda count: 1.0)
 
 
-def schedule(decay, end_lr=0.0):
+def schedule(decay, end_lr=0.0, **options):
     return create_schedule(
-        base_lr=0.4, decay=decay, warmup_steps=10, total_steps=110, end_lr=end_lr
+        base_lr=0.4, decay=decay, warmup_steps=10, total_steps=110, end_lr=end_lr, **options
     )
 
 
@@ -119,6 +150,47 @@ def test_cosine_decay_ends_at_its_end(end):
 def test_linear_decay_ends_at_its_end():
     values = [schedule("linear", end_lr=1e-5)(t) for t in (60, 110, 200)]
     np.testing.assert_allclose(values, [(0.4 + 1e-5) / 2, 1e-5, 1e-5], rtol=1e-3)
+
+
+def test_rsqrt_halves_in_three_timescales_and_cools_down_to_zero():
+    plain = schedule("rsqrt", timescale_steps=20)
+    np.testing.assert_allclose([plain(t) for t in (5, 10, 70, 109)], 0.4 / np.sqrt([4, 1, 4, 5.95]))
+    cooled = schedule("rsqrt", timescale_steps=20, cooldown_steps=40)
+    found = [cooled(t) for t in (70, 80, 100, 109, 110, 200)]
+    expected = [0.4 / np.sqrt(1 + (t - 10) / 20) * (110 - t) / 40 for t in (70, 80, 100, 109)]
+    np.testing.assert_allclose(found, [*expected, 0, 0], rtol=1e-6)
+
+
+def test_bits_hyper_rule_drops_at_30_60_and_90_percent_of_all_steps():
+    # Of a data set with less than 20,000 images: 500 steps, 100 of them warm-up.
+    rate = create_schedule(
+        base_lr=0.003, decay="staircase", warmup_steps=100, total_steps=500, end_lr=0.0
+    )
+    found = [rate(t) for t in (50, 100, 149, 150, 299, 300, 449, 450, 499)]
+    expected = [1.5e-3, *[3e-3] * 2, *[3e-4] * 2, *[3e-5] * 2, *[3e-6] * 2]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_drops_are_where_they_are_set():
+    # The published hyper-rule has 200, 300 and 400 of 500 steps.
+    rate = create_schedule(base_lr=1.0, decay="staircase", warmup_steps=0, total_steps=500,
+                           end_lr=0.0, drops=(0.4, 0.6, 0.8))  # fmt: skip
+    assert [t for t in range(1, 500) if float(rate(t)) < float(rate(t - 1))] == [200, 300, 400]
+
+
+@pytest.mark.parametrize("decay", ["cosine", "linear"])
+def test_any_decay_may_cool_down(decay):
+    expected = [schedule(decay)(t) * share for t, share in ((60, 1), (90, 1), (100, 0.5), (110, 0))]
+    found = [schedule(decay, cooldown_steps=20)(t) for t in (60, 90, 100, 110)]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_a_cooldown_that_begins_in_the_warmup_is_refused():
+    schedule("rsqrt", cooldown_steps=100)
+    with pytest.raises(
+        UserError, match="schedule.cooldown is 101 steps but the run has 110, of wh"
+    ):
+        schedule("rsqrt", cooldown_steps=101)
 
 
 def test_no_warmup_starts_at_the_base_rate():

@@ -27,7 +27,7 @@ from vit_jax.data.augmentation import parse_augment
 from vit_jax.errors import UserError, brief, brief_name, first_line, nearest
 from vit_jax.evaluation import registry
 from vit_jax.models import describe, vit
-from vit_jax.state import check_warmup, optimizer_keys
+from vit_jax.state import DROPS, ENDING_DECAYS, SCHEDULE_LENGTHS, check_warmup, optimizer_keys
 
 _LEFT_TO_WEIGHTS = {f"model.{key}" for key in recipes.LEFT_TO_WEIGHTS}
 # Whose name decides which other keys a section has.
@@ -41,6 +41,10 @@ ADDED_KEYS = {
     "augment_contrast": "pil",
     "dataset.jpeg_dct": "accurate",
     "dataset.workers": 0,
+    "optimizer.lr_multipliers": "",
+    "schedule.cooldown": "0 steps",
+    "schedule.drops": list(DROPS),
+    "schedule.timescale": "10000 steps",
 }
 # Keys that are gone, and why nothing takes their place.
 REMOVED_KEYS = {
@@ -87,6 +91,7 @@ def check_config(config: ConfigDict, *, may_lack: bool = False) -> None:
     _check_model(config.model, config.dataset.image_size)
     _check_objective(config)
     _check_durations(config)
+    _check_end(config.schedule)
 
 
 def check_keys(config: ConfigDict) -> None:
@@ -211,23 +216,38 @@ def _check_durations(config: ConfigDict) -> None:
     parsed = {}
     for key, text in {
         "duration": config.duration,
-        "schedule.warmup": config.schedule.warmup,
+        **{f"schedule.{key}": config.schedule[key] for key in SCHEDULE_LENGTHS},
         "log_every": config.log_every,
         "checkpoint_every": config.checkpoint_every,
         **{f"evals.{name}.every": x["every"] for name, x in _complete_evals(config).items()},
     }.items():
         parsed[key] = parse_duration(text)
-    (duration, unit), (warmup, warmup_unit) = parsed["duration"], parsed["schedule.warmup"]
+    duration, unit = parsed["duration"]
     if duration == 0:
         raise UserError(f"duration {config.duration!r} is 0 {unit}: it must be at least 1 step")
-    if unit == warmup_unit:  # Only the data set tells how many steps an epoch has.
-        check_warmup(warmup, duration, unit)
+    if parsed["schedule.timescale"][0] == 0:
+        raise UserError("schedule.timescale is 0: it must be at least 1 step")
+    # Only the data set tells how many steps an epoch has: of another unit it is checked later.
+    warmup, cooldown = (
+        length if its_unit == unit else 0
+        for length, its_unit in (parsed["schedule.warmup"], parsed["schedule.cooldown"])
+    )
+    check_warmup(warmup, duration, unit, cooldown)
     deciding = f"evals.{registry.DECIDING}.every"
     if config.patience and parsed[deciding][0] == 0:
         raise UserError(
             f"patience is {config.patience} but {deciding} is "
             f"{config.evals[registry.DECIDING].every!r}: only evaluations can stop the run, set an "
             "interval"
+        )
+
+
+def _check_end(schedule: ConfigDict) -> None:
+    ends_at_0 = parse_duration(schedule.cooldown)[0] > 0
+    if schedule.end_lr and (ends_at_0 or schedule.decay not in ENDING_DECAYS):
+        ending = "a cool-down ends at 0" if ends_at_0 else f"decay {schedule.decay} has no end"
+        raise UserError(
+            f"schedule.end_lr is {schedule.end_lr} but {ending}: set --config.schedule.end_lr=0"
         )
 
 

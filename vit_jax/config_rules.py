@@ -8,6 +8,7 @@ import dataclasses
 import re
 import unicodedata
 from collections.abc import Callable, Collection
+from itertools import pairwise
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -21,8 +22,9 @@ from vit_jax.evaluation.fewshot import parse_shots
 from vit_jax.models import ARCHITECTURES, DTYPES, field_type, model_config, model_fields
 from vit_jax.models.base import type_problem
 from vit_jax.models.masked import TARGETS
+from vit_jax.multipliers import parse_multipliers
 from vit_jax.sharding import parse_sharding
-from vit_jax.state import DECAY_MASKS, DECAYS, OPTIMIZERS
+from vit_jax.state import DECAY_MASKS, DECAYS, DROPS, OPTIMIZERS
 from vit_jax.steps import LOSSES
 
 OBJECTIVES = ("classification", "masked_patches")
@@ -171,6 +173,15 @@ def parse_duration(duration: str) -> tuple[float, str]:
     return float(match[1]), unit
 
 
+def _drops_problem(drops: Collection[Any]) -> str | None:
+    # Ascending shares between 0 and 1. A tenth, a hundred times, is 0 in float32.
+    shares = [0.0, *drops, 1.0]
+    numbers = all(isinstance(x, float) for x in shares)
+    if not (numbers and len(drops) <= 100 and all(a < b for a, b in pairwise(shares))):
+        return f"is {brief(drops)}: it must be up to 100 ascending shares between 0 and 1"
+    return None
+
+
 _DURATION = _read_by(parse_duration, "500 steps")
 _LARGEST_BATCH = "far above any published batch"
 _LARGEST_RATE = "far above any rate that trains"
@@ -224,15 +235,20 @@ RULES: dict[str, Rule] = {
     "optimizer.b1": _fraction(0.9),
     "optimizer.b2": _fraction(0.999),
     "optimizer.momentum": _fraction(0.9),
+    "optimizer.decay_rate": _above_zero(10, 0.8, "where the second moment is kept from the start"),
     "optimizer.weight_decay": _between(float, 0, 1e6, 0.1, _LARGEST_RATE),
     "optimizer.decay": _one_of(DECAY_MASKS, "all"),
     "optimizer.mu_dtype": _one_of(DTYPES, "float32"),
     # Gradients are float32, of which 1e38 is the end; 0 is off.
     "optimizer.clip_norm": _between(float, 0, 1e30, 1.0, "float32 has hardly larger norms"),
+    "optimizer.lr_multipliers": _read_by(parse_multipliers, "head/.*=10,embedding/.*=0"),
     "schedule.base_lr": _above_zero(1e6, 1e-3, _LARGEST_RATE),
     "schedule.decay": _one_of(DECAYS, "cosine"),
     "schedule.warmup": _DURATION,
     "schedule.end_lr": _between(float, 0, 1e6, 0.0, _LARGEST_RATE),
+    "schedule.timescale": _DURATION,
+    "schedule.drops": Rule(tuple, _drops_problem, DROPS),
+    "schedule.cooldown": _DURATION,
 }
 
 # Keys are grouped in these.

@@ -23,7 +23,7 @@ from vit_jax.models import create_model
 from vit_jax.program import check_batch_size, create_objective, lower_train_step
 from vit_jax.reporting import say
 from vit_jax.sharding import Mesh, gathering, make_mesh
-from vit_jax.state import TrainState, create_optimizer, create_schedule
+from vit_jax.state import SCHEDULE_LENGTHS, TrainState, create_optimizer, create_schedule
 from vit_jax.steps import Metrics, Objective
 
 
@@ -88,9 +88,9 @@ def prepare(
     )
     total_steps = count(config.duration)
     schedule_keys = dict(config.schedule)
-    schedule = create_schedule(
-        warmup_steps=count(schedule_keys.pop("warmup")), total_steps=total_steps, **schedule_keys
-    )
+    for key in SCHEDULE_LENGTHS:
+        schedule_keys[f"{key}_steps"] = count(schedule_keys.pop(key))
+    schedule = create_schedule(total_steps=total_steps, **schedule_keys)
     model, objective, multiply_adds = create_objective(config, len(train_source.class_names))
     prepared = Prepared(
         config=config,

@@ -125,6 +125,7 @@ def lower_train_step(
             accumulate_steps=config.accumulate_steps,
             ema_decay=config.ema_decay,
             mix=mix,
+            lr_multipliers=config.optimizer.lr_multipliers,
         ),
         in_shardings=(places, batch_sharding(mesh)),
         out_shardings=(places, None),

@@ -1,7 +1,7 @@
 """The train state, and the optimizer and schedule that a config describes."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from vit_jax.errors import UserError
+from vit_jax.multipliers import with_multipliers
 
 Params = dict[str, Any]
 
@@ -41,32 +42,92 @@ class TrainState(flax.struct.PyTreeNode):
         return self.params if self.ema_params is None else self.ema_params
 
 
-DECAYS = ("linear", "cosine")
+# Those that `end_lr` ends.
+ENDING_DECAYS = ("linear", "cosine")
+DECAYS = (*ENDING_DECAYS, "rsqrt", "staircase")
+# BiT's hyper-rule divides the learning rate by 10 after these shares of the steps (Kolesnikov et
+# al., 2020, arXiv 1912.11370).
+DROPS = (0.3, 0.6, 0.9)
+# The arguments of `create_schedule` that count steps, which a config gives as durations.
+SCHEDULE_LENGTHS = ("warmup", "timescale", "cooldown")
 
 
-def check_warmup(warmup: float, total: float, unit: str = "steps") -> None:
-    """Raises a UserError if a run of `total` steps, or epochs, ends before its warm-up does."""
+def check_warmup(warmup: float, total: float, unit: str = "steps", cooldown: float = 0) -> None:
+    """Raises a UserError if a run of `total` steps, or epochs, ends before its warm-up does.
+
+    Or, where it has a cool-down, if that would begin before.
+    """
     if warmup >= total:
         raise UserError(
             f"schedule.warmup is {warmup:.9g} {unit} but the run has {total:.9g}: "
             "shorten --config.schedule.warmup or lengthen --config.duration"
         )
+    if warmup + cooldown > total:
+        raise UserError(
+            f"schedule.cooldown is {cooldown:.9g} {unit} but the run has {total:.9g}, of which "
+            f"{warmup:.9g} are the warm-up: shorten --config.schedule.cooldown"
+        )
 
 
 def create_schedule(
-    *, base_lr: float, decay: str, warmup_steps: int, total_steps: int, end_lr: float
+    *,
+    base_lr: float,
+    decay: str,
+    warmup_steps: int,
+    total_steps: int,
+    end_lr: float,
+    timescale_steps: int = 10_000,
+    cooldown_steps: int = 0,
+    drops: Sequence[float] = DROPS,
 ) -> optax.Schedule:
-    """Linear warm-up from 0, then linear or cosine decay to end_lr at the end (Appendix B.1)."""
-    check_warmup(warmup_steps, total_steps)
+    """Linear warm-up from 0, a decay, and at the end a linear cool-down to 0, if any.
+
+    Args:
+        base_lr: the learning rate when the warm-up is over.
+        decay: "linear" or "cosine", to end_lr at the end (Appendix B.1); "rsqrt", base_lr /
+            sqrt(1 + t / timescale_steps) after t steps (Zhai et al., 2022, arXiv 2106.04560);
+            "staircase", a tenth of what it was at each of the drops.
+        warmup_steps: of the warm-up.
+        total_steps: of the run.
+        end_lr: of a linear or cosine decay.
+        timescale_steps: of "rsqrt": after three times as many the rate has halved.
+        cooldown_steps: in so many last steps the learning rate is multiplied by the share of them
+            that is left. It goes with any decay.
+        drops: of "staircase": shares of total_steps.
+
+    Raises:
+        UserError: the run is too short, or there is no such decay.
+    """
+    check_warmup(warmup_steps, total_steps, cooldown=cooldown_steps)
     decay_steps = total_steps - warmup_steps
     if decay == "cosine":
         after = optax.cosine_decay_schedule(base_lr, decay_steps, end_lr / base_lr)
     elif decay == "linear":
         after = optax.linear_schedule(base_lr, end_lr, decay_steps)
+    elif decay == "rsqrt":
+        after = _rsqrt(base_lr, timescale_steps)
+    elif decay == "staircase":
+        after = _staircase(base_lr, [round(x * total_steps) - warmup_steps for x in drops])
     else:
-        raise UserError(f"schedule.decay {decay!r} is unknown: use {' or '.join(DECAYS)}")
+        raise UserError(f"schedule.decay {decay!r} is unknown: use {', '.join(DECAYS)}")
     warmup = optax.linear_schedule(0.0, base_lr, warmup_steps)
-    return optax.join_schedules([warmup, after], [warmup_steps])
+    schedule = optax.join_schedules([warmup, after], [warmup_steps])
+    return _cooled(schedule, total_steps, cooldown_steps) if cooldown_steps else schedule
+
+
+def _rsqrt(base_lr: float, timescale: int) -> optax.Schedule:
+    return lambda count: base_lr / jnp.sqrt(1.0 + count / timescale)
+
+
+def _staircase(base_lr: float, drops: Sequence[int]) -> optax.Schedule:
+    return lambda count: base_lr * 0.1 ** jnp.sum(count >= jnp.array(drops))
+
+
+def _cooled(schedule: optax.Schedule, total_steps: int, cooldown_steps: int) -> optax.Schedule:
+    def cooled(count: Any) -> Any:
+        return schedule(count) * jnp.clip((total_steps - count) / cooldown_steps, 0.0, 1.0)
+
+    return cooled
 
 
 def adam(
@@ -78,6 +139,7 @@ def adam(
     decay: str,
     mu_dtype: str,
     clip_norm: float,
+    lr_multipliers: str = "",
 ) -> optax.GradientTransformation:
     """Adam with decoupled weight decay: each step subtracts lr * weight_decay * p (AdamW).
 
@@ -90,9 +152,58 @@ def adam(
         decay: which parameters decay, "all" or "kernels".
         mu_dtype: dtype of the first moment, "float32" or "bfloat16".
         clip_norm: global norm to clip gradients at; 0 for none.
+        lr_multipliers: by parameter name, see `multipliers.with_multipliers`.
     """
     moments = optax.scale_by_adam(b1=b1, b2=b2, mu_dtype=jnp.dtype(mu_dtype))
-    return _chain(schedule, moments, weight_decay, decay, clip_norm)
+    return _chain(schedule, moments, weight_decay, decay, clip_norm, lr_multipliers)
+
+
+# As in big_vision's code: Adafactor does not factor axes that are shorter.
+_SHORTEST_FACTORED_AXIS = 32
+
+
+def adafactor(
+    schedule: optax.Schedule,
+    *,
+    momentum: float,
+    decay_rate: float,
+    b2: float,
+    weight_decay: float,
+    decay: str,
+    mu_dtype: str,
+    clip_norm: float,
+    lr_multipliers: str = "",
+) -> optax.GradientTransformation:
+    """Adafactor as it trained ViT-G (Zhai et al., 2022, arXiv 2106.04560, Section 3.4).
+
+    Of a second moment only the means over its rows and over its columns are kept, those of its two
+    longest axes if both are 32 or more. Unlike that of Shazeer and Stern (2018, arXiv 1804.04235)
+    it has a first moment, does not scale an update by its parameter, and clips none by itself.
+
+    Args:
+        schedule: step to learning rate.
+        momentum: decay of the first moment, a mean of what the second moments have scaled, which
+            starts at 0 and is not corrected for that; 0 for none.
+        decay_rate: the second moments decay by 1 - t ** -decay_rate in step t, from 1 ...
+        b2: ... but by no more than this.
+        weight_decay: as in `adam`, and so are the others.
+        decay: which parameters decay, "all" or "kernels".
+        mu_dtype: dtype of the first moment, "float32" or "bfloat16".
+        clip_norm: global norm to clip gradients at; 0 for none.
+        lr_multipliers: by parameter name, see `multipliers.with_multipliers`.
+    """
+
+    def second_moment_decay(step: Any, exponent: Any) -> jax.Array:
+        return jnp.minimum(b2, 1.0 - (step + 1.0) ** -exponent)
+
+    scaled = optax.scale_by_factored_rms(
+        decay_rate=decay_rate,
+        min_dim_size_to_factor=_SHORTEST_FACTORED_AXIS,
+        decay_rate_fn=second_moment_decay,
+    )
+    mean = optax.ema(momentum, debias=False, accumulator_dtype=jnp.dtype(mu_dtype))
+    moments = optax.chain(scaled, mean) if momentum else scaled
+    return _chain(schedule, moments, weight_decay, decay, clip_norm, lr_multipliers)
 
 
 def sgd(
@@ -103,10 +214,11 @@ def sgd(
     decay: str,
     mu_dtype: str,
     clip_norm: float,
+    lr_multipliers: str = "",
 ) -> optax.GradientTransformation:
     """SGD with momentum, whose accumulator has mu_dtype; the other arguments are those of adam."""
     trace = optax.trace(decay=momentum, accumulator_dtype=jnp.dtype(mu_dtype))
-    return _chain(schedule, trace, weight_decay, decay, clip_norm)
+    return _chain(schedule, trace, weight_decay, decay, clip_norm, lr_multipliers)
 
 
 def _chain(
@@ -115,12 +227,14 @@ def _chain(
     weight_decay: float,
     decay: str,
     clip_norm: float,
+    lr_multipliers: str,
 ) -> optax.GradientTransformation:
     if decay not in DECAY_MASKS:
         raise UserError(f"optimizer.decay {decay!r} is unknown: use {' or '.join(DECAY_MASKS)}")
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     decayed = optax.add_decayed_weights(weight_decay, DECAY_MASKS[decay])
-    return optax.chain(*clip, moments, decayed, optax.scale_by_learning_rate(schedule))
+    optimizer = optax.chain(*clip, moments, decayed, optax.scale_by_learning_rate(schedule))
+    return with_multipliers(optimizer, lr_multipliers)
 
 
 def _kernels(params: Params) -> Params:
@@ -128,13 +242,13 @@ def _kernels(params: Params) -> Params:
 
 
 DECAY_MASKS = {"all": None, "kernels": _kernels}
-OPTIMIZERS = {"adam": adam, "sgd": sgd}
+OPTIMIZERS = {"adam": adam, "adafactor": adafactor, "sgd": sgd}
 
 
 def optimizer_keys(name: str) -> set[str]:
     """The keys that an optimizer's config may have: the arguments of its function."""
     if name not in OPTIMIZERS:
-        raise UserError(f"optimizer.name {name!r} is unknown: use {' or '.join(OPTIMIZERS)}")
+        raise UserError(f"optimizer.name {name!r} is unknown: use {', '.join(OPTIMIZERS)}")
     parameters = inspect.signature(OPTIMIZERS[name]).parameters
     return {"name"} | set(parameters) - {"schedule"}
 

@@ -11,6 +11,7 @@ import optax
 
 from vit_jax.errors import UserError
 from vit_jax.models import masked
+from vit_jax.multipliers import freeze
 from vit_jax.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -191,6 +192,7 @@ def train_step(
     accumulate_steps: int = 1,
     ema_decay: float = 0.0,
     mix: Callable[[jax.Array, Batch], Batch] | None = None,
+    lr_multipliers: str = "",
 ) -> tuple[TrainState, Metrics]:
     """Does one update.
 
@@ -204,6 +206,8 @@ def train_step(
             other, to save memory; the update is that of the whole batch.
         ema_decay: factor of the Polyak average.
         mix: what is done to the batch before it is split, such as `mixup`.
+        lr_multipliers: of the optimizer: parameters that it freezes have no gradient, see
+            `multipliers.freeze`.
 
     Returns:
         The next state, and scalars: "loss" and, where the objective tells what is correct,
@@ -216,6 +220,8 @@ def train_step(
         batch = mix(mix_rng, batch)
 
     def loss_fn(params: Any, part: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
+        if lr_multipliers:
+            params = freeze(params, lr_multipliers)
         means = jax.tree.map(jnp.mean, objective(params, part, train=True, rng=rng))
         metrics = {"loss": means["loss"]}
         if "correct" in means:

@@ -11,6 +11,7 @@ from vit_jax.errors import UserError, brief, nearest
 from vit_jax.recipes import paper, presets
 from vit_jax.recipes.names import OFFICIAL_NAMES, model_name, name_of, sizes_of
 from vit_jax.recipes.paper import (
+    ADAFACTOR,
     LEFT_TO_WEIGHTS,
     REQUIRED,
     TABLE_3,
@@ -27,6 +28,7 @@ from vit_jax.recipes.paper import (
 )
 
 __all__ = [
+    "ADAFACTOR",
     "LEFT_TO_WEIGHTS",
     "OFFICIAL_NAMES",
     "PRESETS",

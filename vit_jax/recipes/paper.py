@@ -14,6 +14,7 @@ from vit_jax import models
 from vit_jax.data import vtab
 from vit_jax.errors import UserError
 from vit_jax.evaluation import registry
+from vit_jax.state import DROPS
 
 
 class Pretraining(NamedTuple):
@@ -189,8 +190,24 @@ def adam(weight_decay: float, clip_norm: float) -> ConfigDict:
             "decay": "all",
             "mu_dtype": "float32",
             "clip_norm": clip_norm,
+            "lr_multipliers": "",
         }
     )
+
+
+# ViT-G was pre-trained with it, at base_lr 8e-4 (Zhai et al., 2022, arXiv 2106.04560; big_vision's
+# configs/proj/scaling_laws/train_vit_g.py, where the head's kernel decays 100 times as much).
+ADAFACTOR = {
+    "name": "adafactor",
+    "momentum": 0.9,
+    "decay_rate": 0.8,
+    "b2": 0.999,
+    "weight_decay": 0.03,
+    "decay": "kernels",
+    "mu_dtype": "bfloat16",
+    "clip_norm": 1.0,
+    "lr_multipliers": "",
+}
 
 
 def pretraining_row(model: str, dataset: str) -> Pretraining:
@@ -243,6 +260,7 @@ def finetune(model: str, dataset: str) -> ConfigDict:
             "decay": "all",
             "mu_dtype": "float32",
             "clip_norm": FINETUNE_CLIP_NORM,
+            "lr_multipliers": "",
         }
     )
     config.schedule.base_lr = FINETUNE_LR if FINETUNE_LR in row.base_lrs else max(row.base_lrs)
@@ -342,7 +360,15 @@ def base(model: str, dataset: str) -> ConfigDict:
                 **dataclasses.asdict(models.describe(sizes)),
             },
             "optimizer": {},
-            "schedule": {"base_lr": 0.0, "decay": "cosine", "warmup": "0 steps", "end_lr": 0.0},
+            "schedule": {
+                "base_lr": 0.0,
+                "decay": "cosine",
+                "warmup": "0 steps",
+                "end_lr": 0.0,
+                "timescale": "10000 steps",  # of decay rsqrt
+                "drops": DROPS,  # of decay staircase
+                "cooldown": "0 steps",
+            },
         }
     )
 

@@ -1,0 +1,132 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vit_jax import steps
+from vit_jax.errors import UserError
+from vit_jax.multipliers import freeze, multipliers, parse_multipliers
+from vit_jax.recipes import ADAFACTOR
+from vit_jax.state import create_optimizer, create_state
+
+ADAM = {"name": "adam", "b1": 0.9, "b2": 0.999, "weight_decay": 0.3, "decay": "kernels",
+        "mu_dtype": "float32", "clip_norm": 0.5}  # fmt: skip
+SGD = {"name": "sgd", "momentum": 0.9, "weight_decay": 0.1, "decay": "all", "mu_dtype": "float32",
+       "clip_norm": 0.5}  # fmt: skip
+LAYER = {"kernel": jnp.array([[1.0, -2.0], [3.0, 0.5]]), "bias": jnp.array([0.5, 2.0])}
+PARAMS = {"embedding": LAYER, "encoder": {"layer_0": LAYER, "layer_10": LAYER}, "head": LAYER}
+
+
+def test_the_first_pattern_that_is_a_whole_name_counts():
+    found = multipliers(PARAMS, "head/bias = 0, head/.*=10 ,encoder/layer_(0|1)/.*=.5")
+    ones = {"kernel": 1.0, "bias": 1.0}
+    assert found == {
+        "embedding": ones,
+        "encoder": {"layer_0": {"kernel": 0.5, "bias": 0.5}, "layer_10": ones},
+        "head": {"kernel": 10.0, "bias": 0.0},
+    }
+
+
+def test_a_pattern_may_have_commas_and_equals_signs():
+    entries = parse_multipliers(r"layer_\d{1,2}/(?=ker).*=1e-2,b=3.")
+    assert [(x.pattern.pattern, x.factor) for x in entries] == [
+        (r"layer_\d{1,2}/(?=ker).*", 0.01), ("b", 3.0)
+    ]  # fmt: skip
+    assert parse_multipliers("") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("head=0", "'head', but no parameter has such a name, as a whole; near are head/bias; he"),
+        (
+            "haed/kernel=2",
+            "'haed/kernel', but no parameter has such a name, as a whole; near are h",
+        ),
+        ("head/.*=0,head/bias=2", "'head/bias', which names only parameters of earlier patterns"),
+        (".*=0", "optimizer.lr_multipliers '.*=0' freezes all: leave some to be trained"),
+    ],
+)
+def test_patterns_without_an_effect_are_refused(text, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        create_optimizer(ADAM | {"lr_multipliers": text}, lambda count: 0.1).init(PARAMS)
+
+
+def updated(config, params, grads, rate=0.1):
+    optimizer = create_optimizer(config, lambda count: rate)
+    state = optimizer.init(params)
+    for scale in (1.0, -2.0, 3.0):
+        scaled = optax.tree.scale(scale, grads)
+        updates, state = optimizer.update(scaled, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+@pytest.mark.parametrize("config", [ADAM, SGD, ADAFACTOR], ids=lambda x: x["name"])
+def test_multiplied_and_frozen_parameters_are_as_if_trained_on_their_own(config):
+    text = "embedding/.*=0,head/bias=0,encoder/layer_0/.*=3"
+    grads = jax.tree.map(jnp.sin, PARAMS)
+    found, state = updated(config | {"lr_multipliers": text}, PARAMS, grads)
+
+    # Without what is frozen, which is then in no norm; with another rate for what is multiplied.
+    def rest(tree):
+        return {"encoder": tree["encoder"], "head": {"kernel": tree["head"]["kernel"]}}
+
+    plain, plain_state = (x for x in updated(config, rest(PARAMS), rest(grads)))
+    assert sum(x.size for x in jax.tree.leaves(state)) == (
+        sum(x.size for x in jax.tree.leaves(plain_state))
+    )
+    jax.tree.map(np.testing.assert_array_equal, found["embedding"], PARAMS["embedding"])
+    np.testing.assert_array_equal(found["head"]["bias"], PARAMS["head"]["bias"])
+    np.testing.assert_allclose(found["head"]["kernel"], plain["head"]["kernel"], rtol=1e-6)
+    one_step = config | {"momentum": 0.0} if "momentum" in config else config
+
+    def first(config, params, grads, rate):
+        optimizer = create_optimizer(config, lambda count: rate)
+        return optimizer.update(grads, optimizer.init(params), params)[0]
+
+    with_text = first(one_step | {"lr_multipliers": text}, PARAMS, grads, 0.1)
+    tripled = first(one_step, rest(PARAMS), rest(grads), 0.3)
+    for name in ("kernel", "bias"):  # Weight decay is tripled with the rest of the step.
+        np.testing.assert_allclose(
+            with_text["encoder"]["layer_0"][name], tripled["encoder"]["layer_0"][name], rtol=1e-6
+        )
+
+
+def test_a_frozen_parameter_has_no_backward_pass():
+    def loss(params, text):
+        params = freeze(params, text) if text else params
+        x = jnp.tanh(jnp.ones((1, 2)) @ params["embedding"]["kernel"])
+        return jnp.sum(x @ params["head"]["kernel"])
+
+    def products(text):
+        return str(jax.make_jaxpr(jax.grad(loss), static_argnums=1)(PARAMS, text)).count("dot_gen")
+
+    assert (products(""), products("embedding/.*=0")) == (5, 3)
+
+
+@pytest.mark.parametrize("accumulate_steps", [1, 2])
+def test_a_training_step_leaves_what_is_frozen_and_its_norm(accumulate_steps):
+    params = {"frozen": jnp.array([1.0, -1.0]), "trained": jnp.array([2.0, 3.0])}
+    text, config = "frozen=0", SGD | {"clip_norm": 0.0, "lr_multipliers": "frozen=0"}
+    optimizer = create_optimizer(config, lambda count: 0.1)
+
+    def objective(params, batch, *, train, rng):
+        del train, rng
+        return {"loss": batch["image"] @ (params["frozen"] * 7 + params["trained"])}
+
+    batch = {"image": jnp.array([[1.0, 0.0], [0.0, 3.0]]), "label": jnp.zeros(2, jnp.int32)}
+    state = create_state(params, optimizer, seed=0, average=True)
+    after, metrics = steps.train_step(
+        state, batch, objective=objective, optimizer=optimizer, ema_decay=0.5,
+        accumulate_steps=accumulate_steps, lr_multipliers=text,
+    )  # fmt: skip
+    gradient = np.array([0.5, 1.5])  # The mean of the images.
+    np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(gradient), rtol=1e-6)
+    np.testing.assert_array_equal(after.params["frozen"], params["frozen"])
+    np.testing.assert_array_equal(after.ema_params["frozen"], params["frozen"])
+    expected = np.array([2.0, 3.0]) * (1 - 0.1 * 0.1) - 0.1 * gradient
+    np.testing.assert_allclose(after.params["trained"], expected, rtol=1e-6)
