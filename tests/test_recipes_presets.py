@@ -378,7 +378,7 @@ def test_the_rate_of_bits_hyperrule_is_the_published_one(size):
     # At a support itself there the rate has not dropped yet.
     compared = ~np.isin(steps, supports)
     ours = np.asarray(jax.vmap(schedule)(jnp.asarray(steps)))
-    np.testing.assert_allclose(ours[compared], published[compared], rtol=1e-5)
+    np.testing.assert_allclose(ours[compared], published[compared], rtol=1e-4)
 
 
 @pytest.mark.parametrize(
