@@ -182,7 +182,7 @@ def parse_spec(spec: str) -> tuple[str, str, set[str]]:
 
 
 def _split_options(spec: str, dataset: str, valid: tuple[str, ...]) -> tuple[str, set[str]]:
-    """What stands before the options at the end, and these."""
+    """Splits off the options at the end."""
     options = set()
     while (word := dataset.rpartition(",")[2]) in (*valid, "512"):
         dataset = dataset.rpartition(",")[0]

@@ -78,7 +78,7 @@ TRANSFER_SPLITS = {
 
 
 class HyperRule(NamedTuple):
-    """What BiT's rule derives from the number of training images.
+    """Settings that BiT's rule derives from the number of training images.
 
     Attributes:
         steps: of the run.
