@@ -6,11 +6,14 @@ import numpy as np
 import optax
 import pytest
 
-from vit_jax import steps
+from vit_jax import steps, train
 from vit_jax.errors import UserError
 from vit_jax.multipliers import freeze, multipliers, parse_multipliers
+from vit_jax.plan.estimate import describe
 from vit_jax.recipes import ADAFACTOR
 from vit_jax.state import create_optimizer, create_state
+
+from .runs import assert_same_run, read_arrays, train_until
 
 ADAM = {"name": "adam", "b1": 0.9, "b2": 0.999, "weight_decay": 0.3, "decay": "kernels",
         "mu_dtype": "float32", "clip_norm": 0.5}  # fmt: skip
@@ -130,3 +133,35 @@ def test_a_training_step_leaves_what_is_frozen_and_its_norm(accumulate_steps):
     np.testing.assert_array_equal(after.ema_params["frozen"], params["frozen"])
     expected = np.array([2.0, 3.0]) * (1 - 0.1 * 0.1) - 0.1 * gradient
     np.testing.assert_allclose(after.params["trained"], expected, rtol=1e-6)
+
+
+def test_a_run_with_frozen_parameters_resumes_bit_for_bit(tiny_config, tmp_path):
+    config = tiny_config(
+        **{
+            "schedule.decay": "rsqrt",
+            "schedule.cooldown": "2 steps",
+            "schedule.end_lr": 0.0,
+            "model.classifier": "map",
+        }
+    )
+    config.optimizer = ADAFACTOR | {"lr_multipliers": "embedding/.*=0,head/.*=10"}
+    train.train(config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train_until(config, tmp_path / "stopped", step=5)
+    train.train(config, tmp_path / "stopped")
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped", 6)
+    before, after = (read_arrays(tmp_path / "whole", step) for step in (4, 6))
+    changed = {name for name in before if (before[name] != after[name]).any()}
+    kernel, probe = "['params']['embedding']['kernel']", "['params']['MAPHead_0']['probe']"
+    assert kernel in before and kernel not in changed and probe in changed
+    moments = [name for name in before if "opt_state" in name]
+    assert any("['MAPHead_0']" in name for name in moments)
+    assert not any("['embedding']" in name for name in moments)
+
+
+def test_a_plan_counts_no_moments_of_what_is_frozen(tiny_config):
+    config = tiny_config()
+    frozen = tiny_config(**{"optimizer.lr_multipliers": "head/.*=0"})
+    whole, part = (describe(x, num_classes=10, devices=1).memory() for x in (config, frozen))
+    assert whole["parameters"] == part["parameters"]
+    assert whole["optimizer"] - part["optimizer"] == 2 * 4 * (16 * 10 + 10)

@@ -23,6 +23,7 @@ WIDE_IMAGES = np.random.default_rng(1).uniform(-1, 1, (2, 16, 24, 3)).astype(np.
 MODELS = {
     "class token": (TINY, IMAGES, 7),
     "gap": ({**TINY, "classifier": "gap"}, IMAGES, 6),
+    "map": ({**TINY, "classifier": "map"}, IMAGES, 6),
     "scan": ({**TINY, "scan_layers": True}, IMAGES, 7),
     "remat": ({**TINY, "remat": "dots"}, IMAGES, 7),
     "hybrid": (HYBRID, WIDE_IMAGES, 7),
@@ -93,7 +94,7 @@ def numpy_layers(params, images):
     return np.stack(weights, 1), np.stack(tokens, 1)
 
 
-@pytest.mark.parametrize("config", [TINY, {**TINY, "classifier": "gap"}])
+@pytest.mark.parametrize("config", [TINY, *({**TINY, "classifier": x} for x in ("gap", "map"))])
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_attention_and_tokens_of_every_layer_are_those_of_the_equations(config, scan_layers):
     model = create_model(config, scan_layers=scan_layers)

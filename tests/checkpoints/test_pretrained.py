@@ -8,7 +8,7 @@ import scipy.ndimage
 from flax.serialization import to_bytes
 from flax.traverse_util import flatten_dict
 
-from vit_jax.checkpoints.layouts import POSITIONS
+from vit_jax.checkpoints.layouts import POSITIONS, from_official
 from vit_jax.checkpoints.model_info import ModelInfo, info_path
 from vit_jax.checkpoints.pretrained import fit_params, fold_normalization, load_pretrained
 from vit_jax.checkpoints.save import save_pretrained
@@ -399,10 +399,28 @@ def test_positions_in_big_visions_encoder_are_those_of_the_model(tmp_path, param
     assert_equal_trees(load_pretrained(tmp_path / "a.npz").params, params)
 
 
-def test_big_visions_attention_pooling_is_named(tmp_path):
-    np.savez(tmp_path / "a.npz", **big_vision_s16(**{"MAPHead_0/probe": np.ones((1, 1, 16))}))
-    with pytest.raises(UserError, match=r"a ViT with attention pooling \(MAPHead_0/probe\)"):
-        load_pretrained(tmp_path / "a.npz")
+@pytest.mark.parametrize("early", [False, True])
+def test_big_visions_attention_pooling_is_read(tmp_path, early):
+    params = make_params(classifier="map")
+    pooling = flatten_dict(params["MAPHead_0"], sep="/")
+    flat = big_vision(flatten_dict({k: x for k, x in params.items() if k != "MAPHead_0"}, sep="/"))
+    flat |= {name if early else f"MAPHead_0/{name}": x for name, x in pooling.items()}
+    assert any("encoderblock_0/MlpBlock_0" in name for name in flat)
+    np.savez(tmp_path / "a.npz", **{f"params/{name}": x for name, x in flat.items()})
+    pretrained = load_pretrained(tmp_path / "a.npz")
+    assert (pretrained.model["classifier"], pretrained.preprocessing.image_size) == ("map", 16)
+    assert_equal_trees(pretrained.params, params)
+    saved = load_pretrained(save_npz(tmp_path / "b.npz", pretrained.params))  # As it is here.
+    assert_equal_trees(saved.params, params)
+    assert saved.model == pretrained.model
+    with pytest.raises(UserError, match="the timm format has no place for MAPHead_0/LayerNorm_0"):
+        from_official(flatten_dict(params, sep="/"), "timm")
+
+
+def test_the_pooling_does_not_pass_for_layers_of_big_vision_without_positions(tmp_path):
+    params = make_params(classifier="map", position_embedding="none")
+    with pytest.raises(UserError, match="pos_embedding is missing"):
+        load_pretrained(save_npz(tmp_path / "a.npz", params))
 
 
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"params": x, "step": np.int32(3)},

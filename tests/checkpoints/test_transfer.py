@@ -183,6 +183,23 @@ def test_a_token_model_keeps_its_own_class_token_where_the_weights_have_none():
     assert Row("cls", (1, 1, WIDTH), "new") in report
 
 
+def test_attention_pooling_is_kept_dropped_or_new_as_the_two_models_have_it():
+    probe = {"MAPHead_0": {"probe": np.full((1, 1, WIDTH), 2.0, np.float32)}}
+    plain = tree(16, classes=5, cls=False, seed=1)
+    fresh = plain | {"MAPHead_0": {"probe": np.zeros((1, 1, WIDTH), np.float32)}}
+    for init, pretrained, action, value in (
+        (fresh, plain | probe, "loaded", 2.0),
+        (fresh, plain, "new", 0.0),
+        (plain, plain | probe, "dropped", None),
+    ):
+        params, report = transfer(init, pretrained)
+        assert Row("MAPHead_0/probe", (1, 1, WIDTH), action) in report
+        found = params.get("MAPHead_0", {}).get("probe")
+        assert value is None if found is None else (found == value).all()
+    with pytest.raises(UserError, match="MAPHead_0/probe is missing"):
+        transfer(fresh, plain, keep_head=True)
+
+
 def test_grids_that_are_no_squares_can_be_given():
     pretrained = tree(1 + 2 * 8, classes=5, seed=1)
     params, report = transfer(

@@ -10,6 +10,7 @@ from scipy.special import erf
 from vit_jax.errors import UserError
 from vit_jax.models import create_model, model_config
 from vit_jax.models.rematerialization import POLICIES
+from vit_jax.models.vit import AttentionPooling
 
 TINY = {
     "architecture": "vit",
@@ -89,6 +90,49 @@ def test_parameter_tree_is_the_official_one():
     assert len(names) == 1 + 2 + 1 + 12 * 16 + 2 + 2 + 2
 
 
+def test_the_tree_of_attention_pooling_is_big_visions():
+    model = create_model(model_config("ViT-B/16"), num_classes=10, classifier="map")
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    assert "cls" not in params
+    pooling = params["MAPHead_0"]
+    assert jax.tree.map(lambda x: x.shape, pooling) == {
+        "probe": (1, 1, 768),
+        "MultiHeadDotProductAttention_0": {
+            **{
+                name: {"kernel": (768, 12, 64), "bias": (12, 64)}
+                for name in ("query", "key", "value")
+            },
+            "out": {"kernel": (12, 64, 768), "bias": (768,)},
+        },
+        "LayerNorm_0": {"scale": (768,), "bias": (768,)},
+        "MlpBlock_0": {
+            "Dense_0": {"kernel": (768, 3072), "bias": (3072,)},
+            "Dense_1": {"kernel": (3072, 768), "bias": (768,)},
+        },
+    }
+
+
+def test_attention_pooling_has_no_dropout_and_is_drawn_as_xavier_says():
+    model = create_model(TINY, classifier="map", dropout_rate=0.5)
+    assert model.config.has_class is False
+    params = random_params(model)
+    encoder = jax.tree.map(jnp.zeros_like, params["Transformer"])  # Its output is its last bias.
+    encoder["encoder_norm"]["bias"] = params["Transformer"]["encoder_norm"]["bias"]
+    variables = {"params": params | {"Transformer": encoder}}
+    found = model.apply(variables, IMAGES, train=True, rngs={"dropout": jax.random.key(3)})
+    np.testing.assert_array_equal(found, model.apply(variables, IMAGES))
+    wide = AttentionPooling(create_model(model_config("ViT-Ti/16"), num_classes=1).config)
+    drawn = jax.jit(wide.init)(jax.random.key(0), jnp.zeros((1, 2, 192)))["params"]
+    attention = drawn["MultiHeadDotProductAttention_0"]
+    for array, fans in (
+        (drawn["probe"], 1 + 192),
+        (attention["query"]["kernel"], 2 * 192),
+        (attention["out"]["kernel"], 2 * 192),
+    ):
+        assert float(jnp.abs(array).max()) == pytest.approx(np.sqrt(6 / fans), rel=0.02)
+
+
 def reference(params, images, *, gelu, classifier):
     """Eqs. 1 to 4 and 5 to 8 in NumPy float64, one image, one patch, one head at a time."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
@@ -104,11 +148,13 @@ def reference(params, images, *, gelu, classifier):
             return x * 0.5 * (1 + erf(x / np.sqrt(2)))
         return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
-    def attention(x, p):
+    def attention(x, p, queries=None):
+        queries = x if queries is None else queries
         out = p["out"]["bias"].copy()
         for h in range(p["query"]["kernel"].shape[1]):
             q, k, v = (
-                x @ p[n]["kernel"][:, h] + p[n]["bias"][h] for n in ("query", "key", "value")
+                y @ p[n]["kernel"][:, h] + p[n]["bias"][h]
+                for n, y in (("query", queries), ("key", x), ("value", x))
             )
             scores = np.exp(q @ k.T / np.sqrt(q.shape[-1]))
             out = out + scores / scores.sum(-1, keepdims=True) @ v @ p["out"]["kernel"][h]
@@ -134,6 +180,10 @@ def reference(params, images, *, gelu, classifier):
             z = z + mlp(norm(z, p["LayerNorm_2"]), p["MlpBlock_3"])
         z = norm(z, encoder["encoder_norm"])
         y = z[0] if classifier == "token" else z.mean(0)
+        if classifier == "map":  # big_vision's models/vit.py
+            p = params["MAPHead_0"]
+            y = attention(z, p["MultiHeadDotProductAttention_0"], p["probe"][0])
+            y = (y + mlp(norm(y, p["LayerNorm_0"]), p["MlpBlock_0"]))[0]
         if "pre_logits" in params:
             y = np.tanh(y @ params["pre_logits"]["kernel"] + params["pre_logits"]["bias"])
         logits.append(y @ params["head"]["kernel"] + params["head"]["bias"])
@@ -148,6 +198,8 @@ def reference(params, images, *, gelu, classifier):
         ("erf", "token", 0),
         ("tanh", "gap", 0),
         ("erf", "gap", 16),
+        ("tanh", "map", 0),
+        ("erf", "map", 16),
     ],
 )
 def test_forward_pass_is_the_papers_equations(gelu, classifier, representation_size):
@@ -316,7 +368,7 @@ def test_attention_weights_can_be_had_and_sum_to_one():
     [
         ({"patch_size": 5}, "image_size 8x12 is not a multiple of patch_size 5"),
         ({"num_heads": 5}, "hidden_size 24 is not a multiple of num_heads 5"),
-        ({"classifier": "cls"}, "classifier 'cls' is unknown: use token or gap"),
+        ({"classifier": "cls"}, "classifier 'cls' is unknown: use token, gap, map"),
         ({"gelu": "exact"}, "gelu 'exact' is unknown: use tanh or erf"),
     ],
 )

@@ -313,6 +313,8 @@ _NEWER = {
     "MultiHeadDotProductAttention_0": "MultiHeadDotProductAttention_1",
     "MlpBlock_0": "MlpBlock_3",
 }
+# Those of its attention pooling are as they are in the models here.
+_POOLING = re.compile("MAPHead_0/|probe$|(MultiHeadDotProductAttention|LayerNorm|MlpBlock)_0/")
 _PREFIXES = ("params/", "opt/target/", "target/", "optimizer/target/")
 
 
@@ -321,8 +323,9 @@ def _from_official(arrays: Arrays) -> Arrays:
 
     Read are: the original names; newer Linen names (`MlpBlock_0`); the parameters under `params/`
     or `opt/target/`, the optimizer's state beside them being passed over; big_vision's
-    `pos_embedding`, at the top or in the encoder, its position-less class token, and its layers
-    stacked in one `encoderblock`; GroupNorm parameters of shape [1, 1, 1, channels].
+    `pos_embedding`, at the top or in the encoder, its position-less class token, its layers stacked
+    in one `encoderblock`, and its attention pooling, of an early ViT-G at the top; GroupNorm
+    parameters of shape [1, 1, 1, channels].
     """
     for prefix in _PREFIXES:
         if not arrays.keys().isdisjoint(_landmarks(prefix)):
@@ -332,6 +335,9 @@ def _from_official(arrays: Arrays) -> Arrays:
     newer = not any("/LayerNorm_2/" in name for name in arrays)
     result = {}
     for name, x in arrays.items():
+        if _POOLING.match(name):
+            result[name if name.startswith("MAPHead_0/") else f"MAPHead_0/{name}"] = x
+            continue
         parts = [_NEWER.get(part, part) if newer else part for part in name.split("/")]
         if parts[-2:-1] and parts[-2].startswith("gn") and x.shape[:-1] == (1,) * (x.ndim - 1):
             x = x.reshape(-1)
@@ -373,7 +379,7 @@ def _with_class_position(positions: np.ndarray, has_class: bool) -> np.ndarray:
 def has_fixed_positions(present: Iterable[str]) -> bool:
     """Tells whether these are big_vision's names without positions, which its code computes."""
     present = list(present)
-    newer = any(_NEWER_MLP in name for name in present)
+    newer = any(_NEWER_MLP in name and "MAPHead_0/" not in name for name in present)
     return newer and not any(name.endswith("pos_embedding") for name in present)
 
 
@@ -420,7 +426,7 @@ def _flax_to_torch(name: str, x: np.ndarray) -> tuple[str, np.ndarray]:
 _OTHERS = {
     r"dist_token|distillation_token|head_dist": "a distilled DeiT, with a second class token",
     r"reg_token|register_tokens": "a ViT with register tokens",
-    r"attn_pool\.|MAPHead_0|(?:^|\.)head\.probe": "a ViT with attention pooling",
+    r"attn_pool\.|(?:^|\.)head\.probe": "a ViT with attention pooling",
     r"[qk]_norm\.|norm_[qk]\.": "a ViT that normalizes queries and keys",
     r"layers\.\d+\.blocks": "a Swin Transformer",
     r"\bls[12]\b|gamma_[12]|lambda_[12]|layer_scale": "a ViT with LayerScale, as DeiT III or BEiT",

@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vit_jax.errors import UserError, shortlist
 from vit_jax.models import ARCHITECTURES
 from vit_jax.models.base import Grid, Resize
+from vit_jax.models.vit import POOLING
 from vit_jax.printable import printable
 
 Action = Literal["loaded", "resized", "dropped", "new"]
@@ -41,7 +42,8 @@ def transfer(
     has one, is dropped where it has none, and is new where the weights have none.
 
     A "gap" model has neither `cls` nor a class position. A "gap" model drops those of a "token"
-    model; a "token" model keeps its initial ones where the weights have none.
+    model; a "token" model keeps its initial ones where the weights have none. So it is with the
+    attention pooling of a "map" model.
 
     Args:
         init_params: of the fresh model, nested dicts of arrays.
@@ -62,6 +64,7 @@ def transfer(
     if not keep_head:
         heads = {family.head for family in ARCHITECTURES.values()}
         removed |= heads | {"patch_head"} | ({"pre_logits"} - init_params.keys())
+        removed |= {POOLING} & (init_params.keys() ^ pretrained_params.keys())
     init = flatten_dict(init_params, sep="/")
     old = {name: np.asarray(x) for name, x in flatten_dict(pretrained_params, sep="/").items()}
     parts = tuple(f"{part}/" for part in removed)

@@ -49,7 +49,8 @@ class EncoderConfig(ModelConfig):
         num_layers: number of Transformer layers L.
         mlp_dim: width of the hidden layer of each MLP.
         num_heads: attention heads; must divide hidden_size.
-        classifier: "token" (class token) or "gap" (mean over the patches, Appendix D.3).
+        classifier: "token" (class token), "gap" (mean over the patches, Appendix D.3) or "map" (a
+            learned query attends to the patches, see `vit.AttentionPooling`).
         dropout_rate: after every dense layer except the q, k, v projections, and after adding the
             position embeddings (Appendix B.1). As in the published code, the head has none and the
             MLP's first dropout comes after its GELU.
@@ -72,7 +73,7 @@ class EncoderConfig(ModelConfig):
     num_layers: int = option(check=at_least(1, DEEPEST))
     mlp_dim: int = option(check=at_least(1))
     num_heads: int = option(check=at_least(1))
-    classifier: str = option("token", choices=("token", "gap"))
+    classifier: str = option("token", choices=("token", "gap", "map"))
     dropout_rate: float = option(0.0, check=fraction, training_only=True)
     attention_dropout_rate: float = option(0.0, check=fraction, training_only=True)
     stochastic_depth: float = option(0.0, check=fraction, training_only=True)

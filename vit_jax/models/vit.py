@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError
+from vit_jax.models import attention
 from vit_jax.models.base import (
     USUAL_IMAGE_SIZE,
     Arrays,
@@ -29,6 +30,10 @@ from vit_jax.models.encoder import (
     Encoder,
     EncoderBlock,
     EncoderConfig,
+    HeadProjection,
+    MlpBlock,
+    OutputProjection,
+    layer_norm,
     stack_layers,
     unstack_layers,
 )
@@ -48,6 +53,7 @@ SIZES = {
 }
 HEAD_SIZE = 64
 POSITIONS = "Transformer/posembed_input/pos_embedding"
+POOLING = "MAPHead_0"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,7 +139,15 @@ class ViTConfig(EncoderConfig):
         embedding = patches * channels * self.patch_size**2 * self.hidden_size
         layers = self.num_layers * self.layer_multiply_adds(side // self.patch_size)
         width, hidden = self.hidden_size, self.representation_size
-        return stem + embedding + layers + width * hidden + (hidden or width) * self.num_classes
+        head = width * hidden + (hidden or width) * self.num_classes
+        return stem + embedding + layers + self._pooling_multiply_adds(patches) + head
+
+    def _pooling_multiply_adds(self, patches: int) -> int:
+        if self.classifier != "map":
+            return 0
+        width = self.hidden_size
+        keys_and_values = 2 * patches * width * width
+        return keys_and_values + 2 * width * (width + self.mlp_dim) + 2 * patches * width
 
     def stem_multiply_adds(self, image_size: int) -> tuple[int, int, int]:
         """Returns the stem's multiply-adds, and the side and channels that patches are cut from."""
@@ -181,7 +195,7 @@ class ViTConfig(EncoderConfig):
             "mlp_dim": dense[1],
             "num_heads": query[1],
             "num_classes": width_of(arrays, "head/bias"),
-            "classifier": "token" if "cls" in arrays else "gap",
+            "classifier": _classifier(arrays),
             "representation_size": width_of(arrays, "pre_logits/bias"),
         }
 
@@ -204,6 +218,12 @@ class ViTConfig(EncoderConfig):
                 "only models for square images are read"
             )
         return side * self.downsampling
+
+
+def _classifier(arrays: Arrays) -> str:
+    if "cls" in arrays:
+        return "token"
+    return "map" if f"{POOLING}/probe" in arrays else "gap"
 
 
 def _query(layer: str) -> str:
@@ -233,6 +253,50 @@ class PatchEmbedding(nn.Module):
         return x @ kernel.reshape(-1, self.hidden_size) + bias
 
 
+class AttentionPooling(nn.Module):
+    """Multi-head attention pooling ("MAP" of Zhai et al., 2022, arXiv 2106.04560, Section 3.2).
+
+    A learned query, the same for every image, attends to the patches, and an MLP with a LayerNorm
+    and a residual follows. Parameter names are those of big_vision; as there it has no dropout.
+    """
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, z: Array) -> Array:
+        """Maps tokens [batch, tokens, hidden_size] to representations [batch, hidden_size]."""
+        config = self.config
+        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, config.hidden_size))
+        x = PoolingAttention(config, name="MultiHeadDotProductAttention_0")(probe, z)
+        y = layer_norm(config, "LayerNorm_0")(x)
+        return (x + MlpBlock(config, name="MlpBlock_0")(y, deterministic=True))[:, 0]
+
+
+class PoolingAttention(nn.Module):
+    """Multi-head attention of one query to all tokens (Eqs. 5 to 8)."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, probe: Array, z: Array) -> Array:
+        """Maps a probe [1, 1, hidden_size] and z [batch, tokens, hidden_size] to [batch, 1, ...].
+
+        The product with the probe's query broadcasts: it is not repeated for each image.
+        """
+        config, dtype = self.config, self.config.compute_dtype
+
+        def project(x: Array, name: str) -> Array:
+            kernel, bias = HeadProjection(config.num_heads, name=name)(config.hidden_size)
+            x = x.astype(dtype) @ kernel.astype(dtype) + bias.astype(dtype)
+            x = x.reshape(*x.shape[:2], config.num_heads, -1)
+            return x.swapaxes(1, 2)  # [batch, heads, tokens, head_dim]
+
+        q, k, v = project(probe, "query"), project(z, "key"), project(z, "value")
+        weights = attention.softmax(attention.scores(attention.scale(q), k))
+        x = attention.mix(weights, v).swapaxes(1, 2).reshape(-1, 1, config.hidden_size)
+        return OutputProjection(config.num_heads, dtype, name="out")(x)
+
+
 class VisionTransformer(Model):
     """ViT (Section 3.1): an image to the logits of its classes."""
 
@@ -258,7 +322,10 @@ class VisionTransformer(Model):
         config = self.config
         grid = config.grid(*images.shape[1:3])
         z = self._encode(self._embed(images), grid, train)
-        y = z[:, 0] if config.has_class else z.mean(axis=1)  # Eq. 4
+        if config.classifier == "map":
+            y = AttentionPooling(config, name=POOLING)(z)
+        else:
+            y = z[:, 0] if config.has_class else z.mean(axis=1)  # Eq. 4
         if config.representation_size:
             hidden = nn.Dense(
                 config.representation_size, dtype=config.compute_dtype, name="pre_logits"
