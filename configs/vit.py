@@ -5,10 +5,14 @@
     --config configs/vit.py:ViT-S/32,finetune,cifar10               fine-tune (Table 4)
     --config configs/vit.py:R152x2,finetune,imagenet2012
     --config configs/vit.py:Axial-ViT-B/16,masked,jft               Appendix B.1.2
+    --config configs/vit.py:ViT-S/16,augreg,imagenet2012            later presets: AugReg
+    --config configs/vit.py:ViT-S/16,baseline,imagenet2012,300      the plain baseline, 300 epochs
+    --config configs/vit.py:B/32,transfer,cifar10                   big_vision's fine-tuning
+    --config configs/vit.py:R50x1,bit_hyperrule,oxford_flowers102   BiT's
     --config configs/vit.py:b16,cifar10                             fine-tune, as the official code
 
 `vit_jax.models.model_config` lists the names; those of the official code (b16, ti16, r50_b16,
-ViT-B_16) are read too. `vit_jax.recipes.get_config` has what may follow.
+ViT-B_16) and of big_vision (B/16) are read too. `vit_jax.recipes.get_config` has what may follow.
 """
 
 import difflib

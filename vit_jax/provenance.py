@@ -37,11 +37,10 @@ _OTHER_SOURCES = {
 def sources(made: recipes.Recorded) -> dict[str, str]:
     """Returns the source of every value of a recipe, by its key, such as "schedule.base_lr"."""
     recipe, dataset, options = recipes.parse_spec(made.spec)
-    row, shared = _SOURCES[recipe]
-    where = dict.fromkeys(shared, _TABLES[recipe])
-    where |= dict.fromkeys(row, f"{_TABLES[recipe]}, {_row_name(recipe, made.model, dataset)}")
+    keys = flatten_dict(made.config.to_dict(), sep=".", keep_empty_nodes=True)
+    is_preset = recipe in recipes.PRESETS
+    where = _of_preset(made, recipe) if is_preset else _of_paper(recipe, made.model, dataset)
     where |= dict.fromkeys((f"model.{key}" for key in recipes.sizes_of(made.model)), made.model)
-    where |= _OTHER_SOURCES[recipe]
     if "512" in options:
         where |= dict.fromkeys(("dataset.image_size", "ema_decay"), "Table 2")
     where |= dict.fromkeys(("dataset.name", "dataset.development"), f"spec {made.spec!r}")
@@ -50,8 +49,24 @@ def sources(made: recipes.Recorded) -> dict[str, str]:
         for key, value in made.config.model.items()
         if value is None
     }
-    keys = flatten_dict(made.config.to_dict(), sep=".", keep_empty_nodes=True)
     return {key: where.get(key, f"recipe {recipe}") for key in keys}
+
+
+def _of_paper(recipe: str, model: str, dataset: str) -> dict[str, str]:
+    row, shared = _SOURCES[recipe]
+    where = dict.fromkeys(shared, _TABLES[recipe])
+    where |= dict.fromkeys(row, f"{_TABLES[recipe]}, {_row_name(recipe, model, dataset)}")
+    return where | _OTHER_SOURCES[recipe]
+
+
+def _of_preset(made: recipes.Recorded, recipe: str) -> dict[str, str]:
+    """The source of every value that is not that of a config before a recipe."""
+    unset, values = (
+        flatten_dict(config.to_dict(), sep=".", keep_empty_nodes=True)
+        for config in (recipes.base(made.model, made.config.dataset.name), made.config)
+    )
+    changed = (key for key, value in values.items() if key not in unset or value != unset[key])
+    return dict.fromkeys(changed, recipes.PRESETS[recipe].source)
 
 
 def _row_name(recipe: str, model: str, dataset: str) -> str:

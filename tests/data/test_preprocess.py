@@ -10,7 +10,7 @@ from PIL import Image
 from scipy import stats
 
 from vit_jax.data import preprocess
-from vit_jax.data.protocols import Preprocessing, eval_box, evaluation, fewshot_view
+from vit_jax.data.protocols import PROTOCOLS, Preprocessing, eval_box, evaluation, fewshot_view
 from vit_jax.data.randaugment import randaugment
 from vit_jax.errors import UserError
 
@@ -57,7 +57,7 @@ def bilinear(image, box, size):
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (37, 91), (300, 200), (1, 5)])
-@pytest.mark.parametrize("protocol", ["inception", "bit", "pad"])
+@pytest.mark.parametrize("protocol", ["inception", "bit", "pad", "bit_hyperrule"])
 def test_evaluation_resizes_the_whole_image(shape, protocol):
     image = noise_image(*shape)
     expected = bilinear(image, (0, 0, *shape), 32)
@@ -92,29 +92,82 @@ def test_fewshot_resizes_to_256_whatever_the_aspect_and_crops_224(shape, interpo
         np.testing.assert_allclose(pixels(view), resized[16:240, 16:240], atol=0.1)
 
 
-def big_vision(image, resized, size):
-    """Its ops resize_small and central_crop, on an image of 8 bits."""
+def resize_small(image, resized):
+    """big_vision's op, on an image of 8 bits."""
     height, width = image.shape[:2]
     factor = tf.constant(resized, tf.float32) / tf.constant(min(height, width), tf.float32)
     sides = [tf.cast(tf.round(tf.cast(x, tf.float32) * factor), tf.int32) for x in (height, width)]
     whole = tf.image.resize(image, sides, method="area", antialias=False)
-    whole = tf.cast(tf.clip_by_value(whole, 0, 255), tf.uint8)
-    y, x = (sides[0] - size) // 2, (sides[1] - size) // 2
+    return tf.cast(tf.clip_by_value(whole, 0, 255), tf.uint8).numpy()
+
+
+def big_vision(image, resized, size):
+    """Its ops resize_small and central_crop."""
+    whole = resize_small(image, resized)
+    y, x = ((side - size) // 2 for side in whole.shape[:2])
     return tf.image.crop_to_bounding_box(whole, y, x, size, size).numpy()
 
 
-@pytest.mark.parametrize("size, resized", [(224, 256), (56, 64), (384, 439)])
+@pytest.mark.parametrize(
+    "protocol, size, resized",
+    [
+        ("big_vision", 224, 256),
+        ("big_vision", 56, 64),
+        ("big_vision", 384, 439),
+        ("transfer", 96, 112),
+        ("transfer_inception", 54, 63),
+    ],
+)
 @pytest.mark.parametrize("shape", [(375, 500), (501, 334), (256, 256), (33, 90), (700, 3)])
-def test_big_vision_evaluation_is_resize_small_and_central_crop(shape, size, resized):
+def test_big_vision_evaluation_is_resize_small_and_central_crop(shape, protocol, size, resized):
     image = noise_image(*shape)
     expected = big_vision(image, resized, size)
-    for view, _ in evaluation_views(encode(image, "PNG"), "big_vision", size):
+    for view, _ in evaluation_views(encode(image, "PNG"), protocol, size):
         np.testing.assert_allclose(pixels(view), expected, atol=1e-4)
 
 
-def test_few_shot_images_of_a_big_vision_model_are_bilinear():
+def crops(image, protocol, size, whole, seeds):
+    """The corners at which views of training lie in a resized image, and how far they are off."""
+    for seed in range(seeds):
+        view = preprocess.train_view(
+            encode(image, "PNG"), rng(seed), image_size=size, protocol=protocol, random_crop=True
+        )
+        errors = {
+            (y, x): np.abs(whole[y : y + size, x : x + size] - pixels(view)).max()
+            for y in range(whole.shape[0] - size + 1)
+            for x in range(whole.shape[1] - size + 1)
+        }
+        corner = min(errors, key=errors.get)
+        yield corner, errors[corner]
+
+
+@pytest.mark.parametrize("shape, corners", [((60, 84), (8, 30)), ((9, 7), (24, 8)), ((80, 80), 8)])
+def test_transfer_training_crops_what_resize_small_gives(shape, corners):
+    image = noise_image(*shape)
+    whole = resize_small(image, 56).astype(float)  # 48 * 448 / 384
+    found, errors = zip(*crops(image, "transfer", 48, whole, 60), strict=True)
+    assert max(errors) == 0
+    for axis, last in zip(zip(*found, strict=True), np.broadcast_to(corners, 2), strict=True):
+        assert (whole.shape[0] - 48, whole.shape[1] - 48) == tuple(np.broadcast_to(corners, 2))
+        # Uniform from the first place to the last: 60 draws leave no third of them out.
+        assert min(axis) < last / 3 and max(axis) > last * 2 / 3
+
+
+def test_transfer_crops_of_the_published_size_are_exact():
+    image = noise_image(375, 500)
+    whole = resize_small(image, 448)
+    view = preprocess.train_view(
+        encode(image, "PNG"), rng(), image_size=384, protocol="transfer", random_crop=True
+    )
+    draws = rng()
+    y, x = draws.integers(448 - 384 + 1), draws.integers(whole.shape[1] - 384 + 1)
+    np.testing.assert_array_equal(view, whole[y : y + 384, x : x + 384])
+
+
+@pytest.mark.parametrize("protocol", ["big_vision", "transfer", "bit_hyperrule"])
+def test_few_shot_images_of_every_model_are_bilinear(protocol):
     image = noise_image(300, 400)
-    model = evaluation("big_vision", 224)
+    model = evaluation(protocol, 224)
     view = preprocess.eval_view(encode(image, "PNG"), fewshot_view(model))
     resized = tf.image.resize(image, [256, 256])[16:240, 16:240]
     np.testing.assert_allclose(pixels(view), resized, atol=0.1)
@@ -137,7 +190,7 @@ def test_images_of_pil_are_resized_and_cropped_by_pil(resize, left, interpolatio
     np.testing.assert_allclose(pixels(view), squashed, atol=1e-4)
 
 
-@pytest.mark.parametrize("protocol", ["inception", "bit", "pretrain", "big_vision", "pad"])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_the_dct_of_jpeg_is_the_one_that_is_asked_for(protocol):
     encoded = encode(noise_image(64, 64), "JPEG", quality=80)
     views = {}
@@ -202,27 +255,13 @@ def test_a_preprocessing_out_of_range_is_refused(wrong, message):
 
 
 @pytest.mark.parametrize("shape", [(60, 80), (20, 14)])
-def test_bit_training_crops_the_resized_image_at_an_integer_offset(shape):
+@pytest.mark.parametrize("protocol, size, resized", [("bit", 48, 56), ("bit_hyperrule", 48, 80)])
+def test_bit_training_crops_the_resized_image_at_an_integer_offset(shape, protocol, size, resized):
     image = noise_image(*shape)
-    resized = tf.image.resize(image, [56, 56]).numpy()
-    offsets = set()
-    for seed in range(20):
-        view = preprocess.train_view(
-            encode(image, "PNG"),
-            rng(seed),
-            image_size=48,
-            protocol="bit",
-            random_crop=True,
-        )
-        errors = {
-            (y, x): np.abs(resized[y : y + 48, x : x + 48] - pixels(view)).max()
-            for y in range(9)
-            for x in range(9)
-        }
-        offset = min(errors, key=errors.get)
-        assert errors[offset] < 0.1 + 0.5
-        offsets.add(offset)
-    assert len(offsets) > 10
+    whole = tf.image.resize(image, [resized, resized]).numpy()
+    found, errors = zip(*crops(image, protocol, size, whole, 20), strict=True)
+    assert max(errors) < 0.1 + 0.5
+    assert len(set(found)) > 10
 
 
 def test_pad_training_crops_the_image_padded_by_an_eighth_with_black():
@@ -247,7 +286,7 @@ def test_pad_training_crops_the_image_padded_by_an_eighth_with_black():
     assert {y for y, _ in offsets} == {x for _, x in offsets} == set(range(5))
 
 
-@pytest.mark.parametrize("protocol", ["inception", "pretrain", "big_vision"])
+@pytest.mark.parametrize("protocol", ["inception", "pretrain", "big_vision", "transfer_inception"])
 def test_inception_training_is_the_published_crop_then_resize(protocol):
     image = noise_image(120, 90)
     for seed in range(10):
@@ -305,7 +344,7 @@ def test_where_no_inception_crop_fits_the_whole_image_is_taken(shape):
 
 
 @pytest.mark.parametrize("subsampling", [0, 2])  # 4:4:4 and 4:2:0
-@pytest.mark.parametrize("protocol", ["inception", "bit", "pretrain", "big_vision"])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_jpeg_decoded_in_its_window_equals_full_decode(subsampling, protocol):
     image = noise_image(201, 323)
     jpeg = encode(image, "JPEG", quality=90, subsampling=subsampling)

@@ -10,9 +10,15 @@ import cv2
 import numpy as np
 
 from vit_jax.data.images import open_image, preprocess
-from vit_jax.data.protocols import BIT_RESIZE, Preprocessing, eval_box, evaluation
+from vit_jax.data.protocols import (
+    Preprocessing,
+    eval_box,
+    evaluation,
+    squashed_side,
+    whole_pixels,
+)
 from vit_jax.data.randaugment import randaugment
-from vit_jax.data.resampling import resize, resize_and_crop, sample_box
+from vit_jax.data.resampling import resize, resize_and_crop, resize_area, sample_box
 
 _ASPECTS = (3 / 4, 4 / 3)  # of an inception crop, width / height
 _AREAS = (0.05, 1.0)  # of an inception crop, of the image's
@@ -99,8 +105,13 @@ def _random_crop(
     image: np.ndarray, protocol: str, size: int, rng: np.random.Generator
 ) -> np.ndarray:
     height, width = image.shape[:2]
-    if protocol == "bit":
-        return sample_box(image, _bit_box(height, width, size, rng), size)
+    if protocol in ("bit", "bit_hyperrule"):
+        box = _box_of_square(height, width, squashed_side(protocol, size), size, rng)
+        return sample_box(image, box, size)
+    if protocol == "transfer":
+        height, width, _, _ = whole_pixels(evaluation(protocol, size), height, width)
+        top, left = rng.integers(height - size + 1), rng.integers(width - size + 1)
+        return resize_area(image, (height, width, int(top), int(left)), size)
     if protocol == "pad":
         image = _shifted(image, rng)
     else:
@@ -146,11 +157,10 @@ def inception_window(
     return 0, 0, height, width
 
 
-def _bit_box(
-    height: int, width: int, image_size: int, rng: np.random.Generator
+def _box_of_square(
+    height: int, width: int, resized: int, image_size: int, rng: np.random.Generator
 ) -> tuple[float, float, float, float]:
     # What is left of the resized image by a crop at an integer offset, in source pixels.
-    resized = round(image_size * BIT_RESIZE)
     y, x = rng.integers(resized - image_size + 1, size=2) / resized
     share = image_size / resized
     return y * height, x * width, share * height, share * width

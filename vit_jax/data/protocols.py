@@ -11,6 +11,13 @@ to `image_size` x `image_size`. A protocol is a rule for that box:
     pretrain    inception crop; evaluation on the central 224/256 of the shorter side
     pad         small images from scratch, as usual on CIFAR (He et al., 2016, Sec. 4.2): a shift by
                 up to an eighth of the side, black beyond the edge; evaluation on the whole image
+    transfer    big_vision's fine-tuning, `resize_small(448)|random_crop(384)`: the aspect is kept,
+                the mean taken over areas; evaluation likewise, on the central 384/448
+    transfer_inception
+                its other crop: inception crop; evaluation as transfer
+    bit_hyperrule
+                BiT's fine-tuning: as bit, but that the image is resized to 32 pixels more than the
+                crop, 512 for 480 and 160 for 128
 
 New pre-training runs take big_vision: the accuracies published for pre-training, which a run is
 compared with, were measured so. The bilinear kernel of `pretrain` skips pixels of an image that
@@ -36,10 +43,15 @@ import numpy as np
 
 from vit_jax.errors import UserError, brief
 
-PROTOCOLS = ("inception", "bit", "big_vision", "pretrain", "pad")
+PROTOCOLS = (
+    ("inception", "bit", "big_vision", "pretrain", "pad")
+    + ("transfer", "transfer_inception", "bit_hyperrule")
+)  # fmt: skip
 
-# BiT resizes to 448 and crops 384.
-BIT_RESIZE = 448 / 384
+# BiT, as the paper has it, resizes to 448 and crops 384; so does big_vision's fine-tuning.
+_RESIZE = 448 / 384
+# Pixels that BiT's hyper-rule resizes to beyond those of the crop.
+_HYPERRULE_MARGIN = 32
 
 # libjpeg's inverse transforms: that of PIL, and TensorFlow's default.
 JPEG_DCTS = ("accurate", "fast")
@@ -52,6 +64,8 @@ RESIZES = ("box", "big_vision", "timm", "huggingface")
 INTERPOLATIONS = ("bilinear", "bicubic", "area")
 
 _CENTRAL = 224 / 256
+# Of the protocols that evaluate by big_vision's rule, the share of the resized shorter side.
+_AREA_CROPS = {"big_vision": _CENTRAL, "transfer": 1 / _RESIZE, "transfer_inception": 1 / _RESIZE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,9 +156,9 @@ def evaluation(protocol: str, image_size: int, jpeg_dct: str = "accurate") -> Pr
     if protocol not in PROTOCOLS:
         raise UserError(f"protocol {protocol!r} is none of {', '.join(PROTOCOLS)}")
     view = Preprocessing(image_size, jpeg_dct=jpeg_dct)
-    if protocol == "big_vision":
+    if protocol in _AREA_CROPS:
         return dataclasses.replace(
-            view, center_crop=_CENTRAL, interpolation="area", resize="big_vision"
+            view, center_crop=_AREA_CROPS[protocol], interpolation="area", resize="big_vision"
         )
     return dataclasses.replace(view, center_crop=_CENTRAL) if protocol == "pretrain" else view
 
@@ -159,6 +173,13 @@ def fewshot_view(preprocessing: Preprocessing) -> Preprocessing:
     if preprocessing.resize == "big_vision":  # There few-shot alone is `resize`, which is bilinear.
         preprocessing = dataclasses.replace(preprocessing, resize="box", interpolation="bilinear")
     return dataclasses.replace(preprocessing, center_crop=_CENTRAL, squash=True)
+
+
+def squashed_side(protocol: str, image_size: int) -> int:
+    """The side, in pixels, of the square that training crops from under bit or bit_hyperrule."""
+    if protocol == "bit_hyperrule":
+        return image_size + _HYPERRULE_MARGIN
+    return round(image_size * _RESIZE)
 
 
 def resized_side(preprocessing: Preprocessing) -> int:

@@ -83,8 +83,33 @@ def resize_and_crop(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarr
     """
     resized = whole_pixels(preprocessing, *image.shape[:2])
     if preprocessing.resize == "big_vision":
-        return _area(image, resized, preprocessing.image_size)
+        return resize_area(image, resized, preprocessing.image_size)
     return _resize_with_pil(image, resized, preprocessing)
+
+
+def resize_area(image: np.ndarray, resized: tuple[int, int, int, int], size: int) -> np.ndarray:
+    """TensorFlow's ResizeArea and a crop, cut down to 8 bits, in the order of its operations.
+
+    A mean of equal values may be one place of a float short of them, and is cut down to one less:
+    so the order matters.
+
+    Args:
+        image: uint8 [height, width, 3].
+        resized: height and width to resize to, and top and left of the crop, in pixels.
+        size: of the crop.
+
+    Returns:
+        uint8 [size, size, 3].
+    """
+    height, width, top, left = resized
+    rows, row_scale = _areas(image.shape[0], height, top, size)
+    columns, column_scale = _areas(image.shape[1], width, left, size)
+    if len(image) > _LONG:  # Rows first: its columns at their new width would take minutes.
+        total = _resample(image.swapaxes(0, 1), columns, rows).swapaxes(0, 1)
+    else:
+        total = _resample(image, rows, columns)
+    total *= np.float32(1) / (row_scale * column_scale)
+    return total.astype(np.uint8)
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
@@ -149,23 +174,6 @@ def _taps(
     weights[(source < 0) | (source >= length)] = 0
     weights /= weights.sum(1, keepdims=True)
     return _Taps(np.clip(source, 0, length - 1), weights.astype(np.float32))
-
-
-def _area(image: np.ndarray, resized: tuple[int, int, int, int], size: int) -> np.ndarray:
-    """TensorFlow's ResizeArea and a crop, cut down to 8 bits, in the order of its operations.
-
-    A mean of equal values may be one place of a float short of them, and is cut down to one less:
-    so the order matters.
-    """
-    height, width, top, left = resized
-    rows, row_scale = _areas(image.shape[0], height, top, size)
-    columns, column_scale = _areas(image.shape[1], width, left, size)
-    if len(image) > _LONG:  # Rows first: its columns at their new width would take minutes.
-        total = _resample(image.swapaxes(0, 1), columns, rows).swapaxes(0, 1)
-    else:
-        total = _resample(image, rows, columns)
-    total *= np.float32(1) / (row_scale * column_scale)
-    return total.astype(np.uint8)
 
 
 def _areas(length: int, resized: int, first: int, size: int) -> tuple[_Taps, np.float32]:

@@ -4,20 +4,16 @@ Tables and sections are those of "An Image is Worth 16x16 Words" (Dosovitskiy et
 What the paper leaves open is marked "not in the paper", with the choice and its reason.
 """
 
-import contextlib
 import dataclasses
 import re
-from collections.abc import Generator, Mapping
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
 from vit_jax import models
 from vit_jax.data import vtab
-from vit_jax.errors import UserError, brief, nearest
+from vit_jax.errors import UserError
 from vit_jax.evaluation import registry
-from vit_jax.models.vit import SIZES
 from vit_jax.state import DROPS
 
 
@@ -138,137 +134,6 @@ LARGE_IMAGE_SIZE = 512
 POLYAK_DECAY = 0.9999
 
 
-def get_config(model: str, spec: str = "") -> ConfigDict:
-    """The config of a run: a model of the paper under one of its recipes.
-
-    Args:
-        model: the paper's name, for example "ViT-B/16".
-        spec: words separated by commas. First "pretrain" (the default), "masked" for pre-training
-            by masked patch prediction, or "finetune"; then the data set: a TFDS name, "vtab:TASK"
-            or "folder:PATH" (default imagenet2012 to pre-train; else it must be given); then,
-            optionally, "dev" to hold out the part of train on which the paper chose its
-            hyperparameters and to evaluate on that, and, to fine-tune, "512" for the resolution
-            and the averaging of Table 2's ImageNet rows.
-
-    Raises:
-        UserError: the spec has a word that is none of these.
-    """
-    recipe, dataset, options = parse_spec(spec)
-    config = RECIPES[recipe](model, dataset)
-    config.dataset.development = "dev" in options
-    if "512" in options:
-        _enlarge(config)
-    if (recorded := _recorded.get()) is not None:
-        recorded.append(Recorded(model, spec, config.copy_and_resolve_references()))
-    return config
-
-
-class Recorded(NamedTuple):
-    """The arguments of a call of `get_config`, and a copy of its result."""
-
-    model: str
-    spec: str
-    config: ConfigDict
-
-
-_recorded: ContextVar[list[Recorded] | None] = ContextVar("recorded", default=None)
-
-
-@contextlib.contextmanager
-def recording() -> Generator[list[Recorded]]:
-    """Lists the calls of `get_config` in this context, which tells what a config file changed."""
-    calls: list[Recorded] = []
-    token = _recorded.set(calls)
-    try:
-        yield calls
-    finally:
-        _recorded.reset(token)
-
-
-# What the official code and its files of weights call the models, in lower case and without "ViT-",
-# "+" and "_": its ViT-B_16 and b16, R50+ViT-B_16 and r50_b16.
-OFFICIAL_NAMES = {
-    "ti16": "ViT-Ti/16",
-    "s16": "ViT-S/16",
-    "s32": "ViT-S/32",
-    "b16": "ViT-B/16",
-    "b32": "ViT-B/32",
-    "l16": "ViT-L/16",
-    "l32": "ViT-L/32",
-    "h14": "ViT-H/14",
-    "rti16": "R+ViT-Ti/16",
-    "r26s32": "R26+ViT-S/32",
-    "r26b32": "R26+ViT-B/32",
-    "r50b16": "R50+ViT-B/16",
-    "r50b32": "R50+ViT-B/32",
-    "r50l16": "R50+ViT-L/16",
-    "r50l32": "R50+ViT-L/32",
-    "r50x1": "R50x1",
-    "r50x2": "R50x2",
-    "r101x1": "R101x1",
-    "r152x1": "R152x1",
-    "r152x2": "R152x2",
-    "r152x4": "R152x4",
-    "r200x3": "R200x3",
-    "axialb16": "Axial-ViT-B/16",
-    "axialb32": "Axial-ViT-B/32",
-    "axialr50": "AxialResNet50",
-}
-
-
-def model_name(name: str) -> str:
-    """The paper's name of a model for one of the official code, any other name as it is."""
-    return OFFICIAL_NAMES.get(re.sub(r"vit-|[+_]", "", name.lower()), name)
-
-
-def name_of(model: Mapping[str, Any]) -> str | None:
-    """The paper's name of the model of these sizes, None if it has none; S is also called b.
-
-    Args:
-        model: as `models.model_config` gives it; what else it has is not asked for.
-    """
-    given = {key: tuple(x) if isinstance(x, list) else x for key, x in model.items()}
-    of_patches = [f"ViT-{size}/{given['patch_size']}" for size in SIZES if given.get("patch_size")]
-    for name in (*OFFICIAL_NAMES.values(), *of_patches):
-        if sizes_of(name).items() <= given.items():
-            return name
-    return None
-
-
-def sizes_of(name: str) -> dict[str, Any]:
-    """The architecture of a model and its sizes, without what travels with weights."""
-    fields = models.model_config(name)
-    return {key: x for key, x in fields.items() if key not in LEFT_TO_WEIGHTS}
-
-
-def parse_spec(spec: str) -> tuple[str, str, set[str]]:
-    """The recipe, the data set and the options that a spec names, see `get_config`."""
-    recipe, comma, dataset = (spec or "pretrain").partition(",")
-    if recipe not in RECIPES:
-        near = nearest(recipe, RECIPES)
-        hint = f"did you mean {near}?" if near else "for example pretrain,imagenet21k"
-        raise UserError(
-            f"recipe {brief(recipe)} is unknown: use pretrain, masked or finetune; {hint}"
-        )
-    options = set()
-    while (word := dataset.rpartition(",")[2]) in ("dev", "512"):
-        dataset = dataset.rpartition(",")[0]
-        options.add(word)
-    if "512" in options and recipe != "finetune":
-        raise UserError(
-            f"spec {brief(spec)} has 512, which is a resolution to fine-tune at: use "
-            f"finetune,{dataset or 'imagenet2012'},512, or change config.dataset.image_size"
-        )
-    if "," in dataset and not dataset.startswith("folder:"):
-        dataset, _, rest = dataset.partition(",")
-        raise UserError(
-            f"spec {brief(spec)} has {brief(rest)} after the data set: only dev or 512 may follow"
-        )
-    if not dataset and (recipe != "pretrain" or (comma and not options)):
-        raise UserError(f"spec {brief(spec)} names no data set: for example {recipe},cifar10")
-    return recipe, dataset or "imagenet2012", options
-
-
 def table_name(dataset: str) -> str:
     """The name without the version and configuration of TFDS, `cifar10` of `cifar10:3.0.2`."""
     return dataset if dataset.startswith("folder:") else re.split("[:/]", dataset)[0]
@@ -299,7 +164,7 @@ def pretrain(model: str, dataset: str) -> ConfigDict:
         config.model.representation_size = config.model.hidden_size
         config.model.dropout_rate = row.dropout
     clip_norm = 0.0 if dataset in SIGMOID_DATASETS else IMAGENET_CLIP_NORM
-    config.optimizer = _adam(row.weight_decay, clip_norm)
+    config.optimizer = adam(row.weight_decay, clip_norm)
     config.schedule.base_lr = row.base_lr
     config.schedule.decay = row.decay
     config.schedule.warmup = f"{PRETRAIN_WARMUP_STEPS} steps"
@@ -312,7 +177,8 @@ def pretrain(model: str, dataset: str) -> ConfigDict:
     return config
 
 
-def _adam(weight_decay: float, clip_norm: float) -> ConfigDict:
+def adam(weight_decay: float, clip_norm: float) -> ConfigDict:
+    """The optimizer of Table 3, its weight decay and the norm at which gradients are clipped."""
     return ConfigDict(
         {
             "name": "adam",
@@ -414,7 +280,7 @@ def masked(model: str, dataset: str) -> ConfigDict:
     config.duration = f"{MASKED_STEPS} steps"
     config.dataset.image_size = PRETRAIN_IMAGE_SIZE
     config.dataset.protocol = "big_vision"
-    config.optimizer = _adam(MASKED_WEIGHT_DECAY, clip_norm=0.0)
+    config.optimizer = adam(MASKED_WEIGHT_DECAY, clip_norm=0.0)
     config.schedule.base_lr = MASKED_LR
     config.schedule.decay = "cosine"
     config.schedule.warmup = f"{MASKED_WARMUP_STEPS} steps"
@@ -430,14 +296,14 @@ def finetuning_row(dataset: str) -> FineTuning:
     return TABLE_4.get(table_name(dataset), TABLE_4["oxford_flowers102"])
 
 
-def _enlarge(config: ConfigDict) -> None:
+def enlarge(config: ConfigDict) -> None:
+    """Table 2's ImageNet rows: a larger resolution, and Polyak averaging."""
     # 512 is no multiple of H/14's patches: 518, the next, is the paper's.
     downsampling = models.describe(config.model).downsampling
     config.dataset.image_size = -(-LARGE_IMAGE_SIZE // downsampling) * downsampling
     config.ema_decay = POLYAK_DECAY
 
 
-RECIPES = {"pretrain": pretrain, "masked": masked, "finetune": finetune}
 # Stands for a value that only the user can give.
 REQUIRED = "REQUIRED"
 # What travels with weights, in `config.model`, and its type. None, as fine-tuning has it, is what
