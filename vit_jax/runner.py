@@ -129,10 +129,17 @@ def _start(name: str, workdir: pathlib.Path, label: str) -> None:
                     raise Stopped from None
                 raise
     if code:
-        raise UserError(_cause(code, log, start))
+        raise UserError(cause(code, log, start))
 
 
-def _cause(code: int, log: pathlib.Path, start: int) -> str:
+def cause(code: int, log: pathlib.Path, start: int) -> str:
+    """The reason for which a process ended with a code other than 0, in a line.
+
+    Args:
+        code: of its exit; less than 0 is the signal that killed it.
+        log: what it printed.
+        start: where that begins, in bytes.
+    """
     with log.open(errors="replace") as file:
         file.seek(start)
         lines = [line.strip() for line in file if line.strip()]
@@ -162,9 +169,9 @@ def percent(mean: float | None, sd: float | None = None) -> str:
     return f"{100 * mean:.2f}" + ("" if sd is None else f" ± {100 * sd:.2f}")
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table, the first column of words and the others of numbers."""
-    rule = ["-"] + ["-:"] * (len(header) - 1)
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """A table, the first columns, so many, of words and the others of numbers."""
+    rule = ["-"] * words + ["-:"] * (len(header) - words)
     cells = (map(table_cell, row) for row in (header, rule, *rows))
     return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 
