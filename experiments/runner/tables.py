@@ -11,7 +11,7 @@ from vit_jax.printable import printable
 if TYPE_CHECKING:
     from experiments.runner.results import Result, Results
 
-OURS = "ours (paper)"
+OURS, FAILED, NOT_RUN = "ours (paper)", "failed", "not run"
 _COLUMNS = (
     "metric",
     "mean",
@@ -40,6 +40,11 @@ class Cell:
     ours: str = ""
     paper: str = ""
     note: str = ""
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether there is something to run and no number."""
+        return self.ours in (FAILED, NOT_RUN)
 
     def __str__(self) -> str:
         paper = f"({self.paper})" if self.paper else ""
@@ -87,7 +92,7 @@ def cell(result: "Result") -> Cell:
         return Cell(paper=paper)
     if result.mean is None:
         has_run = any("failed" in problem for problem in result.problems)
-        return Cell("failed" if has_run else "not run", paper)
+        return Cell(FAILED if has_run else NOT_RUN, paper)
     missing = len(found) < len(result.values)
     note = f"{len(found)} of {len(result.values)} seeds" if missing else ""
     if measurement.percent:
