@@ -60,8 +60,8 @@ EXPERIMENT = Experiment(
     "The most accurate, the lowest of equals, is taken and trained on all training images; test is "
     "what that reaches. All tasks of VTAB share the rate 0.01; the number is their mean. The paper "
     "does not say which rates were taken, and its numbers beside test are Table 5's. Chosen here: "
-    "ViT-B/16 pre-trained on ImageNet-21k. Steps are the paper's; a smaller scale has fewer, "
-    "and larger rates.",
+    "ViT-B/16 pre-trained on ImageNet-21k. Steps are the paper's; a smaller scale has "
+    "fewer, and two larger rates.",
 )
 
 if __name__ == "__main__":

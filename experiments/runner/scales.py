@@ -94,6 +94,8 @@ class Reduction:
         steps = self.num_steps(paper_steps)
         config.duration = f"{steps} steps"
         config.schedule.warmup = f"{round(steps * warmup / paper_steps)} steps"
+        if config.ema_decay:  # The average is over the same share of the run.
+            config.ema_decay = max(1 - (1 - config.ema_decay) * paper_steps / steps, 0.0)
         every = steps // self.evaluations if config.patience else 0
         curve = count_steps(config.evals.fewshot.every, images, config.batch_size)
         config.patience = min(config.patience, self.patience)
@@ -283,7 +285,7 @@ SMOKE = Scale(
         patch=4,
         stages=1,
         units=16,
-        steps=2.5,
+        steps=4,
         batch_sizes=(32, 16),
         rates={"adam": 4.0, "sgd": 0.2},
         finetuning_rate=10.0,

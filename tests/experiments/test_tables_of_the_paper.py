@@ -242,3 +242,10 @@ def test_objectnet_is_what_vit_jax_evaluate_says_of_each_run(tmp_path, monkeypat
     (args,) = called
     assert args.checkpoint == str(tmp_path / "run")
     assert args.dataset == {"paper": "objectnet:objectnet", "smoke": "digits"}[scale]
+
+
+@pytest.mark.parametrize("scale", ["mini", "smoke"])
+def test_polyak_averages_over_the_same_share_of_a_smaller_run(scale):
+    config = cell("table2", scale, task="ImageNet", model="ViT-L/16, JFT-300M").sources[0].config
+    steps = int(config.duration.removesuffix(" steps"))
+    assert steps * (1 - config.ema_decay) == pytest.approx(20_000 * (1 - 0.9999))
