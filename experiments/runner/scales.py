@@ -259,7 +259,7 @@ MINI = Scale(
         "JFT is all 50,000 training images of CIFAR-10, ImageNet-21k 30% of them, ImageNet 10%.",
         "CIFAR-10 and CIFAR-100 are 4,000 of them each, Pets 400, Flowers 200, a task of VTAB 200: "
         "each another choice, of the same ten classes, which pre-training may have seen.",
-        "Learning rates are chosen on 1,000 other training images. Everything is evaluated on the 10,000 "
+        "Rates are chosen on 1,000 other training images. All are evaluated on the 10,000 "
         "test images; ReaL is the first half of these, ObjectNet the second.",
     ),
     real=_SECOND_HALF | {"dataset": "cifar10", "split": "test[:50%]"},
@@ -308,7 +308,7 @@ SMOKE = Scale(
         "ImageNet-21k 30% of them, ImageNet 10%.",
         "CIFAR-10 and CIFAR-100 are 300 of them each, Pets 100, Flowers 60, a task of VTAB 100: "
         "each another choice, of the same ten classes, which pre-training may have seen.",
-        "Learning rates are chosen on 144 other training images. Everything is evaluated on the 355 "
+        "Rates are chosen on 144 other training images. All are evaluated on the 355 "
         "test images; ReaL is the first half of these, ObjectNet the second.",
     ),
     real=_SECOND_HALF | {"dataset": "digits", "split": "test[:50%]"},
