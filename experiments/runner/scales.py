@@ -287,7 +287,7 @@ SMOKE = Scale(
         steps=4,
         batch_sizes=(32, 16),
         rates={"adam": 4.0, "sgd": 0.2},
-        finetuning_rate=10.0,
+        finetuning_rate=15.0,
         evaluations=10,
         patience=2,
         mirrors=False,
@@ -298,15 +298,15 @@ SMOKE = Scale(
         {
             "cifar100": 300,
             "cifar10": 300,
-            "oxford_iiit_pet": 100,
-            "oxford_flowers102": 60,
+            "oxford_iiit_pet": 200,
+            "oxford_flowers102": 150,
             "vtab": 100,
         },
     ),
     about_data=(
         "JFT is all 1,442 training images of the digits, enlarged from 8 to 16 pixels, "
         "ImageNet-21k 30% of them, ImageNet 10%.",
-        "CIFAR-10 and CIFAR-100 are 300 of them each, Pets 100, Flowers 60, a task of VTAB 100: "
+        "CIFAR-10 and CIFAR-100 are 300 of them each, Pets 200, Flowers 150, a task of VTAB 100: "
         "each another choice, of the same ten classes, which pre-training may have seen.",
         "Rates are chosen on 144 other training images. All are evaluated on the 355 "
         "test images; ReaL is the first half of these, ObjectNet the second.",
