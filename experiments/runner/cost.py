@@ -11,7 +11,7 @@ from vit_jax.errors import UserError, brief, nearest
 from vit_jax.runner import markdown
 
 DEVICE = "H100"
-# Of a device's peak. Not measured: a large ViT reaches 0.3 to 0.5 on what `PEAK_FLOPS` lists.
+# Of a device's peak: an assumption, not measured.
 MFU = 0.4
 
 _RECIPES = {

@@ -261,7 +261,8 @@ MINI = Scale(
         "JFT is all 50,000 training images of CIFAR-10, ImageNet-21k 30% of them, ImageNet 10%.",
         "CIFAR-10 and CIFAR-100 are 4,000 of them each, Pets 400, Flowers 200, a task of VTAB 200: "
         "each another choice, of the same ten classes, which pre-training may have seen.",
-        "ReaL is the first half of the test images, ObjectNet the second.",
+        "Rates are chosen on 1,000 other training images. All are evaluated on the 10,000 "
+        "test images; ReaL is the first half of these, ObjectNet the second.",
     ),
     real=_SECOND_HALF | {"dataset": "cifar10", "split": "test[:50%]"},
     objectnet=_SECOND_HALF | {"dataset": "cifar10"},
@@ -299,17 +300,18 @@ SMOKE = Scale(
         {
             "cifar100": 300,
             "cifar10": 300,
-            "oxford_iiit_pet": 100,
-            "oxford_flowers102": 60,
+            "oxford_iiit_pet": 200,
+            "oxford_flowers102": 150,
             "vtab": 100,
         },
     ),
     about_data=(
         "JFT is all 1,442 training images of the digits, enlarged from 8 to 16 pixels, "
         "ImageNet-21k 30% of them, ImageNet 10%.",
-        "CIFAR-10 and CIFAR-100 are 300 of them each, Pets 100, Flowers 60, a task of VTAB 100: "
+        "CIFAR-10 and CIFAR-100 are 300 of them each, Pets 200, Flowers 150, a task of VTAB 100: "
         "each another choice, of the same ten classes, which pre-training may have seen.",
-        "ReaL is the first half of the test images, ObjectNet the second.",
+        "Rates are chosen on 144 other training images. All are evaluated on the 355 "
+        "test images; ReaL is the first half of these, ObjectNet the second.",
     ),
     real=_SECOND_HALF | {"dataset": "digits", "split": "test[:50%]"},
     objectnet=_SECOND_HALF | {"dataset": "digits"},

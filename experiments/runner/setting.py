@@ -178,9 +178,10 @@ class Setting:
 
     def objectnet(self) -> dict[str, Any]:
         """An entry of `config.evals` for ObjectNet, or what stands for it."""
-        entry = {"every": "0 steps", **self.scale.objectnet}
+        entry = {"every": "0 steps", "data_dir": self.data_dir, **self.scale.objectnet}
         if entry["type"] == "objectnet":
-            entry["dataset"] = f"objectnet:{self.datasets.get('objectnet', 'objectnet')}"
+            folder = self.datasets.get("objectnet", "objectnet")
+            entry |= {"dataset": f"objectnet:{folder}", "data_dir": ""}
         return entry
 
     @property

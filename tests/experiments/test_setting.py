@@ -173,3 +173,13 @@ def test_a_run_of_the_smoke_scale_learns_and_has_its_metric(tmp_path):
     records = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert setting.fewshot_metric in records[-1]
     assert found["accuracy"] > 0.5  # of ten classes
+
+
+def test_objectnet_is_a_folder_and_at_small_scales_other_images():
+    at_paper = Setting(PAPER, 1, {"objectnet": "/data/on"}, data_dir="/data/tfds").objectnet()
+    assert (at_paper["dataset"], at_paper["data_dir"]) == ("objectnet:/data/on", "")
+    run = Setting(SMOKE, 1).pretrain(
+        "ViT-B/16", "jft", variant="x", changes={"evals.objectnet": Setting(SMOKE, 1).objectnet()}
+    )
+    check_config(run.config)
+    assert run.config.evals.objectnet.type == "classification"
