@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.gridspec import SubplotSpec
 from matplotlib.image import AxesImage
 
@@ -92,15 +92,18 @@ def layer_colors(image: np.ndarray, tokens: np.ndarray, title: str) -> Figure:
     return figure
 
 
-def attention_distances(distances: np.ndarray, uniform: float, num_images: int) -> Figure:
+def attention_distances(
+    distances: np.ndarray, uniform: float, num_images: int, figure: FigureBase | None = None
+) -> FigureBase:
     """Draws one dot per head and layer (Figure 7 right).
 
     Args:
         distances: [layers, heads] in pixels.
         uniform: the distance of a head that looks at all tokens alike.
         num_images: over which the distances were averaged.
+        figure: to draw in, by default a new one.
     """
-    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    figure = figure or Figure(figsize=(5.6, 3.6), layout="constrained")
     axes = figure.subplots()
     num_layers, num_heads = distances.shape
     layers = np.repeat(np.arange(1, num_layers + 1), num_heads)
@@ -138,17 +141,21 @@ def attention_distances(distances: np.ndarray, uniform: float, num_images: int) 
     return figure
 
 
-def filter_grid(filters: np.ndarray, share: float) -> Figure:
+def filter_grid(
+    filters: np.ndarray, share: float, figure: FigureBase | None = None
+) -> FigureBase:
     """Principal components of the RGB filters, seven a row (Figure 7 left).
 
     Args:
         filters: [filters, height, width, 3] in [0, 1].
         share: of the variance that they hold together.
+        figure: to draw in, by default a new one.
     """
     columns = min(7, len(filters))
     rows = -(-len(filters) // columns)
     side = 0.62
-    figure = Figure(figsize=(columns * side + 0.2, rows * side + 0.5), layout="constrained")
+    size = (columns * side + 0.2, rows * side + 0.5)
+    figure = figure or Figure(figsize=size, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False)
     for index, axes in enumerate(panels.flat):
         if index < len(filters):
@@ -163,14 +170,15 @@ def filter_grid(filters: np.ndarray, share: float) -> Figure:
     return figure
 
 
-def similarity_grid(similarity: np.ndarray) -> Figure:
+def similarity_grid(similarity: np.ndarray, figure: FigureBase | None = None) -> FigureBase:
     """A map for each patch: how similar every patch's position embedding is (Figure 7 middle).
 
     Args:
         similarity: [rows, columns, rows, columns], cosines.
+        figure: to draw in, by default a new one.
     """
     rows, columns = similarity.shape[:2]
-    figure = Figure(figsize=(5.2, 4.6), layout="constrained")
+    figure = figure or Figure(figsize=(5.2, 4.6), layout="constrained")
     axes = figure.subplots()
     drawn = _tiles(axes, similarity, -1, 1)
     axes.set(xlabel="column of the patch", ylabel="row of the patch")
