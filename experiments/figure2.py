@@ -44,7 +44,9 @@ def draw(results: "Results") -> "Figure":
     figure, (axes,) = pictures.panels(1, width=8)
     pictures.bars(axes, results, group="group")
     counts = [len(part.groups("task")) for part in results.groups("group").values()]
-    names = [f"{name}\n({n} tasks)" for name, n in zip(results.groups("group"), counts, strict=True)]
+    names = [
+        f"{name}\n({n} tasks)" for name, n in zip(results.groups("group"), counts, strict=True)
+    ]
     axes.set_xticks(range(len(names)), names)
     axes.set(ylabel="accuracy [%]", ylim=(0, 100))
     return pictures.finish(figure)

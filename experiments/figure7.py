@@ -140,7 +140,9 @@ def draw(results: "Results") -> "Figure":
 
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     left, center, right = figure.subfigures(1, 3, width_ratios=(4.4, 4.6, 5))
-    embeddings, distances = (results.where(model=model).found[0] for model in ("ViT-L/32", "ViT-L/16"))
+    embeddings, distances = (
+        results.where(model=model).found[0] for model in ("ViT-L/32", "ViT-L/16")
+    )
     arrays = analyses.load_arrays(results, embeddings)
     if arrays is None:
         analyses.nothing(embeddings, left)

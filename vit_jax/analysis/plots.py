@@ -141,9 +141,7 @@ def attention_distances(
     return figure
 
 
-def filter_grid(
-    filters: np.ndarray, share: float, figure: FigureBase | None = None
-) -> FigureBase:
+def filter_grid(filters: np.ndarray, share: float, figure: FigureBase | None = None) -> FigureBase:
     """Principal components of the RGB filters, seven a row (Figure 7 left).
 
     Args:
