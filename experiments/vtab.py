@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from experiments import paper
 from vit_jax import command
 from vit_jax.data.vtab import GROUPS, PREFIX, TASKS, get_task
 from vit_jax.errors import UserError
@@ -22,35 +23,11 @@ from vit_jax.sweep import add_seeds
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-COLUMNS = ("H/14 JFT", "L/16 JFT", "L/16 I21k")
-# Table 9, in percent; rows in the order of TASKS.
-TABLE_9 = dict(
-    zip(
-        TASKS,
-        (
-            (95.3, 95.4, 90.8),
-            (85.5, 81.9, 84.1),
-            (75.2, 74.3, 74.1),
-            (99.7, 99.7, 99.3),
-            (97.2, 96.7, 92.7),
-            (65.0, 63.5, 61.0),
-            (88.9, 87.4, 80.9),
-            (83.3, 83.6, 82.5),
-            (96.7, 96.5, 95.6),
-            (91.4, 89.7, 85.2),
-            (76.6, 77.1, 75.3),
-            (91.7, 86.4, 70.3),
-            (63.8, 63.1, 56.1),
-            (53.1, 49.7, 41.9),
-            (79.4, 74.5, 74.7),
-            (63.3, 60.5, 64.9),
-            (84.5, 82.2, 79.9),
-            (33.2, 36.2, 30.5),
-            (51.2, 51.1, 41.7),
-        ),
-        strict=True,
-    )
-)
+COLUMNS = {
+    "H/14 JFT": ("ViT-H/14", "jft"),
+    "L/16 JFT": ("ViT-L/16", "jft"),
+    "L/16 I21k": ("ViT-L/16", "imagenet21k"),
+}
 
 
 def build_parser(prog: str) -> command.Parser:
@@ -114,7 +91,7 @@ def table(accuracies: Mapping[str, Sequence[float | None]]) -> str:
     """
     means = {task: _mean(accuracies[task]) for task in TASKS if task in accuracies}
     rows = [
-        [task, TASKS[task].group, _cell(accuracies[task]), *map(str, TABLE_9[task])]
+        [task, TASKS[task].group, _cell(accuracies[task]), *map(str, _paper(task))]
         for task in means
     ]
     finished = [task for task, mean in means.items() if mean is not None]
@@ -123,10 +100,15 @@ def table(accuracies: Mapping[str, Sequence[float | None]]) -> str:
         if members:
             seeds = zip(*(accuracies[task] for task in members), strict=True)
             own = [_mean(seed) for seed in seeds if None not in seed]
-            paper = [f"{_mean([TABLE_9[task][i] for task in members]):.1f}" for i in range(3)]
+            columns = zip(*map(_paper, members), strict=True)
+            means_of_paper = [f"{_mean(column):.1f}" for column in columns]
             cell = _cell(own or [_mean([means[task] for task in members])])
-            rows.append([f"mean of {len(members)}", group, cell, *paper])
+            rows.append([f"mean of {len(members)}", group, cell, *means_of_paper])
     return markdown(["task", "group", "accuracy", *COLUMNS], rows)
+
+
+def _paper(task: str) -> list[float]:
+    return [paper.TABLE_9[task, *column] for column in COLUMNS.values()]
 
 
 def _cell(accuracies: Sequence[float | None]) -> str:

@@ -4,6 +4,7 @@ import runpy
 
 import pytest
 
+from experiments import paper
 from vit_jax import recipes
 from vit_jax.config import count_steps
 from vit_jax.config_files import load
@@ -11,39 +12,16 @@ from vit_jax.errors import UserError
 from vit_jax.models import with_defaults
 from vit_jax.recipes import get_config
 
-# Table 3, typed from the paper: model, data, epochs, base LR, decay, weight decay, dropout.
-TABLE_3 = """
-ViT-B/32      JFT       7    8e-4 linear 0.1  0
-ViT-B/16      JFT       7    8e-4 linear 0.1  0
-ViT-L/32      JFT       7    6e-4 linear 0.1  0
-ViT-L/16      JFT       7/14 4e-4 linear 0.1  0
-ViT-H/14      JFT       14   3e-4 linear 0.1  0
-R50x1         JFT       7    1e-3 linear 0.1  0
-R50x2         JFT       7    1e-3 linear 0.1  0
-R101x1        JFT       7    8e-4 linear 0.1  0
-R152x1        JFT       7    6e-4 linear 0.1  0
-R152x2        JFT       7    6e-4 linear 0.1  0
-R50+ViT-B/32  JFT       7    8e-4 linear 0.1  0
-R50+ViT-B/16  JFT       7    8e-4 linear 0.1  0
-R50+ViT-L/32  JFT       7    2e-4 linear 0.1  0
-R50+ViT-L/16  JFT       7/14 4e-4 linear 0.1  0
-ViT-B/16      ImageNet-21k 90    1e-3 linear 0.03 0.1
-ViT-B/32      ImageNet-21k 90    1e-3 linear 0.03 0.1
-ViT-L/16      ImageNet-21k 30/90 1e-3 linear 0.03 0.1
-ViT-L/32      ImageNet-21k 30/90 1e-3 linear 0.03 0.1
-ViT-*         ImageNet  300  3e-3 cosine 0.3  0.1
-"""
 RECIPES = ("finetune", "pretrain")
-DATA = {"JFT": "jft", "ImageNet-21k": "imagenet21k", "ImageNet": "imagenet2012"}
-
-# Table 4: data, steps, rates tried; and the warm-up of the published code and later configs.
-TABLE_4 = """
-imagenet2012      20000 0.003,0.01,0.03,0.06  500
-cifar100          10000 0.001,0.003,0.01,0.03 500
-cifar10           10000 0.001,0.003,0.01,0.03 500
-oxford_iiit_pet   500   0.001,0.003,0.01,0.03 100
-oxford_flowers102 500   0.001,0.003,0.01,0.03 100
-"""
+# The warm-up of the published code and later configs, in steps.
+WARMUP = {
+    "imagenet2012": 500,
+    "cifar100": 500,
+    "cifar10": 500,
+    "oxford_iiit_pet": 100,
+    "oxford_flowers102": 100,
+    "vtab": 200,
+}
 
 
 def rows(table):
@@ -51,23 +29,12 @@ def rows(table):
 
 
 def test_every_number_of_table_3():
-    expected = {
-        (model, DATA[data]): (
-            tuple(int(e) for e in epochs.split("/")), float(lr), decay, float(wd), float(dropout)
-        )
-        for model, data, epochs, lr, decay, wd, dropout in rows(TABLE_3)
-    }  # fmt: skip
-    assert {key: tuple(row) for key, row in recipes.TABLE_3.items()} == expected
+    assert {key: tuple(row) for key, row in recipes.TABLE_3.items()} == paper.TABLE_3
 
 
 def test_every_number_of_table_4():
-    expected = {
-        data: (int(steps), tuple(float(lr) for lr in lrs.split(",")), int(warmup))
-        for data, steps, lrs, warmup in rows(TABLE_4)
-    }
-    vtab = recipes.TABLE_4["vtab"]
-    assert (vtab.steps, vtab.base_lrs) == (2500, (0.01,))
-    assert {key: tuple(row) for key, row in recipes.TABLE_4.items() if key != "vtab"} == expected
+    expected = {data: (*row, WARMUP[data]) for data, row in paper.TABLE_4.items()}
+    assert {data: tuple(row) for data, row in recipes.TABLE_4.items()} == expected
 
 
 def test_pretraining_on_imagenet_is_table_3():

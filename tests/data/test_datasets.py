@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from experiments import paper
 from vit_jax.data.datasets import Source, open_dataset, open_evaluation, open_real, relabel
 from vit_jax.data.pipeline import eval_batches
 from vit_jax.data.protocols import Preprocessing
@@ -38,7 +39,7 @@ def test_the_papers_data_sets_have_the_papers_splits(
     parts = {"train", "validation", "test"} & set(re.findall(r"\w+", "+".join(usual)))
     examples = {part: prepared.random_examples(name, 100, noise) for part in parts}
     prepared.write(name, tmp_path, examples)
-    percent = int(re.search(r"(\d+)%", development[0])[1])
+    percent = 100 - paper.HELD_OUT[name]
     parts_of_train = usual[0].count("+") + 1
     sizes = (
         (100 * parts_of_train, 100),
