@@ -43,10 +43,8 @@ def draw(results: "Results") -> "Figure":
     results = dataclasses.replace(results, found=(*everything, *results.found))
     figure, (axes,) = pictures.panels(1, width=8)
     pictures.bars(axes, results, group="group")
-    counts = [len(part.groups("task")) for part in results.groups("group").values()]
-    names = [
-        f"{name}\n({n} tasks)" for name, n in zip(results.groups("group"), counts, strict=True)
-    ]
+    groups = results.groups("group").items()
+    names = [f"{name}\n({len(part.groups('task'))} tasks)" for name, part in groups]
     axes.set_xticks(range(len(names)), names)
     axes.set(ylabel="accuracy [%]", ylim=(0, 100))
     return pictures.finish(figure)

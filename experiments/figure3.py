@@ -1,4 +1,4 @@
-"""Figure 3: the data set of pre-training against the accuracy on ImageNet. Shares Table 5's runs."""
+"""Figure 3: the data set of pre-training against accuracy on ImageNet. Shares Table 5's runs."""
 
 from typing import TYPE_CHECKING
 

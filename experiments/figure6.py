@@ -1,9 +1,6 @@
 """Figure 6: what the class token attends to. Shares its maps with Figure 14."""
 
-import pathlib
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from experiments.runner import command
 from experiments.runner.experiment import Experiment, Measurement, Task
@@ -16,54 +13,21 @@ if TYPE_CHECKING:
 
 SHOWN, COMPUTED = 3, 24
 ABOUT = (
-    "Attention rollout (Appendix D.8) of ViT-L/16, pre-trained on JFT-300M and fine-tuned on ImageNet: "
-    "the mean over the heads of every layer, the identity for the residual connection, rows made "
-    "to sum to 1, all layers multiplied. The class token's row of the result, enlarged to the "
-    "image, is laid over it as a mask. In the paper, the model attends to what matters for the "
-    "class. The number is the share of the patches over which the attention is spread: e to the "
-    "power of its entropy, by the number of patches. "
+    "Attention rollout (Appendix D.8) of ViT-L/16, pre-trained on JFT-300M and fine-tuned on "
+    "ImageNet: the mean over the heads of every layer, the identity for the residual connection, "
+    "rows made to sum to 1, all layers multiplied. The class token's row of the result, enlarged "
+    "to the image, is laid over it as a mask. In the paper, the model attends to what matters for "
+    "the class. The number is the share of the patches over which the attention is spread: e to "
+    "the power of its entropy, by the number of patches. "
 )
 
 
 def measure(setting: "Setting") -> list[Measurement]:
     """Lists how widely the attention is spread."""
     run = setting.finetune(setting.pretrain("ViT-L/16", "jft"), "imagenet2012")[0]
-    function = "experiments.figure6:roll_out"
+    function = "experiments.runner.analyses:rollouts"
     task = Task(f"rollout-{run.name}", function, {"images": COMPUTED}, of=(run,))
     return [Measurement({"model": "ViT-L/16", "of the patches": "attended to"}, [task], "spread")]
-
-
-def roll_out(workdir: pathlib.Path, runs: list[pathlib.Path], images: int) -> dict[str, float]:
-    """Leaves images and the masks that attention makes of them.
-
-    Args:
-        workdir: takes "images" [images, height, width, 3] and "masks" [images, height, width].
-        runs: of the model.
-        images: how many.
-
-    Returns:
-        "spread", the mean of exp(entropy) / patches, in [0, 1].
-    """
-    from experiments.runner import analyses
-    from vit_jax.analysis.attention import on_patches, rollout, to_mask
-
-    observed = analyses.observe(runs[0])
-    batch = observed.evaluation_images(images)
-    maps = observed.attention(lambda weights: on_patches(rollout(weights), observed.grid), batch)
-    masks = np.asarray(to_mask(maps, batch.shape[1:3]))
-    analyses.save_arrays(workdir, images=observed.pixels(batch), masks=masks)
-    return {"spread": float(np.mean(spread(maps)))}
-
-
-def spread(maps: np.ndarray) -> np.ndarray:
-    """The share of the patches over which attention is spread, [...] in [0, 1].
-
-    Args:
-        maps: [..., rows, columns], not negative.
-    """
-    shares = maps / maps.sum(axis=(-2, -1), keepdims=True)
-    entropy = -np.where(shares > 0, shares * np.log(np.maximum(shares, 1e-30)), 0).sum((-2, -1))
-    return np.exp(entropy) / np.prod(maps.shape[-2:])
 
 
 def draw(results: "Results") -> "Figure":

@@ -1,9 +1,6 @@
 """Figure 7: filters and position embeddings of ViT-L/32, attention distance of ViT-L/16."""
 
-import pathlib
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from experiments.runner import command
 from experiments.runner.experiment import Experiment, Measurement, Run, Task
@@ -48,87 +45,13 @@ def measure(setting: "Setting") -> list[Measurement]:
 
 def embedding_task(run: Run) -> Task:
     """The analysis of a run's filters and position embeddings."""
-    return Task(f"embeddings-{run.name}", "experiments.figure7:look_at_embeddings", of=(run,))
+    return Task(f"embeddings-{run.name}", "experiments.runner.analyses:embeddings_of", of=(run,))
 
 
 def distance_task(run: Run) -> Task:
     """The analysis of a run's attention distances."""
-    function = "experiments.figure7:look_at_attention"
+    function = "experiments.runner.analyses:distances_of"
     return Task(f"distance-{run.name}", function, {"images": IMAGES}, of=(run,))
-
-
-def look_at_embeddings(workdir: pathlib.Path, runs: list[pathlib.Path]) -> dict[str, float]:
-    """Leaves the principal components of the filters, and the similarities of the positions.
-
-    Args:
-        workdir: takes "components" [components, height, width, 3] and "similarity" [rows, columns,
-            rows, columns].
-        runs: of the model.
-
-    Returns:
-        The values of `OF_EMBEDDINGS`: a share of the variance, and means of cosines.
-    """
-    from experiments.runner import analyses
-    from vit_jax.analysis import embeddings
-    from vit_jax.analysis.intermediates import position_embedding
-
-    observed = analyses.observe(runs[0])
-    params = observed.pretrained.params
-    components, shares = embeddings.principal_filters(embeddings.rgb_filters(params))
-    images = np.zeros((1, observed.image_size, observed.image_size, 3), np.float32)
-    positions = np.asarray(position_embedding(observed.model, params, images))
-    similarity = embeddings.position_similarity(positions, observed.grid)
-    analyses.save_arrays(workdir, components=components, similarity=similarity)
-    return {"variance": float(shares.sum()), **similarity_by_place(similarity)}
-
-
-def similarity_by_place(similarity: np.ndarray) -> dict[str, float]:
-    """Mean similarities: of neighbors, within a row or column, and of all others; those there are.
-
-    Args:
-        similarity: [rows, columns, rows, columns].
-    """
-    row, column, other_row, other_column = np.indices(similarity.shape)
-    down, across = abs(row - other_row), abs(column - other_column)
-    places = {
-        "neighbors": down + across == 1,
-        "line": (down == 0) != (across == 0),
-        "others": (down > 0) & (across > 0),
-    }
-    return {name: float(similarity[x].mean()) for name, x in places.items() if x.any()}
-
-
-def look_at_attention(
-    workdir: pathlib.Path, runs: list[pathlib.Path], images: int
-) -> dict[str, float]:
-    """Leaves the mean attention distance of every head.
-
-    Args:
-        workdir: takes "distances" [layers, heads] in pixels, "uniform", that of a head that looks
-            at all tokens alike, and "images", how many there were.
-        runs: of the model.
-        images: how many, at most.
-
-    Returns:
-        The values of `OF_ATTENTION`, in sides of the image.
-    """
-    from experiments.runner import analyses
-    from vit_jax.analysis.attention import attention_distance, uniform_distance
-
-    observed = analyses.observe(runs[0])
-    grid, side = observed.grid, observed.side
-    batch = observed.evaluation_images(images)
-    each = observed.attention(lambda weights: attention_distance(weights, grid, side), batch)
-    distances = each.astype(np.float64).mean(axis=0)
-    tokens = grid[0] * grid[1] + (observed.pretrained.model["classifier"] == "token")
-    uniform = uniform_distance(grid, side, tokens)
-    analyses.save_arrays(workdir, distances=distances, uniform=uniform, images=len(batch))
-    shares = distances / observed.image_size
-    return {
-        "lowest_nearest": shares[0].min(),
-        "lowest_farthest": shares[0].max(),
-        "highest_mean": shares[-1].mean(),
-    }
 
 
 def draw(results: "Results") -> "Figure":
@@ -140,9 +63,7 @@ def draw(results: "Results") -> "Figure":
 
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     left, center, right = figure.subfigures(1, 3, width_ratios=(4.4, 4.6, 5))
-    embeddings, distances = (
-        results.where(model=model).found[0] for model in ("ViT-L/32", "ViT-L/16")
-    )
+    embeddings, distances = (results.where(model=x).found[0] for x in ("ViT-L/32", "ViT-L/16"))
     arrays = analyses.load_arrays(results, embeddings)
     if arrays is None:
         analyses.nothing(embeddings, left)
@@ -180,8 +101,8 @@ EXPERIMENT = Experiment(
     about="Left, the first 28 principal components of the filters of the patch embedding of "
     "ViT-L/32; center, the cosine similarity of its position embeddings, a tile for each patch; "
     "right, the mean attention distance of every head of ViT-L/16 (Appendix D.7), over "
-    f"{IMAGES} images. Both are as pre-trained on JFT-300M. In the paper, the components look like a "
-    "basis for the fine structure within a patch, near patches and those of a row or column have "
+    f"{IMAGES} images. Both are as pre-trained on JFT-300M. In the paper, the components look like "
+    "a basis for the fine structure within a patch, near patches and those of a row or column have "
     "similar embeddings, and some heads attend to most of the image already in the lowest layers "
     "while others stay near. Distances in the table are in sides of the image.",
 )

@@ -91,12 +91,12 @@ EXPERIMENT = Experiment(
     rows=("classifier",),
     column="base_lr",
     draw=draw,
-    about="ViT-B/32 pre-trained on JFT-300M with the class token as the representation, or with the "
-    "mean over the patches, at several base learning rates. In the paper, pooling was first found "
-    "to be much worse, which is explained by the learning rate alone: with 3e-4 in place of 8e-4 "
-    "it is as good as the class token. The paper does not name the model: its class token reaches "
-    "ViT-B/32's accuracy of Figures 4 and 13. It has three curves; the others are measured here "
-    "for a claim about rates to be one. The horizontal lines are where the paper's curves end.",
+    about="ViT-B/32 pre-trained on JFT-300M with the class token as the representation, or with "
+    "the mean over the patches, at several base learning rates. In the paper, pooling was first "
+    "found to be much worse, which is explained by the learning rate alone: with 3e-4 in place of "
+    "8e-4 it is as good as the class token. The paper does not name the model: its class token "
+    "reaches ViT-B/32's accuracy of Figures 4 and 13. It has three curves; the others are measured "
+    "here for a claim about rates to be one. The horizontal lines are where the paper's curves end.",
 )
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the analyses of runs share: images to look at, and arrays that they leave for pictures."""
+"""The analyses of trained models: tasks that return numbers and leave arrays for pictures."""
 
 import json
 import pathlib
@@ -104,6 +104,110 @@ def observe(run: pathlib.Path) -> Observed:
     model = create_model(pretrained.model)
     count = pretrained.preprocessing.image_size // model.downsampling
     return Observed(run, pretrained, model, (count, count), model.downsampling)
+
+
+def embeddings_of(workdir: pathlib.Path, runs: list[pathlib.Path]) -> dict[str, float]:
+    """Leaves the principal components of the filters, and the similarities of the positions.
+
+    Args:
+        workdir: takes "components" [components, height, width, 3] and "similarity" [rows, columns,
+            rows, columns].
+        runs: of the model.
+
+    Returns:
+        "variance", the share of it that the components hold, and mean similarities, see
+        `similarity_by_place`.
+    """
+    from vit_jax.analysis import embeddings
+    from vit_jax.analysis.intermediates import position_embedding
+
+    observed = observe(runs[0])
+    params = observed.pretrained.params
+    components, shares = embeddings.principal_filters(embeddings.rgb_filters(params))
+    images = np.zeros((1, observed.image_size, observed.image_size, 3), np.float32)
+    positions = np.asarray(position_embedding(observed.model, params, images))
+    similarity = embeddings.position_similarity(positions, observed.grid)
+    save_arrays(workdir, components=components, similarity=similarity)
+    return {"variance": float(shares.sum()), **similarity_by_place(similarity)}
+
+
+def similarity_by_place(similarity: np.ndarray) -> dict[str, float]:
+    """Mean similarities: of neighbors, within a row or column, and of all others; those there are.
+
+    Args:
+        similarity: [rows, columns, rows, columns].
+    """
+    row, column, other_row, other_column = np.indices(similarity.shape)
+    down, across = abs(row - other_row), abs(column - other_column)
+    places = {
+        "neighbors": down + across == 1,
+        "line": (down == 0) != (across == 0),
+        "others": (down > 0) & (across > 0),
+    }
+    return {name: float(similarity[x].mean()) for name, x in places.items() if x.any()}
+
+
+def distances_of(workdir: pathlib.Path, runs: list[pathlib.Path], images: int) -> dict[str, float]:
+    """Leaves the mean attention distance of every head.
+
+    Args:
+        workdir: takes "distances" [layers, heads] in pixels, "uniform", that of a head that looks
+            at all tokens alike, and "images", how many there were.
+        runs: of the model.
+        images: how many, at most.
+
+    Returns:
+        In sides of the image: "lowest_nearest" and "lowest_farthest", of the heads of the lowest
+        layer, and "highest_mean", over those of the highest.
+    """
+    from vit_jax.analysis.attention import attention_distance, uniform_distance
+
+    observed = observe(runs[0])
+    grid, side = observed.grid, observed.side
+    batch = observed.evaluation_images(images)
+    each = observed.attention(lambda weights: attention_distance(weights, grid, side), batch)
+    distances = each.astype(np.float64).mean(axis=0)
+    tokens = grid[0] * grid[1] + (observed.pretrained.model["classifier"] == "token")
+    uniform = uniform_distance(grid, side, tokens)
+    save_arrays(workdir, distances=distances, uniform=uniform, images=len(batch))
+    shares = distances / observed.image_size
+    return {
+        "lowest_nearest": shares[0].min(),
+        "lowest_farthest": shares[0].max(),
+        "highest_mean": shares[-1].mean(),
+    }
+
+
+def rollouts(workdir: pathlib.Path, runs: list[pathlib.Path], images: int) -> dict[str, float]:
+    """Leaves images and the masks that attention makes of them.
+
+    Args:
+        workdir: takes "images" [images, height, width, 3] and "masks" [images, height, width].
+        runs: of the model.
+        images: how many.
+
+    Returns:
+        "spread", the mean of exp(entropy) / patches, in [0, 1].
+    """
+    from vit_jax.analysis.attention import on_patches, rollout, to_mask
+
+    observed = observe(runs[0])
+    batch = observed.evaluation_images(images)
+    maps = observed.attention(lambda weights: on_patches(rollout(weights), observed.grid), batch)
+    masks = np.asarray(to_mask(maps, batch.shape[1:3]))
+    save_arrays(workdir, images=observed.pixels(batch), masks=masks)
+    return {"spread": float(np.mean(spread(maps)))}
+
+
+def spread(maps: np.ndarray) -> np.ndarray:
+    """The share of the patches over which attention is spread, [...] in [0, 1].
+
+    Args:
+        maps: [..., rows, columns], not negative.
+    """
+    shares = maps / maps.sum(axis=(-2, -1), keepdims=True)
+    entropy = -np.where(shares > 0, shares * np.log(np.maximum(shares, 1e-30)), 0).sum((-2, -1))
+    return np.exp(entropy) / np.prod(maps.shape[-2:])
 
 
 def save_arrays(workdir: pathlib.Path, **arrays: Any) -> None:
