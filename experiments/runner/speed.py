@@ -55,13 +55,13 @@ class _Programs:
         import jax
         import jax.numpy as jnp
 
-        from vit_jax.models import DTYPES, create_model
+        from vit_jax.models import create_model
 
         self._module = create_model(model)
         self._image_size = image_size
         images = jnp.zeros((1, image_size, image_size, 3))
         params = jax.jit(self._module.init)(jax.random.key(0), images)["params"]
-        dtype = DTYPES[model["dtype"]]
+        dtype = self._module.config.compute_dtype
         self._params = jax.tree.map(lambda x: x.astype(dtype), params)
         self._compiled: dict[int, Any] = {}
         stats = jax.devices()[0].memory_stats() or {}
