@@ -129,10 +129,17 @@ def _start(name: str, workdir: pathlib.Path, label: str) -> None:
                     raise Stopped from None
                 raise
     if code:
-        raise UserError(_cause(code, log, start))
+        raise UserError(cause(code, log, start))
 
 
-def _cause(code: int, log: pathlib.Path, start: int) -> str:
+def cause(code: int, log: pathlib.Path, start: int) -> str:
+    """The reason for which a process ended with a code other than 0, in a line.
+
+    Args:
+        code: of its exit; less than 0 is the signal that killed it.
+        log: what it printed.
+        start: where that begins, in bytes.
+    """
     with log.open(errors="replace") as file:
         file.seek(start)
         lines = [line.strip() for line in file if line.strip()]

@@ -10,7 +10,6 @@ Ours are filled, with error bars where there are several seeds; the paper's are 
 Where the two lie far apart, as they do at a small scale, the paper's get axes of their own beside.
 """
 
-import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -50,6 +50,12 @@ _FAINT, _GRAY = 0.45, "#777777"
 # Ranges that take so many times the room of the larger when they share an axis lie apart.
 _APART = 2.2
 _PAPER_AXES = "the paper's axes"
+# Where a name may stand, in points from its own, the best first.
+_PLACES = (
+    tuple((7, y) for y in (0, 4, -4, 8, -8))
+    + ((0, 9), (0, -10))
+    + tuple((x, y) for x in (-7, 7) for y in (0, 5, -5, 11, -11, 17, -17))
+)
 
 
 def family(model: str) -> str:
@@ -203,7 +209,7 @@ def _entry(axes: Axes, label: str, looks: Mapping[str, Any]) -> None:
 def _name(axes: Axes, name: str, drawn: Sequence[_Point], color: str) -> None:
     if drawn:
         last = drawn[-1]
-        axes.annotate(
+        text = axes.annotate(
             name,
             (last.x, last.y),
             (7, 0),
@@ -212,7 +218,9 @@ def _name(axes: Axes, name: str, drawn: Sequence[_Point], color: str) -> None:
             fontsize=8,
             color=color,
             parse_math=False,
+            zorder=5,
         )
+        text.set_path_effects([withStroke(linewidth=2.5, foreground="white", alpha=0.85)])
 
 
 def plain(value: float) -> str:
@@ -346,6 +354,7 @@ def finish(figure: Figure) -> Figure:
         paper = None if axes.get_gid() == _PAPER_AXES else _paper_axes(axes)
         if paper:
             _label_both(axes, paper)
+        axes.set_title(axes.get_title(), fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
@@ -353,14 +362,14 @@ def finish(figure: Figure) -> Figure:
             _plain_ticks(axis)
     _make_room(figure)
     _add_legend(figure)
-    _separate_names(figure)
+    _place_names(figure)
     return figure
 
 
 def _label_both(axes: Axes, paper: Axes) -> None:
     title = axes.get_title()
-    axes.set_title(": ".join(filter(None, (title, axes.get_gid()))), fontsize=10)
-    paper.set_title(": ".join(filter(None, (title, "the paper"))), fontsize=10)
+    axes.set_title(": ".join(filter(None, (title, axes.get_gid()))))
+    paper.set_title(": ".join(filter(None, (title, "the paper"))))
     paper.set(xlabel=axes.get_xlabel(), ylabel=axes.get_ylabel())
 
 
@@ -395,36 +404,60 @@ def _add_legend(figure: Figure) -> None:
             entries.setdefault(label, handle)
     if PAPER in entries:
         entries[PAPER] = entries.pop(PAPER)
-    if entries:
-        figure.legend(
+    for columns in range(min(len(entries), 5), 0, -1):
+        legend = figure.legend(
             entries.values(),
             entries.keys(),
             loc="outside lower center",
-            ncols=min(len(entries), 4),
+            ncols=columns,
             frameon=False,
             fontsize=9,
             handlelength=3,
         )
+        if legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
 
 
-def _separate_names(figure: Figure) -> None:
+def _place_names(figure: Figure) -> None:
+    """Puts each name where it hides least of the markers and of the names before it."""
     figure.draw_without_rendering()
     for axes in figure.axes:
-        names = [text for text in axes.texts if isinstance(text, Annotation)]
-        for _ in range(60):
-            if not any(
-                [_push_apart(*pair, figure.dpi) for pair in itertools.combinations(names, 2)]
-            ):
-                break
+        taken = _marks(axes, figure.dpi)
+        for text in axes.texts:
+            if isinstance(text, Annotation):
+                hidden = []
+                for number, place in enumerate(_PLACES):
+                    _move(text, *place)
+                    hidden.append(_overlap(_box(text), taken) + 3 * number)
+                _move(text, *_PLACES[int(np.argmin(hidden))])
+                taken = np.vstack([taken, _box(text)])
 
 
-def _push_apart(one: Annotation, other: Annotation, dpi: float) -> bool:
-    """Moves two texts that overlap up and down by half of that; whether they did."""
-    lower, upper = sorted((one, other), key=lambda text: text.get_window_extent().y0)
-    below, above = lower.get_window_extent(), upper.get_window_extent()
-    if not below.overlaps(above):
-        return False
-    half = 72 / dpi * ((below.y1 - above.y0) / 2 + 0.5)
-    for text, sign in ((lower, -1), (upper, 1)):
-        text.xyann = (text.xyann[0], text.xyann[1] + sign * half)
-    return True
+def _move(text: Annotation, x: float, y: float) -> None:
+    text.xyann = x, y
+    text.set_horizontalalignment("left" if x > 0 else "right" if x < 0 else "center")
+
+
+def _box(text: Annotation) -> np.ndarray:
+    return text.get_window_extent().extents
+
+
+def _marks(axes: Axes, dpi: float) -> np.ndarray:
+    """The corners in pixels [marks, 4] of markers, error bars, and the ticks at the left."""
+    left, bottom, right, top = axes.bbox.extents
+    boxes = [np.array([[-np.inf, -np.inf, left, np.inf], [left, -np.inf, right, bottom]])]
+    for line in axes.lines:
+        centers = axes.transData.transform(line.get_xydata())
+        radius = dpi / 72 * line.get_markersize() / 2
+        boxes.append(np.hstack([centers - radius, centers + radius]))
+    for collection in axes.collections:
+        for path in collection.get_paths():
+            boxes.append(collection.get_transform().transform(path.vertices).reshape(1, -1))
+    return np.vstack(boxes)
+
+
+def _overlap(box: np.ndarray, boxes: np.ndarray) -> float:
+    """The area in pixels that a box [4] has in common with others [boxes, 4], in sum."""
+    sides = np.minimum(box[2:], boxes[:, 2:] + 2) - np.maximum(box[:2], boxes[:, :2] - 2)
+    return float(np.prod(np.clip(sides, 0, None), axis=1).sum())

@@ -1,0 +1,413 @@
+"""Runs what experiments need: several at once, each after what it needs, nothing twice.
+
+What is finished is read, what was stopped goes on. One that fails, or takes its process with it, is
+named in a line; what needs it has failed as well, and the others go on.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from multiprocessing.connection import wait
+from typing import Any
+
+import experiments
+from experiments.runner import graph
+from experiments.runner.experiment import Measurement, Run
+from experiments.runner.graph import Job
+from experiments.runner.outcomes import Outcomes, read, request
+from vit_jax.config import check_config, to_dict
+from vit_jax.errors import UserError
+from vit_jax.files import make_folder
+from vit_jax.reporting import format_seconds
+from vit_jax.runner import cause, say
+from vit_jax.signals import Signals, Stopped, catching
+
+WORKER = (sys.executable, "-m", "experiments.runner.worker")
+
+# What does not end sooner is said to run.
+_LONG_SECONDS = 20.0
+# How often it is looked whether others have finished what is waited for.
+_POLL_SECONDS = 2.0
+# How long another shard has to try again what failed before this command began.
+_RETRY_SECONDS = 60.0
+# Of a machine of many cores: each takes memory for the libraries alone.
+_MOST_WORKERS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What an execution has come to.
+
+    Attributes:
+        failed: the names of what failed, or needs what failed.
+        elsewhere: the names of what other shards have still to do.
+    """
+
+    failed: list[str]
+    elsewhere: list[str]
+
+
+def execute(
+    measurements: Sequence[Measurement],
+    outcomes: Outcomes,
+    *,
+    workers: int,
+    runs_per_process: int,
+    shard: tuple[int, int] = (0, 1),
+) -> Outcome:
+    """Runs what measurements need and is not finished, or the part of one shard.
+
+    Args:
+        measurements: of one or more experiments.
+        outcomes: where the runs lie.
+        workers: how many run at once.
+        runs_per_process: after so many a process is replaced.
+        shard: which part this is, from 0, and of how many. What it needs of another it waits for.
+
+    Returns:
+        What failed, and what is left to others.
+
+    Raises:
+        UserError: the folder cannot be written.
+        SystemExit: 143 after SIGTERM, when the present runs have saved their state.
+        Stopped: after SIGINT, likewise.
+    """
+    make_folder(outcomes.folder)
+    jobs = graph.collect(measurements)
+    mine = set(graph.part(jobs, *shard))
+    sources = {source.name for measurement in measurements for source in measurement.sources}
+    board = Board(jobs, sources, mine, outcomes)
+    pool = [Slot(_environment(workers), runs_per_process) for _ in range(workers)]
+    with catching(signal.SIGINT, signal.SIGTERM) as signals, signals.held():
+        try:
+            _work(board, pool, signals)
+        except BaseException:
+            if busy := sum(slot.job is not None for slot in pool):
+                say(f"stopping {busy}; the same command continues from what they save now")
+            for slot in pool:
+                slot.stop()
+            if signals.received == signal.SIGINT:
+                raise Stopped from None
+            raise
+        finally:
+            for slot in pool:
+                slot.close()
+    return Outcome(board.failed(), board.elsewhere())
+
+
+def _work(board: "Board", pool: "Sequence[Slot]", signals: Signals) -> None:
+    while board.has_work() or any(slot.job for slot in pool):
+        for slot in pool:
+            if slot.job is None and (job := board.next_due()):
+                slot.start(job, board.outcomes, board.label(job))
+        busy = {slot.answers: slot for slot in pool if slot.job}
+        with signals.at_once():
+            ready = wait(list(busy), timeout=_POLL_SECONDS)
+        for slot in (busy[pipe] for pipe in ready):
+            board.settle(*slot.receive())
+        for slot in pool:
+            slot.tell_if_long()
+
+
+class Board:
+    """What is left to do, what can begin, and what has become of the others.
+
+    Args:
+        jobs: all there are, each after what it needs.
+        sources: the names of those that are asked for; of the others only what these lack is done.
+        mine: the names of those that this shard does.
+        outcomes: where they lie.
+    """
+
+    def __init__(
+        self, jobs: Mapping[str, Job], sources: Iterable[str], mine: set[str], outcomes: Outcomes
+    ):
+        self.outcomes = outcomes
+        self._states: dict[str, str] = {}
+        self._needed = self._find_needed(jobs, sources)
+        self._mine = {name: job for name, job in self._needed.items() if name in mine}
+        self._others = {name: job for name, job in self._needed.items() if name not in mine}
+        self._left = dict(self._mine)
+        self._not_before: dict[str, float] = {}
+        self._looked = 0.0
+        self._awaited: set[str] = set()
+        self._settled = 0
+        self._begin = time.time()
+        for job in self._mine.values():
+            outcomes.forget_failure(job)
+        for job in self._needed.values():
+            self._check(job)
+
+    def _find_needed(self, jobs: Mapping[str, Job], sources: Iterable[str]) -> dict[str, Job]:
+        """What is asked for and not finished, and likewise what that needs."""
+        needed, rest = set(), list(sources)
+        while rest:
+            name = rest.pop()
+            if name not in self._states and not self._is_finished(jobs[name]):
+                self._states[name] = "left"
+                needed.add(name)
+                rest += [job.name for job in jobs[name].needs]
+        return {name: job for name, job in jobs.items() if name in needed}
+
+    def _is_finished(self, job: Job) -> bool:
+        try:
+            finished = self.outcomes.is_finished(job)
+        except UserError:  # Its attempt will say it.
+            return False
+        if finished:
+            self._states[job.name] = "finished"
+        return finished
+
+    def _check(self, job: Job) -> None:
+        """Has a config fail that cannot run, before what it needs has run for days."""
+        if not isinstance(job, Run):
+            return
+        try:
+            self.outcomes.is_finished(job)
+            config = job.config.copy_and_resolve_references()
+            if job.init_from is not None:
+                config.init_from = job.init_from.name
+            check_config(config)
+        except UserError as error:
+            if job.name in self._mine:
+                self.settle(job, {"state": "failed", "reason": str(error)})
+
+    def has_work(self) -> bool:
+        """Tells whether something of this shard has not begun."""
+        return bool(self._left)
+
+    def label(self, job: Job) -> str:
+        """Names a job, with how many have been settled."""
+        return f"[{self._settled}/{len(self._mine)}] {job.name}"
+
+    def next_due(self) -> Job | None:
+        """Takes what can begin now; what cannot any more has failed."""
+        self._look_at_others()
+        waiting: list[str] = []
+        for job in list(self._left.values()):
+            states = {needed.name: self._states[needed.name] for needed in job.needs}
+            if reason := _hopeless(job, states, self.outcomes):
+                self.settle(job, {"state": "failed", "reason": reason})
+            elif "left" in states.values():
+                waiting += [name for name, state in states.items() if state == "left"]
+            elif time.monotonic() >= self._not_before.get(job.name, 0.0):
+                del self._left[job.name]
+                if not self._is_finished(job):
+                    return job
+                self.settle(job, {"state": "finished"})
+        self._tell_awaited([name for name in dict.fromkeys(waiting) if name in self._others])
+        return None
+
+    def _look_at_others(self) -> None:
+        if time.monotonic() < self._looked + _POLL_SECONDS:
+            return
+        self._looked = time.monotonic()
+        awaited = {needed.name for job in self._left.values() for needed in job.needs}
+        self._read_others(awaited & self._others.keys())
+
+    def _read_others(self, names: Iterable[str]) -> None:
+        for job in (self._others[name] for name in names if self._states[name] == "left"):
+            if not self._is_finished(job) and self._has_failed_elsewhere(job):
+                self._states[job.name] = "failed"
+
+    def _has_failed_elsewhere(self, job: Job) -> bool:
+        """What failed before this command began is tried again first, if its shard is at work."""
+        try:
+            failed = self.outcomes.error(job).stat().st_mtime
+        except OSError:
+            return False
+        return failed >= self._begin or time.time() > self._begin + _RETRY_SECONDS
+
+    def _tell_awaited(self, names: Sequence[str]) -> None:
+        new = [name for name in names if name not in self._awaited]
+        self._awaited |= {*new}
+        if new:
+            more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+            say(f"waiting for {new[0]}{more}, which other shards have to do")
+
+    def settle(self, job: Job, answer: Mapping[str, Any], seconds: float | None = None) -> None:
+        """Takes down what has become of a job: "finished", "failed", or "busy" elsewhere."""
+        if answer["state"] == "busy":
+            if job.name not in self._not_before:
+                say(f"{self.label(job)}: another command is at it: waiting for that")
+            self._not_before[job.name] = time.monotonic() + _POLL_SECONDS
+            self._left = {
+                name: x for name, x in self._mine.items() if name in {job.name, *self._left}
+            }
+            return
+        self._left.pop(job.name, None)
+        self._states[job.name] = answer["state"]
+        self._settled += 1
+        if answer["state"] == "failed":
+            self.outcomes.fail(job, answer["reason"])
+            say(f"{self.label(job)}: failed: {answer['reason']}")
+        else:
+            took = "" if seconds is None else f", {format_seconds(seconds)}"
+            say(f"{self.label(job)}: {_found(self.outcomes.workdir(job))}{took}")
+
+    def failed(self) -> list[str]:
+        """The names of what failed, also elsewhere as far as it is known."""
+        return [name for name in self._needed if self._states[name] == "failed"]
+
+    def elsewhere(self) -> list[str]:
+        """The names of what others have still to do."""
+        self._read_others(self._others)
+        return [name for name in self._others if self._states[name] == "left"]
+
+
+def _hopeless(job: Job, states: Mapping[str, str], outcomes: Outcomes) -> str:
+    """The reason for which a job cannot run any more, "" if it may."""
+    rates = {rate.name for rate in job.rates} if isinstance(job, Run) else set()
+    failed = [needed for needed in job.needs if states[needed.name] == "failed"]
+    lost = [needed for needed in failed if needed.name not in rates]
+    if not lost and rates and len(failed) == len(rates):
+        lost = failed
+    return f"{lost[0].name} failed: {outcomes.failure(lost[0])}" if lost else ""
+
+
+def _found(workdir: pathlib.Path) -> str:
+    try:
+        metrics = read(workdir / "metrics.json")
+    except UserError as error:
+        return str(error)
+    return f"accuracy {metrics['accuracy']:.4f}" if "accuracy" in metrics else "done"
+
+
+class Slot:
+    """A place for a worker, which is started when there is something to do, and what it is at.
+
+    Args:
+        environment: of its processes.
+        runs_per_process: after so many it is replaced.
+
+    Attributes:
+        job: what it is at, or None.
+    """
+
+    def __init__(self, environment: Mapping[str, str], runs_per_process: int):
+        self.job: Job | None = None
+        self._environment = environment
+        self._runs_per_process = runs_per_process
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def answers(self) -> Any:
+        """The pipe in which the answer arrives."""
+        return self._running().stdout
+
+    def _running(self) -> "subprocess.Popen[bytes]":
+        assert self._process is not None
+        return self._process
+
+    def start(self, job: Job, outcomes: Outcomes, label: str) -> None:
+        """Has the worker begin a job; `receive` tells what became of it."""
+        self._label, self._log = label, outcomes.log(job)
+        self._begin, self._told = time.monotonic(), False
+        self._start = self._log.stat().st_size if self._log.exists() else 0
+        if self._process is None:
+            self._done = 0
+            self._process = subprocess.Popen(
+                WORKER,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=self._environment,
+                start_new_session=True,  # Ctrl-C comes here, and from here as a SIGTERM.
+                bufsize=0,
+            )
+        self.job = job
+        line = json.dumps(_message(job, outcomes)).encode() + b"\n"
+        try:
+            assert self._process.stdin is not None
+            self._process.stdin.write(line)
+        except BrokenPipeError:  # It has died: `receive` says how.
+            pass
+
+    def receive(self) -> tuple[Job, dict[str, Any], float]:
+        """The job, what became of it and the seconds that it took."""
+        job, process = self.job, self._running()
+        assert job is not None and process.stdout is not None
+        line = process.stdout.readline()
+        seconds = time.monotonic() - self._begin
+        self.job = None
+        if not line.endswith(b"\n"):
+            self.close()
+            reason = cause(process.returncode, self._log, self._start)
+            return job, {"state": "failed", "reason": reason}, seconds
+        answer = json.loads(line)
+        self._done += 1
+        # What an unknown error leaves behind, the next run should not have to do with.
+        if self._done >= self._runs_per_process or answer.get("is_unknown"):
+            self.close()
+        return job, answer, seconds
+
+    def tell_if_long(self) -> None:
+        """Says once of what runs for long where its output is."""
+        if self.job and not self._told and time.monotonic() > self._begin + _LONG_SECONDS:
+            self._told = True
+            say(f"{self._label}: running, see {self._log}")
+
+    def stop(self) -> None:
+        """Has a worker that is at something save it and end."""
+        if self._process is not None and self.job is not None:
+            self._process.terminate()
+
+    def close(self) -> None:
+        """Ends the worker, which is at nothing or has been stopped, and waits for it."""
+        if self._process is not None:
+            process, self._process = self._process, None
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.close()
+            process.stdout.close()
+            process.wait()
+
+
+def _message(job: Job, outcomes: Outcomes) -> dict[str, Any]:
+    where = {
+        "workdir": str(outcomes.workdir(job).absolute()),
+        "log": str(outcomes.log(job).absolute()),
+    }
+    if isinstance(job, Run):
+        return where | {"config": to_dict(outcomes.complete(job))}
+    runs = [str(outcomes.workdir(run).absolute()) for run in job.of]
+    return where | request(job) | {"runs": runs}
+
+
+def default_workers() -> int:
+    """How many workers run at once unless it is said: one on an accelerator, else one a core."""
+    return 1 if _has_accelerator() else min(_cores(), _MOST_WORKERS)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def _has_accelerator() -> bool:
+    """Tells whether JAX will find one; to ask JAX would take the accelerator from the workers."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms:
+        return platforms.split(",")[0] != "cpu"
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    devices = ("nvidia[0-9]*", "accel[0-9]*", "vfio/[0-9]*", "kfd")
+    return bool(plugins) and any(any(pathlib.Path("/dev").glob(name)) for name in devices)
+
+
+def _environment(workers: int) -> dict[str, str]:
+    """The variables of a worker: of several each has its share of the machine."""
+    root = str(pathlib.Path(experiments.__file__).parents[1])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path}
+    if workers > 1 and not _has_accelerator():
+        environment.setdefault("NPROC", str(max(_cores() // workers, 1)))
+    elif workers > 1:
+        # By default the first takes most of the memory of an accelerator.
+        environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    return environment
