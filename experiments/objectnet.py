@@ -18,8 +18,9 @@ METRICS = {"accuracy": "top-1", "top5_accuracy": "top-5"}
 def measure(setting: "Setting") -> list[Measurement]:
     """Lists both accuracies of Table 2's ViT-H/14."""
     start = setting.pretrain("ViT-H/14", "jft")
+    entry = {"data_dir": setting.data_dir, **setting.objectnet()}
     tasks = [
-        Task(f"objectnet-{run.name}", "experiments.objectnet:evaluate", setting.objectnet(), (run,))
+        Task(f"objectnet-{run.name}", "experiments.objectnet:evaluate", entry, (run,))
         for run in setting.finetune(start, "imagenet2012", large=True)
     ]
     return [
@@ -36,9 +37,10 @@ def evaluate(
     """The accuracies of a run on the images of an entry of `config.evals`."""
     from vit_jax import evaluate
 
-    flags = {key: entry[key] for key in ("dataset", "split", "data_dir") if entry.get(key)}
     found = workdir / "evaluation.json"
-    evaluate.main([str(runs[0]), f"--json={found}", *(f"--{k}={v}" for k, v in flags.items())])
+    given = {key: entry[key] for key in ("dataset", "split", "data_dir") if entry.get(key)}
+    flags = {"checkpoint": runs[0], "json": found, **given}
+    evaluate.main([f"--{key}={value}" for key, value in flags.items()])
     scalars = json.loads(found.read_text())
     return {metric: scalars[metric] for metric in METRICS}
 

@@ -1,0 +1,322 @@
+"""The words in which an experiment says what it runs: pre-train this, fine-tune that on it."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from ml_collections import ConfigDict
+
+from experiments.runner.experiment import Run
+from experiments.runner.scales import Scale, StandIn, count_steps
+from vit_jax import program, recipes
+from vit_jax.analysis import flops
+from vit_jax.config_rules import parse_duration
+from vit_jax.data.subset import parse_subset
+from vit_jax.errors import UserError
+from vit_jax.plan.estimate import DATASETS
+
+# Those that a user can name another data set for.
+PRETRAINING = ("jft", "imagenet21k", "imagenet2012")
+# Not in the paper: the paper gives no patience for Figure 4's early stopping. These 5 evaluations
+# are a tenth of a full run's 50.
+PATIENCE = 5
+EVALUATIONS = 50
+SHOTS = 5
+# Of the training images, what `data.datasets` holds out of those that one pre-trains on.
+HELD_OUT = {"imagenet2012": 0.01}
+# Classes and images of a data set that is not in `DATASETS`. Of a task the head is less than a
+# ten-thousandth of the arithmetic, and its durations are in steps.
+UNKNOWN = (1_000, 0)
+
+if TYPE_CHECKING:
+    from vit_jax.data.source import Source
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained(Run):
+    """A run of a `Setting`, which others can start from.
+
+    Attributes:
+        model: the paper's name of its model.
+        dataset: the paper's name of its data set.
+    """
+
+    model: str = dataclasses.field(default="", compare=False)
+    dataset: str = dataclasses.field(default="", compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A scale, and the user's data sets and seeds.
+
+    Attributes:
+        scale: that the runs are of.
+        seeds: of a fine-tuning, at most `scale.seeds`.
+        datasets: what the user names in place of the paper's, {"jft": "folder:/data/mine"}; and
+            "objectnet", a folder.
+        data_dir: where TFDS looks; "" is its default.
+        images: of the training images of what the user names, as far as he says.
+        classes: likewise.
+    """
+
+    scale: Scale
+    seeds: int
+    datasets: Mapping[str, str] = _NOTHING
+    data_dir: str = ""
+    images: Mapping[str, int] = _NOTHING
+    classes: Mapping[str, int] = _NOTHING
+
+    def pretrain(
+        self,
+        model: str,
+        dataset: str,
+        *,
+        epochs: int | None = None,
+        subset: str = "",
+        seed: int = 0,
+        variant: str = "",
+        changes: Mapping[str, Any] = _NOTHING,
+    ) -> Run:
+        """Table 3's row, evaluated at its end by few-shot accuracy too, see `fewshot_metric`.
+
+        Args:
+            model: the paper's name.
+            dataset: "jft", "imagenet21k" or "imagenet2012".
+            epochs: one of the row's; None for the longest.
+            subset: "10%" for the protocol of Figure 4: as many steps as on all images, a part of
+                them held out, by which it is stopped early, and few-shot accuracy along with each
+                evaluation. "100%" is all images under that protocol.
+            seed: of the run.
+            variant: names `changes` in the run's folder.
+            changes: of the config in the paper's sizes, {"model.classifier": "gap"}; a mapping
+                takes the place of a whole section.
+        """
+        config = recipes.get_config(model, f"pretrain,{dataset}")
+        if epochs:
+            config.duration = f"{epochs} epochs"
+        length = config.duration.replace(" ", "-")
+        config.evals.fewshot.update(
+            dataset=self._name("imagenet2012"),
+            data_dir=self.data_dir,
+            shots=str(SHOTS),
+            every="0 steps",
+        )
+        if subset:
+            _take_part(config, subset)
+        config.seed = seed
+        name = _join("pretrain", self._title(dataset), model, length, subset, variant)
+        share = float(parse_subset(subset)) if subset else 1.0
+        return self._run(f"{name}-seed{seed}", config, model, dataset, changes, share)
+
+    def masked(
+        self,
+        model: str,
+        dataset: str = "jft",
+        *,
+        seed: int = 0,
+        variant: str = "",
+        changes: Mapping[str, Any] = _NOTHING,
+    ) -> Run:
+        """Masked patch prediction (Appendix B.1.2); the arguments are those of `pretrain`."""
+        config = recipes.get_config(model, f"masked,{dataset}")
+        config.seed = seed
+        name = _join("masked", self._title(dataset), model, variant)
+        return self._run(f"{name}-seed{seed}", config, model, dataset, changes)
+
+    def finetune(
+        self,
+        start: Run | None,
+        task: str,
+        *,
+        model: str = "",
+        large: bool = False,
+        variant: str = "",
+        changes: Mapping[str, Any] = _NOTHING,
+    ) -> tuple[Run, ...]:
+        """Table 4: a run for each seed, at the best of Table 4's rates on held-out images.
+
+        On ImageNet "real/accuracy" is measured too.
+
+        Args:
+            start: the run of `pretrain` or `masked` whose weights are taken; None for none.
+            task: a key of `recipes.TABLE_4`, or "vtab:TASK".
+            model: the paper's name, where there is no start.
+            large: Table 2's resolution of 512, 518 for H/14, and its Polyak averaging.
+            variant: see `pretrain`.
+            changes: likewise.
+        """
+        if isinstance(start, Trained):
+            model = start.model
+        config = recipes.get_config(model, f"finetune,{task}{',512' if large else ''}")
+        config.init_from = ""
+        origin = re.sub("^pretrain-", "", start.name) if start else f"scratch-{_slug(model)}"
+        name = _join("finetune", self._title(task), "512" if large else "", variant, "of", origin)
+        if task == "imagenet2012" and task not in self.datasets:
+            config.evals.real = {"every": "0 steps", "data_dir": self.data_dir, **self.scale.real}
+        rates = recipes.finetuning_row(task).base_lrs[-self.scale.learning_rates :]
+        held_out = []
+        for rate in rates if len(rates) > 1 else ():
+            run = self._run(
+                name, _at(config, rate, development=True), model, task, changes, start=start
+            )
+            name_of_rate = f"{name}-held-out-lr{run.config.schedule.base_lr:g}"
+            held_out.append(dataclasses.replace(run, name=name_of_rate))
+        runs = []
+        for seed in range(min(self.seeds, self.scale.seeds)):
+            final = _at(config, rates[0], seed=seed)
+            run = self._run(f"{name}-seed{seed}", final, model, task, changes, start=start)
+            runs.append(dataclasses.replace(run, rates=tuple(held_out)))
+        return tuple(runs)
+
+    @property
+    def fewshot_metric(self) -> str:
+        """The name of the few-shot accuracy that `pretrain` measures."""
+        name = self._name("imagenet2012")
+        short = name.rpartition("/")[2] if name.startswith("folder:") else name.partition(":")[0]
+        return f"fewshot/{short}/{SHOTS}shot"
+
+    def objectnet(self) -> dict[str, Any]:
+        """An entry of `config.evals` for ObjectNet, or what stands for it."""
+        entry = {"every": "0 steps", **self.scale.objectnet}
+        if entry["type"] == "objectnet":
+            entry["dataset"] = f"objectnet:{self.datasets.get('objectnet', 'objectnet')}"
+        return entry
+
+    @property
+    def about_data(self) -> tuple[str, ...]:
+        """Sentences for the pages: which data sets are not the paper's."""
+        named = (
+            f"{key} is {name} here, which the paper did not use: no number that depends on it is "
+            "comparable with the paper's."
+            for key, name in self.datasets.items()
+        )
+        return (*self.scale.about_data, *named)
+
+    def num_images(self, dataset: str) -> int:
+        """The training images of what stands for one of the paper's data sets."""
+        if dataset in self.datasets:
+            return self.images.get(dataset) or self._opened(dataset).num_examples
+        stand_in = self.scale.stand_ins.get(dataset)
+        return stand_in.images if stand_in else DATASETS[dataset][1]
+
+    def count(self, run: Trained) -> tuple[int, int, float]:
+        """Counts the steps of a run, the images that it goes through, and its FLOPs.
+
+        They are those of the whole run: one that is stopped early has fewer.
+        """
+        config = run.config
+        examples = 0.0
+        if "epoch" in config.duration:
+            held_out = HELD_OUT.get(run.dataset, 0.1) if config.dataset.development else 0.0
+            share = float(parse_subset(config.dataset.subset or "100%"))
+            examples = self.num_images(run.dataset) * (1 - held_out) * share
+        steps = count_steps(config.duration, examples, config.batch_size)
+        images = steps * config.batch_size
+        _, _, multiply_adds = program.create_objective(config, self._num_classes(run.dataset))
+        return steps, images, float(flops.train_flops(multiply_adds) * images)
+
+    def exaflops(self, run: Run) -> float:
+        """The arithmetic of all steps of a run, 6 FLOPs a multiply-add and image, over 1e18."""
+        assert isinstance(run, Trained)
+        return self.count(run)[2] / 1e18
+
+    def check(self, runs: Iterable[Run]) -> None:
+        """Checks that the data sets of runs are those that one can have.
+
+        Raises:
+            UserError: one is JFT, which is Google's, and the user names none in its place.
+        """
+        if any(run.config.dataset.name == "jft" for run in runs):
+            raise UserError(
+                "data set 'jft' is JFT-300M, which is not public: name another to pre-train on, "
+                "for example --jft imagenet21k or --jft folder:/data/photos"
+            )
+
+    def _run(
+        self,
+        name: str,
+        config: ConfigDict,
+        model: str,
+        dataset: str,
+        changes: Mapping[str, Any],
+        share: float = 1.0,
+        start: Run | None = None,
+    ) -> Trained:
+        """A run of a config in the paper's sizes, at this scale and on the data sets here."""
+        for key, value in changes.items():
+            section, _, last = key.rpartition(".")
+            where = config[section] if section else config
+            where[last] = ConfigDict(dict(value)) if isinstance(value, Mapping) else value
+        classes, images = DATASETS.get(dataset, (0, 0))
+        if self.scale.reduction:
+            sizes = (classes, self._num_classes(dataset))
+            self.scale.reduction.shrink(config, images * share, sizes)
+        config.dataset.name = self._name(dataset)
+        config.dataset.data_dir = self.data_dir
+        stand_in = self.scale.stand_ins.get(dataset)
+        if stand_in and dataset not in self.datasets:
+            config.dataset.subset = _part(stand_in, share)
+            config.dataset.subset_seed = stand_in.seed
+        return Trained(name, config, init_from=start, model=model, dataset=dataset)
+
+    def _name(self, dataset: str) -> str:
+        stand_in = self.scale.stand_ins.get(dataset)
+        return self.datasets.get(dataset, stand_in.name if stand_in else dataset)
+
+    def _title(self, dataset: str) -> str:
+        """The data set in the name of a run: the paper's, and the user's own."""
+        return _join(dataset, _slug(self.datasets.get(dataset, "").rpartition("/")[2]))
+
+    def _num_classes(self, dataset: str) -> int:
+        if dataset in self.datasets:
+            return self.classes.get(dataset) or DATASETS.get(dataset, UNKNOWN)[0]
+        return DATASETS.get(self._name(dataset), UNKNOWN)[0]
+
+    def _opened(self, dataset: str) -> "Source":
+        from vit_jax.data import datasets
+
+        return datasets.open_dataset(self.datasets[dataset], data_dir=self.data_dir)[0]
+
+
+def _at(config: ConfigDict, rate: float, *, seed: int = 0, development: bool = False) -> ConfigDict:
+    config = config.copy_and_resolve_references()
+    config.schedule.base_lr = rate
+    config.seed = seed
+    config.dataset.development = development
+    return config
+
+
+def _take_part(config: ConfigDict, subset: str) -> None:
+    """Makes a pre-training one of Figure 4's, on a part of the images."""
+    # An epoch of the part is shorter: the hyperparameters, and so the steps, stay the same.
+    for section, key in ((config, "duration"), (config.schedule, "warmup")):
+        number, unit = parse_duration(section[key])
+        if unit == "epochs":
+            section[key] = f"{number / float(parse_subset(subset)):.6f} epochs"
+    number, unit = parse_duration(config.duration)
+    every = f"{number / EVALUATIONS:.6f} {unit}"
+    config.evals.val.every = config.evals.fewshot.every = config.checkpoint_every = every
+    config.patience = PATIENCE
+    config.dataset.development = True
+    config.dataset.subset = subset
+
+
+def _part(stand_in: StandIn, share: float) -> str:
+    """`config.dataset.subset` for a share of the images that a stand-in is."""
+    if share * stand_in.images == stand_in.total:
+        return ""
+    if stand_in.seed:
+        return str(stand_in.images)
+    return f"{100 * share * stand_in.images / stand_in.total:.6g}%"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")
+
+
+def _join(*words: str) -> str:
+    return "-".join(filter(None, (_slug(word.replace("%", "pct")) for word in words)))
