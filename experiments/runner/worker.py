@@ -41,17 +41,25 @@ def main() -> int:
     jobs: queue.Queue[dict[str, Any] | None] = queue.Queue()
     working = threading.Event()
     threading.Thread(target=_read, args=(requests, jobs, working), daemon=True).start()
-    tensorflow_env.quiet()
-    command.keep_programs()
-    import jax
-
+    _prepare()
     while (job := jobs.get()) is not None:
         answer = _do(job)
         working.clear()
         answers.write(json.dumps(answer).encode() + b"\n")
-        # Programs are not found again by another run, only their parts on the disk are.
-        jax.clear_caches()
+        _release_memory()
     return 0
+
+
+def _prepare() -> None:
+    tensorflow_env.quiet()
+    command.keep_programs()
+
+
+def _release_memory() -> None:
+    """Drops the programs of a run: another one does not find them, only those on the disk."""
+    import jax
+
+    jax.clear_caches()
 
 
 def _own(stream: TextIO, mode: str) -> BinaryIO:

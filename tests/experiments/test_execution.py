@@ -1,0 +1,373 @@
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from experiments.runner import execution, graph
+from experiments.runner.experiment import Measurement, Run, Task
+from experiments.runner.outcomes import Outcomes
+from vit_jax.config import complete_evals
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+# The real worker, but for what it does: it notes what it began, and an accuracy that falls with the
+# distance of the learning rate from 0.01. A rate of 0.5 is refused, 0.6 kills its process, 0.7
+# waits for a SIGTERM; other runs take a moment.
+WORKER = """
+import json, os, pathlib, signal, sys, time
+from experiments.runner import worker
+from vit_jax import command
+from vit_jax.errors import UserError
+
+def run(job):
+    workdir = pathlib.Path(job["workdir"])
+    config = job.get("config")
+    with open(workdir.parent / "begun.jsonl", "a") as file:
+        file.write(json.dumps({"name": workdir.name, "process": os.getpid(), **job}) + "\\n")
+    if (workdir / "metrics.json").exists():
+        return
+    if config is None:
+        worker._do_task(job, workdir)
+        return
+    rate = config["schedule"]["base_lr"]
+    if rate == 0.5:
+        raise UserError("the loss is not finite")
+    if rate == 0.6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rate == 0.7:
+        def stop(*_):
+            (workdir.parent / "saved").touch()
+            sys.exit(143)
+        signal.signal(signal.SIGTERM, stop)
+        (workdir.parent / "waiting").touch()
+        time.sleep(60)
+    time.sleep(0.05)
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps(config))
+    accuracy = round(0.9 - 10 * abs(rate - 0.01), 6)
+    (workdir / "metrics.json").write_text(json.dumps({"accuracy": accuracy}))
+
+worker._prepare = worker._release_memory = lambda: None
+worker._run = run
+command.run(worker.main)
+"""
+
+
+@pytest.fixture
+def outcomes(tmp_path, monkeypatch):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    monkeypatch.setattr(execution, "WORKER", (sys.executable, str(script)))
+    monkeypatch.setattr(execution, "_POLL_SECONDS", 0.05)
+    return Outcomes(tmp_path / "runs")
+
+
+@pytest.fixture
+def make(tiny_config):
+    def make_run(name, rate=0.01, init_from=None, rates=(), **changes):
+        config = complete_evals(tiny_config(**{"schedule.base_lr": rate, **changes}))
+        return Run(name, config, init_from, tuple(rates))
+
+    return make_run
+
+
+@pytest.fixture
+def sweep(make):
+    """A pre-training, a held-out run for each of some rates, and final runs."""
+
+    def make_sweep(name="", rates=(0.008, 0.012, 0.03), seeds=2, pretraining_rate=0.01):
+        start = make(f"{name}pretrain", pretraining_rate)
+        tried = [make(f"{name}held-out-{rate}", rate, start) for rate in rates]
+        return [
+            make(f"{name}final-{seed}", 0.001, start, tried, seed=seed) for seed in range(seeds)
+        ]
+
+    return make_sweep
+
+
+def execute(outcomes, *sources, workers=1, runs_per_process=100, shard=(0, 1)):
+    return execution.execute(
+        [Measurement({}, sources)],
+        outcomes,
+        workers=workers,
+        runs_per_process=runs_per_process,
+        shard=shard,
+    )
+
+
+def begun(outcomes):
+    """What workers began, in order; forgets it."""
+    path = outcomes.folder / "begun.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    path.unlink(missing_ok=True)
+    return records
+
+
+def names(records):
+    return [record["name"] for record in records]
+
+
+def test_final_runs_take_the_best_rate_of_held_out_runs_and_the_weights_of_pretraining(
+    outcomes, sweep, capsys
+):
+    finals = sweep()
+    assert execute(outcomes, *finals) == execution.Outcome([], [])
+    records = begun(outcomes)
+    held_out = ["held-out-0.008", "held-out-0.012", "held-out-0.03"]
+    assert names(records) == ["pretrain", *held_out, "final-0", "final-1"]
+    weights = str(outcomes.folder / "pretrain")
+    assert [x["config"]["init_from"] for x in records] == ["", *[weights] * 5]
+    # 0.008 and 0.012 are as good: the lower of equals.
+    assert [x["config"]["schedule"]["base_lr"] for x in records[-2:]] == [0.008, 0.008]
+    assert "final-1: accuracy 0.8800" in capsys.readouterr().out
+    assert execute(outcomes, *finals) == execution.Outcome([], [])
+    assert begun(outcomes) == []
+
+
+def test_several_at_once_keep_the_order_of_needs(outcomes, sweep):
+    finals = sweep()
+    execute(outcomes, *finals, workers=3)
+    records = begun(outcomes)
+    assert len({record["process"] for record in records}) == 3
+    assert names(records)[0] == "pretrain"
+    assert {*names(records)[-2:]} == {"final-0", "final-1"}
+    assert len(records) == 6
+
+
+def test_what_only_unfinished_runs_need_is_not_run_for_finished_ones(outcomes, sweep):
+    finals = sweep()
+    execute(outcomes, *finals)
+    for name in ("pretrain", "held-out-0.008"):
+        (outcomes.folder / name / "metrics.json").unlink()
+    begun(outcomes)
+    assert execute(outcomes, *finals) == execution.Outcome([], [])
+    assert begun(outcomes) == []
+
+
+def test_a_moved_folder_goes_on(outcomes, sweep, tmp_path):
+    finals = sweep()
+    execute(outcomes, finals[0])
+    moved = Outcomes(tmp_path / "moved")
+    outcomes.folder.rename(moved.folder)
+    begun(moved)
+    assert execute(moved, *finals) == execution.Outcome([], [])
+    assert names(begun(moved)) == ["final-1"]
+
+
+def test_a_process_is_replaced_after_its_runs(outcomes, make):
+    execute(outcomes, *(make(f"run{i}") for i in range(5)), runs_per_process=2)
+    processes = [record["process"] for record in begun(outcomes)]
+    assert [processes.count(x) for x in dict.fromkeys(processes)] == [2, 2, 1]
+
+
+def test_a_held_out_run_that_fails_is_left_out(outcomes, sweep):
+    outcome = execute(outcomes, *sweep(rates=(0.5, 0.02, 0.03), seeds=1))
+    assert outcome.failed == ["held-out-0.5"]
+    assert begun(outcomes)[-1]["config"]["schedule"]["base_lr"] == 0.02
+
+
+@pytest.mark.parametrize(
+    ("sources", "lost"),
+    [
+        ({"rates": (0.5,)}, "held-out-0.5"),
+        ({"pretraining_rate": 0.5}, "pretrain"),
+        ({"pretraining_rate": 0.6}, "pretrain"),
+    ],
+)
+def test_what_needs_a_failed_run_has_failed_with_its_reason(outcomes, sweep, make, sources, lost):
+    final = sweep(seeds=1, **sources)[0]
+    outcome = execute(outcomes, final, make("other"))
+    assert {"final-0", lost} <= {*outcome.failed}
+    assert "other" not in outcome.failed
+    assert names(begun(outcomes))[-1] == "other"
+    reason = "killed by SIGKILL" if sources.get("pretraining_rate") == 0.6 else "is not finite"
+    assert reason in outcomes.failure(final)
+    assert outcomes.problem(final).startswith(f"final-0 failed: {lost} failed: ")
+
+
+def test_a_killed_worker_is_a_failed_run_that_is_tried_again(outcomes, make, capsys):
+    runs = [make("a"), make("b", 0.6), make("c")]
+    assert execute(outcomes, *runs).failed == ["b"]
+    assert "b: failed: killed by SIGKILL, see " in capsys.readouterr().out
+    assert names(begun(outcomes)) == ["a", "b", "c"]
+    execute(outcomes, *runs)
+    assert names(begun(outcomes)) == ["b"]
+
+
+def test_a_config_that_cannot_run_fails_before_what_it_needs_runs(outcomes, make):
+    start = make("start")
+    wrong = make("wrong", init_from=start)
+    wrong.config.dataset.batch = 3
+    outcome = execute(outcomes, wrong)
+    assert outcome.failed == ["wrong"]
+    assert "batch" in outcomes.failure(wrong)
+
+
+def test_a_finished_run_of_another_config_is_not_taken_for_this_one(outcomes, make):
+    execute(outcomes, make("a", seed=3))
+    begun(outcomes)
+    assert execute(outcomes, make("a", seed=4)).failed == ["a"]
+    assert "seed: 3" in outcomes.problem(make("a", seed=4))
+    assert execute(outcomes, make("a", seed=3, log_every="3 steps")).failed == []
+    assert begun(outcomes) == []
+
+
+def count_files(workdir, runs, suffix):
+    """The function of a task."""
+    (workdir / "array.txt").write_text("1 2 3")
+    return {"files": sum(len([*run.glob(f"*{suffix}")]) for run in runs), "runs": len(runs)}
+
+
+def test_a_task_computes_on_finished_runs_and_again_if_it_is_another(outcomes, make):
+    of = (make("a"), make("b"))
+
+    def task(suffix):
+        return Task("count", f"{__name__}:count_files", {"suffix": suffix}, of)
+
+    for suffix, files in ((".json", 4), ("config.json", 2)):
+        assert execute(outcomes, task(suffix)).failed == []
+        metrics = json.loads((outcomes.folder / "count" / "metrics.json").read_text())
+        assert metrics == {"files": files, "runs": 2}
+        assert names(begun(outcomes))[-1] == "count"
+    assert execute(outcomes, task("config.json")).failed == []
+    assert begun(outcomes) == []
+    assert (outcomes.folder / "count" / "array.txt").exists()
+
+
+def test_what_a_task_does_not_survive_is_told_in_a_line(outcomes):
+    outcome = execute(outcomes, Task("wrong", f"{__name__}:count_files", {"of": 3}))
+    assert outcome.failed == ["wrong"]
+    assert outcomes.failure(Task("wrong", "")).startswith("TypeError: count_files() got an unexp")
+    assert "Traceback" in (outcomes.folder / "wrong.log").read_text()
+
+
+def in_threads(*functions):
+    threads = [threading.Thread(target=function) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+
+
+@pytest.mark.parametrize("shards", [((0, 2), (1, 2)), ((0, 1), (0, 1))])
+def test_two_commands_at_once_do_not_step_on_each_other(outcomes, sweep, shards):
+    finals = [*sweep("a-"), *sweep("b-", seeds=4), *sweep("c-", seeds=1)]
+    found = {}
+
+    def command(number, shard):
+        found[number] = execute(outcomes, *finals, workers=2, shard=shard)
+
+    in_threads(*(lambda i=i, x=x: command(i, x) for i, x in enumerate(shards)))
+    assert not any(outcome.failed for outcome in found.values())
+    assert any(outcome.elsewhere == [] for outcome in found.values())
+    ran = names(begun(outcomes))
+    assert len(ran) == len({*ran}) == 19
+    assert not any(map(outcomes.problem, finals))
+
+
+def test_a_shard_waits_for_what_another_does_first(outcomes, sweep, capsys):
+    finals = sweep(seeds=12)
+    first = graph.part(graph.collect([Measurement({}, finals)]), 0, 2)
+    assert "pretrain" in first and "final-11" not in first
+    found = {}
+
+    def later():
+        time.sleep(0.5)
+        found[0] = execute(outcomes, *finals, shard=(0, 2))
+
+    in_threads(later, lambda: found.update({1: execute(outcomes, *finals, shard=(1, 2))}))
+    assert "waiting for pretrain" in capsys.readouterr().out
+    assert found[1].failed == []
+    assert not any(map(outcomes.problem, finals))
+
+
+def test_parts_are_every_job_once_and_chains_lie_together(sweep):
+    finals = [run for name in "abcdefgh" for run in sweep(f"{name}-")]
+    jobs = graph.collect([Measurement({}, finals)])
+    parts = [graph.part(jobs, index, 4) for index in range(4)]
+    assert sorted(sum(parts, [])) == sorted(jobs)
+    assert [{name[0] for name in part} for part in parts] == [{*"ab"}, {*"cd"}, {*"ef"}, {*"gh"}]
+    alone = graph.collect([Measurement({}, sweep("x-", seeds=1) + sweep("y-", seeds=1))])
+    many = [graph.part(alone, index, 10) for index in range(10)]
+    assert sorted(sum(many, [])) == sorted(alone)
+    swept = {f"x-held-out-{rate}" for rate in (0.008, 0.012, 0.03)} | {"x-final-0"}
+    assert any(swept <= {*part} for part in many)
+
+
+def test_two_of_one_name_that_differ_are_a_bug(make, sweep):
+    same = [Measurement({}, sweep()), Measurement({}, sweep())]
+    assert len(graph.collect(same)) == 6
+    with pytest.raises(AssertionError, match=r"named a: config.seed is 1 or 2"):
+        graph.collect([Measurement({}, [make("a", seed=1)]), Measurement({}, [make("a", seed=2)])])
+    with pytest.raises(AssertionError, match="needs"):
+        graph.collect([Measurement({}, [make("a"), make("a", init_from=make("b"))])])
+    with pytest.raises(AssertionError, match="one is a Run, the other a Task"):
+        graph.collect([Measurement({}, [make("a"), Task("a", "x:y")])])
+
+
+def wait_for(path, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert path.exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "end"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_signal_lets_runs_save_and_goes_no_further(outcomes, make, number, end, capsys):
+    def send():
+        wait_for(outcomes.folder / "waiting")
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    with pytest.raises(end) as caught:
+        execute(outcomes, make("a", 0.7), make("b"))
+    thread.join()
+    assert getattr(caught.value, "code", 143) == 143
+    assert (outcomes.folder / "saved").exists()
+    assert names(begun(outcomes)) == ["a"]
+    assert "the same command continues" in capsys.readouterr().out
+
+
+# A command of its own, that is killed: its worker must not go on alone, nor lose what it has.
+KILLED = """
+import pathlib, sys
+from experiments.runner import execution
+from experiments.runner.experiment import Measurement, Run
+from experiments.runner.outcomes import Outcomes
+from vit_jax.config import read_config
+folder, config, *execution.WORKER = sys.argv[1:]
+run = Run("killed", read_config(config))
+execution.execute([Measurement({}, [run])], Outcomes(pathlib.Path(folder)), workers=1,
+                  runs_per_process=9)
+"""
+
+
+def test_a_killed_command_loses_at_most_one_evaluation_interval(tmp_path, tiny_config, monkeypatch):
+    interval = 50
+    every = {x: f"{interval} steps" for x in ("evals.val.every", "checkpoint_every", "log_every")}
+    config = tiny_config(**every, duration="100000 steps")
+    path, runs = tmp_path / "config.json", tmp_path / "runs"
+    path.write_text(config.to_json())
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    command = [sys.executable, "-c", KILLED, str(runs), str(path), *execution.WORKER]
+    process = subprocess.Popen(command)
+    wait_for(runs / "killed" / "checkpoints" / f"{interval}", 120)
+    process.kill()
+    process.wait()
+    log, metrics = runs / "killed.log", runs / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while "SIGTERM: saved step" not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    reached = max(json.loads(line)["step"] for line in metrics.read_text().splitlines())
+    saved = max(int(x.name) for x in (runs / "killed/checkpoints").iterdir() if x.name.isdigit())
+    assert saved >= reached >= interval
+    # The worker itself is killed, as for memory: the run goes on from its last checkpoint.
