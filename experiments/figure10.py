@@ -52,9 +52,9 @@ def draw(results: "Results") -> "Figure":
     for part, (name, found) in zip(parts, settings.items(), strict=True):
         arrays = analyses.load_arrays(results, found.found[0])
         if arrays is None:
-            analyses.nothing(found.found[0], part)
+            analyses.nothing(part, found.found[0])
             continue
-        plots.similarity_grid(arrays["similarity"], part)
+        plots.draw_similarity(part, arrays["similarity"])
         part.axes[0].set_title(f"{MODEL}\n{name}", fontsize=10)
     return figure
 

@@ -31,9 +31,9 @@ def draw(results: "Results") -> "Figure":
 
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     models = results.groups("model")
-    for part, (model, found) in zip(figure.subfigures(1, len(models)), models.items(), strict=True):
-        figure7.draw_distances(results, found.found[0], part)
-        part.suptitle(model, fontsize=11)
+    parts = figure.subfigures(1, len(models))
+    for part, group in zip(parts, models.values(), strict=True):
+        figure7.draw_distances(results, group.found[0], part)
     return figure
 
 

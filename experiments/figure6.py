@@ -37,12 +37,16 @@ def draw(results: "Results") -> "Figure":
 
 def draw_masks(results: "Results", count: int) -> "Figure":
     """Draws the first images and their masks."""
+    from matplotlib.figure import Figure
+
     from experiments.runner import analyses
     from vit_jax.analysis import plots
 
     arrays = analyses.load_arrays(results, results.found[0])
     if arrays is None:
-        return analyses.nothing(results.found[0])
+        figure = Figure(figsize=(6, 1.5))
+        analyses.nothing(figure, results.found[0])
+        return figure
     return plots.masked_images(arrays["images"][:count], arrays["masks"][:count])
 
 

@@ -6,7 +6,7 @@ from experiments.runner import command
 from experiments.runner.experiment import Experiment, Measurement, Run, Task
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, FigureBase
 
     from experiments.runner.results import Result, Results
     from experiments.runner.setting import Setting
@@ -58,37 +58,45 @@ def draw(results: "Results") -> "Figure":
     """Draws filters, similarities and distances beside each other."""
     from matplotlib.figure import Figure
 
-    from experiments.runner import analyses
-    from vit_jax.analysis import plots
-
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     left, center, right = figure.subfigures(1, 3, width_ratios=(4.4, 4.6, 5))
     embeddings, distances = (results.where(model=x).found[0] for x in ("ViT-L/32", "ViT-L/16"))
-    arrays = analyses.load_arrays(results, embeddings)
-    if arrays is None:
-        analyses.nothing(embeddings, left)
-        analyses.nothing(embeddings, center)
-    else:
-        from vit_jax.analysis.embeddings import to_rgb
-
-        share = embeddings.mean or 0.0
-        plots.filter_grid(to_rgb(arrays["components"]), share, left)
-        plots.similarity_grid(arrays["similarity"], center)
+    _draw_embeddings(results, embeddings, left, center)
     draw_distances(results, distances, right)
     return figure
 
 
-def draw_distances(results: "Results", result: "Result", figure: "Figure") -> None:
-    """Draws the distances of a model's heads."""
+def _draw_embeddings(
+    results: "Results", result: "Result", left: "FigureBase", center: "FigureBase"
+) -> None:
+    from experiments.runner import analyses
+    from vit_jax.analysis import plots
+    from vit_jax.analysis.embeddings import to_rgb
+
+    model, arrays = result.measurement.labels["model"], analyses.load_arrays(results, result)
+    if arrays is None:
+        for figure in (left, center):
+            analyses.nothing(figure, result)
+        return
+    components = arrays["components"]
+    plots.draw_filters(left, to_rgb(components), result.mean or 0)
+    left.suptitle(f"{model}: first {len(components)} principal components\nof the RGB filters")
+    plots.draw_similarity(center, arrays["similarity"])
+    center.axes[0].set_title(f"{model}: similarity of position embeddings")
+
+
+def draw_distances(results: "Results", result: "Result", figure: "FigureBase") -> None:
+    """Draws the attention distances of a model's heads."""
     from experiments.runner import analyses
     from vit_jax.analysis import plots
 
     arrays = analyses.load_arrays(results, result)
     if arrays is None:
-        analyses.nothing(result, figure)
+        analyses.nothing(figure, result)
         return
     images = int(arrays["images"])
-    plots.attention_distances(arrays["distances"], float(arrays["uniform"]), images, figure)
+    plots.draw_distances(figure, arrays["distances"], float(arrays["uniform"]), images)
+    figure.axes[0].set_title(f"{result.measurement.labels['model']}: attention distance")
 
 
 EXPERIMENT = Experiment(

@@ -225,17 +225,12 @@ def load_arrays(results: "Results", result: "Result") -> dict[str, np.ndarray] |
         return dict(arrays)
 
 
-def nothing(result: "Result", figure: "FigureBase | None" = None) -> "FigureBase":
+def nothing(figure: "FigureBase", result: "Result") -> None:
     """Says in place of a picture why there is none.
 
     Args:
+        figure: to write in, or a part of one.
         result: that it would be of.
-        figure: to write in, by default a new one.
     """
-    from matplotlib.figure import Figure
-
-    figure = figure or Figure(figsize=(6, 1.5))
-    lines = result.problems or ("not run",)
     options = {"ha": "center", "va": "center", "fontsize": 9, "wrap": True, "parse_math": False}
-    figure.text(0.5, 0.5, printable(lines[0]), **options)
-    return figure
+    figure.text(0.5, 0.5, printable(*result.problems[:1] or ("not run",)), **options)

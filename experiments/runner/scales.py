@@ -92,10 +92,13 @@ class Reduction:
         config.duration = f"{steps} steps"
         config.schedule.warmup = f"{round(steps * warmup / paper_steps)} steps"
         every = steps // self.evaluations if config.patience else 0
+        curve = count_steps(config.evals.fewshot.every, images, config.batch_size)
         config.patience = min(config.patience, self.patience)
         config.checkpoint_every = f"{every} steps"
         for entry in config.evals.values():
             entry.every = f"{every} steps"
+        if config.evals.fewshot.dataset and not config.patience:  # As Figure 9's, a curve.
+            config.evals.fewshot.every = f"{round(steps * curve / paper_steps)} steps"
         config.batch_size = self.batch_sizes[config.batch_size <= FINETUNE_BATCH_SIZE]
         factor = self.rates[config.optimizer.name]
         config.schedule.base_lr *= factor

@@ -55,4 +55,7 @@ def test_tables_2_and_5_have_the_same_numbers_of_h14_after_jft():
 def test_masked_patches_are_2_above_scratch_and_4_below_supervised_pretraining():
     scratch = paper.TABLE_5["imagenet2012", "imagenet2012", "ViT-B/16"]
     supervised = paper.TABLE_5["jft", "imagenet2012", "ViT-B/16"]
-    assert (round(paper.SELF_SUPERVISION - scratch), round(supervised - paper.SELF_SUPERVISION)) == (2, 4)
+    assert (
+        round(paper.SELF_SUPERVISION - scratch),
+        round(supervised - paper.SELF_SUPERVISION),
+    ) == (2, 4)

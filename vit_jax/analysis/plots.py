@@ -92,18 +92,23 @@ def layer_colors(image: np.ndarray, tokens: np.ndarray, title: str) -> Figure:
     return figure
 
 
-def attention_distances(
-    distances: np.ndarray, uniform: float, num_images: int, figure: FigureBase | None = None
-) -> FigureBase:
+def attention_distances(distances: np.ndarray, uniform: float, num_images: int) -> Figure:
     """Draws one dot per head and layer (Figure 7 right).
 
     Args:
         distances: [layers, heads] in pixels.
         uniform: the distance of a head that looks at all tokens alike.
         num_images: over which the distances were averaged.
-        figure: to draw in, by default a new one.
     """
-    figure = figure or Figure(figsize=(5.6, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    draw_distances(figure, distances, uniform, num_images)
+    return figure
+
+
+def draw_distances(
+    figure: FigureBase, distances: np.ndarray, uniform: float, num_images: int
+) -> None:
+    """Draws as `attention_distances`, in a figure or a part of one."""
     axes = figure.subplots()
     num_layers, num_heads = distances.shape
     layers = np.repeat(np.arange(1, num_layers + 1), num_heads)
@@ -138,23 +143,30 @@ def attention_distances(
     axes.legend(loc="lower right", fontsize=8, framealpha=0.9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
-    return figure
 
 
-def filter_grid(filters: np.ndarray, share: float, figure: FigureBase | None = None) -> FigureBase:
+def filter_grid(filters: np.ndarray, share: float) -> Figure:
     """Principal components of the RGB filters, seven a row (Figure 7 left).
 
     Args:
         filters: [filters, height, width, 3] in [0, 1].
         share: of the variance that they hold together.
-        figure: to draw in, by default a new one.
     """
-    columns = min(7, len(filters))
-    rows = -(-len(filters) // columns)
+    rows, columns = _filter_grid_shape(len(filters))
     side = 0.62
-    size = (columns * side + 0.2, rows * side + 0.5)
-    figure = figure or Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False)
+    figure = Figure(figsize=(columns * side + 0.2, rows * side + 0.5), layout="constrained")
+    draw_filters(figure, filters, share)
+    return figure
+
+
+def _filter_grid_shape(count: int) -> tuple[int, int]:
+    columns = min(7, count)
+    return -(-count // columns), columns
+
+
+def draw_filters(figure: FigureBase, filters: np.ndarray, share: float) -> None:
+    """Draws as `filter_grid`, in a figure or a part of one."""
+    panels = figure.subplots(*_filter_grid_shape(len(filters)), squeeze=False)
     for index, axes in enumerate(panels.flat):
         if index < len(filters):
             _show(axes, filters[index], interpolation="nearest")
@@ -165,25 +177,27 @@ def filter_grid(filters: np.ndarray, share: float, figure: FigureBase | None = N
         "variance",
         fontsize=10,
     )
-    return figure
 
 
-def similarity_grid(similarity: np.ndarray, figure: FigureBase | None = None) -> FigureBase:
+def similarity_grid(similarity: np.ndarray) -> Figure:
     """A map for each patch: how similar every patch's position embedding is (Figure 7 middle).
 
     Args:
         similarity: [rows, columns, rows, columns], cosines.
-        figure: to draw in, by default a new one.
     """
-    rows, columns = similarity.shape[:2]
-    figure = figure or Figure(figsize=(5.2, 4.6), layout="constrained")
+    figure = Figure(figsize=(5.2, 4.6), layout="constrained")
+    draw_similarity(figure, similarity)
+    return figure
+
+
+def draw_similarity(figure: FigureBase, similarity: np.ndarray) -> None:
+    """Draws as `similarity_grid`, in a figure or a part of one."""
     axes = figure.subplots()
     drawn = _tiles(axes, similarity, -1, 1)
     axes.set(xlabel="column of the patch", ylabel="row of the patch")
     axes.set_title("Position embeddings: similarity of each patch with all", fontsize=10)
     bar = figure.colorbar(drawn, ax=axes, fraction=0.046, ticks=np.linspace(-1, 1, 5))
     bar.set_label("cosine similarity")
-    return figure
 
 
 def _beside(
