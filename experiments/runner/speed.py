@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     import jax
 
@@ -59,19 +61,22 @@ class _Programs:
 
         self._module = create_model(model)
         self._image_size = image_size
-        images = jnp.zeros((1, image_size, image_size, 3))
-        params = jax.jit(self._module.init)(jax.random.key(0), images)["params"]
-        dtype = self._module.config.compute_dtype
-        self._params = jax.tree.map(lambda x: x.astype(dtype), params)
+        shapes = jax.eval_shape(self._module.init, jax.random.key(0), self._images(1))["params"]
+        rng, dtype = np.random.default_rng(0), self._module.config.compute_dtype
+
+        def draw(x: "jax.ShapeDtypeStruct") -> "jax.Array":
+            return jnp.asarray(0.02 * rng.standard_normal(x.shape, np.float32), dtype)
+
+        self._params = jax.tree.map(draw, shapes)
+        self._image = rng.uniform(-1, 1, (image_size, image_size, 3)).astype(np.float32)
         self._compiled: dict[int, Any] = {}
         stats = jax.devices()[0].memory_stats() or {}
         self.limit = stats.get("bytes_limit", MEMORY)
 
     def _images(self, batch: int) -> "jax.ShapeDtypeStruct":
         import jax
-        import jax.numpy as jnp
 
-        return jax.ShapeDtypeStruct((batch, self._image_size, self._image_size, 3), jnp.float32)
+        return jax.ShapeDtypeStruct((batch, self._image_size, self._image_size, 3), np.float32)
 
     def _compile(self, batch: int) -> Any:
         import jax
@@ -94,9 +99,9 @@ class _Programs:
     def speed(self, batch: int, seconds: float) -> float:
         """Images a second, over so many seconds at least."""
         import jax
+        import jax.numpy as jnp
 
-        shape = self._images(batch)
-        images = jax.random.uniform(jax.random.key(1), shape.shape, shape.dtype, -1, 1)
+        images = jnp.broadcast_to(self._image, self._images(batch).shape)
         program = self._compile(batch)
         jax.block_until_ready(program(self._params, images))  # The first call prepares.
         begin, batches, taken = time.perf_counter(), 0, 0.0
