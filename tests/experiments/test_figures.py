@@ -18,7 +18,6 @@ from experiments.runner.scales import SCALES
 from experiments.runner.setting import Setting
 from vit_jax.checkpoints.pretrained import load_pretrained
 from vit_jax.config import check_config, count_steps
-from vit_jax.train import train
 
 NAMES = [f"figure{number}" for number in range(2, 15)]
 PAPER, SMOKE = (Setting(SCALES[name], SCALES[name].seeds) for name in ("paper", "smoke"))
@@ -258,7 +257,7 @@ def test_what_has_not_run_is_left_out_of_a_picture(name):
 
 def test_embeddings_are_those_of_the_run(finished, tmp_path):
     found = analyses.embeddings_of(tmp_path, [finished])
-    params = load_prefinished(finished).params
+    params = load_pretrained(finished).params
     with np.load(tmp_path / "arrays.npz") as arrays:
         assert arrays["components"].shape == (16, 4, 4, 3)  # as many as there are filters
         similarity = arrays["similarity"].reshape(4, 4)
@@ -300,11 +299,13 @@ def test_distances_are_means_over_images(finished, tmp_path):
         "lowest_farthest": pytest.approx(shares[0].max()),
         "highest_mean": pytest.approx(shares[0].mean()),
     }
-    # After 6 steps attention is nearly uniform, over 4 patches and the class token.
-    centers = 4 * np.stack(np.divmod(np.arange(4), 2), -1)
-    uniform = np.linalg.norm(centers[:, None] - centers, axis=-1).sum(-1).mean() / 5
-    assert arrays["uniform"] == pytest.approx(uniform)
-    np.testing.assert_allclose(arrays["distances"], uniform, rtol=0.2)
+    observed = analyses.observe(finished)
+    weights = observed.attention(lambda weights: weights, observed.evaluation_images(6))
+    across = 4 * 2**0.5
+    far = np.array([[0, 4, 4, across], [4, 0, across, 4], [4, across, 0, 4], [across, 4, 4, 0]])
+    expected = (weights[..., 1:, 1:] * far).sum(-1).mean((0, -1))  # without the class token
+    np.testing.assert_allclose(arrays["distances"], expected, rtol=1e-5)
+    assert arrays["uniform"] == pytest.approx((8 + across) / 5)
 
 
 def test_rollouts_are_masks_of_images_of_the_data_set(finished, tmp_path):
