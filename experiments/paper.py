@@ -62,13 +62,13 @@ TABLE_2_OTHERS = _cells(
         ("vtab",): ((76.29, 1.70), None),
     },
 )
-# TPUv3-core-days of pre-training.
+# TPUv3-core-days of pre-training, in thousands.
 TABLE_2_CORE_DAYS = {
-    ("ViT-H/14", "jft"): 2500,
-    ("ViT-L/16", "jft"): 680,
-    ("ViT-L/16", "imagenet21k"): 230,
-    ("BiT-L",): 9900,
-    ("Noisy Student",): 12300,
+    ("ViT-H/14", "jft"): 2.5,
+    ("ViT-L/16", "jft"): 0.68,
+    ("ViT-L/16", "imagenet21k"): 0.23,
+    ("BiT-L",): 9.9,
+    ("Noisy Student",): 12.3,
 }
 
 # Pre-training: the epochs that were tried, base learning rate, decay, weight decay, dropout. All

@@ -40,7 +40,7 @@ def measure(setting: "Setting") -> list[Measurement]:
         for start, run in starts.items()
     ]
     core_days = [
-        Measurement(_labels("TPUv3-core-days", *start), [], paper=number, percent=False)
+        Measurement(_labels("thousand TPUv3-core-days", *start), [], paper=number, percent=False)
         for start, number in paper.TABLE_2_CORE_DAYS.items()
     ]
     return [*ours, *others, *costs, *core_days]
@@ -61,8 +61,8 @@ EXPERIMENT = Experiment(
     "each task, the mean and the deviation of several runs of fine-tuning. The paper finds them "
     "ahead of BiT-L and Noisy Student, for less computation; those two columns are the paper's "
     "alone, nothing of them is run. On ImageNet and ReaL, fine-tuning is at 512 pixels (518 of "
-    "H/14), with Polyak averaging. TPUv3-core-days are the paper's; what our pre-training needs is "
-    "counted in exaFLOPs, beside those of Table 6.",
+    "H/14), with Polyak averaging. The days of TPUv3 cores are the paper's; what our pre-training "
+    "needs is counted in exaFLOPs, beside those of Table 6.",
 )
 
 if __name__ == "__main__":

@@ -169,9 +169,9 @@ def percent(mean: float | None, sd: float | None = None) -> str:
     return f"{100 * mean:.2f}" + ("" if sd is None else f" ± {100 * sd:.2f}")
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table, the first column of words and the others of numbers."""
-    rule = ["-"] + ["-:"] * (len(header) - 1)
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """A table, the first columns, so many, of words and the others of numbers."""
+    rule = ["-"] * words + ["-:"] * (len(header) - words)
     cells = (map(table_cell, row) for row in (header, rule, *rows))
     return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 

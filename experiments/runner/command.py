@@ -62,7 +62,10 @@ def build_parser(prog: str, title: str) -> command.Parser:
         "--output", type=pathlib.Path, default=OUTPUT, metavar="DIR", help=f"all of it [{OUTPUT}]"
     )
     parser.add_argument(
-        "--seeds", type=command.positive, metavar="N", help="of a fine-tuning [the scale's, 3]"
+        "--seeds",
+        type=command.positive,
+        metavar="N",
+        help="of a fine-tuning, at most the scale's [all]",
     )
     parser.add_argument(
         "--dry_run", action="store_true", help="print what it would cost, and do nothing else"
@@ -120,13 +123,10 @@ def _add_data_flags(group: "argparse._ArgumentGroup") -> None:
 
 
 def _add_cost_flags(group: "argparse._ArgumentGroup") -> None:
-    group.add_argument(
-        "--device", default="TPU v3", metavar="NAME", help="an accelerator [TPU v3, the paper's]"
-    )
+    group.add_argument("--device", metavar="NAME", help="the accelerator [H100]")
     group.add_argument(
         "--mfu",
-        type=_share,
-        default=0.4,
+        type=float,
         metavar="SHARE",
         help="of its peak that training reaches [0.4, an assumption]",
     )
@@ -136,16 +136,6 @@ def _shard(text: str) -> tuple[int, int]:
     if not (match := re.fullmatch(r"(\d+)/(\d+)", text)) or int(match[1]) >= int(match[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1, as 0/4")
     return int(match[1]), int(match[2])
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share: between 0 and 1, such as 0.4")
-    return share
 
 
 def main(
@@ -166,7 +156,8 @@ def main(
     if args.dry_run:
         from experiments.runner import cost
 
-        print(cost.report(measurements, setting, args.device, args.mfu))
+        given = {key: x for key in ("device", "mfu") if (x := getattr(args, key)) is not None}
+        print(cost.report(measurements, setting, **given))
         return 0
     if args.slurm:
         _write_slurm(args, prog, argv, folder, measurements)

@@ -64,12 +64,14 @@ class Task:
             `arguments` as keywords, it returns scalars by name; arrays it writes to `workdir`.
         arguments: what JSON can hold.
         of: finished before it starts.
+        alone: whether no other run of the same command goes on beside it: it measures a speed.
     """
 
     name: str
     function: str = dataclasses.field(compare=False)
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
     of: tuple[Run, ...] = dataclasses.field(default=(), compare=False)
+    alone: bool = dataclasses.field(default=False, compare=False)
 
     @property
     def needs(self) -> tuple[Run, ...]:

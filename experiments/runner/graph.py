@@ -54,7 +54,8 @@ def _content(job: Job) -> dict[str, Any]:
     """What makes a job what it is, by dotted names."""
     needs = {"needs": [needed.name for needed in job.needs]}
     if isinstance(job, Task):
-        return {"function": job.function, "arguments": dict(job.arguments)} | needs
+        asked = {"function": job.function, "arguments": dict(job.arguments), "alone": job.alone}
+        return asked | needs
     return _flat(job.config.to_dict(), "config") | needs
 
 

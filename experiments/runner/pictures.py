@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
@@ -452,8 +453,9 @@ def _marks(axes: Axes, dpi: float) -> np.ndarray:
         radius = dpi / 72 * line.get_markersize() / 2
         boxes.append(np.hstack([centers - radius, centers + radius]))
     for collection in axes.collections:
-        for path in collection.get_paths():
-            boxes.append(collection.get_transform().transform(path.vertices).reshape(1, -1))
+        if isinstance(collection, LineCollection):
+            ends = collection.get_transform().transform(np.concatenate(collection.get_segments()))
+            boxes.append(ends.reshape(-1, 4))
     return np.vstack(boxes)
 
 

@@ -50,14 +50,16 @@ class Reduction:
         side: an image of 224 pixels becomes one of so many; others in proportion, in steps of 8.
         width: hidden sizes are divided by it, and rounded to whole heads.
         head_size: of the attention, in place of 64.
-        layers: the number of layers is divided by it.
+        layers: the number of layers is divided by it, and rounded up.
         patch: the side of a patch is divided by it, rounded to a power of two. A hybrid has as many
             stages less as that takes.
         stages: a ResNet has so many, each with the units of those that it stands for.
         units: the units of a ResNet are divided by it. Its widths stay.
         steps: of a run are so many times the cube root of the paper's.
         batch_sizes: in place of 4,096 and of 512.
-        rates: what learning rates are multiplied by, by the optimizer's name.
+        rates: what learning rates of pre-training are multiplied by, by the optimizer's name:
+            narrow models take higher ones, and SGD small batches lower ones.
+        finetuning_rate: likewise, of fine-tuning.
         evaluations: of a run of Figure 4, which is stopped early; other runs have one, at the end.
         patience: of these.
         mirrors: whether images of the stand-ins may be mirrored.
@@ -73,6 +75,7 @@ class Reduction:
     steps: float
     batch_sizes: tuple[int, int]
     rates: Mapping[str, float]
+    finetuning_rate: float
     evaluations: int
     patience: int
     mirrors: bool
@@ -99,8 +102,9 @@ class Reduction:
             entry.every = f"{every} steps"
         if config.evals.fewshot.dataset and not config.patience:  # As Figure 9's, a curve.
             config.evals.fewshot.every = f"{round(steps * curve / paper_steps)} steps"
-        config.batch_size = self.batch_sizes[config.batch_size <= FINETUNE_BATCH_SIZE]
-        factor = self.rates[config.optimizer.name]
+        finetunes = config.batch_size <= FINETUNE_BATCH_SIZE
+        config.batch_size = self.batch_sizes[finetunes]
+        factor = self.finetuning_rate if finetunes else self.rates[config.optimizer.name]
         config.schedule.base_lr *= factor
         config.schedule.end_lr *= factor
         self._shrink_images(config.dataset)
@@ -143,7 +147,7 @@ class Reduction:
         for key in ("mlp_dim", "representation_size"):
             model[key] = model[key] * width // model.hidden_size
         model.hidden_size, model.num_heads = width, heads
-        model.num_layers = max(round(model.num_layers / self.layers), 1)
+        model.num_layers = math.ceil(model.num_layers / self.layers)
         if model.patch_size > 1:
             model.patch_size = 2 ** max(round(math.log2(model.patch_size / self.patch)), 0)
 
@@ -161,8 +165,8 @@ class Scale:
     Attributes:
         name: as on the command line.
         summary: a sentence for every page: what its numbers are.
-        seeds: of a fine-tuning, at most.
-        learning_rates: of a row of Table 4 that are tried, the largest; 0 for all.
+        seeds: of what is repeated, unless the user says.
+        learning_rates: how many of a row of Table 4 are tried, those in its middle.
         runs_per_process: that a process makes before another takes its place.
         reduction: of every run; None leaves it as it is.
         stand_ins: by the paper's name of a data set or task; a task of VTAB by "vtab:TASK".
@@ -208,7 +212,7 @@ PAPER = Scale(
     name="paper",
     summary="Scale paper: the models, data sets and durations of the paper.",
     seeds=3,
-    learning_rates=0,
+    learning_rates=4,
     runs_per_process=1,
 )
 
@@ -234,7 +238,8 @@ MINI = Scale(
         units=4,
         steps=20,
         batch_sizes=(128, 128),
-        rates={"adam": 1.5, "sgd": 3.0},
+        rates={"adam": 1.5, "sgd": 0.2},
+        finetuning_rate=3.0,
         evaluations=20,
         patience=3,
         mirrors=True,
@@ -278,9 +283,10 @@ SMOKE = Scale(
         patch=4,
         stages=1,
         units=16,
-        steps=4,
-        batch_sizes=(64, 32),
-        rates={"adam": 4.0, "sgd": 10.0},
+        steps=2.5,
+        batch_sizes=(32, 16),
+        rates={"adam": 4.0, "sgd": 0.2},
+        finetuning_rate=10.0,
         evaluations=10,
         patience=2,
         mirrors=False,

@@ -2,9 +2,9 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -30,9 +30,6 @@ HELD_OUT = {"imagenet2012": 0.01}
 # ten-thousandth of the arithmetic, and its durations are in steps.
 UNKNOWN = (1_000, 0)
 
-if TYPE_CHECKING:
-    from vit_jax.data.source import Source
-
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -55,7 +52,7 @@ class Setting:
 
     Attributes:
         scale: that the runs are of.
-        seeds: of a fine-tuning, at most `scale.seeds`.
+        seeds: of what is repeated.
         datasets: what the user names in place of the paper's, {"jft": "folder:/data/mine"}; and
             "objectnet", a folder.
         data_dir: where TFDS looks; "" is its default.
@@ -155,9 +152,7 @@ class Setting:
         config.init_from = ""
         origin = re.sub("^pretrain-", "", start.name) if start else f"scratch-{_slug(model)}"
         name = _join("finetune", self._title(task), "512" if large else "", variant, "of", origin)
-        if task == "imagenet2012" and task not in self.datasets:
-            config.evals.real = {"every": "0 steps", "data_dir": self.data_dir, **self.scale.real}
-        rates = recipes.finetuning_row(task).base_lrs[-self.scale.learning_rates :]
+        rates = _middle(recipes.finetuning_row(task).base_lrs, self.scale.learning_rates)
         held_out = []
         for rate in rates if len(rates) > 1 else ():
             run = self._run(
@@ -165,8 +160,10 @@ class Setting:
             )
             name_of_rate = f"{name}-held-out-lr{run.config.schedule.base_lr:g}"
             held_out.append(dataclasses.replace(run, name=name_of_rate))
+        if task == "imagenet2012" and task not in self.datasets:
+            config.evals.real = {"every": "0 steps", "data_dir": self.data_dir, **self.scale.real}
         runs = []
-        for seed in range(min(self.seeds, self.scale.seeds)):
+        for seed in range(self.seeds):
             final = _at(config, rates[0], seed=seed)
             run = self._run(f"{name}-seed{seed}", final, model, task, changes, start=start)
             runs.append(dataclasses.replace(run, rates=tuple(held_out)))
@@ -199,7 +196,7 @@ class Setting:
     def num_images(self, dataset: str) -> int:
         """The training images of what stands for one of the paper's data sets."""
         if dataset in self.datasets:
-            return self.images.get(dataset) or self._opened(dataset).num_examples
+            return self._size(dataset)
         stand_in = self.scale.stand_ins.get(dataset)
         return stand_in.images if stand_in else DATASETS[dataset][1]
 
@@ -276,10 +273,24 @@ class Setting:
             return self.classes.get(dataset) or DATASETS.get(dataset, UNKNOWN)[0]
         return DATASETS.get(self._name(dataset), UNKNOWN)[0]
 
-    def _opened(self, dataset: str) -> "Source":
+    def _size(self, dataset: str) -> int:
+        """The images of what the user named, by his word or by opening it."""
         from vit_jax.data import datasets
 
-        return datasets.open_dataset(self.datasets[dataset], data_dir=self.data_dir)[0]
+        name = self.datasets[dataset]
+        if known := self.images.get(dataset) or DATASETS.get(recipes.table_name(name), UNKNOWN)[1]:
+            return known
+        try:
+            return datasets.open_dataset(name, data_dir=self.data_dir)[0].num_examples
+        except UserError as error:
+            raise UserError(
+                f"the images of {name} are not known here ({error}): add --{dataset}_images N"
+            ) from error
+
+
+def _middle(rates: Sequence[float], count: int) -> Sequence[float]:
+    skipped = max(len(rates) - count, 0) // 2
+    return rates[skipped : skipped + count]
 
 
 def _at(config: ConfigDict, rate: float, *, seed: int = 0, development: bool = False) -> ConfigDict:

@@ -16,7 +16,7 @@ _SCRIPT = """\
 #SBATCH --array=0-{last}
 #SBATCH --job-name={name}
 # What each element prints; "append" keeps it when an element starts again.
-#SBATCH --output={logs}/slurm-%A_%a.log
+#SBATCH --output="{logs}/slurm-%A_%a.log"
 #SBATCH --open-mode=append
 # SIGTERM comes two minutes before the time is up, to Python itself: the run saves its state.
 #SBATCH --signal=B:TERM@120

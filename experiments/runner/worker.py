@@ -1,6 +1,7 @@
 """A process that does one run or task after another, so that imports are paid once.
 
-`python -m experiments.runner.worker` takes a job a line, as JSON, and answers each with a line:
+`python -m experiments.runner.worker [CORE ...]` takes a job a line, as JSON, and answers each with a
+line; it keeps to the cores of these numbers, if any are given:
 
     {"workdir": ..., "log": ..., "config": {...}}
     {"workdir": ..., "log": ..., "function": ..., "arguments": {...}, "of": [...], "runs": [...]}
@@ -34,6 +35,8 @@ from vit_jax.files import write_json
 
 def main() -> int:
     """Works until stdin ends."""
+    if (cores := {*map(int, sys.argv[1:])}) and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)  # Before the libraries start their threads.
     # What else reads or prints must not take or send such lines.
     requests, answers = _own(sys.stdin, "rb"), _own(sys.stdout, "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
@@ -137,17 +140,21 @@ def _run(job: dict[str, Any]) -> None:
 
 
 def _do_task(job: dict[str, Any], workdir: pathlib.Path) -> None:
+    asked = {key: job[key] for key in ("function", "arguments", "of")}
+    metrics, task = workdir / "metrics.json", workdir / TASK_FILE
+    # Another command may have done it meanwhile.
+    if metrics.exists() and task.exists() and asked.items() <= json.loads(task.read_text()).items():
+        return
     module, _, name = job["function"].partition(":")
     function = getattr(importlib.import_module(module), name)
     workdir.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     runs = [pathlib.Path(run) for run in job["runs"]]
     scalars = function(workdir=workdir, runs=runs, **job["arguments"])
-    asked = {key: job[key] for key in ("function", "arguments", "of")}
     # The task before its metrics: by these it is finished.
-    (workdir / "metrics.json").unlink(missing_ok=True)
-    write_json(workdir / TASK_FILE, asked | {"seconds": time.perf_counter() - begin})
-    write_json(workdir / "metrics.json", {key: float(x) for key, x in scalars.items()})
+    metrics.unlink(missing_ok=True)
+    write_json(task, asked | {"seconds": time.perf_counter() - begin})
+    write_json(metrics, {key: float(x) for key, x in scalars.items()})
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ from vit_jax.errors import UserError
 def run(job):
     workdir = pathlib.Path(job["workdir"])
     config = job.get("config")
+    if config and (workdir / "metrics.json").exists():
+        return
     with open(workdir.parent / "begun.jsonl", "a") as file:
         file.write(json.dumps({"name": workdir.name, "process": os.getpid(), **job}) + "\\n")
-    if (workdir / "metrics.json").exists():
-        return
     if config is None:
         worker._do_task(job, workdir)
         return
@@ -58,11 +58,23 @@ worker._run = run
 command.run(worker.main)
 """
 
+# What a task calls.
+ANALYSIS = """
+def count_files(workdir, runs, suffix):
+    (workdir / "array.txt").write_text("1 2 3")
+    return {"files": sum(len([*run.glob(f"*{suffix}")]) for run in runs), "runs": len(runs)}
+
+def count_marks(workdir, runs, own=0):
+    folder = workdir.parent
+    return {"finished": len([*folder.glob("run*/metrics.json"), *folder.glob("a/metrics.json")])}
+"""
+
 
 @pytest.fixture
 def outcomes(tmp_path, monkeypatch):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
+    (tmp_path / "analysis.py").write_text(ANALYSIS)
     monkeypatch.setattr(execution, "WORKER", (sys.executable, str(script)))
     monkeypatch.setattr(execution, "_POLL_SECONDS", 0.05)
     return Outcomes(tmp_path / "runs")
@@ -138,6 +150,25 @@ def test_several_at_once_keep_the_order_of_needs(outcomes, sweep):
     assert names(records)[0] == "pretrain"
     assert {*names(records)[-2:]} == {"final-0", "final-1"}
     assert len(records) == 6
+
+
+def test_workers_share_the_cores(monkeypatch):
+    monkeypatch.setattr(execution, "_has_accelerator", lambda: False)
+    monkeypatch.setattr(execution, "_cores", lambda: [0, 2, 4, 6, 8])
+    assert execution._shares(2) == [[0, 2], [4, 6, 8]]
+    assert execution._shares(1) == [[]]
+    assert execution._shares(6) == [[]] * 6
+    assert execution.default_workers() == 5
+    monkeypatch.setattr(execution, "_has_accelerator", lambda: True)
+    assert execution._shares(2) == [[], []]
+    assert execution.default_workers() == 1
+
+
+def test_seeds_that_share_their_programs_do_not_compile_them_at_the_same_time(outcomes, sweep):
+    execute(outcomes, *sweep("a-", seeds=3), *sweep("b-", seeds=3), workers=2)
+    records = begun(outcomes)
+    assert {name[0] for name in names(records)[:2]} == {*"ab"}
+    assert len(records) == 14
 
 
 def test_what_only_unfinished_runs_need_is_not_run_for_finished_ones(outcomes, sweep):
@@ -218,17 +249,11 @@ def test_a_finished_run_of_another_config_is_not_taken_for_this_one(outcomes, ma
     assert begun(outcomes) == []
 
 
-def count_files(workdir, runs, suffix):
-    """The function of a task."""
-    (workdir / "array.txt").write_text("1 2 3")
-    return {"files": sum(len([*run.glob(f"*{suffix}")]) for run in runs), "runs": len(runs)}
-
-
 def test_a_task_computes_on_finished_runs_and_again_if_it_is_another(outcomes, make):
     of = (make("a"), make("b"))
 
     def task(suffix):
-        return Task("count", f"{__name__}:count_files", {"suffix": suffix}, of)
+        return Task("count", "analysis:count_files", {"suffix": suffix}, of)
 
     for suffix, files in ((".json", 4), ("config.json", 2)):
         assert execute(outcomes, task(suffix)).failed == []
@@ -240,8 +265,19 @@ def test_a_task_computes_on_finished_runs_and_again_if_it_is_another(outcomes, m
     assert (outcomes.folder / "count" / "array.txt").exists()
 
 
+def test_a_task_that_measures_a_speed_runs_last_and_alone(outcomes, make):
+    task = Task("alone", "analysis:count_marks", of=(make("a"),), alone=True)
+    more = Task("more", "analysis:count_marks", {"own": 1}, alone=True)
+    runs = [make(f"run{i}") for i in range(4)]
+    assert execute(outcomes, task, more, *runs, workers=3).failed == []
+    assert {*names(begun(outcomes))[-2:]} == {"alone", "more"}
+    for name in ("alone", "more"):
+        metrics = json.loads((outcomes.folder / name / "metrics.json").read_text())
+        assert metrics["finished"] == 5
+
+
 def test_what_a_task_does_not_survive_is_told_in_a_line(outcomes):
-    outcome = execute(outcomes, Task("wrong", f"{__name__}:count_files", {"of": 3}))
+    outcome = execute(outcomes, Task("wrong", "analysis:count_files", {"of": 3}))
     assert outcome.failed == ["wrong"]
     assert outcomes.failure(Task("wrong", "")).startswith("TypeError: count_files() got an unexp")
     assert "Traceback" in (outcomes.folder / "wrong.log").read_text()
@@ -352,22 +388,33 @@ execution.execute([Measurement({}, [run])], Outcomes(pathlib.Path(folder)), work
 
 
 def test_a_killed_command_loses_at_most_one_evaluation_interval(tmp_path, tiny_config, monkeypatch):
-    interval = 50
+    interval = 100
     every = {x: f"{interval} steps" for x in ("evals.val.every", "checkpoint_every", "log_every")}
-    config = tiny_config(**every, duration="100000 steps")
+    config = tiny_config(**every, duration="1000000 steps")
     path, runs = tmp_path / "config.json", tmp_path / "runs"
     path.write_text(config.to_json())
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     command = [sys.executable, "-c", KILLED, str(runs), str(path), *execution.WORKER]
-    process = subprocess.Popen(command)
-    wait_for(runs / "killed" / "checkpoints" / f"{interval}", 120)
-    process.kill()
-    process.wait()
-    log, metrics = runs / "killed.log", runs / "killed" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while "SIGTERM: saved step" not in log.read_text() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    reached = max(json.loads(line)["step"] for line in metrics.read_text().splitlines())
-    saved = max(int(x.name) for x in (runs / "killed/checkpoints").iterdir() if x.name.isdigit())
+    log, workdir = runs / "killed.log", runs / "killed"
+    first = subprocess.Popen(command)
+    wait_for(workdir / "checkpoints" / f"{interval}", 120)
+    first.kill()
+    first.wait()
+    wait_for_line(log, "SIGTERM: saved step")
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    reached = max(json.loads(line)["step"] for line in lines)
+    saved = max(int(x.name) for x in (workdir / "checkpoints").iterdir() if x.name.isdigit())
     assert saved >= reached >= interval
-    # The worker itself is killed, as for memory: the run goes on from its last checkpoint.
+    with subprocess.Popen(command) as again:
+        wait_for_line(log, f"continuing from step {saved}")
+        again.terminate()
+    assert again.returncode == 143
+    assert (workdir / "checkpoints").exists()
+    assert not (workdir / "metrics.json").exists()
+
+
+def wait_for_line(path, text, seconds=60):
+    deadline = time.monotonic() + seconds
+    while text not in path.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert text in path.read_text()

@@ -1,0 +1,141 @@
+import datetime
+import html.parser
+import json
+
+import pytest
+
+from experiments.runner import pages
+
+from ..handmade import HOSTILE, make_result, make_results
+
+RESULTS = (
+    make_result({"data": "JFT", "task": "Pets", "model": "B"}, [0.5, 0.6], paper=93.81),
+    make_result({"data": "JFT", "task": "VTAB", "model": "B"}, [0.25, None], ["run-2 has not run"]),
+    make_result({"data": "I21k", "task": "VTAB", "model": "B"}, [None], ["run-3 failed: killed"]),
+)
+
+
+class Page(html.parser.HTMLParser):
+    """A page as a browser reads it: its elements with attributes, its text, its table."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.elements, self.words, self.rows, self.open = [], [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.text = " ".join(self.words)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words += data.split()
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] = f"{self.rows[-1][-1]} {data}".strip()
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def test_a_page_shows_the_table_beside_the_paper_s_numbers(tmp_path):
+    results = make_results(*RESULTS, rows=("data", "task"), about="What the paper says.")
+    page = Page(pages.write(results, tmp_path))
+    assert page.rows == [
+        ["data", "task", "B"],
+        ["JFT", "Pets", "55.00 ± 7.07 (93.81)"],
+        ["VTAB", "25.00 1 of 2 seeds"],  # Under the same JFT.
+        ["I21k", "VTAB", "failed"],
+    ]
+    spans = [attributes["rowspan"] for attributes in page.all("th") if "rowspan" in attributes]
+    assert spans == ["2"]
+    for text in (
+        "Table 0: a test",
+        "What the paper says.",
+        results.setting.scale.summary,
+        "run-2 has not run",
+        "run-3 failed: killed",
+        "python -m experiments.table0 --scale smoke",
+        f"Made on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
+    ):
+        assert text in page.text
+
+
+def test_a_page_needs_nothing_from_elsewhere(tmp_path):
+    (tmp_path / "table0").mkdir()
+    (tmp_path / "table0/picture.png").write_bytes(b"")
+    results = make_results(*RESULTS, rows=("data", "task"))
+    for path in (pages.write(results, tmp_path), pages.write_index([results], tmp_path)):
+        page = Page(path)
+        assert not page.all("script") and not page.all("link")
+        assert [image["src"] for image in page.all("img")] == ["table0/picture.png"]
+        assert "url(" not in path.read_text() and "@import" not in path.read_text()
+
+
+@pytest.mark.parametrize("where", ["label", "column", "problem", "title", "about"])
+def test_hostile_text_stays_text(tmp_path, where):
+    names = dict.fromkeys(("label", "column", "problem", "title", "about"), "harmless")
+    names[where] = HOSTILE
+    labels = {"task": names["label"], "model": names["column"]}
+    found = make_result(labels, [None], [f"{names['problem']} failed"])
+    results = make_results(found, title=names["title"], about=names["about"])
+    page = pages.write(results, tmp_path)
+    index = pages.write_index([results], tmp_path)
+    for path in (page, index):
+        assert not Page(path).all("script")
+        assert "\x1b" not in path.read_text()
+    assert "<script>alert('|')</script>\\x1b[2J\\n#" in Page(page).text
+
+
+def test_an_experiment_without_picture_has_none(tmp_path):
+    page = Page(pages.write(make_results(*RESULTS[:1]), tmp_path))
+    assert not page.all("img")
+    assert "Files:" not in page.text
+
+
+def test_the_cost_is_that_of_the_runs_that_the_experiment_needs(tmp_path):
+    results = make_results(*RESULTS, rows=("data", "task"))
+    names = [source.name for result in RESULTS for source in result.measurement.sources]
+    for name in (*names[:2], "of-another"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "metrics.json").write_text("{}")
+        records = [
+            {"step": 50, "device_days": 15 / 86400, "exaflops": 1.0},
+            {"step": 100, "device_days": 30 / 86400, "exaflops": 2.5},
+            {"step": 100, "eval_accuracy": 0.5},
+        ]
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (tmp_path / "runs" / name / "metrics.jsonl").write_text(text)
+    (tmp_path / "runs/of-another/metrics.jsonl").write_text("damaged")
+    page = Page(pages.write(results, tmp_path)).text
+    for fact in ("2 of 5 runs", "Steps 200", "Time 1m00s", "5 exaFLOPs"):
+        assert fact in page
+    index = Page(pages.write_index([results], tmp_path)).text
+    for fact in ("0 of 1 are complete", "3 runs", "Steps 200", "5 exaFLOPs"):
+        assert fact in index
+
+
+def test_the_index_has_a_card_for_each_also_for_those_of_earlier_commands(tmp_path):
+    complete = make_results(RESULTS[0], name="figure1", title="Figure 1: one")
+    partly = make_results(*RESULTS[1:], name="table2", title="Table 2: two", rows=("data",))
+    earlier = make_results(RESULTS[0], name="table3", title="Table 3: <three>")
+    for results in (complete, partly, earlier):
+        pages.write(results, tmp_path)
+    page = Page(pages.write_index([complete, partly], tmp_path))
+    links = [attributes["href"] for attributes in page.all("a")]
+    assert links[1:] == ["figure1.html", "table2.html", "table3.html"]
+    for text in (
+        "1 of 2 are complete",
+        "Figure 1: one 1 of 1 numbers",
+        "Table 2: two 1 of 2 numbers",
+        "Table 3: <three> made by an earlier command",
+    ):
+        assert text in page.text

@@ -1,0 +1,112 @@
+import csv
+import dataclasses
+import io
+import statistics
+
+import pytest
+
+from experiments.runner import tables
+
+from ..handmade import HOSTILE, make_result, make_results
+
+
+def rows_of(markdown):
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def test_a_cell_has_the_mean_and_deviation_of_the_seeds_in_percent_and_the_paper_s():
+    results = make_results(
+        make_result({"task": "Pets", "model": "B"}, [0.5, 0.6], paper=93.81),
+        make_result({"task": "Pets", "model": "H"}, [0.25], paper=97.56, paper_sd=0.02),
+        make_result({"task": "VTAB", "model": "H"}, [], paper=76.29, paper_sd=1.7),
+    )
+    sd = 100 * statistics.stdev([0.5, 0.6])
+    header, _, pets, vtab = rows_of(tables.markdown(results))
+    assert header == ["task", "B", "H"]
+    assert pets == ["Pets", f"55.00 ± {sd:.2f} (93.81)", "25.00 (97.56 ± 0.02)"]
+    assert vtab == ["VTAB", "", "(76.29 ± 1.70)"]
+
+
+@pytest.mark.parametrize(("paper", "shown"), [((95.3, 85.5), "(95.3)"), ((99.0, 98.13), "(99.00)")])
+def test_the_paper_s_shares_have_as_many_decimals_as_there(paper, shown):
+    found = [make_result({"task": str(x), "model": "B"}, [], paper=x) for x in paper]
+    assert rows_of(tables.markdown(make_results(*found)))[2][1] == shown
+
+
+@pytest.mark.parametrize(("value", "shown"), [(4262.1, "4262"), (1.23456e-05, "1.235e-05")])
+def test_what_is_no_share_is_shown_as_it_is(value, shown):
+    result = make_result({"task": "exaFLOPs"}, [value], percent=False, paper=4262)
+    assert tables.markdown(make_results(result, column="")).count(f"| {shown} (4262) |") == 1
+
+
+def test_what_is_missing_is_told_with_its_reason():
+    results = make_results(
+        make_result({"task": "a", "model": "B"}, [0.5, None], ["run-2 failed: no memory"]),
+        make_result({"task": "b", "model": "B"}, [None, None], ["run-3 has not run"], paper=1.25),
+        make_result({"task": "c", "model": "B"}, [None], ["run-4 failed: killed by SIGKILL"]),
+    )
+    text = tables.markdown(results)
+    assert [row[1] for row in rows_of(text)[2:]] == [
+        "50.00 [1 of 2 seeds]",
+        "not run (1.25)",
+        "failed",
+    ]
+    assert text.endswith(
+        "- run-2 failed: no memory\n- run-4 failed: killed by SIGKILL\n- run-3 has not run"
+    )
+
+
+def test_failures_come_before_the_many_that_have_not_run():
+    lines = [f"run-{i} has not run" for i in range(50)] + ["run-50 failed: no memory"]
+    text = tables.markdown(make_results(make_result({"task": "a"}, [None], lines, paper=1)))
+    listed = [line for line in text.splitlines() if line.startswith("- ")]
+    assert listed[0] == "- run-50 failed: no memory"
+    assert listed[-1] == "- 21 more, see results.jsonl"
+    assert len(listed) == 31
+
+
+@pytest.mark.parametrize("scale", ["smoke", "mini", "paper"])
+def test_the_scale_and_the_data_that_stand_for_the_paper_s_are_told(scale):
+    results = make_results(make_result({"task": "a"}, [0.5]), scale=scale)
+    setting = dataclasses.replace(results.setting, datasets={"jft": "folder:/mine"})
+    text = tables.markdown(dataclasses.replace(results, setting=setting))
+    for sentence in (setting.scale.summary, *setting.scale.about_data):
+        assert sentence in text
+    assert "jft is folder:/mine here" in text
+
+
+def test_hostile_text_neither_ends_a_cell_nor_begins_a_line():
+    results = make_results(
+        make_result({"task": HOSTILE, "model": HOSTILE}, [None], [f"{HOSTILE} failed"])
+    )
+    text = tables.markdown(results)
+    assert "\x1b" not in text
+    assert not any(line.startswith("# forged") for line in text.splitlines())
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert [row.replace(r"\|", "").count("|") for row in rows] == [3, 3, 3]
+
+
+def test_csv_has_a_row_for_each_measurement_in_the_unit_that_is_shown():
+    results = make_results(
+        make_result({"task": "a,b", "model": "B"}, [0.5, None], paper=60, paper_sd=2, x=3),
+        make_result({"task": HOSTILE}, [7.0], percent=False, metric="exaflops", paper_x=4),
+    )
+    first, second = csv.DictReader(io.StringIO(tables.csv(results)))
+    assert {key: first[key] for key in ("experiment", "scale", "task", "model")} == {
+        "experiment": "table0",
+        "scale": "smoke",
+        "task": "a,b",
+        "model": "B",
+    }
+    numbers = ("mean", "seeds", "seeds_asked", "paper", "paper_sd", "x")
+    assert [float(first[key]) for key in numbers] == [50, 1, 2, 60, 2, 3]
+    assert (first["sd"], first["unit"], second["unit"]) == ("", "%", "")
+    assert (second["metric"], second["mean"], second["paper_x"]) == ("exaflops", "7.0", "4")
+    assert "\x1b" not in second["task"] and "\n" not in second["task"]
+
+
+def test_two_measurements_of_one_place_are_an_error():
+    twice = [make_result({"task": "a", "model": "B"}, [0.5])] * 2
+    with pytest.raises(ValueError, match="table0 has two measurements of"):
+        tables.markdown(make_results(*twice))
