@@ -85,7 +85,7 @@ def test_figure_2_has_the_means_of_the_groups():
         for bar in each
     ]
     # Table 9's H/14 by hand: natural tasks have mean 86.69, specialized 87.0, structured 65.03.
-    for mean in (77.56, 86.69, 87.0, 65.03):
+    for mean in (77.63, 86.69, 87.0, 65.03):
         assert sum(abs(height - mean) < 0.006 for height in heights) == 2  # ours and the paper's
 
 
