@@ -60,7 +60,7 @@ def speed_task(setting: "Setting", model: str) -> Task:
         "seconds": SECONDS if whole else FEW_SECONDS,
     }
     name = f"speed-{model.replace('/', '-').replace('+', '-')}"
-    return Task(name, "experiments.runner.speed:measure_speed", arguments)
+    return Task(name, "experiments.runner.speed:measure_speed", arguments, alone=True)
 
 
 def draw(results: "Results") -> "Figure":
