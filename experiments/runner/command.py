@@ -271,7 +271,7 @@ def _render(
         if len(experiments) == 1:
             print(f"\n{tables.markdown(results)}\n")
         page = pages.write(results, folder)
-        missing = f", {len(results.problems)} runs are missing" if results.problems else ""
+        missing = f", runs missing: {len(results.problems)}" if results.problems else ""
         print(printable(f"{experiment.name}: {page}{missing}"), flush=True)
     print(printable(f"all of them: {pages.write_index(found, folder)}"))
     return complete
@@ -299,9 +299,12 @@ def _draw(results: "Results", path: pathlib.Path) -> bool:
     path.unlink(missing_ok=True)  # One of other results would lie.
     try:
         figure = results.experiment.draw(results)
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, dpi=_PICTURE_DPI, format="png")
+    except UserError:  # The disk refuses.
+        raise
     except Exception as error:  # A picture with points that are missing is no reason for no page.
-        print(printable(f"{results.experiment.name}: no picture: {first_line(error)}"))
+        kind = type(error).__name__
+        print(printable(f"{results.experiment.name}: no picture: {kind}: {first_line(error)}"))
         return False
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=_PICTURE_DPI, format="png")
     return True

@@ -112,7 +112,7 @@ def _work(board: "Board", pool: "Sequence[Slot]", signals: Signals) -> None:
             if slot.job or any(map(_is_alone, others)):
                 continue
             if job := board.next_due(others):
-                slot.start(job, board.outcomes, board.label(job))
+                _start(job, slot, board)
         busy = {slot.answers: slot for slot in pool if slot.job}
         with signals.at_once():
             ready = wait(list(busy), timeout=_POLL_SECONDS)
@@ -120,6 +120,13 @@ def _work(board: "Board", pool: "Sequence[Slot]", signals: Signals) -> None:
             board.settle(*slot.receive())
         for slot in pool:
             slot.tell_if_long()
+
+
+def _start(job: Job, slot: "Slot", board: "Board") -> None:
+    try:
+        slot.start(job, board.outcomes, board.label(job))
+    except UserError as error:  # The files of what it needs are damaged.
+        board.settle(job, {"state": "failed", "reason": str(error)})
 
 
 def _is_alone(job: Job) -> bool:
@@ -334,7 +341,12 @@ class Slot:
         return self._process
 
     def start(self, job: Job, outcomes: Outcomes, label: str) -> None:
-        """Has the worker begin a job; `receive` tells what became of it."""
+        """Has the worker begin a job; `receive` tells what became of it.
+
+        Raises:
+            UserError: the files of what it needs are damaged.
+        """
+        line = json.dumps(_message(job, outcomes)).encode() + b"\n"
         self._label, self._log = label, outcomes.log(job)
         self._begin, self._told = time.monotonic(), False
         self._start = self._log.stat().st_size if self._log.exists() else 0
@@ -349,7 +361,6 @@ class Slot:
                 bufsize=0,
             )
         self.job = job
-        line = json.dumps(_message(job, outcomes)).encode() + b"\n"
         try:
             assert self._process.stdin is not None
             self._process.stdin.write(line)

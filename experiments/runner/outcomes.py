@@ -111,12 +111,11 @@ class Outcomes:
         return str(self.workdir(init_from).absolute())
 
     def _best_rate(self, run: Run) -> float:
-        accuracies = {
-            rate.config.schedule.base_lr: read(self.workdir(rate) / "metrics.json")["accuracy"]
-            for rate in run.rates
-            if self.is_finished(rate)
+        finished = [rate for rate in run.rates if not self.problem(rate)]
+        metrics = {
+            x.config.schedule.base_lr: read(self.workdir(x) / "metrics.json") for x in finished
         }
-        return max(sorted(accuracies), key=accuracies.__getitem__)
+        return max(sorted(metrics), key=lambda rate: metrics[rate].get("accuracy") or 0.0)
 
 
 def request(task: Task) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A process that does one run or task after another, so that imports are paid once.
 
-`python -m experiments.runner.worker [CORE ...]` takes a job a line, as JSON, and answers each with a
-line; it keeps to the cores of these numbers, if any are given:
+`python -m experiments.runner.worker [CORE ...]` takes a job a line, as JSON, and answers each with
+a line; it keeps to the cores of these numbers, if any are given:
 
     {"workdir": ..., "log": ..., "config": {...}}
     {"workdir": ..., "log": ..., "function": ..., "arguments": {...}, "of": [...], "runs": [...]}

@@ -222,6 +222,18 @@ def test_what_needs_a_failed_run_has_failed_with_its_reason(outcomes, sweep, mak
     assert outcomes.problem(final).startswith(f"final-0 failed: {lost} failed: ")
 
 
+def test_damaged_files_fail_what_needs_them_and_no_more(outcomes, sweep, make):
+    (final,) = sweep(seeds=1)
+    execute(outcomes, *final.rates)
+    (outcomes.folder / "held-out-0.008" / "config.json").write_text("{")
+    assert execute(outcomes, final).failed == ["held-out-0.008"]
+    assert begun(outcomes)[-1]["config"]["schedule"]["base_lr"] == 0.012
+    (outcomes.folder / "held-out-0.03" / "metrics.json").write_text("{")
+    (outcomes.folder / "final-0" / "metrics.json").unlink()
+    assert execute(outcomes, final, make("other")).failed == ["held-out-0.008", "final-0"]
+    assert "metrics.json cannot be read" in outcomes.failure(final)
+
+
 def test_a_killed_worker_is_a_failed_run_that_is_tried_again(outcomes, make, capsys):
     runs = [make("a"), make("b", 0.6), make("c")]
     assert execute(outcomes, *runs).failed == ["b"]
