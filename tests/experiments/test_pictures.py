@@ -157,14 +157,20 @@ def test_bars_are_means_of_their_groups():
             ("natural", "b", [0.9, 0.9], 70),
             ("structured", "c", [0.4, 0.4], 60),
             ("structured", "d", [None, None], 50),
+            ("other", "e", [], 40),
+            ("other", "f", [], None),
         ]
     ]
     figure, (axes,) = pictures.panels(1)
     pictures.bars(axes, make_results(*found), group="group")
     heights = sorted(bar.get_height() for bar in axes.patches if bar.get_height())
-    # Paper's: (90 + 70) / 2 and (60 + 50) / 2; ours: (50 + 90 + 70 + 90) / 4, and one is missing.
+    # Paper's: (90 + 70) / 2 and (60 + 50) / 2; ours: (50 + 90 + 70 + 90) / 4; others are missing.
     assert heights == pytest.approx([55, 75, 80])
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["natural", "structured"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == [
+        "natural",
+        "structured",
+        "other",
+    ]
     # The seeds' means are 70 and 80.
     (_, bottom), (_, top) = axes.collections[0].get_segments()[0]
     assert top - bottom == pytest.approx(2 * statistics.stdev([70, 80]))
