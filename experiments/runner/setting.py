@@ -62,10 +62,10 @@ class Setting:
 
     scale: Scale
     seeds: int
-    datasets: Mapping[str, str] = _NOTHING
+    datasets: Mapping[str, str] = dataclasses.field(default_factory=dict)
     data_dir: str = ""
-    images: Mapping[str, int] = _NOTHING
-    classes: Mapping[str, int] = _NOTHING
+    images: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    classes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def pretrain(
         self,
