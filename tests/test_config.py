@@ -43,7 +43,6 @@ BEFORE_EVALS = pathlib.Path(__file__).with_name("config_of_before_evals.json")
 FILES = [
     *ROOT.glob("configs/*.py"),
     ROOT / "experiments/cifar10_from_scratch.py",
-    ROOT / "experiments/figure_4.py",
 ]
 
 

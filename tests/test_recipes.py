@@ -1,12 +1,7 @@
-import functools
-import pathlib
-import runpy
-
 import pytest
 
 from experiments import paper
 from vit_jax import recipes
-from vit_jax.config import count_steps
 from vit_jax.config_files import load
 from vit_jax.errors import UserError
 from vit_jax.models import with_defaults
@@ -372,35 +367,3 @@ def test_the_imagenet_rows_of_table_2(model, image_size, spec):
     assert usual.ema_decay == 0
     assert config.duration == usual.duration == "20000 steps"
     assert config.schedule.to_dict() == usual.schedule.to_dict()
-
-
-FIGURE_4 = pathlib.Path(__file__).parents[1] / "experiments/figure_4.py"
-
-
-@pytest.mark.parametrize(
-    ("spec", "images", "epochs"),
-    [
-        ("ViT-L/16,jft,3%", 9.09e6, 14),
-        ("ViT-B/32,jft,10%", 30.3e6, 7),
-        ("R152x2,jft,30%", 90.9e6, 7),
-        ("ViT-b/32,jft,100%", 303e6, 7),
-    ],
-)
-def test_figure_4_trains_on_a_part_for_the_steps_of_the_whole(spec, images, epochs):
-    config = runpy.run_path(str(FIGURE_4))["get_config"](spec)
-    model, dataset, subset = spec.split(",")
-    count = functools.partial(count_steps, num_examples=round(images), batch_size=4096)
-    assert count(config.duration) == pytest.approx(epochs * 303e6 / 4096, rel=1e-3)
-    assert count(config.evals.val.every) == pytest.approx(count(config.duration) / 50, abs=1)
-    assert (config.dataset.subset, config.dataset.development) == (subset, True)
-    assert config.patience > 0
-    assert (config.evals.fewshot.dataset, config.evals.fewshot.shots) == ("imagenet2012", "5")
-    row = get_config(model, f"pretrain,{dataset}")
-    assert config.schedule.to_dict() == row.schedule.to_dict()
-    assert config.optimizer.to_dict() == row.optimizer.to_dict()
-
-
-@pytest.mark.parametrize("spec", ["ViT-B/32", "ViT-B/32,jft", "ViT-B/32,jft,9000000", "a,b,200%"])
-def test_figure_4_refuses_another_spec(spec):
-    with pytest.raises(UserError):
-        runpy.run_path(str(FIGURE_4))["get_config"](spec)

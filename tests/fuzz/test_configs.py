@@ -15,7 +15,7 @@ from vit_jax.models import describe
 
 from ..checkpoints.small_model import INFO, MODEL
 
-FIGURE_4 = str(pathlib.Path(__file__).parents[2] / "experiments/figure_4.py")
+VIT = str(pathlib.Path(__file__).parents[2] / "configs/vit.py")
 RUN = to_dict(recipes.get_config("ViT-B/16", "pretrain,digits"))
 
 WORDS = [
@@ -176,7 +176,7 @@ SPEC_WORDS = st.one_of(
         [
             *("b16", "digits", "vit", "ViT-B/16", "R50x1", "R50+ViT-B/16", "Axial-ViT-B/16", "dev"),
             *("ViT-8-1024-2048/32", "pretrain", "finetune", "masked", "cifar10", "512", "vtab:x"),
-            *("folder:/a, b", "imagenet21k", "jft", "10%", FIGURE_4, "ViT-B/0"),
+            *("folder:/a, b", "imagenet21k", "jft", "10%", VIT, "ViT-B/0"),
             *("ViT-B/" + "9" * 5000, "R50x" + "9" * 5000, "ViT-1-" + "64" * 9 + "-1/1", "R50x99"),
         ]
     ),

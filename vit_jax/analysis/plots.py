@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.gridspec import SubplotSpec
 from matplotlib.image import AxesImage
 
@@ -101,6 +101,14 @@ def attention_distances(distances: np.ndarray, uniform: float, num_images: int) 
         num_images: over which the distances were averaged.
     """
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    draw_distances(figure, distances, uniform, num_images)
+    return figure
+
+
+def draw_distances(
+    figure: FigureBase, distances: np.ndarray, uniform: float, num_images: int
+) -> None:
+    """Draws as `attention_distances`, in a figure or a part of one."""
     axes = figure.subplots()
     num_layers, num_heads = distances.shape
     layers = np.repeat(np.arange(1, num_layers + 1), num_heads)
@@ -135,7 +143,6 @@ def attention_distances(distances: np.ndarray, uniform: float, num_images: int) 
     axes.legend(loc="lower right", fontsize=8, framealpha=0.9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
-    return figure
 
 
 def filter_grid(filters: np.ndarray, share: float) -> Figure:
@@ -145,11 +152,21 @@ def filter_grid(filters: np.ndarray, share: float) -> Figure:
         filters: [filters, height, width, 3] in [0, 1].
         share: of the variance that they hold together.
     """
-    columns = min(7, len(filters))
-    rows = -(-len(filters) // columns)
+    rows, columns = _filter_grid_shape(len(filters))
     side = 0.62
     figure = Figure(figsize=(columns * side + 0.2, rows * side + 0.5), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False)
+    draw_filters(figure, filters, share)
+    return figure
+
+
+def _filter_grid_shape(count: int) -> tuple[int, int]:
+    columns = min(7, count)
+    return -(-count // columns), columns
+
+
+def draw_filters(figure: FigureBase, filters: np.ndarray, share: float) -> None:
+    """Draws as `filter_grid`, in a figure or a part of one."""
+    panels = figure.subplots(*_filter_grid_shape(len(filters)), squeeze=False)
     for index, axes in enumerate(panels.flat):
         if index < len(filters):
             _show(axes, filters[index], interpolation="nearest")
@@ -160,7 +177,6 @@ def filter_grid(filters: np.ndarray, share: float) -> Figure:
         "variance",
         fontsize=10,
     )
-    return figure
 
 
 def similarity_grid(similarity: np.ndarray) -> Figure:
@@ -169,15 +185,19 @@ def similarity_grid(similarity: np.ndarray) -> Figure:
     Args:
         similarity: [rows, columns, rows, columns], cosines.
     """
-    rows, columns = similarity.shape[:2]
     figure = Figure(figsize=(5.2, 4.6), layout="constrained")
+    draw_similarity(figure, similarity)
+    return figure
+
+
+def draw_similarity(figure: FigureBase, similarity: np.ndarray) -> None:
+    """Draws as `similarity_grid`, in a figure or a part of one."""
     axes = figure.subplots()
     drawn = _tiles(axes, similarity, -1, 1)
     axes.set(xlabel="column of the patch", ylabel="row of the patch")
     axes.set_title("Position embeddings: similarity of each patch with all", fontsize=10)
     bar = figure.colorbar(drawn, ax=axes, fraction=0.046, ticks=np.linspace(-1, 1, 5))
     bar.set_label("cosine similarity")
-    return figure
 
 
 def _beside(
