@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from vit_jax.config_rules import parse_duration
 from vit_jax.data.vtab import PREFIX, TASKS
-from vit_jax.recipes import (
+from vit_jax.recipes.paper import (
     FINETUNE_BATCH_SIZE,
     PRETRAIN_IMAGE_SIZE,
     SIGMOID_HEAD_BIAS,

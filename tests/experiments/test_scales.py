@@ -80,7 +80,7 @@ def test_a_scale_changes_sizes_and_durations_only(scale, model):
     def flat(config):
         return flatten_dict(to_dict(config), sep=".")
 
-    for dataset in recipes.PRETRAIN_DATASETS:
+    for dataset in recipes.paper.PRETRAIN_DATASETS:
         small = flat(Setting(scale, 1).pretrain(model, dataset).config)
         paper = flat(recipes.get_config(model, f"pretrain,{dataset}"))
         assert small.keys() == paper.keys()
