@@ -29,9 +29,12 @@ def read_losses(workdir):
 
 
 def read_arrays(workdir, step, kind="checkpoints"):
-    """Every array of a checkpoint, or of the "best" one, by its name."""
+    """Every array of a checkpoint, or of the "best" one, by its name, whatever devices saved it."""
+    path = workdir / kind / str(step) / "state"
+    here = ocp.ArrayRestoreArgs(sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     with ocp.PyTreeCheckpointer() as checkpointer:
-        state = checkpointer.restore(workdir / kind / str(step) / "state")
+        saved = checkpointer.metadata(path).item_metadata.tree
+        state = checkpointer.restore(path, restore_args=jax.tree.map(lambda _: here, saved))
     state["rng"] = jax.random.key_data(state["rng"])
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
