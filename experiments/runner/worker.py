@@ -49,20 +49,12 @@ def main() -> int:
         answer = _do(job)
         working.clear()
         answers.write(json.dumps(answer).encode() + b"\n")
-        _release_memory()
     return 0
 
 
 def _prepare() -> None:
     tensorflow_env.quiet()
     command.keep_programs()
-
-
-def _release_memory() -> None:
-    """Drops the programs of a run: another one does not find them, only those on the disk."""
-    import jax
-
-    jax.clear_caches()
 
 
 def _own(stream: TextIO, mode: str) -> BinaryIO:
