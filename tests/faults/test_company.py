@@ -69,4 +69,8 @@ def test_one_process_of_two_ends_and_both_go_on_to_the_same_bits(
         assert outcome.code == 0, outcome.text
     harness.assert_same_run(whole, tmp_path / "run", harness.STEPS)
     told = "one line" if name == "KILL" else "both saved and ended"
-    row(f"process {victim} of two: {name}", "save of 12", f"{told} in {seconds:.0f} s, bit-identical")
+    row(
+        f"process {victim} of two: {name}",
+        "save of 12",
+        f"{told} in {seconds:.0f} s, bit-identical",
+    )
