@@ -40,7 +40,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(CACHE) $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(COVERAGE) $(FLAGS)
 
-# Attacks the commands for a quarter of an hour, and prints the table of docs/robustness.md.
+# Attacks the commands for half an hour of two cores, and prints the table of docs/robustness.md.
 faults: $(VENV)/installed
 	FAULTS=long FAULTS_SEED=$${FAULTS_SEED:-$$(date +%s)} $(CACHE) $(RUN) -m pytest tests/faults -n $(JOBS) $(FLAGS)
 

@@ -1,4 +1,4 @@
-"""What the pages show runs: the examples of docs/extending.md, and the flags of every command."""
+"""What the pages show runs: the examples of what one adds, and the flags of every command."""
 
 import ast
 import importlib
@@ -14,8 +14,12 @@ import jax.numpy as jnp
 import pytest
 from flax.traverse_util import flatten_dict
 
+from experiments.runner import scales
+from experiments.runner.command import build_parser
+from experiments.runner.setting import Setting
 from vit_jax import config_files, models
 from vit_jax.cli import COMMANDS
+from vit_jax.config import check_config
 from vit_jax.evaluation import registry
 from vit_jax.export import precisions
 from vit_jax.models import vit
@@ -33,7 +37,7 @@ def blocks(page: pathlib.Path) -> list[tuple[str, str]]:
     return found
 
 
-EXAMPLES = blocks(ROOT / "docs/extending.md")
+EXAMPLES = blocks(ROOT / "docs/extending.md") + blocks(ROOT / "docs/experiments.md")
 
 
 def example(title: str, index: int = 0) -> str:
@@ -64,12 +68,12 @@ def test_python_on_the_pages_is_python(page):
         ast.parse("\n".join(line for line in code.splitlines() if not is_cell(line)))
 
 
-def commands() -> list[str]:
+def commands(program: str = "vit-jax ") -> list[str]:
     """Every command line of the pages, continued lines joined."""
     found = []
     for page in PAGES:
         text = re.sub(r"\\\n\s*", "", page.read_text())
-        found += re.findall(r"^(?: {4}|!|\| `)(vit-jax [^`#\n]+)", text, re.M)
+        found += re.findall(rf"^(?: {{4}}|!|\| `)({program}[^`#&\n]+)", text, re.M)
     return found
 
 
@@ -162,17 +166,32 @@ def test_a_precision_is_one_row(monkeypatch):
     assert precisions.detect("tf32", {"fp32": 100}, ["MatMul"]) == "tf32"
 
 
-def test_an_experiment_is_one_file(module, monkeypatch, tmp_path, data_dir, capsys):
-    dropout = module("experiments.dropout", "experiments/dropout.py")
-    short = lambda config, workdir: train(shorten(config, data_dir), workdir)  # noqa: E731
-    monkeypatch.setattr(dropout, "train", short)
-    assert dropout.main(["--workdir", str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
-    for rate in dropout.RATES:
-        config = json.loads((tmp_path / str(rate) / "config.json").read_text())
-        assert config["model"]["dropout_rate"] == rate
-        result = json.loads((tmp_path / str(rate) / "metrics.json").read_text())
-        assert f"| {rate} | {result['accuracy']:.2%} |" in printed
+def test_an_experiment_is_one_file_of_forty_lines(module, tmp_path, data_dir):
+    title = "experiments/dropout.py"
+    assert example(title).count("\n") <= 40
+    experiment = module("experiments.dropout", title).EXPERIMENT
+    setting = Setting(scales.SMOKE, seeds=1)
+    measurements = experiment.measure(setting)
+    runs = [run for measurement in measurements for run in measurement.sources]
+    assert len({run.name for run in runs}) == len(runs) == 3
+    assert [run.config.model.dropout_rate for run in runs] == [0.0, 0.1, 0.3]
+    for run in runs:
+        check_config(run.config)
+    train(shorten(runs[0].config, data_dir), tmp_path)
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert measurements[0].metric in found[-1]
+
+
+@pytest.mark.parametrize("line", sorted(set(commands("python -m experiments"))))
+def test_flags_of_experiments_on_the_pages_exist(line):
+    words = shlex.split(line)
+    name = words[2].removeprefix("experiments.")
+    given = {word.partition("=")[0] for word in words if word.startswith("--")}
+    source = (ROOT / f"experiments/{name}.py").read_text()
+    if "from experiments.runner import command" not in source:
+        return  # It has flags of its own.
+    known = build_parser("", "")._option_string_actions
+    assert given <= known.keys()
 
 
 def test_size_and_cost_are_counted_as_the_page_says():
