@@ -1,4 +1,5 @@
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -144,6 +145,35 @@ def test_without_cudnn_there_is_no_kernel(monkeypatch):
     # Of a size that nothing was traced for: JAX keeps what it has traced.
     assert "cudnn" not in gradient_for("cuda", size=(12, 16))
     attention._has_kernel.cache_clear()
+
+
+@pytest.mark.usefixtures("cudnn")
+@pytest.mark.parametrize(
+    ("capabilities", "has_kernel"),
+    [
+        (["8.0"], True),  # A100
+        (["9.0"], True),
+        (["12.0"], True),
+        (["7.5"], False),  # T4
+        (["7.0", "8.0"], False),  # One program is for all devices.
+        (["gfx942"], True),  # Not NVIDIA's: what the program has for it is another branch.
+        ([None], True),  # A CPU, as when one compiles for a GPU elsewhere.
+    ],
+)
+def test_a_gpu_before_the_a100_has_no_kernel(capabilities, has_kernel, monkeypatch):
+    devices = [
+        types.SimpleNamespace() if x is None else types.SimpleNamespace(compute_capability=x)
+        for x in capabilities
+    ]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert attention._has_kernel((2, 8, 4, 64), jnp.dtype(jnp.bfloat16)) == has_kernel
+
+
+@pytest.mark.usefixtures("cudnn")
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float16", "bfloat16", "float32"])
+def test_the_kernel_is_for_sixteen_bits(dtype):
+    expected = dtype in ("float16", "bfloat16")
+    assert attention._has_kernel((2, 8, 4, 64), jnp.dtype(dtype)) == expected
 
 
 def test_weights_that_are_asked_for_are_those_that_the_values_are_mixed_with():
