@@ -154,7 +154,8 @@ def test_a_run_from_before_a_key_goes_on_with_what_it_did_then(tiny_config, tmp_
     saved = migrate(saved)
     config = tiny_config(**{"augment": "light1", key: ADDED_KEYS[key]})
     train._refuse_another_run(config, tmp_path, saved)
-    config.update_from_flattened_dict({key: "another"})
+    other = (0.5,) if isinstance(ADDED_KEYS[key], tuple) else "another"
+    config.update_from_flattened_dict({key: other})
     with pytest.raises(UserError, match=f"{key}: {ADDED_KEYS[key]} in the checkpoint, another now"):
         train._refuse_another_run(config, tmp_path, saved)
 
