@@ -237,6 +237,16 @@ def test_masked_patch_prediction_has_no_classes(key, value):
     check_config(config)
 
 
+@pytest.mark.parametrize("key", ["train_split", "eval_split"])
+def test_development_and_a_split_are_refused_without_the_data_set(key):
+    config = recipe("ViT-Ti/16", "pretrain,no_such_data_set")
+    config.dataset[key] = "train[:99%]"
+    check_config(config)
+    config.dataset.development = True
+    with pytest.raises(UserError, match="config.dataset: development=True chooses both splits: dr"):
+        check_config(config)
+
+
 def test_images_without_labels_are_not_mixed():
     config = recipe("ViT-Ti/16", "masked,cifar10")
     config.augment = "randaugment(2,10)"

@@ -24,6 +24,7 @@ from vit_jax.config_rules import (
     parse_duration,
 )
 from vit_jax.data.augmentation import parse_augment
+from vit_jax.data.source import check_splits
 from vit_jax.errors import UserError, brief, brief_name, first_line, nearest
 from vit_jax.evaluation import registry
 from vit_jax.models import describe, vit
@@ -90,6 +91,7 @@ def check_config(config: ConfigDict, *, may_lack: bool = False) -> None:
     _check_evals(config.evals)
     _check_model(config.model, config.dataset.image_size)
     _check_objective(config)
+    _check_splits(config.dataset)
     _check_durations(config)
     _check_end(config.schedule)
 
@@ -210,6 +212,15 @@ def _check_model(model: ConfigDict, image_size: int) -> None:
             f"config.model has {cost:.1e} multiply-adds for an image of config.dataset.image_size "
             f"{image_size}: at most {MOST_MULTIPLY_ADDS:.0e} can be trained, make either smaller"
         )
+
+
+def _check_splits(data: ConfigDict) -> None:
+    try:
+        check_splits(
+            train_split=data.train_split, eval_split=data.eval_split, development=data.development
+        )
+    except UserError as error:
+        raise UserError(f"config.dataset: {error}") from error
 
 
 def _check_durations(config: ConfigDict) -> None:

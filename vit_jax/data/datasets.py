@@ -3,7 +3,7 @@
 from typing import NamedTuple, Protocol
 
 from vit_jax.data import digits, folder, vtab
-from vit_jax.data.source import Source, relabel
+from vit_jax.data.source import Source, check_splits, relabel
 from vit_jax.data.tfds_datasets import RealDataset, TfdsDataset, VtabDataset
 from vit_jax.errors import UserError, first_line
 
@@ -53,11 +53,7 @@ def open_dataset(
         UserError: if the data set is unknown, not prepared or not one of labeled images, or if a
             split does not exist or is empty.
     """
-    if development and (train_split or eval_split):
-        raise UserError(
-            f"development=True chooses both splits: drop it or train_split={train_split!r}, "
-            f"eval_split={eval_split!r}"
-        )
+    check_splits(train_split=train_split, eval_split=eval_split, development=development)
     dataset = _open(name, data_dir)
     default_train, default_eval = _default_splits(dataset, name, development)
     train = _open_split(dataset, name, train_split or default_train)
