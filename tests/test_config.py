@@ -237,6 +237,17 @@ def test_masked_patch_prediction_has_no_classes(key, value):
     check_config(config)
 
 
+@pytest.mark.parametrize("model", ["ViT-B/16", "R50+ViT-B/16"])
+def test_masked_patch_prediction_has_no_pooling(model):
+    config = recipe(model, "masked,cifar10")
+    config.model.classifier = "map"
+    message = "classifier is 'map', but objective masked_patches has no pooling to train: set --con"
+    with pytest.raises(UserError, match=message):
+        check_config(config)
+    config.objective = "classification"
+    check_config(config)
+
+
 @pytest.mark.parametrize("key", ["train_split", "eval_split"])
 def test_development_and_a_split_are_refused_without_the_data_set(key):
     config = recipe("ViT-Ti/16", "pretrain,no_such_data_set")

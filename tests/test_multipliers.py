@@ -7,10 +7,11 @@ import optax
 import pytest
 
 from vit_jax import steps, train
+from vit_jax.config import check_config
 from vit_jax.errors import UserError
 from vit_jax.multipliers import freeze, multipliers, parse_multipliers
 from vit_jax.plan.estimate import describe
-from vit_jax.recipes import ADAFACTOR
+from vit_jax.recipes import ADAFACTOR, get_config
 from vit_jax.state import create_optimizer, create_state
 
 from .runs import assert_same_run, read_arrays, train_until
@@ -41,6 +42,33 @@ def test_a_pattern_may_have_commas_and_equals_signs():
     assert parse_multipliers("") == []
 
 
+@pytest.mark.parametrize("num_layers", [12, 24])
+def test_a_rate_for_each_layer_of_a_deep_model_can_be_said(num_layers):
+    config = get_config("ViT-B/16")
+    config.model.num_layers = num_layers
+    rates = {
+        f"Transformer/encoderblock_{i}/.*": 0.75 ** (num_layers - i) for i in range(num_layers)
+    }
+    config.optimizer.lr_multipliers = ",".join(f"{key}={rate}" for key, rate in rates.items())
+    check_config(config)
+    params = describe(config, num_classes=10, devices=1).state.params
+    found = multipliers(params, config.optimizer.lr_multipliers)
+    for i, rate in enumerate(rates.values()):
+        assert set(jax.tree.leaves(found["Transformer"][f"encoderblock_{i}"])) == {rate}
+    assert set(jax.tree.leaves([found["embedding"], found["head"]])) == {1.0}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{}", "{}=1", "{}=1e7", "({}=1", "a=1,{}", "a={}", ".*|{}=0"],
+)
+@pytest.mark.parametrize("long", ["x" * 9000, " " * 9000, "1" * 9000, "=" * 9000])
+def test_long_patterns_are_cut_in_messages_and_soon_told(text, long):
+    with pytest.raises(UserError) as caught:
+        multipliers(PARAMS, text.format(long))
+    assert len(str(caught.value)) < 400
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -50,7 +78,10 @@ def test_a_pattern_may_have_commas_and_equals_signs():
             "'haed/kernel', but no parameter has such a name, as a whole; near are h",
         ),
         ("head/.*=0,head/bias=2", "'head/bias', which names only parameters of earlier patterns"),
-        (".*=0", "optimizer.lr_multipliers '.*=0' freezes all: leave some to be trained"),
+        (
+            ".*=0",
+            "optimizer.lr_multipliers '.*=0' freezes all (embedding/bias; embedding/kernel; enc",
+        ),
     ],
 )
 def test_patterns_without_an_effect_are_refused(text, message):

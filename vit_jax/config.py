@@ -279,6 +279,11 @@ def _check_objective(config: ConfigDict) -> None:
             f"config.augment is {values['augment']!r}, but objective masked_patches has no labels "
             "to mix: leave mixup out"
         )
+    if objective == "masked_patches" and values.get("model.classifier") == "map":
+        raise UserError(
+            "config.model.classifier is 'map', but objective masked_patches has no pooling to "
+            "train: set --config.model.classifier=gap or token, and fine-tune with map"
+        )
     for key in OF_CLASSES:
         if objective == "masked_patches" and values.get(key):
             raise UserError(
