@@ -83,6 +83,7 @@ def check_config(config: ConfigDict, *, may_lack: bool = False) -> None:
     """
     if may_lack:
         config = _without_required(config)
+    config = complete_sections(config)
     check_keys(config)
     for section, rules in _rules(config).items():
         values = _section(config, section)
@@ -344,6 +345,37 @@ def take_from_weights(config: ConfigDict, model: Mapping[str, Any]) -> ConfigDic
     return filled
 
 
+# Sections that a config file may replace as a whole, such as by `recipes.ADAFACTOR`.
+_REPLACED = ("optimizer", "schedule")
+
+
+def complete_sections(config: ConfigDict) -> ConfigDict:
+    """A config whose optimizer and schedule have the keys that were added to these.
+
+    A config file that replaces a section as a whole, written before, does what it did then.
+    """
+    missing = [
+        key
+        for key in ADDED_KEYS
+        if (section := key.partition(".")[0]) in _REPLACED
+        and isinstance(values := config.get(section), ConfigDict)
+        and key.partition(".")[2] not in values
+    ]
+    if not missing:
+        return config
+    filled = config.copy_and_resolve_references()
+    for key in missing:
+        section, _, name = key.partition(".")
+        with filled[section].unlocked():
+            filled[section][name] = _of_kind(ADDED_KEYS[key], RULES[key])
+    return filled
+
+
+def _of_kind(value: Any, rule: Rule) -> Any:
+    """A value as a flag can replace it: JSON has lists for tuples."""
+    return tuple(value) if rule.kind is tuple and isinstance(value, list) else value
+
+
 def complete_evals(config: ConfigDict) -> ConfigDict:
     """A config whose evaluators have all their keys, see `evaluation.registry`."""
     complete = _complete_evals(config)
@@ -384,6 +416,15 @@ def migrate(saved: Mapping[str, Any]) -> dict[str, Any]:
     return unflatten_dict(ADDED_KEYS | values, sep=".")
 
 
+def _restore_tuples(config: ConfigDict) -> None:
+    for path, rules in _rules(config).items():
+        section = _section(config, path)
+        for key in section.keys() & rules.keys():
+            if (value := _of_kind(section[key], rules[key])) is not section[key]:
+                del section[key]  # A ConfigDict would make a list of it again.
+                section[key] = value
+
+
 def read_config(path: str) -> ConfigDict:
     """The config of a run's config.json: `--config runs/x/config.json` runs it again.
 
@@ -396,6 +437,7 @@ def read_config(path: str) -> ConfigDict:
             raise ValueError(f"it is {brief(saved)}, not an object of keys and values")
         config = ConfigDict(migrate(saved))
         check_keys(config)
+        _restore_tuples(config)
     # A key that a ConfigDict cannot have is one of the others.
     except UserError as error:
         raise UserError(f"config {path}: {error}") from error

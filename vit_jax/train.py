@@ -20,6 +20,7 @@ from vit_jax.checkpoints.training import CheckpointStore, config_differences, la
 from vit_jax.config import (
     check_config,
     complete_evals,
+    complete_sections,
     migrate,
     take_from_weights,
     to_dict,
@@ -76,7 +77,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
 
 def run_checked(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Runs as `train` a config that has been checked."""
-    config = complete_evals(config)
+    config = complete_evals(complete_sections(config))
     workdir = pathlib.Path(workdir).absolute()
     saved = latest_metadata(workdir)
     if saved is not None:
