@@ -1,3 +1,4 @@
+import pathlib
 import re
 
 import jax
@@ -5,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
 
 from vit_jax import steps, train
 from vit_jax.config import check_config
@@ -56,6 +58,29 @@ def test_a_rate_for_each_layer_of_a_deep_model_can_be_said(num_layers):
     for i, rate in enumerate(rates.values()):
         assert set(jax.tree.leaves(found["Transformer"][f"encoderblock_{i}"])) == {rate}
     assert set(jax.tree.leaves([found["embedding"], found["head"]])) == {1.0}
+
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs/training.md"
+PROBES = re.findall(r"'(\(\?!.*=0)'", DOCS.read_text())
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "probe", "trained"),
+    [
+        ("ViT-B/16", {}, PROBES[0], "head/"),
+        ("ViT-B/16", {"scan_layers": True, "representation_size": 9}, PROBES[0], "head/"),
+        ("R50+ViT-B/16", {}, PROBES[0], "head/"),
+        ("R50x1", {}, PROBES[0], "resnet/head/"),
+        ("ViT-B/16", {"classifier": "map"}, PROBES[1], ("head/", "MAPHead_0/")),
+    ],
+)
+def test_the_linear_probe_of_the_docs_trains_the_head_alone(model, fields, probe, trained):
+    config = get_config(model)
+    config.model.update(fields)
+    params = describe(config, num_classes=10, devices=1).state.params
+    flat = flatten_dict(multipliers(params, probe), sep="/")
+    assert {x for x in flat if flat[x]} == {x for x in flat if x.startswith(trained)}
+    assert set(flat.values()) == {0.0, 1.0}
 
 
 @pytest.mark.parametrize(
