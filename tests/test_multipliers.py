@@ -7,12 +7,14 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict
+from ml_collections import config_dict
 
 from vit_jax import steps, train
 from vit_jax.config import check_config
 from vit_jax.errors import UserError
 from vit_jax.multipliers import freeze, multipliers, parse_multipliers
 from vit_jax.plan.estimate import describe
+from vit_jax.program import check_multipliers
 from vit_jax.recipes import ADAFACTOR, get_config
 from vit_jax.state import create_optimizer, create_state
 
@@ -189,6 +191,32 @@ def test_a_training_step_leaves_what_is_frozen_and_its_norm(accumulate_steps):
     np.testing.assert_array_equal(after.ema_params["frozen"], params["frozen"])
     expected = np.array([2.0, 3.0]) * (1 - 0.1 * 0.1) - 0.1 * gradient
     np.testing.assert_allclose(after.params["trained"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("recipe", ["pretrain", "masked", "finetune"])
+def test_a_mistyped_pattern_is_told_before_anything_is_opened(tiny_config, tmp_path, recipe):
+    config = tiny_config(**{"dataset.name": "no_such_data_set"})
+    config.optimizer.lr_multipliers = "heads/.*=0"
+    if recipe == "masked":
+        config.update({"objective": "masked_patches", "model": {"representation_size": 0}})
+    if recipe == "finetune":
+        config.init_from = "https://no-such-host.example/weights.npz"
+        config.model.classifier = config_dict.placeholder(str)
+        config.model.position_embedding = config_dict.placeholder(str)
+    with pytest.raises(UserError, match="lr_multipliers has 'heads/.*', but no parameter has such"):
+        train.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("pattern", ["MAPHead_0/.*", ".*/pos_embedding", ".*/rel_embedding"])
+def test_a_pattern_of_what_weights_may_have_is_left_to_them(tiny_config, pattern):
+    config = tiny_config(**{"optimizer.lr_multipliers": f"{pattern}=0"})
+    config.model.update({"classifier": "gap", "position_embedding": "none"})
+    with pytest.raises(UserError, match="but no parameter has such a name"):
+        check_multipliers(config)
+    for key in ("classifier", "position_embedding"):
+        config.model[key] = config_dict.placeholder(str)
+    check_multipliers(config)
 
 
 @pytest.mark.slow
