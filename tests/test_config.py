@@ -115,6 +115,25 @@ def test_a_config_file_of_before_says_what_replaces_its_keys():
             check_config(config)
 
 
+@pytest.mark.parametrize(
+    ("spec", "given", "name"),
+    [
+        ("pretrain,imagenet2012", "adam", "adafactor"),
+        ("pretrain,imagenet2012", "adam", "sgd"),
+        ("finetune,cifar10", "sgd", "adam"),
+        ("adafactor", "adafactor", "sgd"),
+    ],
+)
+def test_the_name_of_another_optimizer_says_that_its_keys_go_with_it(spec, given, name):
+    config = recipe("ViT-B/16", spec)
+    config.init_from = "weights.npz"
+    check_config(config)
+    config.optimizer.name = name
+    message = f"name is '{name}' but its other keys are those of {given}, which a flag cannot chan"
+    with pytest.raises(UserError, match=message):
+        check_config(config)
+
+
 def test_a_missing_key_raises():
     config = recipe("ViT-B/16")
     del config.dataset.protocol

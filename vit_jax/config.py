@@ -28,7 +28,14 @@ from vit_jax.data.source import check_splits
 from vit_jax.errors import UserError, brief, brief_name, first_line, nearest
 from vit_jax.evaluation import registry
 from vit_jax.models import describe, vit
-from vit_jax.state import DROPS, ENDING_DECAYS, SCHEDULE_LENGTHS, check_warmup, optimizer_keys
+from vit_jax.state import (
+    DROPS,
+    ENDING_DECAYS,
+    OPTIMIZERS,
+    SCHEDULE_LENGTHS,
+    check_warmup,
+    optimizer_keys,
+)
 
 _LEFT_TO_WEIGHTS = {f"model.{key}" for key in recipes.LEFT_TO_WEIGHTS}
 # Whose name decides which other keys a section has.
@@ -109,6 +116,7 @@ def check_keys(config: ConfigDict) -> None:
         _check_is_section(section, config[section])
     for name, entry in config.evals.items():
         _check_entry(name, entry)
+    _check_is_of_its_name(config.optimizer)
     for section, rules in _rules(config).items():
         if section:
             _check_names(_section(config, section), rules, f"{section}.")
@@ -119,6 +127,18 @@ def _check_is_section(name: str, values: Any) -> None:
         raise UserError(f"config.{name} is {brief(values)}: it is a section of keys")
     if key := _NAMED.get(name):
         check_value(f"{name}.{key}", values.get(key), RULES[f"{name}.{key}"])
+
+
+def _check_is_of_its_name(optimizer: ConfigDict) -> None:
+    """Refuses the keys of one optimizer under the name of another, as a flag would have them."""
+    name, keys = optimizer.name, set(optimizer.keys())
+    other = next((each for each in OPTIMIZERS if optimizer_keys(each) == keys), name)
+    if other != name and keys != optimizer_keys(name):
+        raise UserError(
+            f"config.optimizer.name is {name!r} but its other keys are those of {other}, which a "
+            "flag cannot change: set config.optimizer as a whole in a config file, see 'Learning "
+            "rate and optimizer' in docs/training.md"
+        )
 
 
 def _check_entry(name: str, entry: Any) -> None:
