@@ -20,6 +20,7 @@ import difflib
 from ml_collections import ConfigDict
 
 from vit_jax import recipes
+from vit_jax.errors import UserError, brief, brief_name
 
 
 def get_config(spec: str = "ViT-B/16") -> ConfigDict:
@@ -33,6 +34,19 @@ def _with_recipe(spec: str) -> str:
     named = difflib.get_close_matches(first, recipes.RECIPES, n=1, cutoff=0.75)
     # The name of a folder may have commas in it.
     is_dataset = first.startswith("folder:") or {*rest.split(",")} <= {"", "dev", "512"}
-    if not spec or named or not is_dataset:
+    if not spec or named:
+        return spec
+    if not is_dataset:
+        _refuse_words_of_a_preset(spec, {*rest.split(",")} - {"", "dev"})
         return spec
     return f"finetune,{spec}"
+
+
+def _refuse_words_of_a_preset(spec: str, words: set[str]) -> None:
+    """Tells of a data set with options, such as "cifar10,inception", which preset has these."""
+    for name, preset in recipes.PRESETS.items():
+        if words <= preset.options.keys():
+            raise UserError(
+                f"spec {brief(spec)} names no recipe, and {' and '.join(sorted(words))} is a word "
+                f"of {name}: use {name},{brief_name(spec)}"
+            )

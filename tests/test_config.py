@@ -18,12 +18,14 @@ from vit_jax.config import (
     ADDED_KEYS,
     MOVED_KEYS,
     check_config,
+    complete_sections,
     count_steps,
     migrate,
     read_config,
     to_dict,
     unknown_key,
 )
+from vit_jax.config_files import load
 from vit_jax.config_rules import RULES, check_value, model_rules
 from vit_jax.errors import UserError
 from vit_jax.models.base import option
@@ -111,6 +113,25 @@ def test_a_config_file_of_before_says_what_replaces_its_keys():
         config[key] = "5 epochs"
         with pytest.raises(UserError, match=f"config.{key} is config.{moved} today: set that"):
             check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("spec", "given", "name"),
+    [
+        ("pretrain,imagenet2012", "adam", "adafactor"),
+        ("pretrain,imagenet2012", "adam", "sgd"),
+        ("finetune,cifar10", "sgd", "adam"),
+        ("adafactor", "adafactor", "sgd"),
+    ],
+)
+def test_the_name_of_another_optimizer_says_that_its_keys_go_with_it(spec, given, name):
+    config = recipe("ViT-B/16", spec)
+    config.init_from = "weights.npz"
+    check_config(config)
+    config.optimizer.name = name
+    message = f"name is '{name}' but its other keys are those of {given}, which a flag cannot chan"
+    with pytest.raises(UserError, match=message):
+        check_config(config)
 
 
 def test_a_missing_key_raises():
@@ -235,6 +256,27 @@ def test_masked_patch_prediction_has_no_classes(key, value):
         check_config(config)
     config.objective = "classification"
     check_config(config)
+
+
+@pytest.mark.parametrize("model", ["ViT-B/16", "R50+ViT-B/16"])
+def test_masked_patch_prediction_has_no_pooling(model):
+    config = recipe(model, "masked,cifar10")
+    config.model.classifier = "map"
+    message = "classifier is 'map', but objective masked_patches has no pooling to train: set --con"
+    with pytest.raises(UserError, match=message):
+        check_config(config)
+    config.objective = "classification"
+    check_config(config)
+
+
+@pytest.mark.parametrize("key", ["train_split", "eval_split"])
+def test_development_and_a_split_are_refused_without_the_data_set(key):
+    config = recipe("ViT-Ti/16", "pretrain,no_such_data_set")
+    config.dataset[key] = "train[:99%]"
+    check_config(config)
+    config.dataset.development = True
+    with pytest.raises(UserError, match="config.dataset: development=True chooses both splits: dr"):
+        check_config(config)
 
 
 def test_images_without_labels_are_not_mixed():
@@ -490,10 +532,44 @@ def test_a_config_json_from_before_a_key_has_what_runs_did_then(key, tmp_path):
     del (config[section] if section else config)[name]
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
-    assert read_config(str(path)).to_dict() == migrate(config)
+    assert to_dict(read_config(str(path))) == migrate(config)
     values = flatten_dict(to_dict(read_config(str(path))), sep=".")
     assert values[key] == ADDED_KEYS[key]
     check_config(read_config(str(path)))
+
+
+# The sections as config files had them that were written before the keys were added.
+OPTIMIZER_OF_BEFORE = {
+    "name": "adam", "b1": 0.9, "b2": 0.99, "weight_decay": 0.1, "decay": "all",
+    "mu_dtype": "float32", "clip_norm": 1.0,
+}  # fmt: skip
+SCHEDULE_OF_BEFORE = {"base_lr": 0.01, "decay": "cosine", "warmup": "2 steps", "end_lr": 0.0}
+
+
+def test_sections_that_are_replaced_as_a_whole_get_the_keys_of_today():
+    config = recipe("ViT-B/16")
+    config.optimizer, config.schedule = OPTIMIZER_OF_BEFORE, SCHEDULE_OF_BEFORE
+    check_config(config)
+    filled = complete_sections(config)
+    assert filled.optimizer.to_dict() == OPTIMIZER_OF_BEFORE | {"lr_multipliers": ""}
+    assert filled.schedule.to_dict() == SCHEDULE_OF_BEFORE | {
+        "timescale": "10000 steps", "drops": (0.3, 0.6, 0.9), "cooldown": "0 steps"
+    }  # fmt: skip
+    assert config.schedule.to_dict() == SCHEDULE_OF_BEFORE
+    assert complete_sections(filled) is filled
+    del config.optimizer.b1
+    with pytest.raises(UserError, match="config.optimizer.b1 is missing"):
+        check_config(config)
+
+
+def test_lists_of_a_config_json_are_tuples_which_flags_can_replace(tmp_path):
+    config = recipe("R50+ViT-B/16")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_dict(config)))
+    flags = ["--config.schedule.drops=(0.5,0.7)", "--config.model.resnet_layers=(3,4)"]
+    changed = load(str(path), flags).config
+    assert (changed.schedule.drops, changed.model.resnet_layers) == ((0.5, 0.7), (3, 4))
+    assert read_config(str(path)).to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize(

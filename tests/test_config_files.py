@@ -26,6 +26,29 @@ def in_the_clone(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+def test_a_config_file_of_before_keys_were_added_has_them_and_flags_can_set_them(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        """
+from vit_jax import recipes
+
+def get_config():
+    config = recipes.get_config("ViT-B/16")
+    config.optimizer = {
+        "name": "sgd", "momentum": 0.9, "weight_decay": 0.0, "decay": "all",
+        "mu_dtype": "float32", "clip_norm": 1.0,
+    }
+    config.schedule = {"base_lr": 0.1, "decay": "cosine", "warmup": "9 steps", "end_lr": 0.0}
+    return config
+"""
+    )
+    loaded = load(str(path), ["--config.schedule.cooldown=3 steps"])
+    check_config(loaded.config)
+    assert loaded.config.optimizer.lr_multipliers == ""
+    assert loaded.config.schedule.cooldown == "3 steps"
+    assert "config.schedule.base_lr = 0.1" in explain(loaded)
+
+
 @pytest.mark.parametrize("file", SHOWN)
 def test_a_config_file_shows_its_model(file):
     (line,) = re.findall(r"^ +num_layers.*$", (ROOT / f"configs/{file}.py").read_text(), re.M)

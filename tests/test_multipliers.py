@@ -1,3 +1,4 @@
+import pathlib
 import re
 
 import jax
@@ -5,12 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
+from ml_collections import config_dict
 
 from vit_jax import steps, train
+from vit_jax.config import check_config
 from vit_jax.errors import UserError
 from vit_jax.multipliers import freeze, multipliers, parse_multipliers
 from vit_jax.plan.estimate import describe
-from vit_jax.recipes import ADAFACTOR
+from vit_jax.program import check_multipliers
+from vit_jax.recipes import ADAFACTOR, get_config
 from vit_jax.state import create_optimizer, create_state
 
 from .runs import assert_same_run, read_arrays, train_until
@@ -41,6 +46,56 @@ def test_a_pattern_may_have_commas_and_equals_signs():
     assert parse_multipliers("") == []
 
 
+@pytest.mark.parametrize("num_layers", [12, 24])
+def test_a_rate_for_each_layer_of_a_deep_model_can_be_said(num_layers):
+    config = get_config("ViT-B/16")
+    config.model.num_layers = num_layers
+    rates = {
+        f"Transformer/encoderblock_{i}/.*": 0.75 ** (num_layers - i) for i in range(num_layers)
+    }
+    config.optimizer.lr_multipliers = ",".join(f"{key}={rate}" for key, rate in rates.items())
+    check_config(config)
+    params = describe(config, num_classes=10, devices=1).state.params
+    found = multipliers(params, config.optimizer.lr_multipliers)
+    for i, rate in enumerate(rates.values()):
+        assert set(jax.tree.leaves(found["Transformer"][f"encoderblock_{i}"])) == {rate}
+    assert set(jax.tree.leaves([found["embedding"], found["head"]])) == {1.0}
+
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs/training.md"
+PROBES = re.findall(r"'(\(\?!.*=0)'", DOCS.read_text())
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "probe", "trained"),
+    [
+        ("ViT-B/16", {}, PROBES[0], "head/"),
+        ("ViT-B/16", {"scan_layers": True, "representation_size": 9}, PROBES[0], "head/"),
+        ("R50+ViT-B/16", {}, PROBES[0], "head/"),
+        ("R50x1", {}, PROBES[0], "resnet/head/"),
+        ("ViT-B/16", {"classifier": "map"}, PROBES[1], ("head/", "MAPHead_0/")),
+    ],
+)
+def test_the_linear_probe_of_the_docs_trains_the_head_alone(model, fields, probe, trained):
+    config = get_config(model)
+    config.model.update(fields)
+    params = describe(config, num_classes=10, devices=1).state.params
+    flat = flatten_dict(multipliers(params, probe), sep="/")
+    assert {x for x in flat if flat[x]} == {x for x in flat if x.startswith(trained)}
+    assert set(flat.values()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{}", "{}=1", "{}=1e7", "({}=1", "a=1,{}", "a={}", ".*|{}=0"],
+)
+@pytest.mark.parametrize("long", ["x" * 9000, " " * 9000, "1" * 9000, "=" * 9000])
+def test_long_patterns_are_cut_in_messages_and_soon_told(text, long):
+    with pytest.raises(UserError) as caught:
+        multipliers(PARAMS, text.format(long))
+    assert len(str(caught.value)) < 400
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -50,7 +105,10 @@ def test_a_pattern_may_have_commas_and_equals_signs():
             "'haed/kernel', but no parameter has such a name, as a whole; near are h",
         ),
         ("head/.*=0,head/bias=2", "'head/bias', which names only parameters of earlier patterns"),
-        (".*=0", "optimizer.lr_multipliers '.*=0' freezes all: leave some to be trained"),
+        (
+            ".*=0",
+            "optimizer.lr_multipliers '.*=0' freezes all (embedding/bias; embedding/kernel; enc",
+        ),
     ],
 )
 def test_patterns_without_an_effect_are_refused(text, message):
@@ -133,6 +191,32 @@ def test_a_training_step_leaves_what_is_frozen_and_its_norm(accumulate_steps):
     np.testing.assert_array_equal(after.ema_params["frozen"], params["frozen"])
     expected = np.array([2.0, 3.0]) * (1 - 0.1 * 0.1) - 0.1 * gradient
     np.testing.assert_allclose(after.params["trained"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("recipe", ["pretrain", "masked", "finetune"])
+def test_a_mistyped_pattern_is_told_before_anything_is_opened(tiny_config, tmp_path, recipe):
+    config = tiny_config(**{"dataset.name": "no_such_data_set"})
+    config.optimizer.lr_multipliers = "heads/.*=0"
+    if recipe == "masked":
+        config.update({"objective": "masked_patches", "model": {"representation_size": 0}})
+    if recipe == "finetune":
+        config.init_from = "https://no-such-host.example/weights.npz"
+        config.model.classifier = config_dict.placeholder(str)
+        config.model.position_embedding = config_dict.placeholder(str)
+    with pytest.raises(UserError, match="lr_multipliers has 'heads/.*', but no parameter has such"):
+        train.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("pattern", ["MAPHead_0/.*", ".*/pos_embedding", ".*/rel_embedding"])
+def test_a_pattern_of_what_weights_may_have_is_left_to_them(tiny_config, pattern):
+    config = tiny_config(**{"optimizer.lr_multipliers": f"{pattern}=0"})
+    config.model.update({"classifier": "gap", "position_embedding": "none"})
+    with pytest.raises(UserError, match="but no parameter has such a name"):
+        check_multipliers(config)
+    for key in ("classifier", "position_embedding"):
+        config.model[key] = config_dict.placeholder(str)
+    check_multipliers(config)
 
 
 @pytest.mark.slow

@@ -192,6 +192,35 @@ def test_what_the_data_set_does_not_tell_is_asked_for():
     assert estimate.dataset_size(config, 12, 3456) == (12, 3456)
 
 
+# ImageNet has 1,281,167 images to train on, CIFAR 50,000, the digits 1,442.
+@pytest.mark.parametrize(
+    ("dataset", "changes", "images"),
+    [
+        ("imagenet2012", {}, 1_281_167),
+        ("imagenet2012", {"train_split": "train[:99%]"}, 1_268_355),
+        ("imagenet2012", {"development": True}, 1_268_355),
+        ("imagenet2012", {"train_split": "train[:1000]+train[-24:]"}, 1_024),
+        ("cifar10:3.0.2", {"development": True}, 49_000),
+        ("cifar100", {"train_split": "train[:98%]", "subset": "10%"}, 4_900),
+        ("digits", {"subset": "1000"}, 1_000),
+        ("digits", {"development": True}, 1_298),
+    ],
+)
+def test_the_images_are_those_of_the_split(dataset, changes, images):
+    config = get_config("ViT-B/16", f"pretrain,{dataset}")
+    config.dataset.update(changes)
+    assert estimate.dataset_size(config, 0, 0)[1] == images
+    assert estimate.dataset_size(config, 0, 77)[1] == 77
+
+
+@pytest.mark.parametrize("split", ["validation", "train[", "train+test"])
+def test_images_of_a_split_that_is_not_known_are_asked_for(split):
+    config = get_config("ViT-B/16", "pretrain,cifar10")
+    config.dataset.train_split = split
+    with pytest.raises(UserError, match="images of cifar10 are not known here: add --images N"):
+        estimate.dataset_size(config, 0, 0)
+
+
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused():
     config = ConfigDict(get_config("ViT-B/16", "pretrain,imagenet2012"))
     with pytest.raises(UserError, match="batch_size 4096 does not divide evenly over 7 devices"):

@@ -2,8 +2,10 @@ import json
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from vit_jax import sweep
+from vit_jax.config import check_config
 from vit_jax.errors import UserError
 
 
@@ -24,6 +26,19 @@ def test_the_best_rate_on_held_out_images_trains_on_all_of_train(stand_in, tiny_
     assert result["mean"] == pytest.approx(np.mean([0.84, 0.85, 0.86]))
     assert result["sd"] == pytest.approx(np.std([0.84, 0.85, 0.86], ddof=1))
     assert (result["examples"], result["failed"]) == (77, 0)
+
+
+def test_a_recipe_that_names_its_split_keeps_it_for_the_final_runs(stand_in, tiny_config, tmp_path):
+    config = tiny_config(**{"dataset.train_split": "train[:98%]", "dataset.eval_split": "test"})
+    check_config(config)
+    sweep.sweep(config, [0.001, 0.01], 1, tmp_path)
+    splits = {}
+    for name in stand_in(tmp_path):
+        found = ConfigDict(json.loads((tmp_path / f"{name}.json").read_text()))
+        check_config(found)
+        splits[name] = (found.dataset.train_split, found.dataset.eval_split)
+    held_out = dict.fromkeys(["held-out-lr0.001", "held-out-lr0.01"], ("", ""))
+    assert splits == held_out | {"final-lr0.01-seed0": ("train[:98%]", "test")}
 
 
 def test_again_it_runs_nothing_and_says_the_same(stand_in, tiny_config, tmp_path):

@@ -161,6 +161,15 @@ def test_a_run_from_before_a_key_goes_on_with_what_it_did_then(tiny_config, tmp_
         train._refuse_another_run(config, tmp_path, saved)
 
 
+def test_a_run_whose_config_replaces_sections_as_before_is_the_same_run(finished, tiny_config):
+    config = tiny_config()
+    for section in ("optimizer", "schedule"):
+        added = {key.partition(".")[2] for key in ADDED_KEYS if key.startswith(section)}
+        config[section] = {k: x for k, x in config[section].items() if k not in added}
+    assert "lr_multipliers" not in config.optimizer and "drops" not in config.schedule
+    assert train.train(config, finished) == train.train(tiny_config(), finished)
+
+
 def test_a_run_of_before_evals_goes_on_with_the_same_bits(data_dir, tmp_path, monkeypatch):
     before = json.loads(BEFORE_EVALS.read_text())
     before["dataset"]["data_dir"] = before["fewshot"]["data_dir"] = data_dir

@@ -24,10 +24,18 @@ from vit_jax.config_rules import (
     parse_duration,
 )
 from vit_jax.data.augmentation import parse_augment
+from vit_jax.data.source import check_splits
 from vit_jax.errors import UserError, brief, brief_name, first_line, nearest
 from vit_jax.evaluation import registry
 from vit_jax.models import describe, vit
-from vit_jax.state import DROPS, ENDING_DECAYS, SCHEDULE_LENGTHS, check_warmup, optimizer_keys
+from vit_jax.state import (
+    DROPS,
+    ENDING_DECAYS,
+    OPTIMIZERS,
+    SCHEDULE_LENGTHS,
+    check_warmup,
+    optimizer_keys,
+)
 
 _LEFT_TO_WEIGHTS = {f"model.{key}" for key in recipes.LEFT_TO_WEIGHTS}
 # Whose name decides which other keys a section has.
@@ -82,6 +90,7 @@ def check_config(config: ConfigDict, *, may_lack: bool = False) -> None:
     """
     if may_lack:
         config = _without_required(config)
+    config = complete_sections(config)
     check_keys(config)
     for section, rules in _rules(config).items():
         values = _section(config, section)
@@ -90,6 +99,7 @@ def check_config(config: ConfigDict, *, may_lack: bool = False) -> None:
     _check_evals(config.evals)
     _check_model(config.model, config.dataset.image_size)
     _check_objective(config)
+    _check_splits(config.dataset)
     _check_durations(config)
     _check_end(config.schedule)
 
@@ -106,6 +116,7 @@ def check_keys(config: ConfigDict) -> None:
         _check_is_section(section, config[section])
     for name, entry in config.evals.items():
         _check_entry(name, entry)
+    _check_is_of_its_name(config.optimizer)
     for section, rules in _rules(config).items():
         if section:
             _check_names(_section(config, section), rules, f"{section}.")
@@ -116,6 +127,18 @@ def _check_is_section(name: str, values: Any) -> None:
         raise UserError(f"config.{name} is {brief(values)}: it is a section of keys")
     if key := _NAMED.get(name):
         check_value(f"{name}.{key}", values.get(key), RULES[f"{name}.{key}"])
+
+
+def _check_is_of_its_name(optimizer: ConfigDict) -> None:
+    """Refuses the keys of one optimizer under the name of another, as a flag would have them."""
+    name, keys = optimizer.name, set(optimizer.keys())
+    other = next((each for each in OPTIMIZERS if optimizer_keys(each) == keys), name)
+    if other != name and keys != optimizer_keys(name):
+        raise UserError(
+            f"config.optimizer.name is {name!r} but its other keys are those of {other}, which a "
+            "flag cannot change: set config.optimizer as a whole in a config file, see 'Learning "
+            "rate and optimizer' in docs/training.md"
+        )
 
 
 def _check_entry(name: str, entry: Any) -> None:
@@ -212,6 +235,15 @@ def _check_model(model: ConfigDict, image_size: int) -> None:
         )
 
 
+def _check_splits(data: ConfigDict) -> None:
+    try:
+        check_splits(
+            train_split=data.train_split, eval_split=data.eval_split, development=data.development
+        )
+    except UserError as error:
+        raise UserError(f"config.dataset: {error}") from error
+
+
 def _check_durations(config: ConfigDict) -> None:
     parsed = {}
     for key, text in {
@@ -267,6 +299,11 @@ def _check_objective(config: ConfigDict) -> None:
         raise UserError(
             f"config.augment is {values['augment']!r}, but objective masked_patches has no labels "
             "to mix: leave mixup out"
+        )
+    if objective == "masked_patches" and values.get("model.classifier") == "map":
+        raise UserError(
+            "config.model.classifier is 'map', but objective masked_patches has no pooling to "
+            "train: set --config.model.classifier=gap or token, and fine-tune with map"
         )
     for key in OF_CLASSES:
         if objective == "masked_patches" and values.get(key):
@@ -328,6 +365,37 @@ def take_from_weights(config: ConfigDict, model: Mapping[str, Any]) -> ConfigDic
     return filled
 
 
+# Sections that a config file may replace as a whole, such as by `recipes.ADAFACTOR`.
+_REPLACED = ("optimizer", "schedule")
+
+
+def complete_sections(config: ConfigDict) -> ConfigDict:
+    """A config whose optimizer and schedule have the keys that were added to these.
+
+    A config file that replaces a section as a whole, written before, does what it did then.
+    """
+    missing = [
+        key
+        for key in ADDED_KEYS
+        if (section := key.partition(".")[0]) in _REPLACED
+        and isinstance(values := config.get(section), ConfigDict)
+        and key.partition(".")[2] not in values
+    ]
+    if not missing:
+        return config
+    filled = config.copy_and_resolve_references()
+    for key in missing:
+        section, _, name = key.partition(".")
+        with filled[section].unlocked():
+            filled[section][name] = _of_kind(ADDED_KEYS[key], RULES[key])
+    return filled
+
+
+def _of_kind(value: Any, rule: Rule) -> Any:
+    """A value as a flag can replace it: JSON has lists for tuples."""
+    return tuple(value) if rule.kind is tuple and isinstance(value, list) else value
+
+
 def complete_evals(config: ConfigDict) -> ConfigDict:
     """A config whose evaluators have all their keys, see `evaluation.registry`."""
     complete = _complete_evals(config)
@@ -368,6 +436,15 @@ def migrate(saved: Mapping[str, Any]) -> dict[str, Any]:
     return unflatten_dict(ADDED_KEYS | values, sep=".")
 
 
+def _restore_tuples(config: ConfigDict) -> None:
+    for path, rules in _rules(config).items():
+        section = _section(config, path)
+        for key in section.keys() & rules.keys():
+            if (value := _of_kind(section[key], rules[key])) is not section[key]:
+                del section[key]  # A ConfigDict would make a list of it again.
+                section[key] = value
+
+
 def read_config(path: str) -> ConfigDict:
     """The config of a run's config.json: `--config runs/x/config.json` runs it again.
 
@@ -380,6 +457,7 @@ def read_config(path: str) -> ConfigDict:
             raise ValueError(f"it is {brief(saved)}, not an object of keys and values")
         config = ConfigDict(migrate(saved))
         check_keys(config)
+        _restore_tuples(config)
     # A key that a ConfigDict cannot have is one of the others.
     except UserError as error:
         raise UserError(f"config {path}: {error}") from error

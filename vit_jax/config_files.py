@@ -167,7 +167,7 @@ def _read(path: pathlib.Path, spec: str | None) -> ConfigDict:
         raise UserError(
             f"config {path} makes {brief(made)}: its get_config must return the ConfigDict of a run"
         )
-    return made
+    return config.complete_sections(made)
 
 
 def _sources(loaded: ConfigDict, name: str, recorded: Sequence[recipes.Recorded]) -> dict[str, str]:

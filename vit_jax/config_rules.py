@@ -137,12 +137,15 @@ def _text(example: str, most: int = 4096) -> Rule:
     return Rule(str, lambda value: text_problem(value, most), example)
 
 
-def _read_by(parse: Callable[[str], Any], example: str) -> Rule:
-    """Text in a small language, whose parser says in a UserError what is wrong with it."""
+def _read_by(parse: Callable[[str], Any], example: str, most: int = 200) -> Rule:
+    """Text in a small language, whose parser says in a UserError what is wrong with it.
+
+    Nothing in most of them is longer than 200 characters, and Python reads no number of thousands
+    of digits.
+    """
 
     def problem(value: str) -> str | None:
-        # Nothing in these languages is longer, and Python reads no number of thousands of digits.
-        if bad := text_problem(value, most=200):
+        if bad := text_problem(value, most):
             return bad
         try:
             parse(value)
@@ -241,7 +244,10 @@ RULES: dict[str, Rule] = {
     "optimizer.mu_dtype": _one_of(DTYPES, "float32"),
     # Gradients are float32, of which 1e38 is the end; 0 is off.
     "optimizer.clip_norm": _between(float, 0, 1e30, 1.0, "float32 has hardly larger norms"),
-    "optimizer.lr_multipliers": _read_by(parse_multipliers, "head/.*=10,embedding/.*=0"),
+    # An entry for each layer of a deep model, or for each of its parameters by its name.
+    "optimizer.lr_multipliers": _read_by(
+        parse_multipliers, "head/.*=10,embedding/.*=0", most=10_000
+    ),
     "schedule.base_lr": _above_zero(1e6, 1e-3, _LARGEST_RATE),
     "schedule.decay": _one_of(DECAYS, "cosine"),
     "schedule.warmup": _DURATION,

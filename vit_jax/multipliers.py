@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from vit_jax.errors import UserError, brief_name, shortlist
+from vit_jax.errors import UserError, brief, brief_name, shortlist
 
 Params = dict[str, Any]
 
 # A pattern ends where a number does, so that it may have commas and "=" of its own.
-_ENTRY = re.compile(r"\s*(.+?)\s*=\s*(\d+(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)\s*(?:,|$)", re.ASCII)
+_ENTRY = re.compile(r"(.+?)=\s*(\d+(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)\s*(?:,|$)", re.ASCII)
 # Far above any that trains; it still is a float32 when the learning rate is.
 _LARGEST = 1e6
 
@@ -40,14 +40,15 @@ def parse_multipliers(text: str) -> list[Multiplier]:
     found, end = [], 0
     while end < len(text):
         match = _ENTRY.match(text, end)
-        if not match:
-            raise UserError(f"{brief_name(text[end:])!r} is not understood: use PATTERN=FACTOR,...")
+        if not match or not (given := match[1].strip()):
+            raise UserError(f"{brief(text[end:])} is not understood: use PATTERN=FACTOR,...")
         if not float(match[2]) <= _LARGEST:
-            raise UserError(f"factor {match[2]} of {match[1]!r} is above {_LARGEST:g}")
+            factor = brief_name(match[2])
+            raise UserError(f"factor {factor} of {brief(given)} is above {_LARGEST:g}")
         try:
-            pattern = re.compile(match[1])
+            pattern = re.compile(given)
         except (re.error, OverflowError, RecursionError) as error:
-            raise UserError(f"{match[1]!r} is no regular expression: {error}") from error
+            raise UserError(f"{brief(given)} is no regular expression: {error}") from error
         found.append(Multiplier(pattern, float(match[2])))
         end = match.end()
     return found
@@ -78,16 +79,21 @@ def multipliers(params: Params, text: str) -> Params:
             raise UserError(_without_effect(pattern.pattern, names, is_known=bool(matched)))
         factors |= dict.fromkeys(left, factor)
     if names and not any(factors.values()):  # NaN is true.
-        raise UserError(f"optimizer.lr_multipliers {text!r} freezes all: leave some to be trained")
+        raise UserError(
+            f"optimizer.lr_multipliers {brief(text)} freezes all ({shortlist(names)}): "
+            "leave some to be trained"
+        )
     return tree.unflatten([1.0 if math.isnan(factors[name]) else factors[name] for name in names])
 
 
 def _without_effect(pattern: str, names: list[str], *, is_known: bool) -> str:
-    begin = f"optimizer.lr_multipliers has {pattern!r}, "
+    begin = f"optimizer.lr_multipliers has {brief(pattern)}, "
     if is_known:
         return begin + "which names only parameters of earlier patterns: put it before them"
     near = [name for name in names if re.search(pattern, name)]
-    near = near or difflib.get_close_matches(pattern, names, n=4, cutoff=0.4) or names
+    if not near and len(pattern) <= 200:  # The time that it takes is quadratic.
+        near = difflib.get_close_matches(pattern, names, n=4, cutoff=0.4)
+    near = near or names
     return begin + f"but no parameter has such a name, as a whole; near are {shortlist(near)}"
 
 

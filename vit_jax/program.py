@@ -4,22 +4,26 @@ No data set is opened and no device asked for, so that a step can be compiled fo
 described (see `vit_jax.plan`).
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from vit_jax.analysis import flops
+from vit_jax.config import left_to_weights, take_from_weights
 from vit_jax.data.augmentation import parse_augment
 from vit_jax.errors import UserError
-from vit_jax.models import create_model, masked
+from vit_jax.models import create_model, masked, prediction_defaults
+from vit_jax.multipliers import multipliers
 from vit_jax.sharding import AnyMesh, batch_sharding, state_sharding
-from vit_jax.state import TrainState, init_train_state
+from vit_jax.state import TrainState, init_params, init_train_state
 from vit_jax.steps import Objective, classification, masked_patches, mixup, train_step
 
 
@@ -58,6 +62,48 @@ def create_objective(config: ConfigDict, num_classes: int) -> tuple[nn.Module, O
     model = create_model(config.model, num_classes=num_classes)
     objective = classification(model, config.loss, config.label_smoothing)
     return model, objective, flops.multiply_adds(config.model, size, num_classes)
+
+
+# What weights may have in place of a model's defaults, with parameters that these have not.
+_OTHER_PARAMETERS = (
+    {"classifier": "map"},
+    {"position_embedding": "relative"},
+    {"position_embedding": "2d"},
+    {"position_placement": "layers"},
+    {"position_embedding": "2d", "position_placement": "layers"},
+)
+
+
+def check_multipliers(config: ConfigDict) -> None:
+    """Checks `optimizer.lr_multipliers` by the names of the model's parameters.
+
+    What the config leaves to its weights may be anything: whatever passes with some weights does.
+
+    Raises:
+        UserError: as `multipliers.multipliers` does.
+    """
+    text = config.optimizer.lr_multipliers
+    if not text:
+        return
+    defaults = prediction_defaults(config.model.architecture)
+    found = flatten_dict(_parameters(config, defaults))
+    try:
+        multipliers(unflatten_dict(found), text)
+        return
+    except UserError:
+        if not left_to_weights(config):
+            raise
+    for other in _OTHER_PARAMETERS:
+        with contextlib.suppress(UserError):  # Not every model may have it.
+            found |= flatten_dict(_parameters(config, defaults | other))
+    multipliers(unflatten_dict(found), text)
+
+
+def _parameters(config: ConfigDict, of_weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The shapes of the parameters; only the data set tells the number of classes."""
+    model, *_ = create_objective(take_from_weights(config, of_weights), num_classes=1)
+    size = config.dataset.image_size
+    return jax.eval_shape(functools.partial(init_params, model, seed=0, image_size=size))
 
 
 def state_initializer(

@@ -93,7 +93,7 @@ def create_schedule(
         timescale_steps: of "rsqrt": after three times as many the rate has halved.
         cooldown_steps: in so many last steps the learning rate is multiplied by the share of them
             that is left. It goes with any decay.
-        drops: of "staircase": shares of total_steps.
+        drops: of "staircase": shares of total_steps, after whose steps the rate is lower.
 
     Raises:
         UserError: the run is too short, or there is no such decay.
@@ -120,7 +120,8 @@ def _rsqrt(base_lr: float, timescale: int) -> optax.Schedule:
 
 
 def _staircase(base_lr: float, drops: Sequence[int]) -> optax.Schedule:
-    return lambda count: base_lr * 0.1 ** jnp.sum(count >= jnp.array(drops))
+    # As published, the first step of a lower rate is the one after the drop.
+    return lambda count: base_lr * 0.1 ** jnp.sum(count > jnp.array(drops))
 
 
 def _cooled(schedule: optax.Schedule, total_steps: int, cooldown_steps: int) -> optax.Schedule:

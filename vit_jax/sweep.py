@@ -4,8 +4,9 @@
 
 Every rate of the data set's row trains without a held-out part of train and is evaluated on it.
 The rate that does best, the lowest of equals, then trains on all of train with several seeds and
-is evaluated on test. The same command continues a sweep that was stopped. The table goes to stdout,
-every number to sweep.json.
+is evaluated on test. A recipe that names a part of train (`transfer`) keeps it for these final
+runs; what is held out is always of the whole of train. The same command continues a sweep that was
+stopped. The table goes to stdout, every number to sweep.json.
 """
 
 import math
@@ -98,7 +99,8 @@ def sweep(
     """Chooses the learning rate on held-out images, and trains with it on all of train.
 
     Args:
-        config: of the final run; its learning rate is replaced, and its seed is the first.
+        config: of the final run, which has its splits; its learning rate is replaced, and its seed
+            is the first. The splits of the held-out runs are those of `dataset.development`.
         rates: ascending; of a single one there is nothing to choose.
         num_seeds: of the final run: `config.seed` and those after it.
         workdir: of all runs.
@@ -162,6 +164,8 @@ def _variant(config: "ConfigDict", rate: float, seed: int, *, development: bool)
     config.schedule.base_lr = rate
     config.seed = seed
     config.dataset.development = development
+    if development:  # Which chooses both, as "dev" does in a spec.
+        config.dataset.train_split = config.dataset.eval_split = ""
     return config
 
 

@@ -20,6 +20,7 @@ from vit_jax.checkpoints.training import CheckpointStore, config_differences, la
 from vit_jax.config import (
     check_config,
     complete_evals,
+    complete_sections,
     migrate,
     take_from_weights,
     to_dict,
@@ -33,7 +34,7 @@ from vit_jax.initialization import Weights, initial_state, read_weights
 from vit_jax.interruption import Stop, full_disk, making_workdir, only_run, stopping
 from vit_jax.models import prediction_defaults
 from vit_jax.preparation import Prepared, compile_train_step, prepare, train_batches
-from vit_jax.program import abstract_state, state_initializer
+from vit_jax.program import abstract_state, check_multipliers, state_initializer
 from vit_jax.reporting import Cost, Progress, Reporter, say
 from vit_jax.sharding import to_devices
 from vit_jax.state import TrainState
@@ -76,7 +77,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
 
 def run_checked(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Runs as `train` a config that has been checked."""
-    config = complete_evals(config)
+    config = complete_evals(complete_sections(config))
     workdir = pathlib.Path(workdir).absolute()
     saved = latest_metadata(workdir)
     if saved is not None:
@@ -92,6 +93,8 @@ def run_checked(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str
             f"{workdir} holds a run of another version, which reads the images in another order: "
             "finish it with that version, or start anew in another --workdir"
         )
+    if saved is None:
+        check_multipliers(config)
     with stopping() as stop, full_disk(workdir), making_workdir(workdir), only_run(workdir):
         weights = None
         if saved is None and config.init_from:

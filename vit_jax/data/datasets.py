@@ -3,11 +3,11 @@
 from typing import NamedTuple, Protocol
 
 from vit_jax.data import digits, folder, vtab
-from vit_jax.data.source import Source, relabel
+from vit_jax.data.source import Source, check_splits, relabel
 from vit_jax.data.tfds_datasets import RealDataset, TfdsDataset, VtabDataset
 from vit_jax.errors import UserError, first_line
 
-__all__ = ["Source", "open_dataset", "open_evaluation", "open_real", "relabel"]
+__all__ = ["Source", "default_splits", "open_dataset", "open_evaluation", "open_real", "relabel"]
 
 
 class _Splits(NamedTuple):
@@ -53,11 +53,7 @@ def open_dataset(
         UserError: if the data set is unknown, not prepared or not one of labeled images, or if a
             split does not exist or is empty.
     """
-    if development and (train_split or eval_split):
-        raise UserError(
-            f"development=True chooses both splits: drop it or train_split={train_split!r}, "
-            f"eval_split={eval_split!r}"
-        )
+    check_splits(train_split=train_split, eval_split=eval_split, development=development)
     dataset = _open(name, data_dir)
     default_train, default_eval = _default_splits(dataset, name, development)
     train = _open_split(dataset, name, train_split or default_train)
@@ -112,6 +108,14 @@ def _open(name: str, data_dir: str) -> _Dataset:
 def _default_splits(dataset: _Dataset, name: str, development: bool = False) -> tuple[str, str]:
     if isinstance(dataset, VtabDataset):
         return dataset.splits(development)
+    return default_splits(name, development=development)
+
+
+def default_splits(name: str, *, development: bool) -> tuple[str, str]:
+    """The splits of a data set of TFDS to train and to evaluate on, see `open_dataset`.
+
+    The latter is "" where the data set itself tells.
+    """
     default = _SPLITS.get(name.split(":")[0].split("/")[0], _OTHER_SPLITS)
     if not development:
         return default.train, default.evaluation

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vit_jax.errors import UserError, brief
+
 Example = dict[str, Any]
 
 
@@ -102,6 +104,15 @@ class _Selected:
     def ids(self) -> list[str]:
         ids = self.examples.ids()
         return [ids[index] for index in self.indices]
+
+
+def check_splits(*, train_split: str, eval_split: str, development: bool) -> None:
+    """Raises a UserError if splits are named although `development` chooses both."""
+    if development and (train_split or eval_split):
+        raise UserError(
+            f"development=True chooses both splits: drop it or train_split={brief(train_split)}, "
+            f"eval_split={brief(eval_split)}"
+        )
 
 
 def relabel(source: Source, labels: Sequence[int], class_names: Sequence[str]) -> Source:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from vit_jax import program
 from vit_jax.analysis import flops
 from vit_jax.config import count_steps
+from vit_jax.data.subset import parse_subset
 from vit_jax.errors import UserError
 from vit_jax.plan.accelerators import Target
 from vit_jax.recipes import table_name
@@ -20,7 +21,7 @@ from vit_jax.sharding import AXES, AnyMesh, gathering, make_mesh, mesh_shape
 from vit_jax.state import TrainState, create_optimizer
 from vit_jax.steps import Objective
 
-# Classes and training images. Of ImageNet those that TFDS counts; JFT as in Section 4.1; the others
+# Classes and images of train. Of ImageNet those that TFDS counts; JFT as in Section 4.1; the others
 # as in Section 4.1 and their own papers.
 DATASETS = {
     "imagenet2012": (1_000, 1_281_167),
@@ -123,19 +124,34 @@ def dataset_size(config: ConfigDict, classes: int, images: int) -> tuple[int, in
     Args:
         config: of the run.
         classes: that the user says, 0 if he does not.
-        images: likewise.
+        images: likewise; to train on.
 
     Raises:
         UserError: neither the user nor `DATASETS` tells them, and they are needed.
     """
     known = DATASETS.get(table_name(config.dataset.name), (0, 0))
     classes = classes or config.model.num_classes or known[0]
-    images = images or known[1]
+    images = images or _images_to_train_on(config.dataset, known[1])
     if config.objective == "classification" and not classes:
         raise UserError(f"the classes of {config.dataset.name} are not known here: add --classes N")
     if "epoch" in config.duration and not images:
         raise UserError(f"the images of {config.dataset.name} are not known here: add --images N")
     return classes, images
+
+
+def _images_to_train_on(data: ConfigDict, known: int) -> int:
+    """The images of the split that is trained on, and of its subset; 0 if it is not known."""
+    # They take seconds to import, and nothing is opened.
+    from vit_jax.data import datasets, splits
+
+    default, _ = datasets.default_splits(data.name, development=data.development)
+    try:
+        parts = splits.slices(data.train_split or default, {"train": known})
+    except (ValueError, LookupError):  # Of other splits, or of none that is known.
+        return 0
+    images = sum(len(range(known)[part]) for _, part in parts)
+    wanted = parse_subset(data.subset) if data.subset else images
+    return wanted if isinstance(wanted, int) else round(wanted * images)
 
 
 class Bounds(NamedTuple):

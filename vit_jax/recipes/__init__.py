@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from vit_jax.errors import UserError, brief, nearest
+from vit_jax.errors import UserError, brief, brief_name, nearest
 from vit_jax.recipes import paper, presets
 from vit_jax.recipes.names import OFFICIAL_NAMES, model_name, name_of, sizes_of
 from vit_jax.recipes.paper import (
@@ -65,12 +65,14 @@ class Recipe(NamedTuple):
             beside them.
         default_dataset: where the spec names none; "" is an error then.
         source: of the values, for presets.
+        goes_without_option: tells of a data set whether no word need follow it.
     """
 
     make: Callable[[str, str], ConfigDict]
     options: Mapping[str, Callable[[ConfigDict], None]] = {}
     default_dataset: str = ""
     source: str = ""
+    goes_without_option: Callable[[str], bool] = lambda dataset: True  # noqa: ARG005
 
 
 PRESETS = {
@@ -94,6 +96,7 @@ PRESETS = {
         presets.bit_hyperrule,
         options=presets.HYPERRULE_SIZES,
         source="BiT-HyperRule (1912.11370)",
+        goes_without_option=presets.knows_size,
     ),
 }
 RECIPES = {
@@ -118,7 +121,7 @@ def get_config(model: str, spec: str = "") -> ConfigDict:
             hyperparameters and to evaluate on that, and a word of the recipe's: of finetune "512",
             the resolution and the averaging of Table 2's ImageNet rows; of baseline "90", "150" or
             "300", its epochs; of transfer "inception", its other crop; of bit_hyperrule "small",
-            "medium" or "large", the size of the data set.
+            "medium" or "large", the size of the data set, which must be said where it is not known.
 
     Raises:
         UserError: the spec has a word that is none of these.
@@ -178,7 +181,13 @@ def parse_spec(spec: str) -> tuple[str, str, set[str]]:
     default = RECIPES[name].default_dataset
     if not dataset and (not default or (comma and not options)):
         raise UserError(f"spec {brief(spec)} names no data set: for example {name},cifar10")
-    return name, dataset or default, options
+    dataset = dataset or default
+    if not options - {"dev"} and not RECIPES[name].goes_without_option(dataset):
+        raise UserError(
+            f"{name} does not know how large {brief_name(dataset)} is: say it after the data set, "
+            f"{' or '.join(RECIPES[name].options)}, for example {name},food101,medium"
+        )
+    return name, dataset, options
 
 
 def _split_options(spec: str, dataset: str, valid: tuple[str, ...]) -> tuple[str, set[str]]:

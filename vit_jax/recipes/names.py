@@ -44,7 +44,8 @@ def model_name(name: str) -> str:
 
     big_vision's "B/16" is read too.
     """
-    if name.partition("/")[0] in SIZES:
+    size, slash, _ = name.partition("/")
+    if slash and size in SIZES:
         return f"ViT-{name}"
     return OFFICIAL_NAMES.get(re.sub(r"vit-|[+_]", "", name.lower()), name)
 

@@ -99,12 +99,22 @@ BIT_HYPERRULE = {
     "medium": HyperRule(10_000, 500, (0.3, 0.6, 0.9), "mixup(0.1)"),
     "large": HyperRule(20_000, 500, (0.3, 0.6, 0.9), "mixup(0.1)"),
 }
-_SIZES = {"cifar10": "medium", "cifar100": "medium", "imagenet2012": "large"}
+# VTAB's tasks, which have 1,000 images, are small too.
+_SIZES = {
+    "cifar10": "medium",
+    "cifar100": "medium",
+    "imagenet2012": "large",
+    "oxford_flowers102": "small",
+    "oxford_iiit_pet": "small",
+}
 HYPERRULE_LR = 0.003
 # Crops, of images that are resized to 32 pixels more; the first of those below 96 x 96 pixels.
 SMALL_CROP, CROP = 128, 480
-# Of these the images are, by the names of TFDS: of 28, 32 and 64 pixels.
-SMALL_IMAGES = ("cifar10", "cifar100", "dsprites", "eurosat", "svhn_cropped")
+# Of these the images are: of 8, 28, 32 and 64 pixels; those of TFDS by their names there.
+SMALL_IMAGES = (
+    *("cifar10", "cifar100", "digits", "dsprites", "emnist", "eurosat", "fashion_mnist", "kmnist"),
+    *("mnist", "svhn_cropped"),
+)
 
 
 def augreg(model: str, dataset: str) -> ConfigDict:
@@ -222,8 +232,9 @@ def bit_hyperrule(model: str, dataset: str) -> ConfigDict:
     It is that of the published code, in JAX and PyTorch; where these differ that of PyTorch: half
     of the images are flipped, not all, and nothing is held out of train. The paper's text drops the
     rate at 30%, 60% and 90% of 500 steps too. Not as there: an image is mixed with the one before
-    it in the batch, not with the one that is as far from its end. A data set that is not known here
-    is small, or what the spec says; of small images it needs config.dataset.image_size 128.
+    it in the batch, not with the one that is as far from its end. The spec must say the size of a
+    data set that is not known here, see `knows_size`; of small images that are not it needs
+    config.dataset.image_size 128.
     """
     config = _from_weights(model, dataset)
     name = table_name(dataset)
@@ -237,6 +248,11 @@ def bit_hyperrule(model: str, dataset: str) -> ConfigDict:
     config.schedule.decay = "staircase"
     HYPERRULE_SIZES[_SIZES.get(name, "small")](config)
     return config
+
+
+def knows_size(dataset: str) -> bool:
+    """Tells whether `bit_hyperrule` knows the number of training images of a data set."""
+    return vtab.is_vtab(dataset) or table_name(dataset) in _SIZES
 
 
 def _of_size(size: str) -> Callable[[ConfigDict], None]:
