@@ -5,6 +5,7 @@ import dataclasses
 import io
 from typing import TYPE_CHECKING
 
+from experiments.runner import notes
 from vit_jax import runner
 from vit_jax.printable import printable
 
@@ -125,7 +126,7 @@ def caption(results: "Results") -> list[str]:
         "Shares are in percent: the mean ± the sample standard deviation, in parentheses the "
         f"paper's number. Over {over}.",
         results.setting.scale.summary,
-        *results.setting.about_data,
+        *notes.about_data((x.measurement for x in results.found), results.setting),
     ]
 
 

@@ -6,6 +6,10 @@ import statistics
 import pytest
 
 from experiments.runner import tables
+from experiments.runner.experiment import Measurement
+from experiments.runner.results import Result
+from experiments.runner.scales import SCALES
+from experiments.runner.setting import Setting
 
 from ..handmade import HOSTILE, make_result, make_results
 
@@ -68,12 +72,12 @@ def test_failures_come_before_the_many_that_have_not_run():
 
 @pytest.mark.parametrize("scale", ["smoke", "mini", "paper"])
 def test_the_scale_and_the_data_that_stand_for_the_paper_s_are_told(scale):
-    results = make_results(make_result({"task": "a"}, [0.5]), scale=scale)
-    setting = dataclasses.replace(results.setting, datasets={"jft": "folder:/mine"})
-    text = tables.markdown(dataclasses.replace(results, setting=setting))
-    for sentence in (setting.scale.summary, *setting.scale.about_data):
-        assert sentence in text
-    assert "jft is folder:/mine here" in text
+    setting = Setting(SCALES[scale], 1, {"jft": "folder:/mine"})
+    run = setting.pretrain("ViT-B/32", "jft")
+    found = Result(Measurement({"task": "a"}, [run]), (0.5,))
+    text = tables.markdown(dataclasses.replace(make_results(found), setting=setting))
+    assert setting.scale.summary in text
+    assert "JFT-300M is folder:/mine here" in text
 
 
 def test_hostile_text_neither_ends_a_cell_nor_begins_a_line():
