@@ -45,8 +45,9 @@ def draw(results: "Results") -> "Figure":
     pictures.bars(axes, results, group="group")
     groups = results.groups("group").items()
     names = [f"{name}\n({len(part.groups('task'))} tasks)" for name, part in groups]
-    axes.set_xticks(range(len(names)), names)
-    axes.set(ylabel="accuracy [%]", ylim=(0, 100))
+    for each in figure.axes:
+        each.set_xticks(range(len(names)), names)
+        each.set(ylabel="accuracy [%]", ylim=(0, 100))
     return pictures.finish(figure)
 
 

@@ -1,4 +1,4 @@
-"""What a page says of the data sets that its numbers are of: which stand for the paper's, and how."""
+"""What a page says of the data sets that its numbers are of: what stands for the paper's, how."""
 
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
@@ -31,6 +31,17 @@ def about_data(measurements: Iterable[Measurement], setting: "Setting") -> list[
         elif key in used:
             lines.append(_about_named(key, name))
     return lines
+
+
+def in_a_line(setting: "Setting") -> str:
+    """What a picture says of its numbers."""
+    scale = setting.scale
+    named = [
+        f"{_TITLES[key]} is {name}"
+        for key, name in setting.datasets.items()
+        if key != "objectnet" and recipes.table_name(name) != key
+    ]
+    return "; ".join(filter(None, (f"{scale.name} scale", scale.label, *named)))
 
 
 def _used(measurements: Collection[Measurement]) -> set[str]:
