@@ -1,17 +1,23 @@
-"""What a page says of the data sets that its numbers are of: what stands for the paper's, how."""
+"""What a page says of its numbers: which accuracies they are, of which data sets, and whose."""
 
+import collections
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 from experiments.runner import graph
-from experiments.runner.experiment import Measurement, Run
+from experiments.runner.experiment import Measurement, Run, Task
 from experiments.runner.scales import StandIn
 from experiments.transfer import NAMES, VTAB
 from vit_jax import recipes
 
 if TYPE_CHECKING:
+    from experiments.runner.results import Results
     from experiments.runner.setting import Setting
 
+_METRICS_OF_TASKS = {
+    "experiments.transfer:mean_accuracy": "the mean of those of tasks",
+    "experiments.objectnet:evaluate": "that on ObjectNet",
+}
 _TITLES = {**NAMES, "vtab": "a task of VTAB", "objectnet": "ObjectNet"}
 
 
@@ -31,6 +37,38 @@ def about_data(measurements: Iterable[Measurement], setting: "Setting") -> list[
         elif key in used:
             lines.append(_about_named(key, name))
     return lines
+
+
+def about_accuracies(results: "Results") -> list[str]:
+    """A sentence on what the accuracies of a table are, and in which columns; none without one."""
+    column, places = results.experiment.column, collections.defaultdict(dict)
+    for result in results.found:
+        if words := _metric(result.measurement):
+            places[words][result.measurement.labels.get(column, "")] = None
+    alike = len({frozenset(columns) for columns in places.values()}) == 1
+    each = [
+        words if alike else f"{words} ({', '.join(columns)})" for words, columns in places.items()
+    ]
+    return [f"The accuracy is {'; '.join(each)}."] if each else []
+
+
+def _metric(measurement: Measurement) -> str:
+    """What an accuracy is, "" of anything else."""
+    if not measurement.percent or not measurement.sources:
+        return ""
+    source, metric = measurement.sources[0], measurement.metric
+    if metric.startswith("fewshot/"):
+        return "that of linear classification from 5 images a class of ImageNet"
+    if metric.startswith("real/"):
+        return "that on ImageNet's validation images with the labels of ReaL"
+    if isinstance(source, Task):
+        return _METRICS_OF_TASKS.get(source.function, "")
+    if metric != "eval_accuracy":
+        return ""
+    if source.init_from is None and not source.rates:
+        return "that of pre-training on its own validation images"
+    held_out = source.config.dataset.development
+    return f"that after fine-tuning, on {'held-out training' if held_out else 'test'} images"
 
 
 def in_a_line(setting: "Setting") -> str:

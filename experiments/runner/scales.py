@@ -218,8 +218,9 @@ def _stand_ins(name: str, total: int, tasks: Mapping[str, int]) -> dict[str, Sta
 def _about(held_out: str, test: str) -> dict[str, str]:
     """`Scale.about_data` of a scale whose data sets are all parts of one."""
     return {
-        "tasks": "Each task is another choice of them, with the same ten classes. Learning rates "
-        f"are chosen on {held_out} other training images; accuracy is on the {test} test images.",
+        "tasks": "Each task but ImageNet is another choice of them; all have the same ten classes. "
+        f"Learning rates are chosen on {held_out} other training images; accuracy is on the {test} "
+        "test images.",
         "fewshot": "The 5 images a class of few-shot accuracy are such images too, with the "
         "classes of pre-training: it says nothing of new classes.",
         "real": "ReaL is the first half of the test images with the labels that they have.",
