@@ -19,7 +19,7 @@ _LARGEST = 1e6
 
 
 class Multiplier(NamedTuple):
-    """What the learning rate is multiplied by for the parameters that a pattern names.
+    """A factor of the learning rate, for the parameters that a pattern names.
 
     Attributes:
         pattern: of whole names, such as "Transformer/encoder_norm/scale".
