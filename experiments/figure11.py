@@ -46,9 +46,8 @@ EXPERIMENT = Experiment(
     draw=draw,
     about="The distance between a patch and all others, weighted by attention and averaged over "
     f"the patches and {figure7.IMAGES} images: a dot for each head and layer of ViT-L/16 and of "
-    "R50+ViT-L/16, both as pre-trained on JFT-300M. In the paper, attention that stays near in the "
-    "lowest layers is less pronounced in the hybrid, whose ResNet may do the same, and distances "
-    "grow with depth. Distances in the table are in sides of the image.",
+    "R50+ViT-L/16, both as pre-trained on JFT-300M. Distances in the table are in sides of the "
+    "image. No such numbers of the paper are known here.",
 )
 
 if __name__ == "__main__":

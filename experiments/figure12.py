@@ -84,11 +84,10 @@ EXPERIMENT = Experiment(
     draw=draw,
     about="Left, images a second in the forward pass on one device, the best over batch sizes; "
     "right, the largest batch whose compiled program needs at most 16 GiB, the memory of the "
-    "paper's TPU v3 core, whatever this device has. In the paper, ViTs are as fast as ResNets of "
-    "their size and larger batches fit; the quadratic cost of attention hardly shows. It does not "
-    "say whether its largest batch is in training; here it is in the forward pass. No number is "
-    "comparable with the paper's, whose points cannot be read off, nor between devices. Smaller "
-    "scales have smaller models and images, and fewer of both sizes and batches.",
+    "paper's TPU v3 core, whatever this device has. Whether the paper's largest batch is in "
+    "training is not known here; this is in the forward pass. No number is comparable with the "
+    "paper's, whose points are not known here, nor between devices. Smaller scales have smaller "
+    "models and images, and fewer of both sizes and batches.",
 )
 
 if __name__ == "__main__":

@@ -79,10 +79,10 @@ EXPERIMENT = Experiment(
     column="quantity",
     draw=draw,
     about="Models pre-trained on JFT-300M for 7 epochs: 5-shot accuracy on ImageNet against the "
-    "exaFLOPs of pre-training, and against the images a second of Figure 12 at 224 pixels. In the "
-    "paper, Axial-ViTs are ahead of the ViTs that they are made from and take more compute, for "
-    "every layer has two MLPs; AxialResNet50 has a fair accuracy for its compute and is very slow. "
-    "The paper's speeds are of a TPU v3 core and its points are not drawn there.",
+    "exaFLOPs of pre-training, and against the images a second of Figure 12 at 224 pixels. In "
+    "the paper, whose points are read off, Axial-ViTs are ahead of the ViTs that they are made "
+    "from and take more compute, for every layer has two MLPs. Its speeds are not known here "
+    "and its points are not drawn there.",
 )
 
 if __name__ == "__main__":

@@ -52,12 +52,12 @@ EXPERIMENT = Experiment(
     rows=("model",),
     column="JFT",
     draw=draw,
-    about="Models pre-trained on random parts of JFT, all with the hyperparameters of Table 3 and "
-    "for as many steps as on all of it, stopped early and read at the best evaluation on held-out "
-    "images. In the paper, ResNets are ahead on the smallest part and level off sooner, and ViTs "
-    "overtake them on more: ViT-B/32 is much worse than R50x1 on 9M images and better on 90M. The "
-    "paper gives no patience: here it is a tenth of a run's evaluations. ViT-b/32 is B/32 with "
-    "every hidden size halved. The paper has one run of each.",
+    about="Models pre-trained on random parts of JFT, all with the hyperparameters of Table 3 "
+    "and for as many steps as on all of it, stopped early and read at the best evaluation on "
+    "held-out images. In the paper, ResNets are ahead on the smallest part and level off "
+    "sooner, and ViTs overtake them on more: ViT-B/32 is much worse than R50x1 on 9M images and "
+    "better on 90M. The paper's points are read off its figure. It gives no patience: here it "
+    "is a tenth of a run's evaluations. ViT-b/32 is B/32 with every hidden size halved.",
 )
 
 if __name__ == "__main__":

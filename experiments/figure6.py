@@ -16,8 +16,8 @@ ABOUT = (
     "Attention rollout (Appendix D.8) of ViT-L/16, pre-trained on JFT-300M and fine-tuned on "
     "ImageNet: the mean over the heads of every layer, the identity for the residual connection, "
     "rows made to sum to 1, all layers multiplied. The class token's row of the result, enlarged "
-    "to the image, is laid over it as a mask. In the paper, the model attends to what matters for "
-    "the class. The number is the share of the patches over which the attention is spread: e to "
+    "to the image, is laid over it as a mask. The number "
+    "is the share of the patches over which the attention is spread: e to "
     "the power of its entropy, by the number of patches. "
 )
 
@@ -57,8 +57,8 @@ EXPERIMENT = Experiment(
     rows=("model",),
     column="of the patches",
     draw=draw,
-    about=ABOUT + "The paper shows representative examples and does not say of which run; these "
-    "are the first three of those drawn at random for Figure 14, whatever they show.",
+    about=ABOUT + "Which run the paper shows is not known here. The images are the first three of "
+    "those drawn at random for Figure 14, whatever they show.",
 )
 
 if __name__ == "__main__":

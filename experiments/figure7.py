@@ -108,11 +108,9 @@ EXPERIMENT = Experiment(
     draw=draw,
     about="Left, the first 28 principal components of the filters of the patch embedding of "
     "ViT-L/32; center, the cosine similarity of its position embeddings, a tile for each patch; "
-    "right, the mean attention distance of every head of ViT-L/16 (Appendix D.7), over "
-    f"{IMAGES} images. Both are as pre-trained on JFT-300M. In the paper, the components look like "
-    "a basis for the fine structure within a patch, near patches and those of a row or column have "
-    "similar embeddings, and some heads attend to most of the image already in the lowest layers "
-    "while others stay near. Distances in the table are in sides of the image.",
+    f"right, the mean attention distance of every head of ViT-L/16 (Appendix D.7), over {IMAGES} "
+    "images. Both are as pre-trained on JFT-300M. Distances in the table are in sides of the "
+    "image. No such numbers of the paper are known here.",
 )
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from experiments.runner.setting import Setting
 
 BASE = paper.FIGURE_8_BASE
-# Not in the paper: which sizes, but that depth goes up to 64 layers.
+# Chosen here. That depth goes up to 64 layers is from memory of the paper.
 SCALED = {
     "Depth": [{"num_layers": layers} for layers in (4, 16, 32, 64)],
     "Patch size": [{"patch_size": side} for side in (16, 8)],
@@ -63,13 +63,11 @@ EXPERIMENT = Experiment(
     measure,
     rows=("scaled", "model"),
     draw=draw,
-    about="A ViT of 8 layers, D 1024, MLP 2048 and patches of 32 pixels, where all lines meet, and "
-    "what becomes of it when one dimension is scaled, or all. In the paper, more layers bring most "
-    "(clearly up to 64, with diminishing returns after 16), width least, and smaller patches more, "
-    "without a parameter. The compute is that of pre-training, relative to the base. The paper "
-    "gives neither sizes nor numbers: the sizes are chosen here, pre-training is that of ViT-B in "
-    "Table 3, and the few-shot accuracy is that of ImageNet (the paper has a second panel, the "
-    "mean over data sets that it does not name). A model's name has its layers, D, MLP and patch.",
+    about="A ViT of 8 layers, D 1024, MLP 2048 and patches of 32 pixels, where all lines meet, "
+    "and what becomes of it when one dimension is scaled, or all. The compute is that of "
+    "pre-training, relative to the base. Chosen here: the sizes, pre-training as that of ViT-B "
+    "in Table 3, and the few-shot accuracy, that of ImageNet. The paper's points are not known "
+    "here. A model's name has its layers, D, MLP and patch.",
 )
 
 if __name__ == "__main__":

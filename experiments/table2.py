@@ -57,12 +57,13 @@ EXPERIMENT = Experiment(
     measure,
     rows=("task",),
     column="model",
-    about="The paper's largest models, pre-trained on JFT-300M or ImageNet-21k and fine-tuned on "
-    "each task, the mean and the deviation of several runs of fine-tuning. The paper finds them "
-    "ahead of BiT-L and Noisy Student, for less computation; those two columns are the paper's "
-    "alone, nothing of them is run. On ImageNet and ReaL, fine-tuning is at 512 pixels (518 of "
-    "H/14), with Polyak averaging. The days of TPUv3 cores are the paper's; what our pre-training "
-    "needs is counted in exaFLOPs, beside those of Table 6.",
+    about="The paper's largest models, pre-trained on JFT-300M or ImageNet-21k and fine-tuned "
+    "on each task, the mean and the deviation of several runs of fine-tuning. In the paper, "
+    "ViT-H/14 is ahead of BiT-L and Noisy Student, for fewer core-days; those two columns are "
+    "the paper's alone, nothing of them is run. On ImageNet and ReaL, fine-tuning is at 512 "
+    "pixels (518 of H/14), with Polyak averaging; a smaller scale has fewer pixels. The days of "
+    "TPUv3 cores are the paper's; what our pre-training needs is counted in exaFLOPs, beside "
+    "those of Table 6.",
 )
 
 if __name__ == "__main__":

@@ -44,10 +44,10 @@ EXPERIMENT = Experiment(
     measure,
     rows=("position embedding",),
     column="placement",
-    about="ViT-B/16 pre-trained on JFT-300M with each kind of position embedding, scored by linear "
-    "classification from 5 images a class of ImageNet. In the paper, no embeddings are clearly "
-    "worse and all others are alike. The paper has one number each; here every seed is a "
-    "pre-training of its own, for without a deviation a difference says little. Only position "
+    about="ViT-B/16 pre-trained on JFT-300M with each kind of position embedding, scored by "
+    "linear classification from 5 images a class of ImageNet. In the paper, no embeddings are "
+    "clearly worse and all others are alike. The paper has one number each; here every seed is "
+    "a pre-training of its own, for without a deviation a difference says little. Only position "
     "embeddings that are added have a place.",
 )
 

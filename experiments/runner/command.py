@@ -294,13 +294,15 @@ def _render_one(results: "Results", reader: "Reader", folder: pathlib.Path) -> b
 
 
 def _draw(results: "Results", path: pathlib.Path) -> bool:
-    if results.experiment.draw is None:
-        return True
+    from experiments.runner import pictures
+
     path.unlink(missing_ok=True)  # One of other results would lie.
     try:
-        figure = results.experiment.draw(results)
+        figure = pictures.picture_of(results)
+        if figure is None:
+            return True
         with atomic_write(path) as temporary:
-            figure.savefig(temporary, dpi=_PICTURE_DPI, format="png")
+            figure.savefig(temporary, dpi=_PICTURE_DPI, format="png", bbox_inches="tight")
     except UserError:  # The disk refuses.
         raise
     except Exception as error:  # A picture with points that are missing is no reason for no page.

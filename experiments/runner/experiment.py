@@ -119,6 +119,7 @@ class Experiment:
         column: the label that names its columns; "" has one column of numbers.
         draw: the picture, of what has been measured; None if there is none.
         about: a paragraph for the page: what is compared, and what the paper says of it.
+        reference: what `Measurement.paper` is, if it is not the paper's: "published later".
     """
 
     name: str
@@ -128,3 +129,4 @@ class Experiment:
     column: str = ""
     draw: "Callable[[Results], Figure] | None" = None
     about: str = ""
+    reference: str = ""

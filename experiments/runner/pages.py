@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import vit_jax
-from experiments.runner import graph, tables
+from experiments.runner import graph, notes, tables
 from experiments.runner.outcomes import TASK_FILE
 from vit_jax.files import atomic_write
 from vit_jax.printable import printable
@@ -108,6 +108,7 @@ def write_index(all_results: "Sequence[Results]", folder: pathlib.Path) -> pathl
     known = {INDEX, *(f"{results.experiment.name}.html" for results in all_results)}
     earlier = sorted(page for page in folder.glob("*.html") if page.name not in known)
     cards += [_earlier_card(page) for page in earlier]
+    measurements = [x.measurement for results in all_results for x in results.found]
     finished = sum(not results.problems for results in all_results)
     total = sum((_cost(path) for path in _finished(folder).values()), Cost())
     title = f"Experiments, scale {setting.scale.name}"
@@ -117,7 +118,7 @@ def write_index(all_results: "Sequence[Results]", folder: pathlib.Path) -> pathl
         '(<a href="https://arxiv.org/abs/2010.11929">arXiv 2010.11929</a>), '
         "made by <code>python -m experiments.all</code>.</p>",
         _overview(
-            (setting.scale.summary, *setting.about_data),
+            (setting.scale.summary, *notes.about_data(measurements, setting)),
             {"Experiments": f"{finished} of {len(all_results)} are complete", **_describe(total)},
         ),
         f'<ul class="cards">{"".join(cards)}</ul>',

@@ -7,7 +7,8 @@ A draw function of an experiment is three calls:
     return pictures.finish(figure)
 
 Ours are filled, with error bars where there are several seeds; the paper's are hollow and faint.
-Where the two lie far apart, as they do at a small scale, the paper's get axes of their own beside.
+At a smaller scale than the paper's, and where the two lie far apart, the paper's get axes of their
+own beside. `picture_of` has every picture say which scale it shows.
 """
 
 import math
@@ -25,6 +26,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from experiments.runner import notes
+from vit_jax.printable import printable
 from vit_jax.runner import mean_and_sd
 
 if TYPE_CHECKING:
@@ -94,6 +97,22 @@ def series_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return {name: {**looks, "markersize": 6.0} for name, looks in zip(names, _SERIES, strict=False)}
 
 
+def picture_of(results: "Results") -> Figure | None:
+    """The picture of an experiment, with a line that says what its numbers are of.
+
+    Returns:
+        It, None if the experiment has none or nothing of it has a number yet.
+    """
+    draw = results.experiment.draw
+    if draw is None or all(result.mean is None for result in results.found):
+        return None
+    figure = draw(results)
+    # Above the layout, whatever it is: the file is as large as what it shows.
+    options = {"ha": "right", "va": "bottom", "fontsize": 8, "color": _GRAY, "parse_math": False}
+    figure.text(1.0, 1.0, printable(notes.in_a_line(results.setting)), **options)
+    return figure
+
+
 def panels(
     columns: int, rows: int = 1, *, width: float = 4.6, height: float = 3.5, **options: Any
 ) -> tuple[Figure, list[Axes]]:
@@ -132,7 +151,8 @@ def points(
     What has failed or not run is left out. Shares are drawn in percent.
 
     Args:
-        axes: of `panels`. Where they lie too far apart for one pair of axes, they become two.
+        axes: of `panels`. They become two at a smaller scale than the paper's, or where ours and
+            the paper's lie too far apart for one pair.
         results: to draw.
         label: whose values are the series.
         log: the axes that are logarithmic: "", "x", "y" or "xy".
@@ -146,10 +166,10 @@ def points(
     ours = {name: _ours(group.found) for name, group in series.items()}
     papers = {name: _papers(group.found) for name, group in series.items()}
     axes.set(**{f"{name}scale": "log" for name in log})
-    behind = axes
-    if _apart(axes, ours.values(), papers.values()):
-        axes.set_gid(f"{results.setting.scale.name} scale")
-        behind = _beside(axes)
+    apart = _apart(axes, ours.values(), papers.values())
+    behind = paper_axes(axes, results, apart=apart) if any(papers.values()) else axes
+    if len(series) == 1:  # Its name in the legend is enough.
+        legend, names = str, False
     for name in series:
         looks = {**(style(name) if styles is None else styles[name])}
         if not line:
@@ -254,8 +274,21 @@ def _apart(
     return False
 
 
-def _beside(axes: Axes) -> Axes:
-    """The paper's axes: right of ours, or below where panels stand beside each other."""
+def paper_axes(axes: Axes, results: "Results", *, apart: bool = False) -> Axes:
+    """Where the paper's numbers are drawn, which at a smaller scale are of other data.
+
+    Args:
+        axes: of ours.
+        results: that are drawn there.
+        apart: whether they cannot share axes, whatever the scale is.
+
+    Returns:
+        The same, or others: right of ours, or below where panels stand beside each other.
+    """
+    scale = results.setting.scale
+    if scale.reduction is None and not apart:
+        return axes
+    axes.set_gid(f"{scale.name} scale")
     figure, place = axes.figure, axes.get_subplotspec()
     existing = _paper_axes(axes)
     if existing:
@@ -290,7 +323,7 @@ def bars(
     deviation of that mean over the seeds. It is left out if one of them is missing.
 
     Args:
-        axes: of `panels`.
+        axes: of `panels`. They become two at a smaller scale than the paper's.
         results: to draw.
         group: the label whose values stand side by side along the abscissa.
         label: whose values are the bars of a group.
@@ -299,6 +332,7 @@ def bars(
     groups, series = list(results.groups(group)), list(results.groups(label))
     styles = styles or series_styles(series)
     width = 0.8 / len(series)
+    behind = paper_axes(axes, results)
     for number, name in enumerate(series):
         color = styles[name]["color"]
         for place, each in enumerate(groups):
@@ -306,12 +340,13 @@ def bars(
             x = place + (number - (len(series) - 1) / 2) * width
             paper, ours = _paper_mean(found), _mean_over_seeds(found)
             if paper is not None:
-                axes.bar(
+                behind.bar(
                     x,
                     paper,
                     0.92 * width,
                     facecolor="white",
                     edgecolor=_hollow({"color": color})["color"],
+                    hatch="" if behind is axes else _HATCHES[number],
                 )
             if ours is not None:
                 axes.bar(
@@ -326,7 +361,8 @@ def bars(
                 )
         axes.bar(0, 0, label=name, color=color, hatch=_HATCHES[number], edgecolor="white")
     axes.bar(0, 0, label=PAPER, facecolor="white", edgecolor=_GRAY)
-    axes.set_xticks(range(len(groups)), groups)
+    for each in (axes, behind):
+        each.set_xticks(range(len(groups)), groups)
 
 
 def _paper_mean(found: "Sequence[Result]") -> float | None:

@@ -163,9 +163,10 @@ class Reader:
         """Writes results.jsonl, a record for each measurement and seed.
 
         A record has the keys "experiment", "scale", "labels", "seed", "metric", "value" (null where
-        there is none: "problem" says why), "paper" (as it prints it), "run" (its name), "steps",
-        "seconds" (of training, on all devices together; of a task, of all it did) and "config_sha",
-        the start of the SHA-256 of the config as it ran.
+        there is none: "problem" says why), "paper" (as it prints it), "reference" (what that is, if
+        it is not the paper's), "run" (its name), "steps", "seconds" (of training, on all devices
+        together; of a task, of all it did) and "config_sha", the start of the SHA-256 of the config
+        as it ran.
 
         Raises:
             UserError: the file cannot be written.
@@ -187,6 +188,7 @@ class Reader:
             "metric": measurement.metric,
             "value": value,
             "paper": measurement.paper,
+            "reference": results.experiment.reference if measurement.paper is not None else "",
             "run": job.name,
             "problem": self._read(measurement, job)[1],
             **(self._costs(job) if job.name in results.folders else _NO_COSTS),

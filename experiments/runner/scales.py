@@ -2,8 +2,8 @@
 
 A scale changes sizes and durations only. A run is first written down in the paper's sizes; then
 `Reduction.shrink` makes it smaller, by rules that are the same for every run of the scale. So what
-is compared with each other in the paper keeps its order: B is smaller than L and L than H, R50x1
-than R152x2, a patch of 32 than one of 16, 7 epochs shorter than 14.
+is compared with each other within a family keeps its order: B is smaller than L and L than H, R50x1
+than R152x2, 7 epochs shorter than 14. Between families it does not: the widths of ResNets stay.
 """
 
 import dataclasses
@@ -172,7 +172,10 @@ class Scale:
         runs_per_process: that a process makes before another takes its place.
         reduction: of every run; None leaves it as it is.
         stand_ins: by the paper's name of a data set or task; a task of VTAB by "vtab:TASK".
-        about_data: sentences for the pages: what stands for what.
+        label: what a picture says of its numbers, in a few words.
+        images: what all stand-ins are parts of, as a page calls it.
+        about_data: sentences for the pages, by what they are about: "tasks" and "fewshot" of the
+            stand-ins, and "real" and "objectnet".
         real: the entry of `config.evals` that stands for ReaL.
         objectnet: likewise.
     """
@@ -184,7 +187,9 @@ class Scale:
     runs_per_process: int
     reduction: Reduction | None = None
     stand_ins: Mapping[str, StandIn] = dataclasses.field(default_factory=dict)
-    about_data: tuple[str, ...] = ()
+    label: str = ""
+    images: str = ""
+    about_data: Mapping[str, str] = dataclasses.field(default_factory=dict)
     real: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"type": "real"})
     objectnet: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"type": "objectnet"})
 
@@ -210,6 +215,19 @@ def _stand_ins(name: str, total: int, tasks: Mapping[str, int]) -> dict[str, Sta
     return found
 
 
+def _about(held_out: str, test: str) -> dict[str, str]:
+    """`Scale.about_data` of a scale whose data sets are all parts of one."""
+    return {
+        "tasks": "Each task but ImageNet is another choice of them; all have the same ten classes. "
+        f"Learning rates are chosen on {held_out} other training images; accuracy is on the {test} "
+        "test images.",
+        "fewshot": "The 5 images a class of few-shot accuracy are such images too, with the "
+        "classes of pre-training: it says nothing of new classes.",
+        "real": "ReaL is the first half of the test images with the labels that they have.",
+        "objectnet": "ObjectNet is the second half of the test images.",
+    }
+
+
 PAPER = Scale(
     name="paper",
     summary="Scale paper: the models, data sets and durations of the paper.",
@@ -223,9 +241,10 @@ _SECOND_HALF = {"type": "classification", "split": "test[50%:]"}
 MINI = Scale(
     name="mini",
     summary=(
-        "Scale mini: models of a sixth of the paper's width and half its layers, on parts of "
-        "CIFAR-10 (32 x 32 pixels) in place of every data set. The numbers are no "
-        "reproduction of the paper's; their order can be compared."
+        "Scale mini: transformers of a sixth of the paper's width and half its layers, ResNets of "
+        "its widths with fewer stages and units, on parts of CIFAR-10 (32 x 32 pixels) in place of "
+        "every data set. It shows what happens at this size; the numbers reproduce nothing of the "
+        "paper's."
     ),
     seeds=3,
     learning_rates=2,
@@ -257,13 +276,9 @@ MINI = Scale(
             "vtab": 200,
         },
     ),
-    about_data=(
-        "JFT is all 50,000 training images of CIFAR-10, ImageNet-21k 30% of them, ImageNet 10%.",
-        "CIFAR-10 and CIFAR-100 are 4,000 of them each, Pets 400, Flowers 200, a task of VTAB 200: "
-        "each another choice, of the same ten classes, which pre-training may have seen.",
-        "Rates are chosen on 1,000 other training images. All are evaluated on the 10,000 "
-        "test images; ReaL is the first half of these, ObjectNet the second.",
-    ),
+    label="small models on CIFAR-10, not the paper's data",
+    images="training images of CIFAR-10",
+    about_data=_about("1,000", "10,000"),
     real=_SECOND_HALF | {"dataset": "cifar10", "split": "test[:50%]"},
     objectnet=_SECOND_HALF | {"dataset": "cifar10"},
 )
@@ -271,9 +286,10 @@ MINI = Scale(
 SMOKE = Scale(
     name="smoke",
     summary=(
-        "Scale smoke: models of a twelfth of the paper's width and a sixth of its layers, trained "
-        "for seconds on parts of scikit-learn's 1,797 digits in place of every data set. It shows "
-        "that everything runs; the numbers say nothing of the paper's."
+        "Scale smoke: transformers of a twelfth of the paper's width and a sixth of its layers, "
+        "ResNets of its width with one stage and few units, trained for seconds on parts of "
+        "scikit-learn's 1,797 digits in place of every data set. It shows that everything runs; "
+        "the numbers say nothing of the paper's."
     ),
     seeds=2,
     learning_rates=2,
@@ -306,14 +322,9 @@ SMOKE = Scale(
             "vtab": 100,
         },
     ),
-    about_data=(
-        "JFT is all 1,442 training images of the digits, enlarged from 8 to 16 pixels, "
-        "ImageNet-21k 30% of them, ImageNet 10%.",
-        "CIFAR-10 and CIFAR-100 are 300 of them each, Pets 200, Flowers 150, a task of VTAB 100: "
-        "each another choice, of the same ten classes, which pre-training may have seen.",
-        "Rates are chosen on 144 other training images. All are evaluated on the 355 "
-        "test images; ReaL is the first half of these, ObjectNet the second.",
-    ),
+    label="tiny models on scikit-learn's digits, not the paper's data",
+    images="training images of the digits, enlarged from 8 to 16 pixels",
+    about_data=_about("144", "355"),
     real=_SECOND_HALF | {"dataset": "digits", "split": "test[:50%]"},
     objectnet=_SECOND_HALF | {"dataset": "digits"},
 )

@@ -184,16 +184,6 @@ class Setting:
             entry |= {"dataset": f"objectnet:{folder}", "data_dir": ""}
         return entry
 
-    @property
-    def about_data(self) -> tuple[str, ...]:
-        """Sentences for the pages: which data sets are not the paper's."""
-        named = (
-            f"{key} is {name} here, which the paper did not use: no number that depends on it is "
-            "comparable with the paper's."
-            for key, name in self.datasets.items()
-        )
-        return (*self.scale.about_data, *named)
-
     def num_images(self, dataset: str) -> int:
         """The training images of what stands for one of the paper's data sets."""
         if dataset in self.datasets:

@@ -5,13 +5,14 @@ import dataclasses
 import io
 from typing import TYPE_CHECKING
 
+from experiments.runner import notes
 from vit_jax import runner
 from vit_jax.printable import printable
 
 if TYPE_CHECKING:
     from experiments.runner.results import Result, Results
 
-OURS, FAILED, NOT_RUN = "ours (paper)", "failed", "not run"
+OURS, FAILED, NOT_RUN = "ours", "failed", "not run"
 _MOST_LINES = 30
 _COLUMNS = (
     "metric",
@@ -21,6 +22,7 @@ _COLUMNS = (
     "seeds_asked",
     "paper",
     "paper_sd",
+    "reference",
     "x",
     "paper_x",
     "unit",
@@ -70,10 +72,11 @@ def grid(results: "Results") -> Grid:
     """
     experiment, decimals = results.experiment, _decimals(results)
     cells: dict[tuple[tuple[str, ...], str], Cell] = {}
+    only = f"{OURS} ({_reference(results)})" if _has_reference(results) else OURS
     for result in results.found:
         labels = result.measurement.labels
         row = tuple(labels.get(name, "") for name in experiment.rows)
-        place = row, labels.get(experiment.column, OURS)
+        place = row, labels.get(experiment.column, only)
         if place in cells:
             raise ValueError(f"{experiment.name} has two measurements of {dict(labels)}")
         cells[place] = _cell(result, decimals)
@@ -83,6 +86,14 @@ def grid(results: "Results") -> Grid:
         tuple(columns),
         tuple((row, tuple(cells.get((row, each), Cell()) for each in columns)) for row in rows),
     )
+
+
+def _has_reference(results: "Results") -> bool:
+    return any(result.measurement.paper is not None for result in results.found)
+
+
+def _reference(results: "Results") -> str:
+    return results.experiment.reference or "paper"
 
 
 def _decimals(results: "Results") -> int:
@@ -119,14 +130,23 @@ def _number(mean: float | None, sd: float | None = None) -> str:
 
 def caption(results: "Results") -> list[str]:
     """Sentences that say what the numbers are, and what cannot be compared with the paper's."""
-    seeds = max((len(result.values) for result in results.found), default=0)
-    over = f"{seeds} seeds at most" if seeds > 1 else "one seed"
     return [
-        "Shares are in percent: the mean ± the sample standard deviation, in parentheses the "
-        f"paper's number. Over {over}.",
+        _what(results),
+        *notes.about_accuracies(results),
         results.setting.scale.summary,
-        *results.setting.about_data,
+        *notes.about_data((x.measurement for x in results.found), results.setting),
     ]
+
+
+def _what(results: "Results") -> str:
+    seeds = max((len(result.values) for result in results.found), default=0)
+    mean = f": the mean ± the sample standard deviation over seeds, {seeds} at most"
+    words = mean if seeds > 1 else ", each of one seed"
+    if not _has_reference(results):
+        return f"Shares are in percent{words}."
+    other = results.experiment.reference
+    of = f"what was {other} and is not in the paper" if other else "the paper's number"
+    return f"Shares are in percent{words}; in parentheses {of}."
 
 
 def markdown(results: "Results") -> str:
@@ -163,8 +183,9 @@ def csv(results: "Results") -> str:
     """The table as CSV, a row for each measurement.
 
     The columns are the experiment, the scale, the labels, then "metric", "mean", "sd" (over
-    "seeds", those that are there, of "seeds_asked"), "paper", "paper_sd", "x", "paper_x" and
-    "unit": "%" or "". What is missing is empty.
+    "seeds", those that are there, of "seeds_asked"), "paper", "paper_sd",
+    "reference" (what these are, if they are not the paper's), "x", "paper_x" and "unit": "%" or "".
+    What is missing is empty.
     """
     labels = list(dict.fromkeys(name for x in results.found for name in x.measurement.labels))
     file = io.StringIO()
@@ -173,11 +194,11 @@ def csv(results: "Results") -> str:
     for result in results.found:
         own = [printable(result.measurement.labels.get(name, "")) for name in labels]
         about = [results.experiment.name, results.setting.scale.name, *own]
-        writer.writerow([*about, *_values(result)])
+        writer.writerow([*about, *_values(result, results.experiment.reference)])
     return file.getvalue()
 
 
-def _values(result: "Result") -> list[object]:
+def _values(result: "Result", reference: str) -> list[object]:
     """What stands in `_COLUMNS`."""
     measurement, factor = result.measurement, 100 if result.measurement.percent else 1
     return [
@@ -187,6 +208,7 @@ def _values(result: "Result") -> list[object]:
         len(result.values),
         measurement.paper,
         measurement.paper_sd,
+        reference if measurement.paper is not None else "",
         measurement.x,
         measurement.paper_x,
         "%" if measurement.percent else "",

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import statistics
 
@@ -16,7 +17,7 @@ FIGURE_4 = {
 }
 
 
-def figure_4(images, accuracy):
+def figure_4(images, accuracy, scale="paper"):
     """Ours at `images` of the paper's sizes, with two seeds around `accuracy` of the paper's."""
     return make_results(
         *(
@@ -29,7 +30,8 @@ def figure_4(images, accuracy):
             )
             for model, row in FIGURE_4.items()
             for size, paper in row.items()
-        )
+        ),
+        scale=scale,
     )
 
 
@@ -106,7 +108,7 @@ def test_error_bars_are_the_deviation_over_seeds():
 def test_the_paper_s_have_axes_of_their_own_where_they_lie_far_apart():
     figure, (axes,) = pictures.panels(1)
     axes.set(xlabel="images", ylabel="accuracy", title="Few-shot")
-    results = figure_4(lambda size: 4.7 * size, lambda paper: (paper + 20) / 100)
+    results = figure_4(lambda size: 4.7 * size, lambda paper: (paper + 20) / 100, "smoke")
     pictures.points(axes, results, log="x")
     pictures.points(axes, results, log="x")
     pictures.finish(figure)
@@ -122,6 +124,46 @@ def test_the_paper_s_have_axes_of_their_own_where_they_lie_far_apart():
     expected = [[1e6 * size, paper] for size, paper in FIGURE_4["ViT-L/16"].items()]
     np.testing.assert_allclose(drawn(papers, blue, hollow=True)[0], expected)
     assert ours.get_position().x1 < papers.get_position().x0
+
+
+@pytest.mark.parametrize(("scale", "axes"), [("paper", 1), ("mini", 2), ("smoke", 2)])
+def test_only_the_paper_s_scale_shares_its_axes(scale, axes):
+    same = figure_4(lambda size: 1e6 * size, lambda paper: paper / 100, scale)
+    figure, (first,) = pictures.panels(1)
+    pictures.points(first, same)
+    assert len(figure.axes) == axes
+    figure, (first,) = pictures.panels(1)
+    pictures.bars(first, same, group="images")
+    assert len(figure.axes) == axes
+
+
+def draw(results):
+    figure, (axes,) = pictures.panels(1)
+    pictures.points(axes, results)
+    return pictures.finish(figure)
+
+
+def test_a_picture_says_what_its_numbers_are_of():
+    found = make_result({"model": "ViT-B/32"}, [0.5], x=1.0)
+    small = make_results(found, draw=draw)
+    assert "smoke scale; tiny models" in pictures.picture_of(small).texts[-1].get_text()
+    whole = make_results(found, draw=draw, scale="paper")
+    assert pictures.picture_of(whole).texts[-1].get_text() == "paper scale"
+    setting = dataclasses.replace(whole.setting, datasets={"jft": "folder:/\x1b[2J"})
+    text = pictures.picture_of(dataclasses.replace(whole, setting=setting)).texts[-1].get_text()
+    assert text == r"paper scale; JFT-300M is folder:/\x1b[2J"
+
+
+def test_there_is_no_picture_of_nothing():
+    missing = make_result({"model": "ViT-B/32"}, [None], x=1.0, paper=50.0, paper_x=1.0)
+    assert pictures.picture_of(make_results(missing, draw=draw)) is None
+    assert pictures.picture_of(make_results(make_result({"model": "B"}, [0.5]))) is None
+
+
+def test_a_lone_line_is_named_once():
+    figure = draw(make_results(make_result({"model": "ViT-B/32"}, [0.5], x=1.0)))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ViT-B/32"]
+    assert not figure.axes[0].texts
 
 
 def test_what_is_missing_is_left_out():
@@ -162,7 +204,7 @@ def test_bars_are_means_of_their_groups():
         ]
     ]
     figure, (axes,) = pictures.panels(1)
-    pictures.bars(axes, make_results(*found), group="group")
+    pictures.bars(axes, make_results(*found, scale="paper"), group="group")
     heights = sorted(bar.get_height() for bar in axes.patches if bar.get_height())
     # Paper's: (90 + 70) / 2 and (60 + 50) / 2; ours: (50 + 90 + 70 + 90) / 4; others are missing.
     assert heights == pytest.approx([55, 75, 80])

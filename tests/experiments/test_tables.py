@@ -5,7 +5,12 @@ import statistics
 
 import pytest
 
+from experiments import figure7, table3, table4, table8, table9
 from experiments.runner import tables
+from experiments.runner.experiment import Measurement
+from experiments.runner.results import Result, Results
+from experiments.runner.scales import SCALES
+from experiments.runner.setting import Setting
 
 from ..handmade import HOSTILE, make_result, make_results
 
@@ -68,12 +73,12 @@ def test_failures_come_before_the_many_that_have_not_run():
 
 @pytest.mark.parametrize("scale", ["smoke", "mini", "paper"])
 def test_the_scale_and_the_data_that_stand_for_the_paper_s_are_told(scale):
-    results = make_results(make_result({"task": "a"}, [0.5]), scale=scale)
-    setting = dataclasses.replace(results.setting, datasets={"jft": "folder:/mine"})
-    text = tables.markdown(dataclasses.replace(results, setting=setting))
-    for sentence in (setting.scale.summary, *setting.scale.about_data):
-        assert sentence in text
-    assert "jft is folder:/mine here" in text
+    setting = Setting(SCALES[scale], 1, {"jft": "folder:/mine"})
+    run = setting.pretrain("ViT-B/32", "jft")
+    found = Result(Measurement({"task": "a"}, [run]), (0.5,))
+    text = tables.markdown(dataclasses.replace(make_results(found), setting=setting))
+    assert setting.scale.summary in text
+    assert "JFT-300M is folder:/mine here" in text
 
 
 def test_hostile_text_neither_ends_a_cell_nor_begins_a_line():
@@ -104,6 +109,51 @@ def test_csv_has_a_row_for_each_measurement_in_the_unit_that_is_shown():
     assert (first["sd"], first["unit"], second["unit"]) == ("", "%", "")
     assert (second["metric"], second["mean"], second["paper_x"]) == ("exaflops", "7.0", "4")
     assert "\x1b" not in second["task"] and "\n" not in second["task"]
+
+
+def caption_of(module, **seeds):
+    setting = Setting(SCALES["smoke"], **{"seeds": 1, **seeds})
+    found = [Result(x, (0.5,) * len(x.sources)) for x in module.EXPERIMENT.measure(setting)]
+    return " ".join(tables.caption(Results(module.EXPERIMENT, setting, tuple(found), {})))
+
+
+@pytest.mark.parametrize(
+    ("module", "told"),
+    [
+        (table3, ["own validation images (validation)", "a class of ImageNet (5-shot)"]),
+        (table4, ["held-out training images (0.03, ", "test images (test)"]),
+        (table8, ["The accuracy is that of linear classification from 5 images a class"]),
+        (table9, ["after fine-tuning, on test images", "the mean of those of tasks"]),
+        (figure7, []),
+    ],
+)
+def test_a_table_says_what_its_accuracies_are(module, told):
+    text = caption_of(module)
+    assert [part for part in told if part not in text] == []
+    assert ("The accuracy is" in text) == bool(told)
+
+
+def test_numbers_that_are_not_the_paper_s_are_not_called_so():
+    text = caption_of(table3)
+    assert "the paper's number" not in text and "published later" in text
+    assert "in parentheses the paper's number" in caption_of(table9)
+    assert "in parentheses" not in caption_of(figure7)
+    result = make_result({"task": "a"}, [0.5], paper=50)
+    results = make_results(result, make_result({"task": "b"}, [0.5]), reference="published later")
+    first, second = csv.DictReader(io.StringIO(tables.csv(results)))
+    assert (first["reference"], second["reference"]) == ("published later", "")
+    assert tables.grid(results).columns == ("ours (published later)",)
+
+
+def test_a_column_has_the_paper_s_numbers_in_its_head_only_if_there_are():
+    lone = make_results(make_result({"task": "a"}, [0.5]))
+    assert tables.grid(lone).columns == ("ours",)
+
+
+@pytest.mark.parametrize(("seeds", "deviates"), [(1, False), (2, True)])
+def test_one_seed_has_no_deviation(seeds, deviates):
+    text = caption_of(table8, seeds=seeds)
+    assert ("±" in text) == deviates and ("of one seed" in text) != deviates
 
 
 def test_two_measurements_of_one_place_are_an_error():
