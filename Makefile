@@ -51,9 +51,8 @@ fuzz: export FUZZ_SEED ?= $(shell date +%s)
 fuzz: $(VENV)/installed
 	$(CACHE) $(RUN) -m pytest -n $(JOBS) tests/fuzz $(FLAGS)
 
-# The tests, and the share of lines that they run, without those in other processes.
-coverage: COVERAGE := --cov=vit_jax --cov-report=term:skip-covered
-coverage: export COVERAGE_CORE = sysmon
+# The tests, and the share of lines and branches that they run, without those in other processes.
+coverage: COVERAGE := --cov=vit_jax --cov-branch --cov-report=term:skip-covered --cov-fail-under=90
 coverage: test
 
 doctor: $(VENV)/installed

@@ -22,7 +22,7 @@ def softmax(x: Array) -> Array:
 def gelu(x: Array) -> tuple[Array, Callable[[Array], Array]]:
     """GELU in its tanh form."""
     slope = np.sqrt(2 / np.pi)
-    tanh = np.tanh(slope * (x + 0.044715 * x**3))
+    tanh = np.tanh(slope * (x + 0.044715 * x * x * x))
 
     def backward(dy: Array) -> Array:
         inner = slope * (1 + 3 * 0.044715 * x**2)
@@ -53,13 +53,17 @@ def layer_norm(x: Array, params: Params) -> tuple[Array, Callable[[Array], tuple
 
 def dense(x: Array, params: Params) -> tuple[Array, Callable[[Array], tuple[Array, Params]]]:
     """A linear layer whose kernel maps the last axis of x, however it is shaped."""
-    kernel = params["kernel"].reshape(x.shape[-1], -1)
+    # Of rows: NumPy multiplies an array of more axes a few tokens at a time, which is slow.
+    rows, kernel = _rows(x), params["kernel"].reshape(x.shape[-1], -1)
 
     def backward(dy: Array) -> tuple[Array, Params]:
-        grads = {"kernel": _rows(x).T @ _rows(dy), "bias": _rows(dy).sum(0)}
-        return dy @ kernel.T, {name: x.reshape(params[name].shape) for name, x in grads.items()}
+        d_rows = _rows(dy)
+        grads = {"kernel": rows.T @ d_rows, "bias": d_rows.sum(0)}
+        dx = (d_rows @ kernel.T).reshape(x.shape)
+        return dx, {name: x.reshape(params[name].shape) for name, x in grads.items()}
 
-    return x @ kernel + params["bias"].reshape(-1), backward
+    y = rows @ kernel + params["bias"].reshape(-1)
+    return y.reshape(*x.shape[:-1], -1), backward
 
 
 def attention(x: Array, params: Params) -> tuple[Array, Callable[[Array], tuple[Array, Params]]]:
