@@ -259,7 +259,8 @@ def _describe(cost: Cost) -> dict[str, str]:
     return {
         "Finished": f"{cost.jobs:,} runs",
         "Steps": f"{cost.steps:,}",
-        "Time": f"{format_seconds(cost.seconds)} of training on all devices, without compilation and evaluation",
+        "Time": f"{format_seconds(cost.seconds)} of training, summed over devices, without "
+        "compilation and evaluation",
         "Arithmetic": f"{cost.exaflops:.3g} exaFLOPs",
     }
 
