@@ -66,8 +66,8 @@ EXPERIMENT = Experiment(
     "operations of their pre-training; the paper's are Table 6's. Average-5 is the mean of "
     "ImageNet, CIFAR-10, CIFAR-100, Pets and Flowers, as in Table 7; that these are the five of "
     "the paper's figure is from memory, not checked. So is what it says: for the same accuracy "
-    "ViTs take less compute than ResNets, and small hybrids less than small ViTs. Smaller "
-    "scales leave ResNets their widths: there the order of the models by compute is another.",
+    "ViTs take less compute than ResNets, and small hybrids less than small ViTs. At the smoke "
+    "scale the order of the models by compute is another, for ResNets keep their widths.",
 )
 
 if __name__ == "__main__":

@@ -34,8 +34,9 @@ EXPERIMENT = Experiment(
     about="Every model pre-trained on JFT-300M for 7 or 14 epochs and fine-tuned on each task; "
     "Figure 5 draws these numbers. ExaFLOPs are those of pre-training, 6 for each multiply-add "
     "of a forward pass. The epochs are the paper's: a smaller scale keeps their order, not "
-    "their number, and not the order of the models by compute, for ResNets keep their widths. "
-    "Not in the paper: the recipe of R200x3, which takes that of R152x2.",
+    "their number. At the smoke scale the order of the models by compute is another, for "
+    "ResNets keep their widths. Not in the paper: the recipe of R200x3, which takes that of "
+    "R152x2.",
 )
 
 if __name__ == "__main__":

@@ -145,8 +145,12 @@ def _cells(cost: Cost, speed: float) -> list[str]:
         f"{cost.steps:,}",
         f"{cost.images:.3g}",
         f"{cost.flops / 1e18:.4g}",
-        f"{cost.flops / speed / 3600:.4g}",
+        _hours(cost.flops / speed / 3600),
     ]
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.4g}" if hours >= 0.01 or not hours else "< 0.01"
 
 
 def _explain(by_experiment: Mapping[str, Mapping[str, Run]], device: str, mfu: float) -> str:

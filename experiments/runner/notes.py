@@ -115,8 +115,11 @@ def _about_stand_ins(used: Collection[str], setting: "Setting") -> list[str]:
     if "imagenet2012" in setting.datasets:
         kept = [key for key in kept if key not in ("fewshot", "real")]
     lines += [scale.about_data[key] for key in kept]
-    if "tasks" in used and "jft" in stand_ins:
-        lines.append("Pre-training on JFT-300M has seen every image of every task.")
+    if "tasks" in used:
+        if "jft" in stand_ins:
+            lines.append("Pre-training on JFT-300M has seen every image of every task.")
+        if stand_ins.keys() & {"imagenet21k", "imagenet2012"}:
+            lines.append("Pre-training on ImageNet-21k or ImageNet may have seen some of them.")
     return lines
 
 

@@ -5,6 +5,7 @@ files or from a user is escaped by `_text`.
 """
 
 import contextlib
+import csv
 import dataclasses
 import datetime
 import html
@@ -39,6 +40,8 @@ _FILES = {
     PICTURE: "the picture",
 }
 _MOST_OPEN = 8
+_CSV, _RECORDS = "table.csv", "results.jsonl"
+_PREVIEWED = 6  # Lines of a table on a card.
 _SECONDS_A_DAY = 24 * 60 * 60
 
 
@@ -107,19 +110,21 @@ def write_index(all_results: "Sequence[Results]", folder: pathlib.Path) -> pathl
     cards = [_card(results, folder) for results in all_results]
     known = {INDEX, *(f"{results.experiment.name}.html" for results in all_results)}
     earlier = sorted(page for page in folder.glob("*.html") if page.name not in known)
-    cards += [_earlier_card(page) for page in earlier]
+    lines = [_read_csv(page.with_suffix("") / _CSV) for page in earlier]
+    cards += [_earlier_card(*each) for each in zip(earlier, lines, strict=True)]
     measurements = [x.measurement for results in all_results for x in results.found]
     finished = sum(not results.problems for results in all_results)
+    finished += sum(_count(each) == (len(each), len(each)) for each in map(_asked, lines) if each)
     total = sum((_cost(path) for path in _finished(folder).values()), Cost())
     title = f"Experiments, scale {setting.scale.name}"
     body = [
         f"<h1>{_text(title)}</h1>",
         "<p>The tables and figures of “An Image is Worth 16x16 Words” "
-        '(<a href="https://arxiv.org/abs/2010.11929">arXiv 2010.11929</a>), '
-        "made by <code>python -m experiments.all</code>.</p>",
+        '(<a href="https://arxiv.org/abs/2010.11929">arXiv 2010.11929</a>)'
+        f"{_made_by(len(all_results))}.</p>",
         _overview(
             (setting.scale.summary, *notes.about_data(measurements, setting)),
-            {"Experiments": f"{finished} of {len(all_results)} are complete", **_describe(total)},
+            {"Experiments": f"{finished} of {len(cards)} are complete", **_describe(total)},
         ),
         f'<ul class="cards">{"".join(cards)}</ul>',
     ]
@@ -254,7 +259,8 @@ def _describe(cost: Cost) -> dict[str, str]:
     return {
         "Finished": f"{cost.jobs:,} runs",
         "Steps": f"{cost.steps:,}",
-        "Time": f"{format_seconds(cost.seconds)}, added over devices",
+        "Time": f"{format_seconds(cost.seconds)} of training, summed over devices, without "
+        "compilation and evaluation",
         "Arithmetic": f"{cost.exaflops:.3g} exaFLOPs",
     }
 
@@ -284,39 +290,102 @@ def _links(folder: pathlib.Path, name: str) -> str:
     return f"<p>Files: {', '.join(links)}.</p>" if links else ""
 
 
+def _made_by(experiments: int) -> str:
+    return ", made by <code>python -m experiments.all</code>" if experiments > 1 else ""
+
+
 def _card(results: "Results", folder: pathlib.Path) -> str:
     asked = [result for result in results.found if result.values]
     there = sum(result.mean is not None for result in asked)
-    status = f"{there:,} of {len(asked):,} numbers"
+    whole = sum(None not in result.values for result in asked)
+    failed = sum(" failed" in line for line in results.problems)
     name = results.experiment.name
     if (folder / name / PICTURE).exists():
         thumbnail = f'<img src="{_text(name)}/{PICTURE}" alt="" loading="lazy">'
     else:
         thumbnail = _preview(tables.grid(results))
-    return _card_of(name, results.experiment.title, thumbnail, status, there < len(asked))
+    status = _status(there, len(asked), whole, failed)
+    return _card_of(name, results.experiment.title, thumbnail, status, whole < len(asked))
+
+
+def _status(there: int, asked: int, whole: int, failed: int) -> str:
+    """How far an experiment is, of its numbers and of what they are the mean of."""
+    parts = [f"{there:,} of {asked:,} numbers"]
+    if whole < there:
+        parts.append(f"{there - whole:,} without some seeds")
+    if failed:
+        parts.append(f"{failed:,} {'run' if failed == 1 else 'runs'} failed")
+    return ", ".join(parts)
 
 
 def _preview(grid: tables.Grid) -> str:
     """A corner of the table, of our numbers alone."""
     columns = slice(0, 2)
     head = "".join(f'<th class="number">{_text(name)}</th>' for name in grid.columns[columns])
-    rows = "".join(
-        f"<tr><th>{_text(' · '.join(filter(None, labels[:2])))}</th>"
-        + "".join(f"<td>{_text(cell.ours)}</td>" for cell in cells[columns])
-        + "</tr>"
-        for labels, cells in grid.rows[:6]
-    )
-    return f"<table><tr><th></th>{head}</tr>{rows}</table>"
+    rows = [
+        (labels[:2], [cell.ours for cell in cells[columns]])
+        for labels, cells in grid.rows[:_PREVIEWED]
+    ]
+    return f"<table><tr><th></th>{head}</tr>{''.join(map(_preview_row, rows))}</table>"
 
 
-def _earlier_card(page: pathlib.Path) -> str:
+def _preview_row(row: tuple[Sequence[str], Sequence[str]]) -> str:
+    labels, numbers = row
+    cells = "".join(f"<td>{_text(number)}</td>" for number in numbers)
+    return f"<tr><th>{_text(' · '.join(filter(None, labels)))}</th>{cells}</tr>"
+
+
+def _read_csv(path: pathlib.Path) -> list[dict[str, str]]:
+    """The lines of an earlier table.csv; none if it is missing or damaged."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            lines = list(csv.DictReader(file))
+        for line in lines:
+            float(line["mean"] or 0), int(line["seeds"]), int(line["seeds_asked"]), line["metric"]
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        return []
+    return lines
+
+
+def _asked(lines: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    return [line for line in lines if line["seeds_asked"] != "0"]
+
+
+def _count(asked: Iterable[Mapping[str, str]]) -> tuple[int, int]:
+    """Of how many lines of a table.csv there is a number, and of all seeds."""
+    seeds = [(line["seeds"], line["seeds_asked"]) for line in asked]
+    return sum(there != "0" for there, _ in seeds), sum(there == all_of for there, all_of in seeds)
+
+
+def _failed(path: pathlib.Path) -> int:
+    """The runs that an earlier results.jsonl says failed."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        return len({r.get("run") for r in records if " failed" in str(r.get("problem"))})
+    return 0
+
+
+def _earlier_card(page: pathlib.Path, lines: Sequence[Mapping[str, str]]) -> str:
+    """The card of a page that an earlier command made, by the files that it left."""
     found = re.search(r"<title>(.*?)</title>", page.read_text(encoding="utf-8", errors="replace"))
     title = html.unescape(found[1]) if found else page.stem
-    picture = page.with_suffix("") / PICTURE
-    thumbnail = ""
-    if picture.exists():
+    folder, asked = page.with_suffix(""), _asked(lines)
+    rows = "".join(map(_preview_row, map(_shown, lines[:_PREVIEWED])))
+    thumbnail = f"<table>{rows}</table>" if rows else f"<p>{_text(title)}</p>"
+    if (folder / PICTURE).exists():
         thumbnail = f'<img src="{_text(page.stem)}/{PICTURE}" alt="" loading="lazy">'
-    return _card_of(page.stem, title, thumbnail, "made by an earlier command", False)
+    there, whole = _count(asked)
+    status = _status(there, len(asked), whole, _failed(folder / _RECORDS))
+    status = f"{status}, by an earlier command" if asked else "made by an earlier command"
+    return _card_of(page.stem, title, thumbnail, status, whole < len(asked))
+
+
+def _shown(line: Mapping[str, str]) -> tuple[Sequence[str], Sequence[str]]:
+    """The labels and the number of a line of a table.csv."""
+    names = list(line)[2:]  # Behind the experiment and the scale.
+    labels = [line[name] for name in names[: names.index("metric")]]
+    mean = f"{float(line['mean']):.4g}" if line["mean"] else ""
+    return labels, [mean]
 
 
 def _card_of(name: str, title: str, thumbnail: str, status: str, missing: bool) -> str:

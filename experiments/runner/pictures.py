@@ -108,8 +108,8 @@ def picture_of(results: "Results") -> Figure | None:
         return None
     figure = draw(results)
     # Above the layout, whatever it is: the file is as large as what it shows.
-    options = {"ha": "right", "va": "bottom", "fontsize": 8, "color": _GRAY, "parse_math": False}
-    figure.text(1.0, 1.0, printable(notes.in_a_line(results.setting)), **options)
+    options = {"ha": "left", "va": "bottom", "fontsize": 8, "color": _GRAY, "parse_math": False}
+    figure.text(0.0, 1.0, printable(notes.in_a_line(results.setting)), **options)
     return figure
 
 

@@ -66,6 +66,7 @@ def test_a_report_says_what_is_assumed_and_which_scale_it_is():
     assert "one TPU v3 at 35%" in text
     assert "assumed" in text
     assert SMOKE.summary in text
+    assert rows_of(text)[2][-1] == "< 0.01"  # Of an hour.
 
 
 @pytest.mark.parametrize(("device", "mfu"), [("H1000", 0.4), ("H100", 0.0), ("H100", 1.5)])

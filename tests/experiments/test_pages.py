@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.runner import pages
+from experiments.runner import pages, tables
 
 from ..handmade import HOSTILE, make_result, make_results
 
@@ -123,20 +123,49 @@ def test_the_cost_is_that_of_the_runs_that_the_experiment_needs(tmp_path):
         assert fact in index
 
 
+def write(results, folder):
+    """A page with the files that a command leaves beside it."""
+    own = folder / results.experiment.name
+    own.mkdir()
+    (own / "table.csv").write_text(tables.csv(results))
+    problems = [line for result in results.found for line in result.problems]
+    records = [{"run": line.split()[0], "problem": line} for line in problems]
+    (own / "results.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records))
+    pages.write(results, folder)
+
+
 def test_the_index_has_a_card_for_each_also_for_those_of_earlier_commands(tmp_path):
     complete = make_results(RESULTS[0], name="figure1", title="Figure 1: one")
     partly = make_results(*RESULTS[1:], name="table2", title="Table 2: two", rows=("data",))
     earlier = make_results(RESULTS[0], name="table3", title="Table 3: <three>")
-    for results in (complete, partly, earlier):
-        pages.write(results, tmp_path)
+    failed = make_results(*RESULTS, name="table4", title="Table 4: four", rows=("data", "task"))
+    for results in (complete, partly, earlier, failed):
+        write(results, tmp_path)
+    (tmp_path / "table5.html").write_text("<title>Table 5: five</title>")  # And nothing else.
     pages.write_index([complete, partly], tmp_path)  # The second time, it lies there itself.
     page = Page(pages.write_index([complete, partly], tmp_path))
     links = [attributes["href"] for attributes in page.all("a")]
-    assert links[1:] == ["figure1.html", "table2.html", "table3.html"]
+    names = ("figure1", "table2", "table3", "table4", "table5")
+    assert links[1:] == [f"{name}.html" for name in names]
     for text in (
-        "1 of 2 are complete",
+        "2 of 5 are complete",
         "Figure 1: one 1 of 1 numbers",
-        "Table 2: two 1 of 2 numbers",
-        "Table 3: <three> made by an earlier command",
+        "Table 2: two 1 of 2 numbers, 1 without some seeds, 1 run failed",
+        "Table 3: <three> 1 of 1 numbers, by an earlier command",
+        "Table 4: four 2 of 3 numbers, 1 without some seeds, 1 run failed, by an earlier command",
+        "Table 5: five made by an earlier command",
+        "made by python -m experiments.all",
     ):
         assert text in page.text
+    assert ["JFT · Pets · B", "55"] in page.rows  # Of Table 4, which has no picture.
+
+
+@pytest.mark.parametrize("damage", ["", "a,b\n1,2\n", "\0", "mean,seeds,seeds_asked,metric\nx\n"])
+def test_the_index_is_written_beside_damaged_files_of_earlier_commands(tmp_path, damage):
+    write(make_results(RESULTS[0], name="table3", title="Table 3: three"), tmp_path)
+    for name in ("table.csv", "results.jsonl"):
+        (tmp_path / "table3" / name).write_text(damage)
+    results = make_results(RESULTS[0], name="figure1")
+    text = Page(pages.write_index([results], tmp_path)).text
+    assert "Table 3: three made by an earlier command" in text
+    assert "experiments.all" not in text

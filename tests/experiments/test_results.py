@@ -123,14 +123,15 @@ def test_results_jsonl_has_a_record_for_each_measurement_and_seed(make, outcomes
     runs = [make(f"seed{i}", line(6, 0.5, **costs), seed=i) for i in (3, 4)]
     measurements = [Measurement({"task": "pets"}, [*runs, make("none", seed=5)], paper=93.4)]
     reader = Reader(outcomes)
-    results = reader.results(EXPERIMENT, SETTING, measurements)
+    experiment = dataclasses.replace(EXPERIMENT, reference="published later")
+    results = reader.results(experiment, SETTING, measurements)
     reader.write(results, tmp_path / "results.jsonl")
     records = [json.loads(x) for x in (tmp_path / "results.jsonl").read_text().splitlines()]
     shas = [record.pop("config_sha") for record in records]
     assert len({*shas}) == 3
     assert shas[2] is None
     same = {"experiment": "table0", "scale": "smoke", "labels": {"task": "pets"}, "paper": 93.4}
-    same |= {"metric": "eval_accuracy"}
+    same |= {"metric": "eval_accuracy", "reference": "published later"}
     done = {"value": 0.5, "problem": "", "steps": 6, "seconds": pytest.approx(2.0)}
     lost = {"value": None, "problem": "none has not run", "steps": None, "seconds": None}
     assert records == [
