@@ -6,6 +6,11 @@ import socket
 
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
+
+from vit_jax.checkpoints.pretrained import load_pretrained
+from vit_jax.models import create_model
+from vit_jax.recipes import ADAFACTOR
 
 from .runs import WIDE, checkpoint_steps, read_losses, read_metrics
 
@@ -43,6 +48,35 @@ def test_eight_devices_give_the_losses_of_one(tiny_config, masked_config, tmp_pa
     np.testing.assert_allclose(losses["mixed eight"], losses["mixed"], atol=1e-5)
     # Parts draw their own dropout, so that these two compare with each other.
     np.testing.assert_allclose(losses["fsdp"], losses["parts"], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_what_came_with_scaling_vits_is_the_same_on_two_devices(
+    tiny_config, tmp_path, command, run
+):
+    """Adafactor's factored moments, multipliers and attention pooling, split by FSDP."""
+    found, images = {}, np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 3)).astype(np.float32)
+    for name, sharding, devices in (("one", "replicated", 1), ("two", "fsdp", 2)):
+        config = tiny_config(
+            sharding=sharding, duration="2 steps", **WIDE, **{"model.classifier": "map"}
+        )
+        config.schedule.warmup = "1 step"
+        config.optimizer = ADAFACTOR | {"lr_multipliers": "embedding/.*=0,MAPHead_0/.*=3"}
+        code, output = run(command(config, tmp_path / name), devices)
+        assert code == 0, output
+        assert f"on {devices} cpu device(s)" in output
+        trained = load_pretrained(tmp_path / name)
+        model = create_model(trained.model, dtype="float32")
+        found[name] = trained.params, model.apply({"params": trained.params}, images)
+    (one, logits), (two, same_logits) = found.values()
+    np.testing.assert_allclose(same_logits, logits, atol=1e-5)
+    assert np.ptp(logits) > 1e-3
+    one, two = (flatten_dict(params, sep="/") for params in (one, two))
+    for name in one:
+        # What all keys have in common is no part of a softmax: their biases have no gradient but
+        # for rounding, of which Adafactor, whose epsilon is 1e-30, makes steps of full length.
+        if not name.endswith("key/bias"):
+            np.testing.assert_allclose(two[name], one[name], atol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow

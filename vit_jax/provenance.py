@@ -34,6 +34,10 @@ _OTHER_SOURCES = {
 }
 
 
+# What a preset has because a config here must have it.
+_OF_NO_SOURCE = {"init_from", "optimizer.lr_multipliers"}
+
+
 def sources(made: recipes.Recorded) -> dict[str, str]:
     """Returns the source of every value of a recipe, by its key, such as "schedule.base_lr"."""
     recipe, dataset, options = recipes.parse_spec(made.spec)
@@ -65,7 +69,8 @@ def _of_preset(made: recipes.Recorded, recipe: str) -> dict[str, str]:
         flatten_dict(config.to_dict(), sep=".", keep_empty_nodes=True)
         for config in (recipes.base(made.model, made.config.dataset.name), made.config)
     )
-    changed = (key for key, value in values.items() if key not in unset or value != unset[key])
+    changed = {key for key, value in values.items() if key not in unset or value != unset[key]}
+    changed -= _OF_NO_SOURCE
     return dict.fromkeys(changed, recipes.PRESETS[recipe].source)
 
 

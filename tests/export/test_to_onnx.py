@@ -9,6 +9,8 @@ import pytest
 
 from vit_jax.errors import UserError
 from vit_jax.export import runtime
+from vit_jax.export.engine_report import report
+from vit_jax.export.onnx_file import read_onnx
 from vit_jax.export.to_tf import can_serialize_graphs, to_tf
 
 REASON = "needs the export extra: pip install -e '.[export]'"
@@ -117,6 +119,9 @@ def test_graph_of_attention_pooling_does_not_repeat_its_query(converter, make_fo
     assert (count["Softmax"], count["LayerNormalization"]) == (2 + 1, 2 * 2 + 1 + 1)
     assert len(gelus(model, "tanh")) == 3
     path = to_onnx.save(model, tmp_path)
+    file = read_onnx(path)
+    found = report(["fused_mha"] * 2 + ["softmax"], [], file.softmaxes, file.metadata)["attention"]
+    assert (found["fused"], found["softmax_nodes"]) == (True, 2)
     for batch in (1, 3, 128):
         x = images(batch, 16)
         assert relative_difference(run(path, x), forward.jitted()(x)) < 1e-5

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from vit_jax.export.nvidia import device_name
@@ -32,20 +33,33 @@ def tensors(trt: Any, engine: Any) -> list[dict[str, Any]]:
     ]
 
 
-def report(layers: list[Any], tensors: list[dict[str, Any]], softmaxes: int) -> dict[str, Any]:
+def report(
+    layers: list[Any], tensors: list[dict[str, Any]], softmaxes: int, metadata: Mapping[str, str]
+) -> dict[str, Any]:
     """The entries of engine.json about the inside of an engine.
 
     Args:
         layers: from `inspect`.
         tensors: from `tensors`.
         softmaxes: the number of Softmax nodes in the ONNX file.
+        metadata: of the ONNX file.
     """
-    heads = sum(tensor["name"] == "probabilities" for tensor in tensors)
+    makes_probabilities = any(tensor["name"] == "probabilities" for tensor in tensors)
+    heads = int(makes_probabilities and metadata.get("loss") != "sigmoid") + _poolings(metadata)
     return {
         "tensors": tensors,
         "layers": len(layers),
         "attention": attention_report(layers, softmaxes, heads),
     }
+
+
+def _poolings(metadata: Mapping[str, str]) -> int:
+    """The Softmax nodes of attention pooling, whose single query engines need not fuse."""
+    try:
+        model = json.loads(metadata.get("model", "{}"))
+    except (ValueError, RecursionError):  # It may be a stranger's.
+        return 0
+    return int(isinstance(model, dict) and model.get("classifier") == "map")
 
 
 def attention_report(layers: list[Any], softmaxes: int, heads: int = 0) -> dict[str, Any]:
@@ -57,11 +71,13 @@ def attention_report(layers: list[Any], softmaxes: int, heads: int = 0) -> dict[
     Args:
         layers: of the inspector's JSON, built with detailed verbosity; dicts, or mere names.
         softmaxes: the number of Softmax nodes in the ONNX file.
-        heads: how many of them are not attention's but make probabilities of logits.
+        heads: how many of them are not of a layer's attention: they make probabilities of logits,
+            or pool.
 
     Returns:
         `fused` (True, False, or None if the layers do not tell), and the numbers of
-        `fused_kernels`, of `softmax_kernels` and of `softmax_nodes`, all without those of heads.
+        `fused_kernels`, of `softmax_kernels` and of `softmax_nodes`, all without those of heads. Of
+        a fused pooling the kernel counts.
     """
     fused = unfused = 0
     for layer in layers:

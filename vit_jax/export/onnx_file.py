@@ -49,7 +49,8 @@ class OnnxFile:
         sha256: of every file that it consists of, by name: itself, and its external data.
         precision: a key of `PRECISIONS`, see `precisions.detect`.
         weight_types: the precisions whose type some of its weights have.
-        softmaxes: the number of its Softmax nodes: one for each layer of attention.
+        softmaxes: the number of its Softmax nodes: one for each layer of attention, and
+            those of attention pooling and of probabilities.
         inputs: of the graph.
         outputs: likewise.
         metadata: its metadata_props.

@@ -101,7 +101,7 @@ def build(
         "profiles": [dataclasses.asdict(profile) for profile in profiles],
         "onnx": {"file": onnx.path.name, "sha256": onnx.sha256},
         "engine": {"file": ENGINE, "bytes": built.plan.nbytes},
-        **report(layers, tensors(trt, engine), onnx.softmaxes),
+        **report(layers, tensors(trt, engine), onnx.softmaxes, onnx.metadata),
         "build_seconds": round(built.seconds, 1),
         "metadata": onnx.metadata,
     }

@@ -122,9 +122,8 @@ def augreg(model: str, dataset: str) -> ConfigDict:
 
     On ImageNet it takes the sigmoid loss, with the head's bias at -log(1000), and a hidden layer
     before the head; on ImageNet-21k global average pooling. Another data set is trained on as
-    ImageNet is, its warm-up in epochs. The configs have neither dropout nor stochastic depth, of
-    which AugReg says that 0.1 of both helps the larger models on ImageNet. Not as there: on
-    ImageNet-21k nothing is held out of train.
+    ImageNet is, its warm-up in epochs. The configs have neither dropout nor stochastic depth. Not
+    as there: on ImageNet-21k nothing is held out of train.
 
     Raises:
         UserError: the configs have no augmentation for the model.
