@@ -269,6 +269,36 @@ def test_a_finished_run_of_another_config_is_not_taken_for_this_one(outcomes, ma
     assert begun(outcomes) == []
 
 
+def test_what_starts_from_a_run_of_another_config_is_not_finished(outcomes, sweep):
+    def all_of(rate):
+        finals = sweep(pretraining_rate=rate, seeds=1)
+        return [*finals, Task("count", "analysis:count_marks", of=tuple(finals))]
+
+    assert execute(outcomes, *all_of(0.01)).failed == []
+    begun(outcomes)
+    changed = all_of(0.02)
+    assert {"pretrain", "final-0", "count"} <= {*execute(outcomes, *changed).failed}
+    assert begun(outcomes) == []
+    for job in changed:
+        assert "pretrain holds a run of another config" in outcomes.problem(job)
+        assert "schedule.base_lr: 0.01" in outcomes.problem(job)
+    assert execute(outcomes, *all_of(0.01)).failed == []
+
+
+def test_where_data_lies_and_how_a_step_is_divided_make_no_other_run(outcomes, make):
+    execute(outcomes, make("a"))
+    begun(outcomes)
+    moved = {
+        f"{section}.data_dir": "/moved" for section in ("dataset", "evals.val", "evals.fewshot")
+    }
+    same = {"accumulate_steps": 2, "sharding": "fsdp", "model.remat": "everything"}
+    assert execute(outcomes, make("a", **moved, **same)).failed == []
+    assert execute(outcomes, make("a", **{"evals.fewshot.dataset": "cifar10"})).failed == ["a"]
+    problem = outcomes.problem(make("a", **{"evals.fewshot.dataset": "cifar10"}))
+    assert problem.index("--output") < problem.index("change these back") < problem.index("remove")
+    assert begun(outcomes) == []
+
+
 def test_a_task_computes_on_finished_runs_and_again_if_it_is_another(outcomes, make):
     of = (make("a"), make("b"))
 
