@@ -21,10 +21,11 @@ from typing import Any
 
 import experiments
 from experiments.runner import graph
+from experiments.runner.checks import check_run
 from experiments.runner.experiment import Measurement, Run, Task
 from experiments.runner.graph import Job
 from experiments.runner.outcomes import Outcomes, read, request
-from vit_jax.config import check_config, to_dict
+from vit_jax.config import to_dict
 from vit_jax.errors import UserError
 from vit_jax.files import make_folder
 from vit_jax.reporting import format_seconds
@@ -188,10 +189,7 @@ class Board:
             return
         try:
             self.outcomes.is_finished(job)
-            config = job.config.copy_and_resolve_references()
-            if job.init_from is not None:
-                config.init_from = job.init_from.name
-            check_config(config)
+            check_run(job)
         except UserError as error:
             if job.name in self._mine:
                 self.settle(job, {"state": "failed", "reason": str(error)})

@@ -13,6 +13,7 @@ from experiments.runner import execution, graph
 from experiments.runner.experiment import Measurement, Run, Task
 from experiments.runner.outcomes import Outcomes
 from vit_jax.config import complete_evals
+from vit_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -386,14 +387,14 @@ def test_parts_are_every_job_once_and_chains_lie_together(sweep):
     assert any(swept <= {*part} for part in many)
 
 
-def test_two_of_one_name_that_differ_are_a_bug(make, sweep):
+def test_two_of_one_name_that_differ_are_told_in_a_line(make, sweep):
     same = [Measurement({}, sweep()), Measurement({}, sweep())]
     assert len(graph.collect(same)) == 6
-    with pytest.raises(AssertionError, match=r"named a: config.seed is 1 or 2"):
+    with pytest.raises(UserError, match=r"named a \(config.seed is 1 or 2\): give .* a variant"):
         graph.collect([Measurement({}, [make("a", seed=1)]), Measurement({}, [make("a", seed=2)])])
-    with pytest.raises(AssertionError, match="needs"):
+    with pytest.raises(UserError, match="needs"):
         graph.collect([Measurement({}, [make("a"), make("a", init_from=make("b"))])])
-    with pytest.raises(AssertionError, match="one is a Run, the other a Task"):
+    with pytest.raises(UserError, match="one is a Run, the other a Task"):
         graph.collect([Measurement({}, [make("a"), Task("a", "x:y")])])
 
 
