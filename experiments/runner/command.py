@@ -186,7 +186,7 @@ def main(
         return 0
     outcomes = Outcomes(folder / "runs")
     if not args.render:
-        outcome = _execute(args, setting, outcomes, measurements)
+        outcome = _execute(args, setting, outcomes, measurements, prog.rpartition(".")[2])
         if outcome.elsewhere:
             print(_parting(outcome))
             return 1 if outcome.failed else 0
@@ -312,6 +312,7 @@ def _execute(
     setting: "Setting",
     outcomes: "Outcomes",
     measurements: Mapping[str, Sequence[Measurement]],
+    title: str,
 ) -> "Outcome":
     """Runs what is due."""
     from experiments.runner.execution import default_workers, execute
@@ -322,6 +323,7 @@ def _execute(
         workers=args.jobs or default_workers(),
         runs_per_process=setting.scale.runs_per_process,
         shard=args.shard,
+        title=title,
     )
 
 

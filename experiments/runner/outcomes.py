@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import pathlib
 from typing import TYPE_CHECKING, Any
@@ -113,7 +114,10 @@ class Outcomes:
             return f"{job.name} failed: {error}"
         if failure := self.failure(job):
             return f"{job.name} failed: {failure}"
-        return f"{job.name} has not run" if not self.log(job).exists() else f"{job.name} runs"
+        log = self.log(job)
+        if not log.exists():
+            return f"{job.name} has not run"
+        return f"{job.name} runs" if _is_locked(log) else f"{job.name} was stopped"
 
     def complete(self, run: Run) -> "ConfigDict":
         """The config of a run whose needs are finished, with what these decide.
@@ -142,6 +146,16 @@ class Outcomes:
             x.config.schedule.base_lr: read(self.workdir(x) / "metrics.json") for x in finished
         }
         return max(sorted(metrics), key=lambda rate: metrics[rate].get("accuracy") or 0.0)
+
+
+def _is_locked(log: pathlib.Path) -> bool:
+    """Tells whether a worker is at what this is the log of; True where there are no locks."""
+    try:
+        with log.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    return False
 
 
 def request(task: Task) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from flax.traverse_util import flatten_dict
 from experiments import objectnet
 from experiments.runner.scales import MINI, PAPER, SCALES, SMOKE
 from experiments.runner.setting import Setting
+from experiments.transfer import score
 from vit_jax import recipes, train
 from vit_jax.config import check_config, to_dict
 from vit_jax.data import datasets
@@ -154,6 +155,15 @@ def test_a_data_set_of_the_users_is_trained_on_by_the_row_of_the_papers():
     assert "real" not in setting.finetune(run, "imagenet2012")[0].config.evals
     assert any("my photos" in line for line in setting.about_data)
     setting.check([run])
+
+
+def test_real_is_asked_of_imagenet_alone():
+    def sources(**datasets):
+        setting = Setting(PAPER, 2, datasets)
+        return score(setting, setting.pretrain("ViT-B/16", "jft"), "real")["sources"]
+
+    assert len(sources(jft="folder:/x")) == 2
+    assert len(sources(imagenet2012="folder:/x")) == 0
 
 
 def test_jft_must_be_named():
