@@ -58,3 +58,8 @@ def check_run(run: Run) -> None:
     if run.init_from is not None:
         config.init_from = run.init_from.name
     check_config(config)
+    if config.batch_size % config.accumulate_steps:
+        raise UserError(
+            f"batch_size {config.batch_size} cannot be divided by {config.accumulate_steps} "
+            "accumulate_steps: choose a divisor, such as a power of two"
+        )

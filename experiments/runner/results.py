@@ -14,7 +14,7 @@ from experiments.runner.experiment import Experiment, Measurement, Run
 from experiments.runner.graph import Job
 from experiments.runner.outcomes import TASK_FILE, Outcomes, read
 from experiments.runner.setting import Setting
-from vit_jax.errors import UserError, nearest, shortlist
+from vit_jax.errors import UserError, nearest
 from vit_jax.files import atomic_write
 from vit_jax.runner import mean_and_sd
 
@@ -225,7 +225,7 @@ class Reader:
 def _no_metric(metric: str, names: Iterable[str]) -> str:
     near = nearest(metric, names)
     hint = f"did you mean {near!r}? " if near else ""
-    return f"failed: has no metric {metric!r}: {hint}it has {shortlist(sorted(names), 12)}"
+    return f"failed: has no metric {metric!r}: {hint}it has {', '.join(sorted(names))}"
 
 
 _NO_COSTS: dict[str, Any] = {"steps": None, "seconds": None, "config_sha": None}

@@ -127,6 +127,7 @@ def test_jft_is_asked_for_before_anything_runs(executed, tmp_path):
         ([{"task": "a"}] * 2, {}, "table0: 2 measurements have the labels"),
         ([{"task": "a"}], {"model.dropout": 0.1}, "dropout"),
         ([{"task": "a"}], {"model.num_heads": 5}, "num_heads"),
+        ([{"task": "a"}], {"accumulate_steps": 3}, "4096 cannot be divided by 3"),
     ],
 )
 @pytest.mark.parametrize("flag", ["--dry_run", "--slurm=job.sh"])
