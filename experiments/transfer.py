@@ -35,14 +35,17 @@ def score(
     Args:
         setting: makes the runs.
         start: the pre-training.
-        task: of Table 4; "real", which is scored by the runs on ImageNet; "vtab:TASK"; or "vtab",
-            the mean of all 19, and "mean", that of `mean_of`.
+        task: of Table 4; "real", which is scored by the runs on ImageNet, and by none where the
+            user names another data set in its place; "vtab:TASK"; or "vtab", the mean of all 19,
+            and "mean", that of `mean_of`.
         large: whether ImageNet and ReaL are fine-tuned as in Table 2.
         mean_of: such tasks.
     """
     if task in ("vtab", "mean"):
         return {"sources": _means(setting, start, task, mean_of or VTAB), "metric": "accuracy"}
     if task == "real":
+        if "imagenet2012" in setting.datasets:
+            return {"sources": (), "metric": "real/accuracy"}
         runs = setting.finetune(start, "imagenet2012", large=large)
         return {"sources": runs, "metric": "real/accuracy"}
     return {"sources": setting.finetune(start, task, large=large and task == "imagenet2012")}

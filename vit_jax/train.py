@@ -50,7 +50,6 @@ RESUMABLE_CHANGES = {
     "model.remat",
     "dataset.data_dir",
     "dataset.workers",
-    f"evals.{DECIDING}.data_dir",
     f"evals.{DECIDING}.every",
 }
 
@@ -113,11 +112,23 @@ def run_checked(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str
     return final
 
 
+def resumable_changes(config: dict[str, Any]) -> set[str]:
+    """What a run may differ in from an earlier part of itself, as dotted names with all below them.
+
+    It alters neither a parameter nor what is measured.
+
+    Args:
+        config: of the run, nested.
+    """
+    may_change = RESUMABLE_CHANGES | {f"evals.{name}.data_dir" for name in config["evals"]}
+    if not parse_augment(config["augment"]).num_operations:
+        may_change.add("augment_contrast")  # Without RandAugment nothing depends on it.
+    return may_change
+
+
 def _refuse_another_run(config: ConfigDict, workdir: pathlib.Path, saved: dict[str, Any]) -> None:
     watching = {*config.evals, *saved.get("evals", {})} - {DECIDING}
-    may_change = RESUMABLE_CHANGES | {f"evals.{name}" for name in watching}
-    if not parse_augment(config.augment).num_operations:
-        may_change.add("augment_contrast")  # Without RandAugment nothing depends on it.
+    may_change = resumable_changes(to_dict(config)) | {f"evals.{name}" for name in watching}
     differences = config_differences(saved, to_dict(config), may_change)
     if differences:
         raise UserError(

@@ -7,15 +7,17 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from experiments.runner.experiment import Experiment, Measurement
 from vit_jax import command
-from vit_jax.errors import UserError, first_line
+from vit_jax.errors import UserError, brief_name, first_line
 from vit_jax.files import atomic_write, make_folder
 from vit_jax.printable import printable
 
 if TYPE_CHECKING:
+    from experiments.runner.execution import Outcome
+    from experiments.runner.graph import Job
     from experiments.runner.outcomes import Outcomes
     from experiments.runner.results import Reader, Results
     from experiments.runner.setting import Setting
@@ -65,7 +67,8 @@ def build_parser(prog: str, title: str) -> command.Parser:
         "--seeds",
         type=command.positive,
         metavar="N",
-        help="of a fine-tuning, at most the scale's [all]",
+        help="of what is repeated: fine-tunings, and pre-trainings of Figures 4, 8, 9, 13 and "
+        "Table 8 [the scale's]",
     )
     parser.add_argument(
         "--dry_run", action="store_true", help="print what it would cost, and do nothing else"
@@ -104,6 +107,23 @@ def _add_execution_flags(group: "argparse._ArgumentGroup") -> None:
         type=command.positive,
         metavar="N",
         help="the parts of --slurm [one for each pre-training, at most 64]",
+    )
+    group.add_argument(
+        "--gpus", type=command.positive, metavar="N", help="of each part of --slurm [1]"
+    )
+    group.add_argument(
+        "--accumulate_steps",
+        type=command.positive,
+        metavar="N",
+        help="go through each batch in N parts, for less memory [1]",
+    )
+    group.add_argument(
+        "--sharding", metavar="TEXT", help="where parameters lie, as config.sharding [replicated]"
+    )
+    group.add_argument(
+        "--remat",
+        metavar="POLICY",
+        help="what is computed again for less memory, as config.model.remat [the recipe's]",
     )
 
 
@@ -145,29 +165,66 @@ def main(
     begin = time.monotonic()
     argv = sys.argv[1:] if argv is None else list(argv)
     args = build_parser(prog, title).parse_args(argv)
-    if args.shards and not args.slurm:
-        raise UserError("--shards is of --slurm: give --slurm FILE, or --shard I/N for one part")
+    _check_flags(args)
     # With JAX they take seconds to import: --help should not.
     from experiments.runner.outcomes import Outcomes
 
     setting = _setting(args)
-    measurements = {x.name: list(x.measure(setting)) for x in experiments}
+    measurements = _measure(experiments, setting)
     folder = args.output / setting.scale.name
     if args.dry_run:
-        from experiments.runner import cost
+        from experiments.runner import checks, cost
 
+        checks.check_configs(_jobs(measurements).values())
         given = {key: x for key in ("device", "mfu") if (x := getattr(args, key)) is not None}
         print(cost.report(measurements, setting, **given))
         return 0
+    if not args.render:
+        setting.check(_jobs(measurements).values())
     if args.slurm:
         _write_slurm(args, prog, argv, folder, measurements)
         return 0
     outcomes = Outcomes(folder / "runs")
-    if not args.render and not _execute(args, setting, outcomes, measurements):
-        return 0
+    if not args.render:
+        outcome = _execute(args, setting, outcomes, measurements, prog.rpartition(".")[2])
+        if outcome.elsewhere:
+            print(_parting(outcome))
+            return 1 if outcome.failed else 0
     complete = _render(experiments, setting, measurements, outcomes, folder)
     print(f"done in {_format(time.monotonic() - begin)}")
     return 0 if complete else 1
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    if not args.slurm and args.shards:
+        raise UserError("--shards is of --slurm: give --slurm FILE, or --shard I/N for one part")
+    if not args.slurm and args.gpus:
+        raise UserError(
+            "--gpus is of --slurm: give --slurm FILE, or choose by CUDA_VISIBLE_DEVICES"
+        )
+    given = [name for name in ("dry_run", "render", "slurm") if getattr(args, name)]
+    if len(given) > 1:
+        raise UserError(
+            f"--{given[0]} and --{given[1]} each do nothing else: give one of them at a time"
+        )
+
+
+def _measure(
+    experiments: Sequence[Experiment], setting: "Setting"
+) -> dict[str, Sequence[Measurement]]:
+    from experiments.runner.checks import check_labels
+
+    measurements = {}
+    for experiment in experiments:
+        measurements[experiment.name] = list(experiment.measure(setting))
+        check_labels(experiment, measurements[experiment.name])
+    return measurements
+
+
+def _jobs(measurements: Mapping[str, Sequence[Measurement]]) -> "dict[str, Job]":
+    from experiments.runner import graph
+
+    return graph.collect(x for found in measurements.values() for x in found)
 
 
 def _format(seconds: float) -> str:
@@ -193,7 +250,25 @@ def _setting(args: argparse.Namespace) -> "Setting":
         data_dir=args.data_dir,
         images=given("_images"),
         classes=given("_classes"),
+        hardware=_hardware(args),
     )
+
+
+def _hardware(args: argparse.Namespace) -> dict[str, Any]:
+    """The keys of every config that say how a step is computed, as far as they are given."""
+    from vit_jax.models.rematerialization import POLICIES
+    from vit_jax.sharding import parse_sharding
+
+    if args.sharding:
+        parse_sharding(args.sharding)
+    if args.remat and args.remat not in POLICIES:
+        raise UserError(f"--remat {brief_name(args.remat)} is not one of {', '.join(POLICIES)}")
+    keys = {
+        "accumulate_steps": args.accumulate_steps,
+        "sharding": args.sharding,
+        "model.remat": args.remat,
+    }
+    return {key: value for key, value in keys.items() if value}
 
 
 def _write_slurm(
@@ -203,11 +278,12 @@ def _write_slurm(
     folder: pathlib.Path,
     measurements: Mapping[str, Sequence[Measurement]],
 ) -> None:
-    from experiments.runner import graph, slurm
+    from experiments.runner import checks, graph, slurm
 
-    jobs = graph.collect(x for found in measurements.values() for x in found)
+    jobs = _jobs(measurements)
+    checks.check_configs(jobs.values())
     shards = args.shards or min(len(graph.chains(jobs)), 64)
-    kept = _without(argv, ("--slurm", "--shards", "--shard"))
+    kept = _without(argv, ("--slurm", "--shards", "--shard", "--gpus"))
     module = prog.split()[-1]
     make_folder(folder)
     slurm.write(
@@ -216,6 +292,7 @@ def _write_slurm(
         [sys.executable, "-m", module, *kept],
         shards,
         folder,
+        args.gpus or 1,
     )
     print(printable(f"{args.slurm}: {len(jobs)} runs in {shards} parts; sbatch {args.slurm}"))
 
@@ -235,21 +312,27 @@ def _execute(
     setting: "Setting",
     outcomes: "Outcomes",
     measurements: Mapping[str, Sequence[Measurement]],
-) -> bool:
-    """Runs what is due; returns whether nothing is left to other shards."""
+    title: str,
+) -> "Outcome":
+    """Runs what is due."""
     from experiments.runner.execution import default_workers, execute
 
-    outcome = execute(
+    return execute(
         [x for found in measurements.values() for x in found],
         outcomes,
         workers=args.jobs or default_workers(),
         runs_per_process=setting.scale.runs_per_process,
         shard=args.shard,
+        title=title,
     )
-    if outcome.elsewhere:
-        number = len(outcome.elsewhere)
-        print(f"this part is done; {number} are left to others, the last of which makes the pages")
-    return not outcome.elsewhere
+
+
+def _parting(outcome: "Outcome") -> str:
+    failed = f"{len(outcome.failed)} failed; " if outcome.failed else ""
+    return (
+        f"this part is done; {failed}{len(outcome.elsewhere)} are left to others, the last of "
+        "which makes the pages"
+    )
 
 
 def _render(

@@ -4,7 +4,8 @@ import collections
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
-from experiments.runner.experiment import Measurement, Run, Task
+from experiments.runner import graph
+from experiments.runner.experiment import Measurement, Run
 from experiments.runner.setting import Setting, Trained
 from vit_jax.analysis.flops import PEAK_FLOPS
 from vit_jax.errors import UserError, brief, nearest
@@ -43,22 +44,6 @@ class Cost:
         return Cost(*(a + b for a, b in zip(mine, others, strict=True)))
 
 
-def distinct_runs(measurements: Iterable[Measurement]) -> dict[str, Run]:
-    """All runs that measurements need, by name, each after those that it needs itself."""
-    found: dict[str, Run] = {}
-
-    def add(source: Run | Task) -> None:
-        for needed in source.needs:
-            add(needed)
-        if isinstance(source, Run):
-            found.setdefault(source.name, source)
-
-    for measurement in measurements:
-        for source in measurement.sources:
-            add(source)
-    return found
-
-
 def cost_of(run: Run, setting: Setting) -> Cost:
     """The cost of a run alone, without those that it needs."""
     assert isinstance(run, Trained)
@@ -90,7 +75,7 @@ def report(
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu {mfu:g} is no share of the peak: it must be above 0 and at most 1")
     speed = mfu * PEAK_FLOPS[device]
-    by_experiment = {name: distinct_runs(found) for name, found in named_measurements.items()}
+    by_experiment = {name: _runs(found) for name, found in named_measurements.items()}
     runs = {name: run for found in by_experiment.values() for name, run in found.items()}
     costs = {name: cost_of(run, setting) for name, run in runs.items()}
     hours = f"{device}-hours"
@@ -99,6 +84,11 @@ def report(
     rows = _groups(runs, costs, speed)
     parts.append(markdown(["recipe", "data set", "model", *head], rows))
     return "\n\n".join([setting.scale.summary, *parts, _explain(by_experiment, device, mfu)])
+
+
+def _runs(measurements: Iterable[Measurement]) -> dict[str, Run]:
+    jobs = graph.collect(measurements)
+    return {name: job for name, job in jobs.items() if isinstance(job, Run)}
 
 
 def _experiments(

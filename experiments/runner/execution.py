@@ -5,8 +5,8 @@ named in a line; what needs it has failed as well, and the others go on.
 """
 
 import dataclasses
-import functools
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import os
@@ -21,10 +21,11 @@ from typing import Any
 
 import experiments
 from experiments.runner import graph
+from experiments.runner.checks import check_run
 from experiments.runner.experiment import Measurement, Run, Task
 from experiments.runner.graph import Job
 from experiments.runner.outcomes import Outcomes, read, request
-from vit_jax.config import check_config, to_dict
+from vit_jax.config import to_dict
 from vit_jax.errors import UserError
 from vit_jax.files import make_folder
 from vit_jax.reporting import format_seconds
@@ -38,7 +39,7 @@ _LONG_SECONDS = 20.0
 # How often it is looked whether others have finished what is waited for.
 _POLL_SECONDS = 2.0
 # How long another shard has to try again what failed before this command began.
-_RETRY_SECONDS = 60.0
+_RETRY_HOURS = 2.0
 # Of a machine of many cores: each takes memory for the libraries alone.
 _MOST_WORKERS = 8
 
@@ -63,6 +64,7 @@ def execute(
     workers: int,
     runs_per_process: int,
     shard: tuple[int, int] = (0, 1),
+    title: str = "all",
 ) -> Outcome:
     """Runs what measurements need and is not finished, or the part of one shard.
 
@@ -72,22 +74,26 @@ def execute(
         workers: how many run at once.
         runs_per_process: after so many a process is replaced.
         shard: which part this is, from 0, and of how many. What it needs of another it waits for.
+        title: of it all, in the first line that is printed.
 
     Returns:
         What failed, and what is left to others.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or there are less GPUs than workers.
         SystemExit: 143 after SIGTERM, when the present runs have saved their state.
         Stopped: after SIGINT, likewise.
     """
+    environments = _environments(workers)
     make_folder(outcomes.folder)
     jobs = graph.collect(measurements)
     mine = set(graph.part(jobs, *shard))
     sources = {source.name for measurement in measurements for source in measurement.sources}
     board = Board(jobs, sources, mine, outcomes)
-    shares = _shares(workers)
-    pool = [Slot(share, _environment(workers), runs_per_process) for share in shares]
+    say(f"{title}: {board.counts()}, {workers} at a time")
+    board.check()
+    places = zip(_shares(workers), environments, strict=True)
+    pool = [Slot(*place, runs_per_process) for place in places]
     with catching(signal.SIGINT, signal.SIGTERM) as signals, signals.held():
         try:
             _work(board, pool, signals)
@@ -155,10 +161,16 @@ class Board:
         self._not_before: dict[str, float] = {}
         self._looked = 0.0
         self._awaited: set[str] = set()
-        self._settled = 0
+        self._total = len(mine)
+        self._settled = len(mine - self._mine.keys())
         self._begin = time.time()
-        for job in self._mine.values():
-            outcomes.forget_failure(job)
+
+    def counts(self) -> str:
+        """How many runs and tasks this shard has, and how many of them need not run any more."""
+        return f"{self._total} runs, {self._settled} finished"
+
+    def check(self) -> None:
+        """Has what cannot run fail, before what it needs has run for days."""
         for job in self._needed.values():
             self._check(job)
 
@@ -183,15 +195,10 @@ class Board:
         return finished
 
     def _check(self, job: Job) -> None:
-        """Has a config fail that cannot run, before what it needs has run for days."""
-        if not isinstance(job, Run):
-            return
         try:
             self.outcomes.is_finished(job)
-            config = job.config.copy_and_resolve_references()
-            if job.init_from is not None:
-                config.init_from = job.init_from.name
-            check_config(config)
+            if isinstance(job, Run):
+                check_run(job)
         except UserError as error:
             if job.name in self._mine:
                 self.settle(job, {"state": "failed", "reason": str(error)})
@@ -202,7 +209,7 @@ class Board:
 
     def label(self, job: Job) -> str:
         """Names a job, with how many have been settled."""
-        return f"[{self._settled}/{len(self._mine)}] {job.name}"
+        return f"[{self._settled}/{self._total}] {job.name}"
 
     def next_due(self, others: Sequence[Job]) -> Job | None:
         """Takes what can begin now; what cannot any more has failed.
@@ -251,18 +258,20 @@ class Board:
                 self._states[job.name] = "failed"
 
     def _has_failed_elsewhere(self, job: Job) -> bool:
-        """What failed before this command began is tried again first, if its shard is at work."""
+        """What failed before this command began is tried again, when its shard comes to it."""
         try:
             failed = self.outcomes.error(job).stat().st_mtime
         except OSError:
             return False
-        return failed >= self._begin or time.time() > self._begin + _RETRY_SECONDS
+        return failed >= self._begin or time.time() > self._begin + 3600 * _RETRY_HOURS
 
     def _tell_awaited(self, names: Iterable[str]) -> None:
         for name in names:
             if name not in self._awaited:
                 self._awaited.add(name)
-                say(f"waiting for {name}, which another shard has to do")
+                failure = self.outcomes.failure(self._others[name])
+                again = f" again within {_RETRY_HOURS:g} hours: it failed before" if failure else ""
+                say(f"waiting for {name}, which another shard has to do{again}")
 
     def settle(self, job: Job, answer: Mapping[str, Any], seconds: float | None = None) -> None:
         """Takes down what has become of a job: "finished", "failed", or "busy" elsewhere."""
@@ -282,16 +291,17 @@ class Board:
             say(f"{self.label(job)}: failed: {answer['reason']}")
         else:
             took = "" if seconds is None else f", {format_seconds(seconds)}"
-            say(f"{self.label(job)}: {_found(self.outcomes.workdir(job))}{took}")
+            say(f"{self.label(job)}: {_found(job, self.outcomes)}{took}")
 
     def failed(self) -> list[str]:
         """The names of what failed, also elsewhere as far as it is known."""
         return [name for name in self._needed if self._states[name] == "failed"]
 
     def elsewhere(self) -> list[str]:
-        """The names of what others have still to do."""
+        """The names of what others have still to do: not of what failed, whenever that was."""
         self._read_others(self._others)
-        return [name for name in self._others if self._states[name] == "left"]
+        left = (job for name, job in self._others.items() if self._states[name] == "left")
+        return [job.name for job in left if not self.outcomes.failure(job)]
 
 
 def _hopeless(job: Job, states: Mapping[str, str], outcomes: Outcomes) -> str:
@@ -304,12 +314,14 @@ def _hopeless(job: Job, states: Mapping[str, str], outcomes: Outcomes) -> str:
     return f"{lost[0].name} failed: {outcomes.failure(lost[0])}" if lost else ""
 
 
-def _found(workdir: pathlib.Path) -> str:
+def _found(job: Job, outcomes: Outcomes) -> str:
     try:
-        metrics = read(workdir / "metrics.json")
+        metrics = read(outcomes.workdir(job) / "metrics.json")
     except UserError as error:
         return str(error)
-    return f"accuracy {metrics['accuracy']:.4f}" if "accuracy" in metrics else "done"
+    # "accuracy" in metrics.jsonl is that of the batches of training.
+    name = "eval_accuracy" if isinstance(job, Run) else "accuracy"
+    return f"{name} {metrics['accuracy']:.4f}" if "accuracy" in metrics else "done"
 
 
 class Slot:
@@ -344,12 +356,17 @@ class Slot:
         """Has the worker begin a job; `receive` tells what became of it.
 
         Raises:
-            UserError: the files of what it needs are damaged.
+            UserError: the files of what it needs are damaged, or its log cannot be written.
         """
         line = json.dumps(_message(job, outcomes)).encode() + b"\n"
         self._label, self._log = label, outcomes.log(job)
         self._begin, self._told = time.monotonic(), False
-        self._start = self._log.stat().st_size if self._log.exists() else 0
+        outcomes.forget_failure(job)
+        try:  # Before the process, which may end before it opens it.
+            self._log.touch()
+            self._start = self._log.stat().st_size
+        except OSError as error:
+            raise UserError(f"{self._log} cannot be written: {error.strerror}") from error
         if self._process is None:
             self._done = 0
             self._process = subprocess.Popen(
@@ -436,27 +453,53 @@ def _shares(workers: int) -> list[list[int]]:
     cores = _cores()
     if workers == 1 or workers > len(cores) or _has_accelerator():
         return [[] for _ in range(workers)]
-    bounds = [len(cores) * index // workers for index in range(workers + 1)]
-    return [cores[a:b] for a, b in itertools.pairwise(bounds)]
+    return _divided(cores, workers)
 
 
-@functools.cache
+def _divided(items: Sequence[Any], parts: int) -> list[list[Any]]:
+    bounds = [len(items) * index // parts for index in range(parts + 1)]
+    return [list(items[a:b]) for a, b in itertools.pairwise(bounds)]
+
+
 def _has_accelerator() -> bool:
     """Tells whether JAX will find one; to ask JAX would take the accelerator from the workers."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms:
         return platforms.split(",")[0] != "cpu"
+    if importlib.util.find_spec("libtpu") and _device_files("accel*", "vfio/[0-9]*"):
+        return True
     plugins = importlib.metadata.entry_points(group="jax_plugins")
-    devices = ("nvidia[0-9]*", "accel[0-9]*", "vfio/[0-9]*", "kfd")
-    return bool(plugins) and any(any(pathlib.Path("/dev").glob(name)) for name in devices)
+    return bool(plugins) and bool(_gpus() or _device_files("accel[0-9]*", "vfio/[0-9]*", "kfd"))
 
 
-def _environment(workers: int) -> dict[str, str]:
-    """The variables of a worker, one of several."""
+def _device_files(*patterns: str) -> list[pathlib.Path]:
+    return [path for pattern in patterns for path in pathlib.Path("/dev").glob(pattern)]
+
+
+def _gpus() -> list[str]:
+    """NVIDIA's GPUs that may be used, as CUDA_VISIBLE_DEVICES names them."""
+    files = _device_files("nvidia[0-9]*")
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None or not files:
+        return [str(index) for index in range(len(files))]
+    return [name for word in given.split(",") if (name := word.strip()) not in ("", "-1")]
+
+
+def _environments(workers: int) -> list[dict[str, str]]:
+    """The variables of each of some workers: several on one accelerator have GPUs of their own.
+
+    Raises:
+        UserError: there are less GPUs than workers.
+    """
     root = str(pathlib.Path(experiments.__file__).parents[1])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path}
-    if workers > 1 and _has_accelerator():
-        # By default the first takes most of the memory of an accelerator.
-        environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    return environment
+    if workers == 1 or not _has_accelerator():
+        return [environment] * workers
+    gpus = _gpus()
+    if len(gpus) < workers:
+        raise UserError(
+            f"--jobs {workers} need as many GPUs, and there are {len(gpus)}: two runs cannot share "
+            "an accelerator; leave --jobs out, or name more GPUs in CUDA_VISIBLE_DEVICES"
+        )
+    return [environment | {"CUDA_VISIBLE_DEVICES": ",".join(x)} for x in _divided(gpus, workers)]

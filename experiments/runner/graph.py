@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.runner.experiment import Measurement, Run, Task
-from vit_jax.errors import brief
+from vit_jax.errors import UserError, brief
 
 Job = Run | Task
 
@@ -15,7 +15,7 @@ def collect(measurements: Iterable[Measurement]) -> dict[str, Job]:
     What begins with the same run lies together, and in it a sweep with its final runs.
 
     Raises:
-        AssertionError: two that differ have one name.
+        UserError: two that differ have one name.
     """
     found: dict[str, Job] = {}
     for measurement in measurements:
@@ -29,7 +29,11 @@ def collect(measurements: Iterable[Measurement]) -> dict[str, Job]:
 def _add(job: Job, found: dict[str, Job]) -> None:
     if job.name in found:
         difference = _difference(found[job.name], job)
-        assert not difference, f"two that differ are named {job.name}: {difference}"
+        if difference:
+            raise UserError(
+                f"two that differ are named {job.name} ({difference}): give the one with changes "
+                "a variant, or another name"
+            )
         return
     for needed in job.needs:
         _add(needed, found)

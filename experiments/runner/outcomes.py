@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import functools
+import fcntl
 import json
 import pathlib
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
 # What a task was asked for, beside its metrics.json.
 TASK_FILE = "task.json"
+# What of a finished run may be otherwise besides: the update is that of the whole batch.
+_HARDWARE = {"accumulate_steps"}
+
+
+class AnotherRun(UserError):
+    """A finished run lies where one of another config is wanted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +34,8 @@ class Outcomes:
     """
 
     folder: pathlib.Path
+    # Those whose needs were found to be theirs; finished once, they stay so.
+    _sound: dict[str, Job] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def workdir(self, job: Job) -> pathlib.Path:
         """The folder of a job."""
@@ -60,23 +68,42 @@ class Outcomes:
     def is_finished(self, job: Job) -> bool:
         """Tells whether a job has been done: this one, not another of its name.
 
+        What it needs may have been removed since, but not be of another config.
+
         Raises:
-            UserError: a run of another config is finished in its folder, or its files are damaged.
+            AnotherRun: a run of another config is finished in its folder, or in that of what it
+                needs.
+            UserError: its files are damaged.
         """
         folder = self.workdir(job)
         if not (folder / "metrics.json").exists():
             return False
         if isinstance(job, Task):
-            with contextlib.suppress(UserError):
+            try:
                 asked = {key: x for key, x in read(folder / TASK_FILE).items() if key != "seconds"}
-                return asked == request(job)
-            return False
-        if differences := _differences(job, read(folder / "config.json")):
-            raise UserError(
-                f"{folder} holds a run of another config ({shortlist(differences)}): remove it, or "
-                "choose another --output"
+            except UserError:
+                return False
+            if asked != request(job):
+                return False
+        elif differences := _differences(job, read(folder / "config.json")):
+            raise AnotherRun(
+                f"{folder} holds a run of another config ({shortlist(differences)}): choose "
+                "another --output, or change these back, or remove it with all that starts from it"
             )
+        self._check_needs(job)
         return True
+
+    def _check_needs(self, job: Job) -> None:
+        if self._sound.get(job.name) is job:
+            return
+        for needed in job.needs:
+            try:
+                self.is_finished(needed)
+            except AnotherRun:
+                raise
+            except UserError:  # Damaged files say nothing of what was made of it.
+                pass
+        self._sound[job.name] = job
 
     def problem(self, job: Job) -> str:
         """The line that says why a job has no result, "" if it has."""
@@ -87,7 +114,10 @@ class Outcomes:
             return f"{job.name} failed: {error}"
         if failure := self.failure(job):
             return f"{job.name} failed: {failure}"
-        return f"{job.name} has not run" if not self.log(job).exists() else f"{job.name} runs"
+        log = self.log(job)
+        if not log.exists():
+            return f"{job.name} has not run"
+        return f"{job.name} runs" if _is_locked(log) else f"{job.name} was stopped"
 
     def complete(self, run: Run) -> "ConfigDict":
         """The config of a run whose needs are finished, with what these decide.
@@ -116,6 +146,16 @@ class Outcomes:
             x.config.schedule.base_lr: read(self.workdir(x) / "metrics.json") for x in finished
         }
         return max(sorted(metrics), key=lambda rate: metrics[rate].get("accuracy") or 0.0)
+
+
+def _is_locked(log: pathlib.Path) -> bool:
+    """Tells whether a worker is at what this is the log of; True where there are no locks."""
+    try:
+        with log.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    return False
 
 
 def request(task: Task) -> dict[str, Any]:
@@ -153,12 +193,6 @@ def _differences(run: Run, saved: dict[str, Any]) -> list[str]:
     if wanted == saved:
         return []
     from vit_jax.checkpoints.training import config_differences
+    from vit_jax.train import resumable_changes  # It takes seconds to import.
 
-    return config_differences(saved, wanted, _resumable_changes())
-
-
-@functools.cache
-def _resumable_changes() -> frozenset[str]:
-    from vit_jax.train import RESUMABLE_CHANGES  # It takes seconds to import.
-
-    return frozenset(RESUMABLE_CHANGES)
+    return config_differences(saved, wanted, resumable_changes(wanted) | _HARDWARE)

@@ -7,14 +7,14 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.runner.experiment import Experiment, Measurement, Run
 from experiments.runner.graph import Job
 from experiments.runner.outcomes import TASK_FILE, Outcomes, read
 from experiments.runner.setting import Setting
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, nearest
 from vit_jax.files import atomic_write
 from vit_jax.runner import mean_and_sd
 
@@ -129,17 +129,22 @@ class Reader:
 
     def _value(self, measurement: Measurement, job: Job) -> float:
         metric, metrics = measurement.metric, self._metrics(job)
-        if not isinstance(job, Run):
-            points = {0: metrics[metric]} if metric in metrics else {}
+        if isinstance(job, Run):
+            every = self._points(job)
         else:
-            points = self._points(job).get(metric, {})
-        step = max(points, default=0)
+            every = {name: {0: value} for name, value in metrics.items()}
+        if metric not in every:
+            raise UserError(_no_metric(metric, every.keys() - {"step"}))
+        points = every[metric]
+        step = max(points)
         if measurement.at_best and isinstance(job, Run):
             step = (metrics.get("best") or {}).get("step")
         value = points.get(step)
         if value is None or not math.isfinite(value):
             at = f" at the best step, {step}," if measurement.at_best else ""
-            raise UserError(f"there is no number {metric!r}{at} in {self._outcomes.workdir(job)}")
+            raise UserError(
+                f"failed: there is no number {metric!r}{at} in {self._outcomes.workdir(job)}"
+            )
         return value
 
     @functools.cache  # noqa: B019 - it lives as long as the reader.
@@ -217,6 +222,12 @@ class Reader:
         asked = read(self._outcomes.workdir(job) / TASK_FILE)
         seconds = asked.pop("seconds", None)
         return {"steps": None, "seconds": seconds, "config_sha": _sha(asked)}
+
+
+def _no_metric(metric: str, names: Iterable[str]) -> str:
+    near = nearest(metric, names)
+    hint = f"did you mean {near!r}? " if near else ""
+    return f"failed: has no metric {metric!r}: {hint}it has {', '.join(sorted(names))}"
 
 
 _NO_COSTS: dict[str, Any] = {"steps": None, "seconds": None, "config_sha": None}

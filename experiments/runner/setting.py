@@ -1,6 +1,9 @@
 """The words in which an experiment says what it runs: pre-train this, fine-tune that on it."""
 
 import dataclasses
+import functools
+import hashlib
+import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -9,12 +12,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.runner.experiment import Run
+from experiments.runner.graph import Job
 from experiments.runner.scales import Scale, StandIn, count_steps
 from vit_jax import program, recipes
 from vit_jax.analysis import flops
 from vit_jax.config_rules import parse_duration
 from vit_jax.data.subset import parse_subset
-from vit_jax.errors import UserError
+from vit_jax.data.vtab import PREFIX, TASKS
+from vit_jax.errors import UserError, brief_name, nearest
+from vit_jax.evaluation import fewshot
 from vit_jax.plan.estimate import DATASETS
 
 # Those that a user can name another data set for.
@@ -29,7 +35,13 @@ HELD_OUT = {"imagenet2012": 0.01}
 # Classes and images of a data set that is not in `DATASETS`. Of a task the head is less than a
 # ten-thousandth of the arithmetic, and its durations are in steps.
 UNKNOWN = (1_000, 0)
+# What stands in configs until the user names the folder.
+UNNAMED_OBJECTNET = "objectnet:objectnet"
 
+_TASK_NAMES = (
+    *(task for task in recipes.TABLE_4 if task != "vtab"),
+    *(f"{PREFIX}{task}" for task in TASKS),
+)
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -58,6 +70,8 @@ class Setting:
         data_dir: where TFDS looks; "" is its default.
         images: of the training images of what the user names, as far as he says.
         classes: likewise.
+        hardware: keys of every config that only say how a step is computed, such as
+            {"accumulate_steps": 4}: no name has them, and what is finished stays so.
     """
 
     scale: Scale
@@ -66,6 +80,7 @@ class Setting:
     data_dir: str = ""
     images: Mapping[str, int] = dataclasses.field(default_factory=dict)
     classes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    hardware: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def pretrain(
         self,
@@ -91,7 +106,11 @@ class Setting:
             variant: names `changes` in the run's folder.
             changes: of the config in the paper's sizes, {"model.classifier": "gap"}; a mapping
                 takes the place of a whole section.
+
+        Raises:
+            UserError: the model or the data set is none of the paper's.
         """
+        _check_name("data set to pre-train on", dataset, PRETRAINING)
         config = recipes.get_config(model, f"pretrain,{dataset}")
         if epochs:
             config.duration = f"{epochs} epochs"
@@ -105,7 +124,7 @@ class Setting:
         if subset:
             _take_part(config, subset)
         config.seed = seed
-        name = _join("pretrain", self._title(dataset), model, length, subset, variant)
+        name = _join("pretrain", self._title(dataset), _title(model), length, subset, variant)
         share = float(parse_subset(subset)) if subset else 1.0
         return self._run(f"{name}-seed{seed}", config, model, dataset, changes, share)
 
@@ -119,9 +138,10 @@ class Setting:
         changes: Mapping[str, Any] = _NOTHING,
     ) -> Run:
         """Masked patch prediction (Appendix B.1.2); the arguments are those of `pretrain`."""
+        _check_name("data set to pre-train on", dataset, PRETRAINING)
         config = recipes.get_config(model, f"masked,{dataset}")
         config.seed = seed
-        name = _join("masked", self._title(dataset), model, variant)
+        name = _join("masked", self._title(dataset), _title(model), variant)
         return self._run(f"{name}-seed{seed}", config, model, dataset, changes)
 
     def finetune(
@@ -145,12 +165,16 @@ class Setting:
             large: Table 2's resolution of 512, 518 for H/14, and its Polyak averaging.
             variant: see `pretrain`.
             changes: likewise.
+
+        Raises:
+            UserError: the model or the task is none of the paper's.
         """
+        _check_name("task", task, _TASK_NAMES)
         if isinstance(start, Trained):
             model = start.model
         config = recipes.get_config(model, f"finetune,{task}{',512' if large else ''}")
         config.init_from = ""
-        origin = re.sub("^pretrain-", "", start.name) if start else f"scratch-{_slug(model)}"
+        origin = re.sub("^pretrain-", "", start.name) if start else f"scratch-{_title(model)}"
         name = _join("finetune", self._title(task), "512" if large else "", variant, "of", origin)
         rates = _middle(recipes.finetuning_row(task).base_lrs, self.scale.learning_rates)
         held_out = []
@@ -172,16 +196,15 @@ class Setting:
     @property
     def fewshot_metric(self) -> str:
         """The name of the few-shot accuracy that `pretrain` measures."""
-        name = self._name("imagenet2012")
-        short = name.rpartition("/")[2] if name.startswith("folder:") else name.partition(":")[0]
-        return f"fewshot/{short}/{SHOTS}shot"
+        return f"fewshot/{fewshot.short_name(self._name('imagenet2012'))}/{SHOTS}shot"
 
     def objectnet(self) -> dict[str, Any]:
         """An entry of `config.evals` for ObjectNet, or what stands for it."""
         entry = {"every": "0 steps", "data_dir": self.data_dir, **self.scale.objectnet}
         if entry["type"] == "objectnet":
-            folder = self.datasets.get("objectnet", "objectnet")
-            entry |= {"dataset": f"objectnet:{folder}", "data_dir": ""}
+            folder = self.datasets.get("objectnet")
+            name = f"objectnet:{folder}" if folder else UNNAMED_OBJECTNET
+            entry |= {"dataset": name, "data_dir": ""}
         return entry
 
     def num_images(self, dataset: str) -> int:
@@ -212,16 +235,23 @@ class Setting:
         assert isinstance(run, Trained)
         return self.count(run)[2] / 1e18
 
-    def check(self, runs: Iterable[Run]) -> None:
-        """Checks that the data sets of runs are those that one can have.
+    def check(self, jobs: Iterable[Job]) -> None:
+        """Checks that the data sets of runs and tasks are those that one can have.
 
         Raises:
-            UserError: one is JFT, which is Google's, and the user names none in its place.
+            UserError: one is JFT, which is Google's, and the user names none in its place; or he
+                does not name the folder of ObjectNet.
         """
-        if any(run.config.dataset.name == "jft" for run in runs):
+        jobs = list(jobs)
+        if any(isinstance(job, Run) and job.config.dataset.name == "jft" for job in jobs):
             raise UserError(
                 "data set 'jft' is JFT-300M, which is not public: name another to pre-train on, "
                 "for example --jft imagenet21k or --jft folder:/data/photos"
+            )
+        if "objectnet" not in self.datasets and UNNAMED_OBJECTNET in map(_evaluated_on, jobs):
+            raise UserError(
+                "ObjectNet is a folder that one has to get from its authors: name it, for example "
+                "--objectnet /data/objectnet"
             )
 
     def _run(
@@ -249,6 +279,7 @@ class Setting:
         if stand_in and dataset not in self.datasets:
             config.dataset.subset = _part(stand_in, share)
             config.dataset.subset_seed = stand_in.seed
+        config.update_from_flattened_dict(self.hardware)
         return Trained(name, config, init_from=start, model=model, dataset=dataset)
 
     def _name(self, dataset: str) -> str:
@@ -257,7 +288,14 @@ class Setting:
 
     def _title(self, dataset: str) -> str:
         """The data set in the name of a run: the paper's, and the user's own."""
-        return _join(dataset, _slug(self.datasets.get(dataset, "").rpartition("/")[2]))
+        name = self.datasets.get(dataset, "")
+        if not name.startswith("folder:"):
+            return _join(dataset, name)
+        # Other folders have the same last name.
+        path = str(pathlib.PurePath(name.removeprefix("folder:")))
+        return _join(
+            dataset, fewshot.short_name(name), hashlib.sha256(path.encode()).hexdigest()[:6]
+        )
 
     def _num_classes(self, dataset: str) -> int:
         if dataset in self.datasets:
@@ -266,17 +304,33 @@ class Setting:
 
     def _size(self, dataset: str) -> int:
         """The images of what the user named, by his word or by opening it."""
-        from vit_jax.data import datasets
-
         name = self.datasets[dataset]
         if known := self.images.get(dataset) or DATASETS.get(recipes.table_name(name), UNKNOWN)[1]:
             return known
         try:
-            return datasets.open_dataset(name, data_dir=self.data_dir)[0].num_examples
+            return _count_images(name, self.data_dir)
         except UserError as error:
             raise UserError(
                 f"the images of {name} are not known here ({error}): add --{dataset}_images N"
             ) from error
+
+
+@functools.cache  # A folder of millions takes minutes.
+def _count_images(name: str, data_dir: str) -> int:
+    from vit_jax.data import datasets
+
+    return datasets.open_dataset(name, data_dir=data_dir)[0].num_examples
+
+
+def _check_name(what: str, name: str, valid: Sequence[str]) -> None:
+    if name not in valid:
+        near = nearest(name, valid)
+        hint = f"did you mean {near}?" if near else f"there are {', '.join(valid)}"
+        raise UserError(f"{brief_name(name)} is no {what} of the paper: {hint}")
+
+
+def _evaluated_on(job: Job) -> Any:
+    return None if isinstance(job, Run) else job.arguments.get("dataset")
 
 
 def _middle(rates: Sequence[float], count: int) -> Sequence[float]:
@@ -314,6 +368,11 @@ def _part(stand_in: StandIn, share: float) -> str:
     if stand_in.seed:
         return str(stand_in.images)
     return f"{100 * share * stand_in.images / stand_in.total:.6g}%"
+
+
+def _title(model: str) -> str:
+    """A model in the name of a run; on some disks b is B."""
+    return _slug(model.replace("ViT-b/", "ViT-half-B/"))
 
 
 def _slug(text: str) -> str:

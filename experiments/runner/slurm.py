@@ -22,10 +22,11 @@ _SCRIPT = """\
 #SBATCH --signal=B:TERM@120
 # An element whose node fails or is taken away starts again, and goes on.
 #SBATCH --requeue
-# What one run needs, and how long an element may take: as your cluster has it.
+# What one run needs, and how long an element may take: as your cluster has it. --gpus N is the
+# number of GPUs, all of which work on one run.
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
-#SBATCH --gpus-per-task=1
+#SBATCH --gpus-per-task={gpus}
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
 
@@ -36,7 +37,12 @@ exec {command} --shard "$SLURM_ARRAY_TASK_ID/{shards}"
 
 
 def write(
-    file: pathlib.Path, name: str, command: Sequence[str], shards: int, folder: pathlib.Path
+    file: pathlib.Path,
+    name: str,
+    command: Sequence[str],
+    shards: int,
+    folder: pathlib.Path,
+    gpus: int = 1,
 ) -> None:
     """Writes the script.
 
@@ -46,6 +52,7 @@ def write(
         command: that does all, to which each element adds its `--shard`.
         shards: the number of parts.
         folder: takes what the elements print. It must be there when the script is submitted.
+        gpus: of each element.
 
     Raises:
         UserError: the file cannot be written.
@@ -55,6 +62,7 @@ def write(
         name=name,
         shards=shards,
         last=shards - 1,
+        gpus=gpus,
         logs=folder.absolute(),
         directory=shlex.quote(str(pathlib.Path.cwd())),
         command=shlex.join(command),

@@ -102,6 +102,59 @@ def test_the_last_shard_renders(experiment, monkeypatch, tmp_path, capsys):
     assert not (tmp_path / "smoke" / "table0").exists()
 
 
+def test_a_shard_whose_runs_failed_ends_with_1(experiment, monkeypatch, tmp_path, capsys):
+    outcome = execution.Outcome(["a"], ["b"])
+    monkeypatch.setattr(execution, "execute", lambda *args, **options: outcome)
+    assert main(experiment, tmp_path, "--shard", "0/2") == 1
+    assert "1 failed; 1 are left to others" in capsys.readouterr().out
+
+
+def test_jft_is_asked_for_before_anything_runs(executed, tmp_path):
+    def measure(setting):
+        return [Measurement({"task": "a"}, [setting.pretrain("ViT-B/16", "jft")])]
+
+    experiment = Experiment("table0", "Table 0", measure, rows=("task",))
+    for more in ([], ["--slurm", str(tmp_path / "job.sh")]):
+        with pytest.raises(UserError, match="--jft imagenet21k"):
+            command.main([experiment], PROG, "", ["--scale", "paper", *more])
+    assert executed == [] and not (tmp_path / "job.sh").exists()
+
+
+@pytest.mark.parametrize(
+    ("labels", "changes", "text"),
+    [
+        ([{"tusk": "a"}], {}, "no label 'task', .* did you mean 'tusk'"),
+        ([{"task": "a"}] * 2, {}, "table0: 2 measurements have the labels"),
+        ([{"task": "a"}], {"model.dropout": 0.1}, "dropout"),
+        ([{"task": "a"}], {"model.num_heads": 5}, "num_heads"),
+        ([{"task": "a"}], {"accumulate_steps": 3}, "4096 cannot be divided by 3"),
+    ],
+)
+@pytest.mark.parametrize("flag", ["--dry_run", "--slurm=job.sh"])
+def test_what_could_not_run_is_told_in_a_line(tmp_path, monkeypatch, labels, changes, text, flag):
+    def measure(setting):
+        run = setting.pretrain("ViT-B/16", "imagenet2012", variant="x", changes=changes)
+        return [Measurement(each, [run]) for each in labels]
+
+    experiment = Experiment("table0", "Table 0", measure, rows=("task",))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=text):
+        command.main([experiment], PROG, "", ["--scale", "paper", flag])
+    assert not [*tmp_path.iterdir()]
+
+
+def test_two_runs_of_one_name_are_told_in_a_line(tmp_path):
+    def measure(setting):
+        changes = {"model.classifier": "gap"}
+        runs = [setting.pretrain("ViT-B/16", "imagenet2012", changes=x) for x in ({}, changes)]
+        return [Measurement({"task": str(i)}, [run]) for i, run in enumerate(runs)]
+
+    experiment = Experiment("table0", "Table 0", measure, rows=("task",))
+    for flag in ([], ["--dry_run"], ["--slurm", str(tmp_path / "job.sh")]):
+        with pytest.raises(UserError, match=r"classifier.*a variant"):
+            main(experiment, tmp_path, *flag)
+
+
 def test_dry_run_asks_for_the_cost_and_runs_nothing(
     experiment, executed, monkeypatch, tmp_path, capsys
 ):
@@ -122,17 +175,19 @@ def test_dry_run_asks_for_the_cost_and_runs_nothing(
 def test_slurm_writes_a_script_of_all_parts(experiment, executed, tmp_path):
     script = tmp_path / "job sh"
     flags = ["--slurm", str(script), "--shards", "5", "--seeds=2", "--data_dir", "/a b"]
+    flags += ["--gpus", "8", "--sharding", "fsdp"]
     assert main(experiment, tmp_path, *flags) == 0
     assert executed == []
     subprocess.run(["bash", "-n", script], check=True)
     text = script.read_text()
     assert "#SBATCH --array=0-4\n" in text
+    assert "#SBATCH --gpus-per-task=8\n" in text
     *_, line = text.splitlines()
     echo = line.replace(f"exec {sys.executable}", "printf '%s\\n'")
     printed = subprocess.run(
         ["bash", "-c", echo], env={"SLURM_ARRAY_TASK_ID": "3"}, capture_output=True, text=True
     ).stdout.splitlines()
-    output = ["--output", str(tmp_path), "--seeds=2", "--data_dir", "/a b"]
+    output = ["--output", str(tmp_path), "--seeds=2", "--data_dir", "/a b", "--sharding", "fsdp"]
     wanted = ["-m", "experiments.table0", "--scale", "smoke", *output, "--shard", "3/5"]
     assert printed == wanted
     command.build_parser(PROG, "").parse_args(printed[2:])
@@ -146,6 +201,11 @@ def test_slurm_writes_a_script_of_all_parts(experiment, executed, tmp_path):
         (["--seeds", "0"], "'0' is not a whole number"),
         (["--shards", "3"], "give --slurm FILE"),
         (["--scal", "smoke"], "did you mean --scale"),
+        (["--gpus", "2"], "give --slurm FILE"),
+        (["--slurm", "x", "--dry_run"], "one of them at a time"),
+        (["--remat", "all"], "'?all'? is not one of nothing, dots"),
+        (["--sharding", "model"], "'model' is unknown"),
+        (["--accumulate_steps", "0"], "'0' is not a whole number"),
     ],
 )
 def test_a_wrong_flag_is_one_line(experiment, tmp_path, flags, text):

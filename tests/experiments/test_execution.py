@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ from experiments.runner import execution, graph
 from experiments.runner.experiment import Measurement, Run, Task
 from experiments.runner.outcomes import Outcomes
 from vit_jax.config import complete_evals
+from vit_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -137,9 +139,15 @@ def test_final_runs_take_the_best_rate_of_held_out_runs_and_the_weights_of_pretr
     assert [x["config"]["init_from"] for x in records] == ["", *[weights] * 5]
     # 0.008 and 0.012 are as good: the lower of equals.
     assert [x["config"]["schedule"]["base_lr"] for x in records[-2:]] == [0.008, 0.008]
-    assert "final-1: accuracy 0.8800" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "final-1: eval_accuracy 0.8800" in printed
+    assert printed.startswith("all: 6 runs, 0 finished, 1 at a time\n[1/6] pretrain: eval_acc")
     assert execute(outcomes, *finals) == execution.Outcome([], [])
     assert begun(outcomes) == []
+    execute(outcomes, *finals, *sweep(seeds=3), workers=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:][0] == "all: 7 runs, 6 finished, 2 at a time"
+    assert lines[-1].startswith("[7/7] final-2: ")
 
 
 def test_several_at_once_keep_the_order_of_needs(outcomes, sweep):
@@ -162,6 +170,52 @@ def test_workers_share_the_cores(monkeypatch):
     monkeypatch.setattr(execution, "_has_accelerator", lambda: True)
     assert execution._shares(2) == [[], []]
     assert execution.default_workers() == 1
+
+
+def test_workers_on_an_accelerator_have_gpus_of_their_own(monkeypatch):
+    files = {"nvidia[0-9]*": [pathlib.Path(f"/dev/nvidia{i}") for i in range(5)]}
+    monkeypatch.setattr(execution, "_device_files", lambda *names: sum(map(files.get, names), []))
+    monkeypatch.setattr(execution, "_has_accelerator", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def gpus(workers):
+        return [x.get("CUDA_VISIBLE_DEVICES") for x in execution._environments(workers)]
+
+    assert gpus(1) == [None]
+    assert gpus(2) == ["0,1", "2,3,4"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7, GPU-4f")
+    assert gpus(1) == ["7, GPU-4f"]
+    assert gpus(2) == ["7", "GPU-4f"]
+    with pytest.raises(UserError, match="--jobs 3 need as many GPUs, and there are 2"):
+        gpus(3)
+    files.clear()
+    files["nvidia[0-9]*"] = []
+    with pytest.raises(UserError, match="there are 0"):
+        gpus(2)
+    monkeypatch.setattr(execution, "_has_accelerator", lambda: False)
+    assert len(gpus(9)) == 9
+
+
+@pytest.mark.parametrize(
+    ("files", "packages", "found"),
+    [
+        (["accel*"], ["libtpu"], True),
+        (["vfio/[0-9]*"], ["libtpu"], True),
+        ([], ["libtpu"], False),
+        (["accel*"], [], False),
+        (["nvidia[0-9]*"], ["jax_plugins"], True),
+        (["nvidia[0-9]*"], ["libtpu"], False),
+    ],
+)
+def test_an_accelerator_is_a_device_and_what_drives_it(monkeypatch, files, packages, found):
+    monkeypatch.setattr(execution, "_device_files", lambda *names: [x for x in names if x in files])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name in packages or None)
+    monkeypatch.setattr(
+        "importlib.metadata.entry_points", lambda group: [x for x in packages if x == group]
+    )
+    for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    assert execution._has_accelerator() is found
 
 
 def test_what_shares_its_programs_is_not_compiled_at_the_same_time(outcomes, make):
@@ -251,6 +305,66 @@ def test_a_killed_worker_is_a_failed_run_that_is_tried_again(outcomes, make, cap
     assert names(begun(outcomes)) == ["b"]
 
 
+def test_a_worker_that_ends_before_it_begins_is_a_failed_run(outcomes, make, monkeypatch):
+    monkeypatch.setattr(execution, "WORKER", (sys.executable, "-c", "import sys; sys.exit(3)"))
+    assert execute(outcomes, make("a"), make("b")).failed == ["a", "b"]
+    assert "exit code 3" in outcomes.failure(make("a"))
+
+
+def test_a_run_is_said_to_be_stopped_unless_a_worker_is_at_it(outcomes, make):
+    run = make("a")
+    assert outcomes.problem(run) == "a has not run"
+    outcomes.folder.mkdir()
+    with outcomes.log(run).open("a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        assert outcomes.problem(run) == "a runs"
+    assert outcomes.problem(run) == "a was stopped"
+
+
+def test_what_has_not_begun_again_has_still_failed(outcomes, make):
+    assert execute(outcomes, make("z", 0.5), make("b", 0.5)).failed == ["z", "b"]
+    thread = threading.Thread(target=lambda: interrupt_at(outcomes.folder / "waiting"))
+    thread.start()
+    with pytest.raises(SystemExit):
+        execute(outcomes, make("z", 0.7), make("b", 0.5))
+    thread.join()
+    assert outcomes.problem(make("z")) == "z was stopped"
+    assert outcomes.problem(make("b")) == "b failed: the loss is not finite"
+
+
+def interrupt_at(path):
+    wait_for(path)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_what_failed_before_is_waited_for_as_long_as_another_shard_may_try_it_again(
+    outcomes, make, monkeypatch, capsys
+):
+    outcomes.folder.mkdir()
+    start = make("start")
+    jobs = graph.collect([Measurement({}, [make("final", init_from=start)])])
+    monkeypatch.setattr(execution, "_POLL_SECONDS", 0.0)
+
+    def board():
+        return execution.Board(jobs, ["final"], {"final"}, outcomes)
+
+    outcomes.fail(start, "the node was lost")
+    os.utime(outcomes.error(start), (1e9, 1e9))
+    waiting = board()
+    assert waiting.next_due([]) is None
+    assert waiting.has_work()
+    assert "start, which another shard has to do again within 2 hours" in capsys.readouterr().out
+    outcomes.fail(start, "again")
+    assert waiting.next_due([]) is None
+    assert waiting.failed() == ["start", "final"]
+    os.utime(outcomes.error(start), (1e9, 1e9))
+    late = board()
+    assert late.elsewhere() == []
+    late._begin -= 3 * 3600
+    assert late.next_due([]) is None
+    assert late.failed() == ["start", "final"]
+
+
 def test_a_config_that_cannot_run_fails_before_what_it_needs_runs(outcomes, make):
     start = make("start")
     wrong = make("wrong", init_from=start)
@@ -266,6 +380,36 @@ def test_a_finished_run_of_another_config_is_not_taken_for_this_one(outcomes, ma
     assert execute(outcomes, make("a", seed=4)).failed == ["a"]
     assert "seed: 3" in outcomes.problem(make("a", seed=4))
     assert execute(outcomes, make("a", seed=3, log_every="3 steps")).failed == []
+    assert begun(outcomes) == []
+
+
+def test_what_starts_from_a_run_of_another_config_is_not_finished(outcomes, sweep):
+    def all_of(rate):
+        finals = sweep(pretraining_rate=rate, seeds=1)
+        return [*finals, Task("count", "analysis:count_marks", of=tuple(finals))]
+
+    assert execute(outcomes, *all_of(0.01)).failed == []
+    begun(outcomes)
+    changed = all_of(0.02)
+    assert {"pretrain", "final-0", "count"} <= {*execute(outcomes, *changed).failed}
+    assert begun(outcomes) == []
+    for job in changed:
+        assert "pretrain holds a run of another config" in outcomes.problem(job)
+        assert "schedule.base_lr: 0.01" in outcomes.problem(job)
+    assert execute(outcomes, *all_of(0.01)).failed == []
+
+
+def test_where_data_lies_and_how_a_step_is_divided_make_no_other_run(outcomes, make):
+    execute(outcomes, make("a"))
+    begun(outcomes)
+    moved = {
+        f"{section}.data_dir": "/moved" for section in ("dataset", "evals.val", "evals.fewshot")
+    }
+    same = {"accumulate_steps": 2, "sharding": "fsdp", "model.remat": "everything"}
+    assert execute(outcomes, make("a", **moved, **same)).failed == []
+    assert execute(outcomes, make("a", **{"evals.fewshot.dataset": "cifar10"})).failed == ["a"]
+    problem = outcomes.problem(make("a", **{"evals.fewshot.dataset": "cifar10"}))
+    assert problem.index("--output") < problem.index("change these back") < problem.index("remove")
     assert begun(outcomes) == []
 
 
@@ -356,14 +500,14 @@ def test_parts_are_every_job_once_and_chains_lie_together(sweep):
     assert any(swept <= {*part} for part in many)
 
 
-def test_two_of_one_name_that_differ_are_a_bug(make, sweep):
+def test_two_of_one_name_that_differ_are_told_in_a_line(make, sweep):
     same = [Measurement({}, sweep()), Measurement({}, sweep())]
     assert len(graph.collect(same)) == 6
-    with pytest.raises(AssertionError, match=r"named a: config.seed is 1 or 2"):
+    with pytest.raises(UserError, match=r"named a \(config.seed is 1 or 2\): give .* a variant"):
         graph.collect([Measurement({}, [make("a", seed=1)]), Measurement({}, [make("a", seed=2)])])
-    with pytest.raises(AssertionError, match="needs"):
+    with pytest.raises(UserError, match="needs"):
         graph.collect([Measurement({}, [make("a"), make("a", init_from=make("b"))])])
-    with pytest.raises(AssertionError, match="one is a Run, the other a Task"):
+    with pytest.raises(UserError, match="one is a Run, the other a Task"):
         graph.collect([Measurement({}, [make("a"), Task("a", "x:y")])])
 
 

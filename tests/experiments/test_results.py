@@ -75,7 +75,12 @@ def test_mean_and_sd_are_numpys_over_the_seeds_that_there_are(make, read):
 @pytest.mark.parametrize(
     ("lines", "metric", "text"),
     [
-        ([line(1, 0.5)], "real/accuracy", "no number 'real/accuracy'"),
+        (
+            [line(1, 0.5)],
+            "real/accuracy",
+            "no metric 'real/accuracy': did you mean 'eval_accuracy'?",
+        ),
+        ([line(1, 0.5, loss=1.0)], "fewshot", "no metric 'fewshot': it has eval_accuracy, loss"),
         ([line(1, math.nan)], "eval_accuracy", "no number 'eval_accuracy'"),
         ([line(1, None)], "eval_accuracy", "no number 'eval_accuracy'"),
         ([["not", "a record"]], "eval_accuracy", "cannot be read"),
@@ -85,7 +90,7 @@ def test_a_number_that_is_not_there_is_a_problem_of_its_run(make, read, lines, m
     results = read(Measurement({}, [make("a", *lines)], metric), Measurement({}, [make("b")]))
     assert results.found[0].values == (None,)
     assert len(results.problems) == 2
-    assert results.problems[0].startswith("a: ")
+    assert results.problems[0].startswith("a: failed: " if "no " in text else "a: ")
     assert text in results.problems[0]
 
 

@@ -1,13 +1,18 @@
+import dataclasses
 import json
 import re
+import types
 
 import pytest
 from flax.traverse_util import flatten_dict
 
+from experiments import objectnet
 from experiments.runner.scales import MINI, PAPER, SCALES, SMOKE
 from experiments.runner.setting import Setting
+from experiments.transfer import score
 from vit_jax import recipes, train
 from vit_jax.config import check_config, to_dict
+from vit_jax.data import datasets
 from vit_jax.data.vtab import TASKS
 from vit_jax.errors import UserError
 
@@ -26,6 +31,7 @@ def all_runs(setting):
     runs = [
         *starts,
         setting.pretrain("ViT-L/16", "jft", epochs=7),
+        *(setting.pretrain(f"ViT-{x}/32", "jft", subset="3%") for x in "bB"),
         setting.pretrain("ViT-L/16", "jft", epochs=14),
         setting.pretrain("ViT-B/16", "jft", seed=1),
         *(setting.pretrain("ViT-B/16", "jft", subset=x) for x in ("3%", "30%", "100%")),
@@ -93,7 +99,7 @@ def test_a_name_is_of_one_run_and_can_be_a_folder(scale):
         what = (run.config.to_json(), run.init_from and run.init_from.name)
         assert configs.setdefault(run.name, what) == what
         check_config(run.config)
-    assert len({*configs.values()}) == len(configs) > 60
+    assert len({*configs.values()}) == len({name.lower() for name in configs}) > 60
 
 
 def test_the_tasks_of_vtab_are_different_images_at_the_small_scales():
@@ -143,11 +149,20 @@ def test_a_data_set_of_the_users_is_trained_on_by_the_row_of_the_papers():
     run = setting.pretrain("ViT-B/16", "jft")
     assert run.config.dataset.name == named["jft"]
     assert (run.config.loss, run.config.schedule.base_lr) == ("sigmoid", 8e-4)
-    assert "my-photos" in run.name
+    assert re.search("-my-photos-[0-9a-f]{6}-", run.name)
     assert setting.fewshot_metric == "fewshot/birds/5shot"
     assert setting.count(run)[0] == round(7 * 1_000_000 / 4096)
     assert "real" not in setting.finetune(run, "imagenet2012")[0].config.evals
     setting.check([run])
+
+
+def test_real_is_asked_of_imagenet_alone():
+    def sources(**datasets):
+        setting = Setting(PAPER, 2, datasets)
+        return score(setting, setting.pretrain("ViT-B/16", "jft"), "real")["sources"]
+
+    assert len(sources(jft="folder:/x")) == 2
+    assert len(sources(imagenet2012="folder:/x")) == 0
 
 
 def test_jft_must_be_named():
@@ -155,6 +170,69 @@ def test_jft_must_be_named():
     with pytest.raises(UserError, match="--jft"):
         setting.check([setting.pretrain("ViT-B/16", "jft")])
     Setting(SMOKE, 1).check([Setting(SMOKE, 1).pretrain("ViT-B/16", "jft")])
+
+
+@pytest.mark.parametrize("scale", [PAPER, SMOKE])
+def test_objectnet_must_be_named_where_it_is_no_other_images(scale):
+    named = Setting(scale, 1, {"jft": "digits", "objectnet": "/on"})
+    unnamed = dataclasses.replace(named, datasets={"jft": "digits"})
+    named.check(source for x in objectnet.measure(named) for source in x.sources)
+    sources = [source for x in objectnet.measure(unnamed) for source in x.sources]
+    if scale is SMOKE:
+        unnamed.check(sources)
+        return
+    with pytest.raises(UserError, match="--objectnet /data/objectnet"):
+        unnamed.check(sources)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda x: x.pretrain("ViT-B/16", "jtf"), "jtf is no data set .*: did you mean jft"),
+        (lambda x: x.masked("ViT-B/16", "cifar10"), "there are jft, imagenet21k, imagenet2012"),
+        (lambda x: x.finetune(None, "cifar", model="ViT-B/16"), "did you mean cifar10"),
+        (lambda x: x.finetune(None, "vtab:svnh", model="ViT-B/16"), "did you mean vtab:svhn"),
+    ],
+)
+def test_a_data_set_that_the_paper_has_not_is_told_in_a_line(make, text):
+    with pytest.raises(UserError, match=text):
+        make(Setting(SMOKE, 1))
+
+
+def test_folders_of_one_last_name_are_different_runs():
+    folders = ("folder:/a/birds", "folder:/a/birds/", "folder:/b/birds")
+    settings = [Setting(PAPER, 1, {"imagenet2012": folder}) for folder in folders]
+    names = [setting.pretrain("ViT-B/16", "imagenet2012").name for setting in settings]
+    assert names[0] == names[1] != names[2]
+    for setting in settings:
+        assert setting.fewshot_metric == "fewshot/birds/5shot"
+
+
+def test_a_folder_is_opened_once_to_count_its_images(monkeypatch):
+    opened = []
+
+    def open_dataset(name, *, data_dir):
+        opened.append((name, data_dir))
+        return types.SimpleNamespace(num_examples=7), None
+
+    monkeypatch.setattr(datasets, "open_dataset", open_dataset)
+    found = [
+        Setting(PAPER, seeds, {"jft": "folder:/counted"}, data_dir="/d").num_images("jft")
+        for seeds in (1, 2, 3)
+    ]
+    assert found == [7, 7, 7]
+    assert opened == [("folder:/counted", "/d")]
+
+
+def test_how_a_step_is_computed_is_in_every_config_and_in_no_name():
+    hardware = {"accumulate_steps": 4, "sharding": "fsdp", "model.remat": "everything"}
+    for scale in SCALES.values():
+        plain, other = all_runs(Setting(scale, 1)), all_runs(Setting(scale, 1, hardware=hardware))
+        assert [run.name for run in plain] == [run.name for run in other]
+        for before, run in zip(plain, other, strict=True):
+            changed = differences(before.config, run.config)
+            assert {"accumulate_steps", "sharding"} <= changed <= hardware.keys()
+            assert run.config.model.remat == "everything"
 
 
 def test_images_that_nobody_counted_are_asked_for():
