@@ -130,7 +130,15 @@ class Outcomes:
             config.init_from = self._weights(run, run.init_from)
         if run.rates:
             config.schedule.base_lr = self._best_rate(run)
+        self._keep_division(run, config)
         return config
+
+    def _keep_division(self, run: Run, config: "ConfigDict") -> None:
+        """Has what goes on divide its batches as before: it came to a checkpoint, so it fits."""
+        folder = self.workdir(run)
+        if any(path.name.isdigit() for path in folder.glob("checkpoints/*")):
+            with contextlib.suppress(UserError, KeyError):
+                config.accumulate_steps = read(folder / "config.json")["accumulate_steps"]
 
     def _weights(self, run: Run, init_from: Run) -> str:
         # A folder that has been moved with all its runs goes on: they are found by their names.

@@ -413,6 +413,16 @@ def test_where_data_lies_and_how_a_step_is_divided_make_no_other_run(outcomes, m
     assert begun(outcomes) == []
 
 
+def test_what_goes_on_divides_its_batches_as_before(outcomes, make):
+    before, now = make("a"), make("a", accumulate_steps=4)
+    folder = outcomes.workdir(before)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(before.config.to_json())
+    assert outcomes.complete(now).accumulate_steps == 4
+    (folder / "checkpoints" / "100").mkdir(parents=True)
+    assert outcomes.complete(now).accumulate_steps == 1
+
+
 def test_a_task_computes_on_finished_runs_and_again_if_it_is_another(outcomes, make):
     of = (make("a"), make("b"))
 
