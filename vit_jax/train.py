@@ -113,7 +113,7 @@ def run_checked(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str
 
 
 def resumable_changes(config: dict[str, Any]) -> set[str]:
-    """What a run may differ in from an earlier part of itself, as dotted names with all below them.
+    """The keys in which a run may differ from an earlier part of itself, with all below them.
 
     It alters neither a parameter nor what is measured.
 
