@@ -315,7 +315,8 @@ def _execute(
     title: str,
 ) -> "Outcome":
     """Runs what is due."""
-    from experiments.runner.execution import default_workers, execute
+    from experiments.runner.execution import execute
+    from experiments.runner.placement import default_workers
 
     return execute(
         [x for found in measurements.values() for x in found],

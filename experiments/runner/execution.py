@@ -5,12 +5,7 @@ named in a line; what needs it has failed as well, and the others go on.
 """
 
 import dataclasses
-import importlib.metadata
-import importlib.util
-import itertools
 import json
-import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -19,8 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from multiprocessing.connection import wait
 from typing import Any
 
-import experiments
-from experiments.runner import graph
+from experiments.runner import graph, placement
 from experiments.runner.checks import check_run
 from experiments.runner.experiment import Measurement, Run, Task
 from experiments.runner.graph import Job
@@ -40,8 +34,6 @@ _LONG_SECONDS = 20.0
 _POLL_SECONDS = 2.0
 # How long another shard has to try again what failed before this command began.
 _RETRY_HOURS = 2.0
-# Of a machine of many cores: each takes memory for the libraries alone.
-_MOST_WORKERS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +76,7 @@ def execute(
         SystemExit: 143 after SIGTERM, when the present runs have saved their state.
         Stopped: after SIGINT, likewise.
     """
-    environments = _environments(workers)
+    environments = placement.environments(workers)
     make_folder(outcomes.folder)
     jobs = graph.collect(measurements)
     mine = set(graph.part(jobs, *shard))
@@ -92,7 +84,7 @@ def execute(
     board = Board(jobs, sources, mine, outcomes)
     say(f"{title}: {board.counts()}, {workers} at a time")
     board.check()
-    places = zip(_shares(workers), environments, strict=True)
+    places = zip(placement.shares(workers), environments, strict=True)
     pool = [Slot(*place, runs_per_process) for place in places]
     with catching(signal.SIGINT, signal.SIGTERM) as signals, signals.held():
         try:
@@ -432,74 +424,3 @@ def _message(job: Job, outcomes: Outcomes) -> dict[str, Any]:
         return where | {"config": to_dict(outcomes.complete(job))}
     runs = [str(outcomes.workdir(run).absolute()) for run in job.of]
     return where | request(job) | {"runs": runs}
-
-
-def default_workers() -> int:
-    """How many workers run at once unless it is said: one on an accelerator, else one a core."""
-    return 1 if _has_accelerator() else min(len(_cores()), _MOST_WORKERS)
-
-
-def _cores() -> list[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
-def _shares(workers: int) -> list[list[int]]:
-    """The cores of each of some workers, so that they do not keep each other waiting.
-
-    Two workers of a core each took 6.4 s of CPU for a run of the smoke scale, with all cores 7.5 s.
-    """
-    cores = _cores()
-    if workers == 1 or workers > len(cores) or _has_accelerator():
-        return [[] for _ in range(workers)]
-    return _divided(cores, workers)
-
-
-def _divided(items: Sequence[Any], parts: int) -> list[list[Any]]:
-    bounds = [len(items) * index // parts for index in range(parts + 1)]
-    return [list(items[a:b]) for a, b in itertools.pairwise(bounds)]
-
-
-def _has_accelerator() -> bool:
-    """Tells whether JAX will find one; to ask JAX would take the accelerator from the workers."""
-    platforms = os.environ.get("JAX_PLATFORMS", "")
-    if platforms:
-        return platforms.split(",")[0] != "cpu"
-    if importlib.util.find_spec("libtpu") and _device_files("accel*", "vfio/[0-9]*"):
-        return True
-    plugins = importlib.metadata.entry_points(group="jax_plugins")
-    return bool(plugins) and bool(_gpus() or _device_files("accel[0-9]*", "vfio/[0-9]*", "kfd"))
-
-
-def _device_files(*patterns: str) -> list[pathlib.Path]:
-    return [path for pattern in patterns for path in pathlib.Path("/dev").glob(pattern)]
-
-
-def _gpus() -> list[str]:
-    """NVIDIA's GPUs that may be used, as CUDA_VISIBLE_DEVICES names them."""
-    files = _device_files("nvidia[0-9]*")
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is None or not files:
-        return [str(index) for index in range(len(files))]
-    return [name for word in given.split(",") if (name := word.strip()) not in ("", "-1")]
-
-
-def _environments(workers: int) -> list[dict[str, str]]:
-    """The variables of each of some workers: several on one accelerator have GPUs of their own.
-
-    Raises:
-        UserError: there are less GPUs than workers.
-    """
-    root = str(pathlib.Path(experiments.__file__).parents[1])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path}
-    if workers == 1 or not _has_accelerator():
-        return [environment] * workers
-    gpus = _gpus()
-    if len(gpus) < workers:
-        raise UserError(
-            f"--jobs {workers} need as many GPUs, and there are {len(gpus)}: two runs cannot share "
-            "an accelerator; leave --jobs out, or name more GPUs in CUDA_VISIBLE_DEVICES"
-        )
-    return [environment | {"CUDA_VISIBLE_DEVICES": ",".join(x)} for x in _divided(gpus, workers)]
