@@ -1,11 +1,11 @@
 """What the tables share: names of data sets and tasks, how each is scored, means, and the cost."""
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from experiments.runner.experiment import Run, Task
+from experiments.runner.outcomes import read
 from vit_jax.data.vtab import PREFIX, TASKS
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _means(setting: "Setting", start: Run, name: str, tasks: Sequence[str]) -> l
 def mean_accuracy(workdir: pathlib.Path, runs: Sequence[pathlib.Path]) -> dict[str, float]:
     """The mean of the accuracies of runs, each that of its last evaluation."""
     del workdir
-    found = [_read(run / "metrics.json")["accuracy"] for run in runs]
+    found = [read(run / "metrics.json")["accuracy"] for run in runs]
     return {"accuracy": sum(found) / len(found)}
 
 
@@ -88,8 +88,4 @@ def given(
 def base_lr(workdir: pathlib.Path, runs: Sequence[pathlib.Path]) -> dict[str, float]:
     """The base learning rate of the first of the runs."""
     del workdir
-    return {"base_lr": _read(runs[0] / "config.json")["schedule"]["base_lr"]}
-
-
-def _read(path: pathlib.Path) -> Any:
-    return json.loads(path.read_text())
+    return {"base_lr": read(runs[0] / "config.json")["schedule"]["base_lr"]}

@@ -117,7 +117,7 @@ def sweep(
     if len(rates) > 1:
         names = {rate: f"held-out-lr{rate:g}" for rate in rates}
         runs = [
-            runner.Run(name, _variant(config, rate, config.seed, development=True))
+            runner.Run(name, variant(config, rate, config.seed, development=True))
             for rate, name in names.items()
         ]
         metrics = runner.run_all(runs, workdir)
@@ -146,7 +146,7 @@ def _final(
         seed: f"final-lr{rate:g}-seed{seed}" for seed in range(config.seed, config.seed + num_seeds)
     }
     runs = [
-        runner.Run(name, _variant(config, rate, seed, development=False))
+        runner.Run(name, variant(config, rate, seed, development=False))
         for seed, name in names.items()
     ]
     metrics = runner.run_all(runs, workdir)
@@ -159,7 +159,15 @@ def _final(
     return {"final": final, "mean": mean, "sd": sd, "examples": examples}
 
 
-def _variant(config: "ConfigDict", rate: float, seed: int, *, development: bool) -> "ConfigDict":
+def variant(config: "ConfigDict", rate: float, seed: int, *, development: bool) -> "ConfigDict":
+    """The config of a run of a sweep, held out or final.
+
+    Args:
+        config: of the final run.
+        rate: its base learning rate.
+        seed: of the run.
+        development: whether it is evaluated on a held-out part of train.
+    """
     config = config.copy_and_resolve_references()
     config.schedule.base_lr = rate
     config.seed = seed

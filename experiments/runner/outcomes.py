@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # What a task was asked for, beside its metrics.json.
 TASK_FILE = "task.json"
+# Runs note "device_days".
+SECONDS_A_DAY = 24 * 60 * 60
 # What of a finished run may be otherwise besides: the update is that of the whole batch.
 _HARDWARE = {"accumulate_steps"}
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import vit_jax
 from experiments.runner import graph, notes, tables
-from experiments.runner.outcomes import TASK_FILE
+from experiments.runner.outcomes import SECONDS_A_DAY, TASK_FILE
 from vit_jax.files import atomic_write
 from vit_jax.printable import printable
 
@@ -42,7 +42,6 @@ _FILES = {
 _MOST_OPEN = 8
 _CSV, _RECORDS = "table.csv", "results.jsonl"
 _PREVIEWED = 6  # Lines of a table on a card.
-_SECONDS_A_DAY = 24 * 60 * 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +276,7 @@ def _cost(workdir: pathlib.Path) -> Cost:
             return Cost(jobs=1, seconds=task["seconds"])
         lines = (workdir / "metrics.jsonl").read_text().splitlines()
         last = next(x for x in map(json.loads, reversed(lines)) if "device_days" in x)
-        return Cost(1, last["step"], _SECONDS_A_DAY * last["device_days"], last["exaflops"])
+        return Cost(1, last["step"], SECONDS_A_DAY * last["device_days"], last["exaflops"])
     return Cost(jobs=1)
 
 

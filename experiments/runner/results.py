@@ -12,13 +12,11 @@ from typing import Any
 
 from experiments.runner.experiment import Experiment, Measurement, Run
 from experiments.runner.graph import Job
-from experiments.runner.outcomes import TASK_FILE, Outcomes, read
+from experiments.runner.outcomes import SECONDS_A_DAY, TASK_FILE, Outcomes, read
 from experiments.runner.setting import Setting
 from vit_jax.errors import UserError, nearest
 from vit_jax.files import atomic_write
 from vit_jax.runner import mean_and_sd
-
-_SECONDS_A_DAY = 24 * 60 * 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +212,7 @@ class Reader:
         config["init_from"] = pathlib.PurePath(config.get("init_from") or "").name
         return {
             "steps": max(days, default=None),
-            "seconds": _SECONDS_A_DAY * days[max(days)] if days else None,
+            "seconds": SECONDS_A_DAY * days[max(days)] if days else None,
             "config_sha": _sha(config),
         }
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from experiments.runner.experiment import Run
 from experiments.runner.graph import Job
 from experiments.runner.scales import Scale, StandIn, count_steps
-from vit_jax import program, recipes
+from vit_jax import program, recipes, sweep
 from vit_jax.analysis import flops
 from vit_jax.config_rules import parse_duration
 from vit_jax.data.subset import parse_subset
@@ -179,16 +179,15 @@ class Setting:
         rates = _middle(recipes.finetuning_row(task).base_lrs, self.scale.learning_rates)
         held_out = []
         for rate in rates if len(rates) > 1 else ():
-            run = self._run(
-                name, _at(config, rate, development=True), model, task, changes, start=start
-            )
+            tried = sweep.variant(config, rate, 0, development=True)
+            run = self._run(name, tried, model, task, changes, start=start)
             name_of_rate = f"{name}-held-out-lr{run.config.schedule.base_lr:g}"
             held_out.append(dataclasses.replace(run, name=name_of_rate))
         if task == "imagenet2012" and task not in self.datasets:
             config.evals.real = {"every": "0 steps", "data_dir": self.data_dir, **self.scale.real}
         runs = []
         for seed in range(self.seeds):
-            final = _at(config, rates[0], seed=seed)
+            final = sweep.variant(config, rates[0], seed, development=False)
             run = self._run(f"{name}-seed{seed}", final, model, task, changes, start=start)
             runs.append(dataclasses.replace(run, rates=tuple(held_out)))
         return tuple(runs)
@@ -336,14 +335,6 @@ def _evaluated_on(job: Job) -> Any:
 def _middle(rates: Sequence[float], count: int) -> Sequence[float]:
     skipped = max(len(rates) - count, 0) // 2
     return rates[skipped : skipped + count]
-
-
-def _at(config: ConfigDict, rate: float, *, seed: int = 0, development: bool = False) -> ConfigDict:
-    config = config.copy_and_resolve_references()
-    config.schedule.base_lr = rate
-    config.seed = seed
-    config.dataset.development = development
-    return config
 
 
 def _take_part(config: ConfigDict, subset: str) -> None:
