@@ -22,7 +22,6 @@ SGD = {
         "decay": "all",
         "mu_dtype": "float32",
         "clip_norm": 0.0,
-        "lr_multipliers": "",
     },
     "schedule.base_lr": 0.03 * 4096 / 256,
     "schedule.warmup": "5000 steps",

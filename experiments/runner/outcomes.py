@@ -192,10 +192,17 @@ def read(path: pathlib.Path) -> dict[str, Any]:
 
 def _differences(run: Run, saved: dict[str, Any]) -> list[str]:
     """Where the config of a finished run is another, but for what other runs decide."""
-    from vit_jax.config import complete_evals, migrate, take_from_weights, to_dict
+    from vit_jax.config import (
+        complete_evals,
+        complete_sections,
+        migrate,
+        take_from_weights,
+        to_dict,
+    )
 
     saved = migrate(saved)
-    wanted = to_dict(take_from_weights(complete_evals(run.config), saved.get("model", {})))
+    config = complete_evals(complete_sections(run.config))
+    wanted = to_dict(take_from_weights(config, saved.get("model", {})))
     if run.init_from is not None:
         wanted["init_from"] = saved.get("init_from")
     if run.rates:

@@ -355,6 +355,13 @@ def test_where_data_lies_and_how_a_step_is_divided_make_no_other_run(outcomes, m
     assert begun(outcomes) == []
 
 
+def test_a_section_that_an_experiment_replaces_may_lack_what_has_a_default(outcomes, make):
+    run = make("a")
+    del run.config.optimizer["lr_multipliers"]
+    execute(outcomes, run)
+    assert outcomes.is_finished(run) and outcomes.is_finished(make("a"))
+
+
 def test_what_goes_on_divides_its_batches_as_before(outcomes, make):
     before, now = make("a"), make("a", accumulate_steps=4)
     folder = outcomes.workdir(before)
