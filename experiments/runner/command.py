@@ -1,6 +1,7 @@
 """The command of an experiment: `python -m experiments.table5 --scale smoke`."""
 
 import argparse
+import dataclasses
 import functools
 import pathlib
 import re
@@ -75,6 +76,14 @@ def build_parser(prog: str, title: str) -> command.Parser:
     )
     parser.add_argument(
         "--render", action="store_true", help="make tables and pages of what has run, run nothing"
+    )
+    parser.add_argument(
+        "--only",
+        type=_labels,
+        action="append",
+        default=[],
+        metavar="LABEL=VALUE,...",
+        help="a part of the numbers, by labels of the table: model=ViT-B/32,R50x1",
     )
     _add_execution_flags(parser.add_argument_group("how it runs"))
     _add_data_flags(parser.add_argument_group("data sets, in place of the scale's"))
@@ -158,6 +167,13 @@ def _shard(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def _labels(text: str) -> tuple[str, tuple[str, ...]]:
+    label, _, values = text.partition("=")
+    if not label or not all(found := tuple(values.split(","))):
+        raise argparse.ArgumentTypeError(f"{text!r} is not LABEL=VALUE,..., as model=ViT-B/32")
+    return label, found
+
+
 def main(
     experiments: Sequence[Experiment], prog: str, title: str, argv: Sequence[str] | None = None
 ) -> int:
@@ -171,6 +187,8 @@ def main(
 
     setting = _setting(args)
     measurements = _measure(experiments, setting)
+    if args.only:
+        experiments, measurements = _choose(experiments, measurements, args.only)
     folder = args.output / setting.scale.name
     if args.dry_run:
         from experiments.runner import checks, cost
@@ -219,6 +237,38 @@ def _measure(
         measurements[experiment.name] = list(experiment.measure(setting))
         check_labels(experiment, measurements[experiment.name])
     return measurements
+
+
+def _choose(
+    experiments: Sequence[Experiment],
+    measurements: Mapping[str, Sequence[Measurement]],
+    only: Sequence[tuple[str, Sequence[str]]],
+) -> tuple[list[Experiment], dict[str, Sequence[Measurement]]]:
+    """The measurements that have a value of each label, and the experiments that have such.
+
+    Raises:
+        UserError: no measurement has a label or a value.
+    """
+    every = [x.labels for found in measurements.values() for x in found]
+    for label, values in only:
+        known = list(dict.fromkeys(x[label] for x in every if label in x))
+        if unknown := [value for value in values if value not in known]:
+            labels = ", ".join(dict.fromkeys(name for x in every for name in x))
+            hint = f"use {', '.join(known)}" if known else f"labels are {labels}"
+            raise UserError(f"--only {label}={brief_name(unknown[0])} is of no number: {hint}")
+    chosen = {
+        name: [x for x in found if all(x.labels.get(key) in values for key, values in only)]
+        for name, found in measurements.items()
+    }
+    said = " and ".join(f"{label} {', '.join(values)}" for label, values in only)
+    kept = [
+        dataclasses.replace(x, about=f"{x.about} Only {said}.".strip())
+        for x in experiments
+        if chosen[x.name]
+    ]
+    if not kept:
+        raise UserError(f"--only {said}: no number has all of these, leave one out")
+    return kept, {x.name: chosen[x.name] for x in kept}
 
 
 def _jobs(measurements: Mapping[str, Sequence[Measurement]]) -> "dict[str, Job]":

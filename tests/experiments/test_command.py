@@ -83,6 +83,14 @@ def test_render_runs_nothing(experiment, executed, tmp_path):
     assert "not run" in (tmp_path / "smoke" / "table0" / "table.md").read_text()
 
 
+def test_only_a_part_is_run_and_the_page_says_so(experiment, executed, tmp_path):
+    assert main(experiment, tmp_path, "--only", "task=a") == 0
+    assert executed[0]["jobs"] == ["a"]
+    assert "Only task a." in (tmp_path / "smoke" / "table0.html").read_text()
+    main(experiment, tmp_path, "--only", "task=a,b")
+    assert executed[1]["jobs"] == ["a", "b"]
+
+
 @pytest.mark.usefixtures("executed")
 def test_a_picture_that_cannot_be_drawn_costs_no_page(experiment, tmp_path, capsys):
     def draw(results):
@@ -205,6 +213,10 @@ def test_slurm_writes_a_script_of_all_parts(experiment, executed, tmp_path):
         (["--slurm", "x", "--dry_run"], "one of them at a time"),
         (["--remat", "all"], "'?all'? is not one of nothing, dots"),
         (["--sharding", "model"], "'model' is unknown"),
+        (["--only", "task"], "'task' is not LABEL=VALUE"),
+        (["--only", "task=c"], "task=c is of no number: use a, b"),
+        (["--only", "model=a"], "model=a is of no number: labels are task"),
+        (["--only", "task=a", "--only", "task=b"], "no number has all of these"),
         (["--accumulate_steps", "0"], "'0' is not a whole number"),
     ],
 )
