@@ -1,7 +1,6 @@
 """The command of an experiment: `python -m experiments.table5 --scale smoke`."""
 
 import argparse
-import dataclasses
 import functools
 import pathlib
 import re
@@ -187,8 +186,9 @@ def main(
 
     setting = _setting(args)
     measurements = _measure(experiments, setting)
-    if args.only:
-        experiments, measurements = _choose(experiments, measurements, args.only)
+    if setting.only:
+        measurements = _choose(measurements, setting.only)
+        experiments = [x for x in experiments if x.name in measurements]
     folder = args.output / setting.scale.name
     if args.dry_run:
         from experiments.runner import checks, cost
@@ -240,35 +240,27 @@ def _measure(
 
 
 def _choose(
-    experiments: Sequence[Experiment],
-    measurements: Mapping[str, Sequence[Measurement]],
-    only: Sequence[tuple[str, Sequence[str]]],
-) -> tuple[list[Experiment], dict[str, Sequence[Measurement]]]:
-    """The measurements that have a value of each label, and the experiments that have such.
+    measurements: Mapping[str, Sequence[Measurement]], only: Mapping[str, Sequence[str]]
+) -> dict[str, Sequence[Measurement]]:
+    """The measurements that have one of the values of each label, of experiments that have such.
 
     Raises:
         UserError: no measurement has a label or a value.
     """
     every = [x.labels for found in measurements.values() for x in found]
-    for label, values in only:
+    for label, values in only.items():
         known = list(dict.fromkeys(x[label] for x in every if label in x))
         if unknown := [value for value in values if value not in known]:
             labels = ", ".join(dict.fromkeys(name for x in every for name in x))
             hint = f"use {', '.join(known)}" if known else f"labels are {labels}"
             raise UserError(f"--only {label}={brief_name(unknown[0])} is of no number: {hint}")
     chosen = {
-        name: [x for x in found if all(x.labels.get(key) in values for key, values in only)]
+        name: [x for x in found if all(x.labels.get(key) in only[key] for key in only)]
         for name, found in measurements.items()
     }
-    said = " and ".join(f"{label} {', '.join(values)}" for label, values in only)
-    kept = [
-        dataclasses.replace(x, about=f"{x.about} Only {said}.".strip())
-        for x in experiments
-        if chosen[x.name]
-    ]
-    if not kept:
-        raise UserError(f"--only {said}: no number has all of these, leave one out")
-    return kept, {x.name: chosen[x.name] for x in kept}
+    if not any(chosen.values()):
+        raise UserError(f"--only {' and '.join(only)}: no number has all of them, leave one out")
+    return {name: found for name, found in chosen.items() if found}
 
 
 def _jobs(measurements: Mapping[str, Sequence[Measurement]]) -> "dict[str, Job]":
@@ -301,6 +293,7 @@ def _setting(args: argparse.Namespace) -> "Setting":
         images=given("_images"),
         classes=given("_classes"),
         hardware=_hardware(args),
+        only=dict(args.only),
     )
 
 

@@ -234,6 +234,8 @@ def _command(results: "Results") -> str:
         words += ["--seeds", str(setting.seeds)]
     for name, value in _flags(setting).items():
         words += [f"--{name}", value]
+    for label, values in setting.only.items():
+        words += ["--only", f"{label}={','.join(values)}"]
     return shlex.join(words)
 
 

@@ -72,6 +72,7 @@ class Setting:
         classes: likewise.
         hardware: keys of every config that only say how a step is computed, such as
             {"accumulate_steps": 4}: no name has them, and what is finished stays so.
+        only: the values of labels that are asked for, {"model": ("ViT-B/32",)}; {} asks for all.
     """
 
     scale: Scale
@@ -81,6 +82,7 @@ class Setting:
     images: Mapping[str, int] = dataclasses.field(default_factory=dict)
     classes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     hardware: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    only: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def pretrain(
         self,

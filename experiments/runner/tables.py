@@ -3,6 +3,7 @@
 import csv as csv_module
 import dataclasses
 import io
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from experiments.runner import notes
@@ -132,10 +133,16 @@ def caption(results: "Results") -> list[str]:
     """Sentences that say what the numbers are, and what cannot be compared with the paper's."""
     return [
         _what(results),
+        *_part(results.setting.only),
         *notes.about_accuracies(results),
         results.setting.scale.summary,
         *notes.about_data((x.measurement for x in results.found), results.setting),
     ]
+
+
+def _part(only: Mapping[str, Sequence[str]]) -> list[str]:
+    chosen = " and ".join(f"{label} {', '.join(values)}" for label, values in only.items())
+    return [f"A part of the experiment: only {chosen}."] if only else []
 
 
 def _what(results: "Results") -> str:

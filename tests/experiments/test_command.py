@@ -86,9 +86,19 @@ def test_render_runs_nothing(experiment, executed, tmp_path):
 def test_only_a_part_is_run_and_the_page_says_so(experiment, executed, tmp_path):
     assert main(experiment, tmp_path, "--only", "task=a") == 0
     assert executed[0]["jobs"] == ["a"]
-    assert "Only task a." in (tmp_path / "smoke" / "table0.html").read_text()
+    page = (tmp_path / "smoke" / "table0.html").read_text()
+    assert "only task a." in page and "--only task=a<" in page
     main(experiment, tmp_path, "--only", "task=a,b")
     assert executed[1]["jobs"] == ["a", "b"]
+
+
+def test_a_part_has_one_of_the_values_of_every_label():
+    labels = [{"model": "B", "task": "x"}, {"model": "L", "task": "y"}, {"model": "H"}]
+    found = {"table0": [Measurement(each, []) for each in labels], "figure0": []}
+    chosen = command._choose(found, {"model": ("B", "H")})
+    assert [x.labels["model"] for x in chosen["table0"]] == ["B", "H"] and len(chosen) == 1
+    with pytest.raises(UserError, match="--only model and task: no number has all of them"):
+        command._choose(found, {"model": ("B",), "task": ("y",)})
 
 
 @pytest.mark.usefixtures("executed")
@@ -216,7 +226,6 @@ def test_slurm_writes_a_script_of_all_parts(experiment, executed, tmp_path):
         (["--only", "task"], "'task' is not LABEL=VALUE"),
         (["--only", "task=c"], "task=c is of no number: use a, b"),
         (["--only", "model=a"], "model=a is of no number: labels are task"),
-        (["--only", "task=a", "--only", "task=b"], "no number has all of these"),
         (["--accumulate_steps", "0"], "'0' is not a whole number"),
     ],
 )
