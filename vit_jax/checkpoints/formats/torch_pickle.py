@@ -46,8 +46,8 @@ _GLOBALS = {
 }
 
 # Where training scripts put the state dict into their checkpoint; the average goes first, as in
-# timm, for it is what such runs evaluate.
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict")
+# timm, for it is what such runs evaluate. DINO's teacher is the average of its student.
+_WRAPPERS = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model", "model_state_dict")
 
 
 def is_torch_archive(path: Path) -> bool:
