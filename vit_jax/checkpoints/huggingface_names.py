@@ -43,6 +43,16 @@ _RENAMED = {
 }
 _RENAMED["dinov2_with_registers"] = _RENAMED["dinov2"]
 TYPES = tuple(_RENAMED)
+# By the parts that the paper's model does not have.
+_PARTS = {
+    (): "vit",
+    ("a distillation token",): "deit",
+    ("LayerScale",): "dinov2",
+    ("LayerScale", "SwiGLU"): "dinov2",
+    ("LayerScale", "registers"): "dinov2_with_registers",
+    ("LayerScale", "registers", "SwiGLU"): "dinov2_with_registers",
+    ("attention pooling",): "siglip_vision_model",
+}
 _ROOT = re.compile(r"(?:vit|deit|dinov2|dinov2_with_registers)\.")
 _PATCHES = ("embeddings.patch_embeddings.projection.weight", "embeddings.patch_embedding.weight")
 
@@ -75,24 +85,19 @@ def model_type(model: Mapping[str, Any]) -> str:
         UserError: there is none.
     """
     parts = {
-        "deit": model.get("distillation_token"),
-        "dinov2": model.get("layer_scale"),
-        "siglip_vision_model": model.get("classifier") == "map",
-    }
-    found = [name for name, is_there in parts.items() if is_there]
-    beside = {
+        "a distillation token": model.get("distillation_token"),
+        "LayerScale": model.get("layer_scale"),
+        "attention pooling": model.get("classifier") == "map",
         "registers": model.get("num_registers"),
         "SwiGLU": model.get("mlp", "gelu") != "gelu",
     }
-    without = [part for part, is_there in beside.items() if is_there and found != ["dinov2"]]
-    if len(found) > 1 or without:
+    found = tuple(part for part, is_there in parts.items() if is_there)
+    if found not in _PARTS:
         raise UserError(
-            f"Hugging Face has no model with {' and '.join([*found, *without])} in one: use "
-            "--format timm or official"
+            f"Hugging Face has no model with {' and '.join(found)} and no other part: use --format "
+            "timm or official"
         )
-    if model.get("num_registers"):
-        return "dinov2_with_registers"
-    return found[0] if found else "vit"
+    return _PARTS[found]
 
 
 def to_vit(arrays: Arrays) -> Arrays:
@@ -110,8 +115,8 @@ def to_vit(arrays: Arrays) -> Arrays:
             name = _replace(name, theirs, ours)
         for pattern, replacement in _IN_MEMORY.items():
             name = re.sub(pattern, replacement, name)
-        if name == "embeddings.position_embeddings" and x.ndim == 2:  # Of an nn.Embedding.
-            x = x[None]
+        if name == "embeddings.position_embeddings" and kind == "siglip_vision_model":
+            x = x[None]  # It is an nn.Embedding.
         if name == "embeddings.mask_token" and kind == "dinov2":
             continue  # Of its pre-training.
         name = name.replace("cls_classifier.", "classifier.")
