@@ -162,7 +162,7 @@ def _without_root(name: str) -> str:
 def _replace(name: str, old: str, new: str) -> str:
     """Replaces the beginning of a name, with the number of its layer for "#"."""
     pattern = re.escape(old).replace(r"\#", r"(\d+)")
-    return re.sub(f"^{pattern}", new.replace("#", r"\\1") if "#" in new else new, name)
+    return re.sub(f"^{pattern}", new.replace("#", r"\1"), name)
 
 
 def _is_head(name: str) -> bool:

@@ -110,11 +110,11 @@ def _layer_names(i: int) -> list[Name]:
         *_linear(f"{ours}/MlpBlock_3/Dense_1", f"{timm}.mlp.fc2", f"{theirs}.output.dense"),
         *(
             Name(
-                f"{ours}/LayerScale_{i - 1}/scale",
-                f"{timm}.ls{i}.gamma",
-                f"{theirs}.layer_scale{i}.lambda1",
+                f"{ours}/LayerScale_{branch}/scale",
+                f"{timm}.ls{branch + 1}.gamma",
+                f"{theirs}.layer_scale{branch + 1}.lambda1",
             )
-            for i in (1, 2)
+            for branch in (0, 1)
         ),
     ]
 
@@ -297,7 +297,7 @@ def _from_torch(arrays: Arrays, layout: str, num_heads: int) -> Arrays:
             ) from error
     if arrays:
         raise UserError(
-            f"{shortlist(sorted(arrays))}: not part of a plain or hybrid ViT; only those are read"
+            f"{shortlist(sorted(arrays))}: not part of a ViT that is read, or of a hybrid"
         )
     return result
 
@@ -320,12 +320,12 @@ def _to_torch(arrays: Arrays, layout: str) -> Arrays:
 def _split(arrays: Arrays, layout: str) -> Arrays:
     result = {}
     for name, x in arrays.items():
-        found = next(filter(None, (_match(packed.name, name) for packed in _PACKED[layout])), None)
+        matches = ((packed.parts, _match(packed.name, name)) for packed in _PACKED[layout])
+        parts, found = next((pair for pair in matches if pair[1]), ((), None))
         if found is None:
             result[name] = x
             continue
         number, suffix = found
-        parts = next(p.parts for p in _PACKED[layout] if _match(p.name, name))
         if x.ndim == 0 or len(x) % len(parts):
             raise UserError(
                 f"{name} has shape {x.shape}: its rows must be as many of each of "
