@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from vit_jax import models
 from vit_jax.config import (
     ADDED_KEYS,
+    ADDED_MODEL_KEYS,
     MOVED_KEYS,
     check_config,
     complete_sections,
@@ -517,7 +518,7 @@ def test_a_config_of_before_evals_has_them():
     for key in ("cache", "shuffle_buffer"):
         del before["dataset"][key]
     before["dataset"]["workers"] = 0
-    before["model"]["remat"] = "nothing"
+    before["model"] |= {"remat": "nothing", **ADDED_MODEL_KEYS}
     before["optimizer"]["lr_multipliers"] = ""
     before["schedule"] |= {"cooldown": "0 steps", "drops": [0.3, 0.6, 0.9]}
     before["schedule"]["timescale"] = "10000 steps"
@@ -536,6 +537,16 @@ def test_a_config_json_from_before_a_key_has_what_runs_did_then(key, tmp_path):
     values = flatten_dict(to_dict(read_config(str(path))), sep=".")
     assert values[key] == ADDED_KEYS[key]
     check_config(read_config(str(path)))
+
+
+@pytest.mark.parametrize("model", ["ViT-B/16", "R50+ViT-B/16", "R50x1"])
+def test_a_config_json_from_before_the_newer_vits_has_the_papers_model(model, tmp_path):
+    config = to_dict(recipe(model))
+    old = {key: x for key, x in config["model"].items() if key not in ADDED_MODEL_KEYS}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**config, "model": old}))
+    assert to_dict(read_config(str(path))) == config
+    assert (old == config["model"]) == (model == "R50x1")
 
 
 # The sections as config files had them that were written before the keys were added.
@@ -629,6 +640,8 @@ MODEL = {
     "layer_norm_epsilon": (1e-6, 1e-5), "head_bias_init": (0.0, -10.0),
     "remat": ("nothing", "dots"), "scan_layers": (False, True), "dtype": ("float32", "bfloat16"),
     "resnet_layers": ((1,), (2,)), "group_norm_epsilon": (1e-6, 1e-5), "width_factor": (1, 2),
+    "layer_scale": (0.0, 0.5), "num_registers": (0, 2), "mlp": ("gelu", "swiglu"),
+    "distillation_token": (False, True),
 }  # fmt: skip
 OPTIMIZER = {
     "b1": (0.9, 0.8), "b2": (0.999, 0.3), "momentum": (0.9, 0.8), "weight_decay": (0.1, 0.2),

@@ -173,9 +173,13 @@ DEFAULTS = {
     "label_smoothing": 0.0,
     "model.architecture": "vit",
     "model.attention_dropout_rate": 0.0,
+    "model.distillation_token": False,
     "model.dropout_rate": 0.0,
     "model.gelu": "tanh",
     "model.layer_norm_epsilon": 1e-6,
+    "model.layer_scale": 0.0,
+    "model.mlp": "gelu",
+    "model.num_registers": 0,
     "model.position_placement": "stem",
     "model.stochastic_depth": 0.0,
     "objective": "classification",
@@ -198,6 +202,7 @@ OURS_ALONE = {
 }  # fmt: skip
 LEFT_TO_WEIGHTS = {
     *("model.classifier", "model.gelu", "model.layer_norm_epsilon", "model.position_embedding"),
+    *("model.distillation_token", "model.layer_scale", "model.mlp", "model.num_registers"),
     "model.position_placement",
 }
 

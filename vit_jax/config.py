@@ -3,6 +3,7 @@
 A config is an `ml_collections.ConfigDict` that describes a whole run; `vit_jax.recipes` makes them.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -27,7 +28,7 @@ from vit_jax.data.augmentation import parse_augment
 from vit_jax.data.source import check_splits
 from vit_jax.errors import UserError, brief, brief_name, first_line, nearest
 from vit_jax.evaluation import registry
-from vit_jax.models import describe, vit
+from vit_jax.models import ARCHITECTURES, describe, vit
 from vit_jax.state import (
     DROPS,
     ENDING_DECAYS,
@@ -53,6 +54,13 @@ ADDED_KEYS = {
     "schedule.cooldown": "0 steps",
     "schedule.drops": list(DROPS),
     "schedule.timescale": "10000 steps",
+}
+# The same of `config.model`, for the architectures that have them.
+ADDED_MODEL_KEYS = {
+    "distillation_token": False,
+    "layer_scale": 0.0,
+    "mlp": "gelu",
+    "num_registers": 0,
 }
 # Keys that are gone, and why nothing takes their place.
 REMOVED_KEYS = {
@@ -433,7 +441,13 @@ def migrate(saved: Mapping[str, Any]) -> dict[str, Any]:
             values[moved] = values.pop(key)
     for key in REMOVED_KEYS:
         values.pop(key, None)
-    return unflatten_dict(ADDED_KEYS | values, sep=".")
+    return unflatten_dict(ADDED_KEYS | _added_model_keys(values) | values, sep=".")
+
+
+def _added_model_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    family = ARCHITECTURES.get(str(values.get("model.architecture")))
+    fields = {field.name for field in dataclasses.fields(family)} if family else set()
+    return {f"model.{key}": x for key, x in ADDED_MODEL_KEYS.items() if key in fields}
 
 
 def _restore_tuples(config: ConfigDict) -> None:

@@ -24,7 +24,7 @@ from vit_jax.reporting import say
 from vit_jax.state import Params, TrainState, create_state, init_params
 
 # Of what predictions depend on the weights decide all but what goes with the head.
-_OF_THE_HEAD = {"classifier", "num_classes", "representation_size"}
+_OF_THE_HEAD = {"classifier", "distillation_token", "num_classes", "representation_size"}
 
 
 class Weights(NamedTuple):

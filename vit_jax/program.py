@@ -71,6 +71,7 @@ _OTHER_PARAMETERS = (
     {"position_embedding": "2d"},
     {"position_placement": "layers"},
     {"position_embedding": "2d", "position_placement": "layers"},
+    {"layer_scale": 1.0, "num_registers": 1, "mlp": "swiglu", "distillation_token": True},
 )
 
 

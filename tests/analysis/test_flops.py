@@ -114,6 +114,17 @@ def test_multiply_adds_of_axial_models_are_their_products(name, position_embeddi
         ("R+ViT-Ti/16", 224, {"num_layers": 2}),
         ("ViT-Ti/16", 224, {"num_layers": 2, "classifier": "gap"}),
         ("ViT-Ti/16", 224, {"num_layers": 1, "classifier": "map"}),
+        (
+            "ViT-Ti/16",
+            224,
+            {
+                "num_layers": 1,
+                "mlp": "swiglu",
+                "num_registers": 8,
+                "layer_scale": 0.1,
+                "distillation_token": True,
+            },
+        ),
         ("ViT-Ti/16", 224, {"num_layers": 2, "position_embedding": "relative"}),
         ("R50x1", 224, {"resnet_layers": (1, 2, 1, 1)}),
         ("R50x2", 97, {"resnet_layers": (1, 2)}),

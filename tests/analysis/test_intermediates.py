@@ -28,6 +28,8 @@ MODELS = {
     "remat": ({**TINY, "remat": "dots"}, IMAGES, 7),
     "hybrid": (HYBRID, WIDE_IMAGES, 7),
     "relative": ({**TINY, "position_embedding": "relative"}, IMAGES, 7),
+    "registers": ({**TINY, "num_registers": 3}, IMAGES, 10),
+    "distillation": ({**TINY, "distillation_token": True}, IMAGES, 8),
     "2d, shared": (
         {**TINY, "position_embedding": "2d", "position_placement": "shared"},
         IMAGES,

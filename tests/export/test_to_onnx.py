@@ -111,6 +111,20 @@ def test_graph_is_whole_and_equals_flax_at_any_batch_size(
         assert relative_difference(run(path, x), forward.jitted()(x)) < 1e-5
 
 
+def test_graph_of_the_newer_parts_is_as_whole(converter, make_forward, tmp_path):
+    parts = {"layer_scale": 0.1, "num_registers": 2, "mlp": "swiglu", "distillation_token": True}
+    forward = make_forward(gelu="tanh", **parts)
+    model = to_onnx.to_model(forward, converter)
+    count = operators(model)
+    assert set(count) <= TENSORRT_8_6
+    assert (count["Softmax"], count["LayerNormalization"]) == (2, 2 * 2 + 1)
+    assert not count["Expand"]  # Tokens are not repeated for each image.
+    path = to_onnx.save(model, tmp_path)
+    for batch in (1, 3):
+        x = images(batch, 16)
+        assert relative_difference(run(path, x), forward.jitted()(x)) < 1e-5
+
+
 def test_graph_of_attention_pooling_does_not_repeat_its_query(converter, make_forward, tmp_path):
     forward = make_forward(gelu="tanh", classifier="map")
     model = to_onnx.to_model(forward, converter)

@@ -170,12 +170,20 @@ def _analyze_images(
 
         each = np.stack(kept["distance"])
         mean = each.astype(np.float64).mean(axis=0)
-        has_class_token = pretrained.model["classifier"] == "token"
-        uniform = uniform_distance(grid, side, grid[0] * grid[1] + has_class_token)
+        uniform = uniform_distance(grid, side, grid[0] * grid[1] + _prefix(pretrained.model))
         figure = plots.attention_distances(mean, uniform, len(done))
         arrays = {"distance": mean, "distance_of_images": each, "uniform": uniform}
         save("distance", figure, files=np.array(done), **arrays)
     return len(done)
+
+
+def _prefix(model: dict[str, Any]) -> int:
+    """The tokens of a model that come before its patches."""
+    from vit_jax.models import describe
+    from vit_jax.models.encoder import EncoderConfig
+
+    description = describe(model)
+    return description.num_prefix_tokens if isinstance(description, EncoderConfig) else 0
 
 
 def _observer(

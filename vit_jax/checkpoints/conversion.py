@@ -57,6 +57,11 @@ def reader_notes(source: Pretrained, format: str) -> list[str]:
             notes += ["timm's GELU is the exact one: create the model with act_layer='gelu_tanh'"]
         if model["layer_norm_epsilon"] != 1e-6:
             notes += [f"timm's LayerNorm epsilon is 1e-6, here {model['layer_norm_epsilon']:g}"]
+        if model.get("num_registers") or model.get("layer_scale"):
+            notes += [
+                "timm's models with registers, and DeiT III, have no positions of the class token: "
+                "create the model with no_embed_class=False"
+            ]
     if format == "official" and model.get("gelu") == "erf":
         notes += ["Google's code has the tanh form of GELU, these weights the exact one"]
     if format != "official" and source.preprocessing.resize != format:

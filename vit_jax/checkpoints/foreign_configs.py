@@ -21,7 +21,7 @@ def read_info(path: Path, format: str, sizes: dict[str, Any], image_size: int) -
 
     Args:
         path: of the weights, a file or a folder.
-        format: "official", "timm" or "huggingface".
+        format: "official", "timm", "torchvision" or "huggingface".
         sizes: of the model, as far as shapes tell them, with `num_heads` of any value.
         image_size: that of the position embeddings, for where nothing names one.
 
@@ -30,7 +30,7 @@ def read_info(path: Path, format: str, sizes: dict[str, Any], image_size: int) -
     """
     folder = find_folder(path, format)
     from_folder = read_folder(folder, format, sizes, image_size)
-    if folder is None or format == "official" or (path != folder and info_path(path).is_file()):
+    if folder is None or format not in _FORMATS or (path != folder and info_path(path).is_file()):
         return read_info_file(path, from_folder)
     from_info_file = read_info_file(folder, from_folder)
     return merge_info(from_folder, from_info_file, folder, format, sizes, image_size)
@@ -60,7 +60,7 @@ def read_folder(
 
     Args:
         folder: None where only the format's conventions are known.
-        format: "official", "timm" or "huggingface".
+        format: "official", "timm", "torchvision" or "huggingface".
         sizes: of the model, as far as shapes tell them.
         image_size: that of the position embeddings, for where the configuration names none.
 
@@ -69,6 +69,8 @@ def read_folder(
     """
     if format == "official":
         return ModelInfo({"architecture": sizes["architecture"]})
+    if format == "torchvision":
+        return timm_config.torchvision_info(image_size)
     files = {}
     if folder is not None:
         files = {name: read_json(folder / name) for name in _FORMATS[format].FILES}
@@ -109,7 +111,7 @@ def merge_info(
     if from_info_file == from_folder or not (folder / "config.json").is_file():
         return from_info_file
     # What it would be read as, had nobody changed the files.
-    shapes = {key: x for key, x in sizes.items() if key != "num_heads"}
+    shapes = {key: x for key, x in sizes.items() if key not in ("num_heads", "layer_scale")}
     model = {"num_heads": 1, **from_info_file.model, **shapes}
     with _naming_folder(folder):
         files = config_files(dataclasses.replace(from_info_file, model=model), format)

@@ -1,6 +1,7 @@
 """Hugging Face's `config.json` and `preprocessor_config.json`: read and written.
 
-Fields are those of Transformers' ViTConfig and of its image processors. Each is read, told by
+Fields are those of Transformers' ViTConfig, of the configurations of the other models that
+`huggingface_names` lists, and of its image processors. Each is read, told by
 the shapes of the arrays, without influence on predictions, or has one value in the paper's model;
 another value, or an unknown field, is refused: see `config_fields.check_fields`.
 """
@@ -20,7 +21,9 @@ from vit_jax.checkpoints.config_fields import (
     whole,
     yes_or_no,
 )
+from vit_jax.checkpoints.huggingface_names import TYPES, model_type
 from vit_jax.checkpoints.model_info import ModelInfo
+from vit_jax.checkpoints.timm_config import IMAGENET_STATISTICS
 from vit_jax.data import imagenet
 from vit_jax.data.protocols import Preprocessing, resized_side
 from vit_jax.errors import UserError
@@ -51,6 +54,20 @@ SHAPES = {
 }
 # Those of the parts that a model need not have.
 OF_HEADS = {"num_labels": "num_classes", "pooler_output_size": "representation_size"}
+# Those that other models than ViT have beside these.
+_READ_OF_DINOV2 = ("layerscale_value", "mlp_ratio", "num_register_tokens", "use_swiglu_ffn")
+_HARMLESS_OF_DINOV2 = (
+    *("apply_layernorm", "drop_path_rate", "out_features", "out_indices", "reshape_hidden_states"),
+    *("stage_names", "use_mask_token"),
+)
+BESIDE = {
+    "vit": (),
+    "deit": (),
+    "dinov2": (*_READ_OF_DINOV2, *_HARMLESS_OF_DINOV2),
+    "dinov2_with_registers": (*_READ_OF_DINOV2, *_HARMLESS_OF_DINOV2),
+    "siglip_vision_model": ("attention_dropout", "initializer_factor"),
+}
+FIXED_OF_SIGLIP = {"vision_use_head": True}
 # Of training, of masked images, of where the file came from, and of PreTrainedConfig for all
 # models, which no ViT reads.
 HARMLESS = (
@@ -75,7 +92,7 @@ HARMLESS = (
 # Of preprocessor_config.json, and the processors that read it as it is read here.
 PROCESSORS = tuple(
     name + kind
-    for name in ("ViT", "CLIP", "DeiT", "Bit")
+    for name in ("ViT", "CLIP", "DeiT", "Bit", "Siglip")
     for kind in ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
 )
 PROCESSOR_FIXED = {
@@ -96,6 +113,19 @@ PROCESSOR_ACCEPTED = (
 )
 
 LAYER_NORM_EPSILON = 1e-12
+# What differs from a ViT's where its files do not tell.
+_ELSE: dict[str, dict[str, Any]] = {
+    "dinov2": {"layer_norm_eps": 1e-6},
+    "dinov2_with_registers": {"layer_norm_eps": 1e-6},
+    "siglip_vision_model": {"layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"},
+}
+_IMAGENET = {f"image_{key}": x for key, x in IMAGENET_STATISTICS.items()}
+_USUAL_PROCESSORS: dict[str, dict[str, Any]] = {
+    "deit": {"resample": 3, **_IMAGENET},
+    "dinov2": {"resample": 3, **_IMAGENET},
+    "dinov2_with_registers": {"resample": 3, **_IMAGENET},
+    "siglip_vision_model": {"resample": 3},
+}
 _LOSSES = {"single_label_classification": "softmax", "multi_label_classification": "sigmoid"}
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # PIL's numbers
 
@@ -116,9 +146,13 @@ def read_config(
         TypeError, ValueError, LookupError, AttributeError, ArithmeticError: a value is of another
             form than Transformers writes.
     """
-    if config.get("model_type", "vit") != "vit":
-        raise UserError(f"model_type {config['model_type']!r} is not 'vit': only that is read")
-    check_fields(config, FIXED, (*READ, *SHAPES, *OF_HEADS, *HARMLESS))
+    kind = model_type(sizes)
+    config = _of_vision(config, kind)
+    fixed = FIXED | (FIXED_OF_SIGLIP if kind == "siglip_vision_model" else {})
+    check_fields(config, fixed, (*READ, *SHAPES, *OF_HEADS, *BESIDE[kind], *HARMLESS))
+    _check_parts(config, sizes)
+    config = _ELSE.get(kind, {}) | config
+    processor = processor or _USUAL_PROCESSORS.get(kind, {})
     told = {**config, **_one_side(config, "patch_size"), **_one_side(config, "image_size")}
     check_shapes(told, {**sizes, "image_size": image_size}, SHAPES | {"image_size": "image_size"})
     check_shapes(told, {key: x for key, x in sizes.items() if x}, OF_HEADS)
@@ -133,12 +167,50 @@ def read_config(
             config.get("layer_norm_eps", LAYER_NORM_EPSILON), "layer_norm_eps"
         ),
     }
+    if config.get("layerscale_value"):
+        model["layer_scale"] = real(config["layerscale_value"], "layerscale_value")
     if "num_attention_heads" in config:
         model["num_heads"] = whole(config["num_attention_heads"], "num_attention_heads")
     size = processor.get("size", config.get("image_size", image_size))
     loss = config.get("problem_type")
     loss = None if loss is None else choose(_LOSSES, loss, "problem_type")
     return ModelInfo(model, _preprocessing(processor, size), names, loss)
+
+
+def _of_vision(config: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The configuration of a vision model, also of a SigLIP's within that of the whole.
+
+    Raises:
+        UserError: it is of another model than the weights, which are of `kind`.
+    """
+    if config.get("model_type") == "siglip":
+        config = dict(config.get("vision_config") or {})
+        config.setdefault("model_type", "siglip_vision_model")
+    told = config.get("model_type", kind)
+    if told not in TYPES:
+        raise UserError(f"model_type {told!r} is none of {', '.join(TYPES)}: only these are read")
+    if told != kind:
+        raise UserError(
+            f"model_type is {told!r}, but by the names of the weights {kind!r}: they are of "
+            "different models, fetch both again"
+        )
+    return config
+
+
+def _check_parts(config: dict[str, Any], sizes: dict[str, Any]) -> None:
+    """Checks what DINOv2's configuration says in its own way against the shapes of the weights."""
+    is_gated = sizes.get("mlp") == "swiglu"
+    told = {"use_swiglu_ffn": is_gated, "num_register_tokens": sizes.get("num_registers", 0)}
+    if "mlp_ratio" in config:
+        hidden = int(sizes["hidden_size"] * real(config["mlp_ratio"], "mlp_ratio"))
+        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8 if is_gated else hidden
+        told |= {"mlp_ratio": config["mlp_ratio"] if hidden == sizes["mlp_dim"] else None}
+    for field, expected in told.items():
+        if field in config and config[field] != expected:
+            raise UserError(
+                f"{field} is {config[field]!r}, which the shapes of the weights contradict: they "
+                "are of different models, fetch both again"
+            )
 
 
 def _preprocessing(processor: dict[str, Any], size: Any) -> Preprocessing:
@@ -198,25 +270,35 @@ def config_files(info: ModelInfo) -> dict[str, dict[str, Any]]:
     }
 
 
+_CLASSES = {
+    "vit": "ViTModel",
+    "deit": "DeiTModel",
+    "dinov2": "Dinov2Model",
+    "dinov2_with_registers": "Dinov2WithRegistersModel",
+    "siglip_vision_model": "SiglipVisionModel",
+}
+_CLASSIFIERS = {
+    "vit": "ViTForImageClassification",
+    "deit": "DeiTForImageClassificationWithTeacher",
+}
+
+
 def _config(info: ModelInfo, image_size: int) -> dict[str, Any]:
-    model = info.model
+    model, kind = info.model, model_type(info.model)
+    names = _CLASSIFIERS if model["num_classes"] else _CLASSES
     config = {
-        "architectures": ["ViTForImageClassification" if model["num_classes"] else "ViTModel"],
-        "model_type": "vit",
-        "attention_probs_dropout_prob": 0.0,
+        "architectures": [names.get(kind, _CLASSES[kind])],
+        "model_type": kind,
         "dtype": "float32",
         "hidden_act": "gelu" if model["gelu"] == "erf" else "gelu_pytorch_tanh",
-        "hidden_dropout_prob": 0.0,
         "hidden_size": model["hidden_size"],
         "image_size": image_size,
-        "initializer_range": 0.02,
-        "intermediate_size": model["mlp_dim"],
         "layer_norm_eps": model["layer_norm_epsilon"],
         "num_attention_heads": model["num_heads"],
         "num_channels": 3,
         "num_hidden_layers": model["num_layers"],
         "patch_size": model["patch_size"],
-        "qkv_bias": True,
+        **_beside(model, kind),
     }
     if model["num_classes"]:
         unnamed = [f"LABEL_{i}" for i in range(model["num_classes"])]
@@ -226,6 +308,47 @@ def _config(info: ModelInfo, image_size: int) -> dict[str, Any]:
         if info.loss == "sigmoid":
             config["problem_type"] = "multi_label_classification"
     return config
+
+
+def _beside(model: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The fields that not all models have.
+
+    Raises:
+        UserError: the MLP is of a width that Transformers does not make of a ratio.
+    """
+    if kind == "siglip_vision_model":
+        return {"attention_dropout": 0.0, "intermediate_size": model["mlp_dim"]}
+    common = {
+        "attention_probs_dropout_prob": 0.0,
+        "hidden_dropout_prob": 0.0,
+        "initializer_range": 0.02,
+        "qkv_bias": True,
+    }
+    if not kind.startswith("dinov2"):
+        return {**common, "intermediate_size": model["mlp_dim"]}
+    fields = {
+        "layerscale_value": model["layer_scale"],
+        "mlp_ratio": _mlp_ratio(model),
+        "use_swiglu_ffn": model["mlp"] == "swiglu",
+    }
+    if kind == "dinov2":  # The mask token is of pre-training.
+        return {**common, **fields, "use_mask_token": False}
+    return {**common, **fields, "num_register_tokens": model["num_registers"]}
+
+
+def _mlp_ratio(model: dict[str, Any]) -> int:
+    """The whole number of which Transformers makes the width of DINOv2's MLP."""
+    width, wanted = model["hidden_size"], model["mlp_dim"]
+    for ratio in range(1, 65):
+        made = width * ratio
+        if model["mlp"] == "swiglu":
+            made = (int(made * 2 / 3) + 7) // 8 * 8
+        if made == wanted:
+            return ratio
+    raise UserError(
+        f"Hugging Face's DINOv2 has no MLP of width {wanted} on {width}, no multiple: use --format "
+        "timm or official"
+    )
 
 
 def _processor(preprocessing: Preprocessing) -> dict[str, Any]:

@@ -7,6 +7,12 @@ from vit_jax.checkpoints.layouts import MAX_DEPTH, Arrays
 from vit_jax.errors import UserError, shortlist
 from vit_jax.models.vit import SIZES
 
+# DINOv2's ViT-g, SigLIP's SoViT-400m and DeiT III's ViT-M.
+_OTHER_SIZES = (
+    {"hidden_size": 1536, "num_layers": 40, "mlp_dim": 4096, "num_heads": 24},
+    {"hidden_size": 1152, "num_layers": 27, "mlp_dim": 4304, "num_heads": 16},
+    {"hidden_size": 512, "num_layers": 12, "mlp_dim": 2048, "num_heads": 8},
+)
 # What a unit of a residual network has; a layer of a ViT has 16.
 _ARRAYS_OF_A_LAYER = 9
 
@@ -44,7 +50,7 @@ def usual_num_heads(hidden_size: int, num_layers: int, mlp_dim: int) -> int:
         UserError: there is none, so that --num_heads must be given.
     """
     sizes = {"hidden_size": hidden_size, "num_layers": num_layers, "mlp_dim": mlp_dim}
-    for size in SIZES.values():
+    for size in (*SIZES.values(), *_OTHER_SIZES):
         if sizes.items() <= size.items():
             return size["num_heads"]
     raise UserError(

@@ -1,7 +1,8 @@
 """The parameter names and array layouts of Google's, timm's and Hugging Face's models.
 
 Everything is brought to one tree: that of Google's checkpoints, which is also the model's own. A
-way there and the way back only rename, transpose and reshape, so that a round trip is exact.
+way there and the way back only rename, transpose, reshape and pad, so that a round trip is exact.
+Hugging Face's names are those of its ViT; of its other models see `huggingface_names`.
 """
 
 import re
@@ -11,9 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from vit_jax import models
+from vit_jax.checkpoints import huggingface_names
 from vit_jax.errors import UserError, shortlist
 from vit_jax.models.encoder import DEEPEST
-from vit_jax.models.vit import POSITIONS
+from vit_jax.models.vit import DISTILLATION_HEAD, POOLING, POSITIONS, num_class_tokens
 
 Arrays = dict[str, np.ndarray]
 
@@ -91,7 +93,7 @@ def _layer_names(i: int) -> list[Name]:
     projections = [
         _linear(
             f"{attention}/{name}",
-            f"{timm}.attn.{name}",  # timm joins the three, see `_join_qkv`.
+            f"{timm}.attn.{name}",  # timm joins the three, see `_PACKED`.
             f"{theirs}.attention.attention.{name}",
             PROJECTION,
             PROJECTION_BIAS,
@@ -103,8 +105,40 @@ def _layer_names(i: int) -> list[Name]:
         *sum(projections, []),
         *_linear(f"{attention}/out", f"{timm}.attn.proj", f"{theirs}.attention.output.dense", JOIN),
         *_affine(f"{ours}/LayerNorm_2", f"{timm}.norm2", f"{theirs}.layernorm_after"),
+        *_linear(f"{ours}/MlpBlock_3/Gate", f"{timm}.mlp.gate", f"{theirs}.mlp.gate"),
         *_linear(f"{ours}/MlpBlock_3/Dense_0", f"{timm}.mlp.fc1", f"{theirs}.intermediate.dense"),
         *_linear(f"{ours}/MlpBlock_3/Dense_1", f"{timm}.mlp.fc2", f"{theirs}.output.dense"),
+        *(
+            Name(
+                f"{ours}/LayerScale_{branch}/scale",
+                f"{timm}.ls{branch + 1}.gamma",
+                f"{theirs}.layer_scale{branch + 1}.lambda1",
+            )
+            for branch in (0, 1)
+        ),
+    ]
+
+
+def _pooling_names() -> list[Name]:
+    attention, timm, theirs = f"{POOLING}/MultiHeadDotProductAttention_0", "attn_pool", "vit.head"
+    projections = [
+        _linear(
+            f"{attention}/{name}",
+            f"{timm}.{name}",
+            f"{theirs}.attention.{name}",
+            PROJECTION,
+            PROJECTION_BIAS,
+        )
+        for name in ("query", "key", "value")
+    ]
+    mlp = f"{POOLING}/MlpBlock_0"
+    return [
+        Name(f"{POOLING}/probe", f"{timm}.latent", f"{theirs}.probe"),
+        *sum(projections, []),
+        *_linear(f"{attention}/out", f"{timm}.proj", f"{theirs}.attention.out_proj", JOIN),
+        *_affine(f"{POOLING}/LayerNorm_0", f"{timm}.norm", f"{theirs}.layernorm"),
+        *_linear(f"{mlp}/Dense_0", f"{timm}.mlp.fc1", f"{theirs}.mlp.fc1"),
+        *_linear(f"{mlp}/Dense_1", f"{timm}.mlp.fc2", f"{theirs}.mlp.fc2"),
     ]
 
 
@@ -130,6 +164,8 @@ def _unit_names(stage: int, unit: int) -> list[Name]:
 
 _ENDS = [
     Name("cls", "cls_token", "vit.embeddings.cls_token"),
+    Name("dist", "dist_token", "vit.embeddings.distillation_token"),
+    Name("register", "reg_token", "vit.embeddings.register_tokens"),
     Name(POSITIONS, "pos_embed", "vit.embeddings.position_embeddings"),
     *_linear(
         "embedding", "patch_embed.proj", "vit.embeddings.patch_embeddings.projection", CONVOLUTION
@@ -137,7 +173,35 @@ _ENDS = [
     *_affine("Transformer/encoder_norm", "norm", "vit.layernorm"),
     *_linear("pre_logits", "pre_logits.fc", "vit.pooler.dense"),
     *_linear("head", "head", "classifier"),
+    *_linear(DISTILLATION_HEAD, "head_dist", "distillation_classifier"),
+    *_pooling_names(),
 ]
+
+
+class _Packed(NamedTuple):
+    """An array whose rows are those of several: its name, and theirs, but for weight or bias."""
+
+    name: str
+    parts: tuple[str, ...]
+
+
+_QKV = ("query", "key", "value")
+# "#" stands for the number of a layer.
+_PACKED = {
+    "timm": (
+        _Packed("blocks.#.attn.qkv", tuple(f"blocks.#.attn.{x}" for x in _QKV)),
+        _Packed("blocks.#.mlp.w12", ("blocks.#.mlp.gate", "blocks.#.mlp.fc1")),
+        _Packed("attn_pool.kv", ("attn_pool.key", "attn_pool.value")),
+        _Packed("attn_pool.q", ("attn_pool.query",)),
+    ),
+    "huggingface": (
+        _Packed(
+            "vit.encoder.layer.#.mlp.weights_in",
+            ("vit.encoder.layer.#.mlp.gate", "vit.encoder.layer.#.intermediate.dense"),
+        ),
+        _Packed("vit.head.attention.in_proj", tuple(f"vit.head.attention.{x}" for x in _QKV)),
+    ),
+}
 
 
 def names(present: Iterable[str]) -> Iterator[Name]:
@@ -170,7 +234,8 @@ def to_official(arrays: Arrays, layout: str, num_heads: int) -> Arrays:
 
     Args:
         arrays: by parameter name.
-        layout: "official" in any of its variants, BiT's too, "timm" or "huggingface".
+        layout: "official" in any of its variants, BiT's too, "timm", whose names those of
+            "torchvision" are brought to before, or "huggingface".
         num_heads: of the model; the official layout tells itself.
 
     Raises:
@@ -181,14 +246,11 @@ def to_official(arrays: Arrays, layout: str, num_heads: int) -> Arrays:
         # What training left beside the weights is passed over.
         root = models.family_of(models.recognize(arrays)).root
         return {name: x for name, x in arrays.items() if name.startswith(root)}
-    if layout == "timm":
-        official = _from_torch(_split_qkv(arrays), "timm", num_heads)
-        if POSITIONS in official:  # With timm's no_embed_class they are those of the patches alone.
-            official[POSITIONS] = _with_class_position(official[POSITIONS], "cls" in official)
-        return official
-    # Names are those on disk; those that Transformers 5 uses in memory are read too.
-    arrays = {_huggingface_on_disk(name): x for name, x in arrays.items()}
-    return _from_torch(arrays, "huggingface", num_heads)
+    if layout in ("timm", "torchvision"):
+        official = _from_torch(_split(_with_gates(arrays), "timm"), "timm", num_heads)
+        return _with_timms_positions(official)
+    arrays = huggingface_names.to_vit(arrays)
+    return _from_torch(_split(arrays, "huggingface"), "huggingface", num_heads)
 
 
 def from_official(arrays: Arrays, layout: str) -> Arrays:
@@ -210,38 +272,12 @@ def from_official(arrays: Arrays, layout: str) -> Arrays:
                 "timm's ViT has no hidden layer (pre_logits) before its head: fine-tune the model, "
                 "or use --format official"
             )
-        return _join_qkv(_to_torch(arrays, "timm"))
-    if "cls" not in arrays:
-        raise UserError("Hugging Face's ViT has a class token: use --format timm or official")
-    if "head/kernel" not in arrays:
-        renamed = _to_torch(arrays, "huggingface")  # of a ViTModel
-        return {name.removeprefix("vit."): x for name, x in renamed.items()}
-    if "pre_logits/kernel" in arrays:
-        raise UserError(
-            "Hugging Face's ViT has no hidden layer (pre_logits) before its head: fine-tune the "
-            "model, or use --format official"
-        )
-    return _to_torch(arrays, "huggingface")
-
-
-_IN_MEMORY = {
-    r"layers\.(\d+)\.attention\.([qkv])_proj": r"encoder.layer.\1.attention.attention.\2",
-    r"layers\.(\d+)\.attention\.o_proj": r"encoder.layer.\1.attention.output.dense",
-    r"layers\.(\d+)\.mlp\.fc1": r"encoder.layer.\1.intermediate.dense",
-    r"layers\.(\d+)\.mlp\.fc2": r"encoder.layer.\1.output.dense",
-    r"layers\.(\d+)\.": r"encoder.layer.\1.",
-    r"attention\.q\.": "attention.query.",
-    r"attention\.k\.": "attention.key.",
-    r"attention\.v\.": "attention.value.",
-}
-
-
-def _huggingface_on_disk(name: str) -> str:
-    if not name.startswith(("vit.", "classifier.")):
-        name = f"vit.{name}"
-    for pattern, replacement in _IN_MEMORY.items():
-        name = re.sub(pattern, replacement, name)
-    return name
+        joined = _join(_to_torch(_with_register_positions(arrays), "timm"), "timm")
+        return {name.replace(".mlp.w12.", ".mlp.fc1."): x for name, x in joined.items()}
+    model_type = huggingface_names.model_type(family.infer(arrays))
+    return huggingface_names.from_vit(
+        _join(_to_torch(arrays, "huggingface"), "huggingface"), model_type
+    )
 
 
 def _from_torch(arrays: Arrays, layout: str, num_heads: int) -> Arrays:
@@ -261,7 +297,7 @@ def _from_torch(arrays: Arrays, layout: str, num_heads: int) -> Arrays:
             ) from error
     if arrays:
         raise UserError(
-            f"{shortlist(sorted(arrays))}: not part of a plain or hybrid ViT; only those are read"
+            f"{shortlist(sorted(arrays))}: not part of a ViT that is read, or of a hybrid"
         )
     return result
 
@@ -281,30 +317,86 @@ def _to_torch(arrays: Arrays, layout: str) -> Arrays:
     }
 
 
-def _split_qkv(arrays: Arrays) -> Arrays:
+def _split(arrays: Arrays, layout: str) -> Arrays:
     result = {}
     for name, x in arrays.items():
-        match = re.fullmatch(r"(blocks\.\d+\.attn\.)qkv(\.weight|\.bias)", name)
-        if not match:
+        matches = ((packed.parts, _match(packed.name, name)) for packed in _PACKED[layout])
+        parts, found = next((pair for pair in matches if pair[1]), ((), None))
+        if found is None:
             result[name] = x
             continue
-        if x.ndim == 0 or len(x) % 3:
-            raise UserError(f"{name} has shape {x.shape}: its rows must be as many of q, k and v")
-        for part, rows in zip(("query", "key", "value"), np.split(x, 3), strict=True):
-            result[f"{match[1]}{part}{match[2]}"] = rows
+        number, suffix = found
+        if x.ndim == 0 or len(x) % len(parts):
+            raise UserError(
+                f"{name} has shape {x.shape}: its rows must be as many of each of "
+                f"{', '.join(part.split('.')[-1] for part in parts)}"
+            )
+        for part, rows in zip(parts, np.split(x, len(parts)), strict=True):
+            result[part.replace("#", number) + suffix] = rows
     return result
 
 
-def _join_qkv(arrays: Arrays) -> Arrays:
+def _match(template: str, name: str) -> tuple[str, str] | None:
+    """The number of the layer and the suffix of a name of a template, None if it is of another."""
+    pattern = re.escape(template).replace(r"\#", r"(?P<number>\d+)")
+    match = re.fullmatch(rf"{pattern}(?P<suffix>\.weight|\.bias)", name)
+    return match and (match.groupdict().get("number", ""), match["suffix"])
+
+
+def _join(arrays: Arrays, layout: str) -> Arrays:
+    result = dict(arrays)
+    for packed in _PACKED[layout]:
+        for name in arrays:
+            found = _match(packed.parts[0], name)
+            if not found:
+                continue
+            number, suffix = found
+            rows = [result.pop(part.replace("#", number) + suffix) for part in packed.parts]
+            result[packed.name.replace("#", number) + suffix] = np.concatenate(rows)
+    return result
+
+
+def _with_gates(arrays: Arrays) -> Arrays:
+    """Names the packed layers of SwiGLU, which timm calls as an MLP's: it is twice as wide."""
     result = {}
     for name, x in arrays.items():
-        match = re.fullmatch(r"(blocks\.\d+\.attn\.)(query|key|value)(\.weight|\.bias)", name)
-        if not match:
-            result[name] = x
-        elif match[2] == "query":
-            parts = [arrays[match[1] + part + match[3]] for part in ("query", "key", "value")]
-            result[f"{match[1]}qkv{match[3]}"] = np.concatenate(parts)
+        match = re.fullmatch(r"(blocks\.\d+\.mlp\.)fc1(\.weight|\.bias)", name)
+        after = arrays.get(f"{match[1]}fc2.weight") if match else None
+        is_packed = (
+            after is not None and x.ndim and after.ndim == 2 and len(x) == 2 * after.shape[1]
+        )
+        result[f"{match[1]}w12{match[2]}" if match and is_packed else name] = x
     return result
+
+
+def _with_timms_positions(arrays: Arrays) -> Arrays:
+    """Brings timm's position embeddings to those of class and distillation token and patches.
+
+    With its no_embed_class they are of the patches alone; else of registers too.
+    """
+    positions, registers = arrays.get(POSITIONS), arrays.get("register")
+    if positions is None or positions.ndim != 3:
+        return arrays
+    first = num_class_tokens(arrays)
+    padded = _with_class_positions(positions, first)
+    if padded is not positions or registers is None or registers.ndim != 3:
+        return {**arrays, POSITIONS: padded}
+    last = first + registers.shape[1]
+    if not _is_grid(positions.shape[1] - last):
+        return arrays
+    of_registers = positions[:, first:last]
+    without = np.concatenate([positions[:, :first], positions[:, last:]], axis=1)
+    return {**arrays, POSITIONS: without, "register": registers + of_registers}
+
+
+def _with_register_positions(arrays: Arrays) -> Arrays:
+    """Undoes that: positions of zero for registers, as timm's model has without no_embed_class."""
+    if "register" not in arrays or POSITIONS not in arrays:
+        return arrays
+    positions, first = arrays[POSITIONS], num_class_tokens(arrays)
+    zeros = np.zeros_like(arrays["register"])
+    parts = [positions[:, :first], zeros, positions[:, first:]]
+    return {**arrays, POSITIONS: np.concatenate(parts, axis=1)}
 
 
 # The encoder layer of newer Linen code counts its submodules by rearrangement.
@@ -344,7 +436,7 @@ def _from_official(arrays: Arrays) -> Arrays:
         result["/".join(parts)] = x
     for name in ("pos_embedding", "Transformer/pos_embedding"):
         if name in result:
-            result[POSITIONS] = _with_class_position(result.pop(name), "cls" in result)
+            result[POSITIONS] = _with_class_positions(result.pop(name), "cls" in result)
     return result
 
 
@@ -368,12 +460,15 @@ def _unstack(arrays: Arrays) -> Arrays:
     return result
 
 
-def _with_class_position(positions: np.ndarray, has_class: bool) -> np.ndarray:
+def _with_class_positions(positions: np.ndarray, count: int) -> np.ndarray:
     """big_vision, or timm if told to, adds no position to the class token: a zero is the same."""
-    is_grid = positions.ndim == 3 and round(positions.shape[1] ** 0.5) ** 2 == positions.shape[1]
-    if not (has_class and is_grid):
+    if not count or positions.ndim != 3 or not _is_grid(positions.shape[1]):
         return positions
-    return np.pad(positions, ((0, 0), (1, 0), (0, 0)))
+    return np.pad(positions, ((0, 0), (count, 0), (0, 0)))
+
+
+def _is_grid(patches: int) -> bool:
+    return patches > 0 and round(patches**0.5) ** 2 == patches
 
 
 def has_fixed_positions(present: Iterable[str]) -> bool:
@@ -383,80 +478,6 @@ def has_fixed_positions(present: Iterable[str]) -> bool:
     return newer and not any(name.endswith("pos_embedding") for name in present)
 
 
-_TORCH_ROOT = (
-    r"(.*?)(?:(?:vit\.)?embeddings\.patch_embeddings\.projection|patch_embed\.proj)\.weight"
-)
-
-
-def unwrap(arrays: Arrays) -> Arrays:
-    """Brings variants of PyTorch's names to those of a model on its own.
-
-    Read are the names of Hugging Face's Flax models, with the layouts of Flax; and a model inside
-    another module: `module.` of DistributedDataParallel, `model.` of Lightning, and so on.
-
-    Raises:
-        UserError: there are several models, or something beside the model.
-    """
-    if any(name.endswith("embeddings/patch_embeddings/projection/kernel") for name in arrays):
-        arrays = dict(_flax_to_torch(name, x) for name, x in arrays.items())
-    matches = [match for match in map(re.compile(_TORCH_ROOT).fullmatch, arrays) if match]
-    prefixes = sorted({match[1] for match in matches})
-    if len(prefixes) > 1:
-        raise UserError(
-            f"holds several models, named {shortlist([repr(x) for x in prefixes])}: save the state "
-            "dict of one of them alone"
-        )
-    prefix = prefixes[0] if prefixes else ""
-    if beside := sorted(name for name in arrays if not name.startswith(prefix)):
-        raise UserError(
-            f"holds {shortlist(beside, 2)} beside the model {prefix!r}: save the state dict of a "
-            "plain ViT alone"
-        )
-    return {name.removeprefix(prefix): x for name, x in arrays.items()}
-
-
-def _flax_to_torch(name: str, x: np.ndarray) -> tuple[str, np.ndarray]:
-    *path, leaf = name.split("/")
-    if leaf == "kernel":
-        x = x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T
-    return ".".join([*path, {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)]), x
-
-
-# By what some parameters are called, that are in no plain ViT: what the model then is.
-_OTHERS = {
-    r"dist_token|distillation_token|head_dist": "a distilled DeiT, with a second class token",
-    r"reg_token|register_tokens": "a ViT with register tokens",
-    r"attn_pool\.|(?:^|\.)head\.probe": "a ViT with attention pooling",
-    r"[qk]_norm\.|norm_[qk]\.": "a ViT that normalizes queries and keys",
-    r"layers\.\d+\.blocks": "a Swin Transformer",
-    r"\bls[12]\b|gamma_[12]|lambda_[12]|layer_scale": "a ViT with LayerScale, as DeiT III or BEiT",
-    r"relative_position|rel_pos": "a ViT with relative positions as BEiT has them",
-    r"mlp\.(w12|fc1_g|w1)\.|weights_in": "a ViT with SwiGLU in place of its MLP",
-    r"mlp\.norm\.|attn\.norm\.": "a ViT with more norms in its layers",
-    r"norm_pre\.|pre_layernorm|pre_layrnorm|ln_pre|class_embedding": "a ViT with a norm before its "
-    "layers, as CLIP",
-    r"fc_norm\.": "a ViT that normalizes after its pooling",
-    r"mask_token|decoder": "an autoencoder of masked images",
-    r"text_model\.|^transformer\.resblocks|token_embedding": "a model of text and images",
-    r"\.running_mean": "a network with BatchNorm",
-    r"encoder\.layers\.encoder_layer_": "torchvision's ViT, whose names are not read",
-    r"\.lora_[AB]\.|lora_": "LoRA's additions to a model: merge them into it first, and it is read",
-}
-
-
-def other_model(present: Iterable[str]) -> str | None:
-    """Identifies a model by parameters that no plain or hybrid ViT has; None if it is unknown.
-
-    Args:
-        present: the names in any layout.
-    """
-    present = list(present)
-    for pattern, what in _OTHERS.items():
-        if found := sorted(filter(re.compile(pattern).search, present)):
-            return f"{what} ({shortlist(found, 1)})"
-    return None
-
-
 def detect_format(present: Iterable[str]) -> str | None:
     """Tells "official", "timm" or "huggingface" by parameter names, None if it is none of them."""
     present = set(present)
@@ -464,6 +485,4 @@ def detect_format(present: Iterable[str]) -> str | None:
         return "official"
     if "patch_embed.proj.weight" in present:
         return "timm"
-    if any(n.endswith("embeddings.patch_embeddings.projection.weight") for n in present):
-        return "huggingface"
-    return None
+    return "huggingface" if huggingface_names.are_these(present) else None

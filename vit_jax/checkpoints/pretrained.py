@@ -12,7 +12,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax import models
-from vit_jax.checkpoints import foreign_configs, infer, layouts, remote
+from vit_jax.checkpoints import (
+    foreign_configs,
+    infer,
+    interpolation,
+    layouts,
+    remote,
+    torch_names,
+)
 from vit_jax.checkpoints.arrays import read_arrays, read_sharded
 from vit_jax.checkpoints.formats import checks
 from vit_jax.checkpoints.layouts import Arrays
@@ -22,6 +29,7 @@ from vit_jax.data import imagenet
 from vit_jax.data.protocols import Preprocessing, evaluation
 from vit_jax.errors import UserError, first_line, shortlist
 from vit_jax.models import masked
+from vit_jax.models.vit import POSITIONS, num_class_tokens
 from vit_jax.printable import printable
 
 _ACCEPTED = (
@@ -301,18 +309,38 @@ def _read_weights(path: Path, overrides: dict[str, Any]) -> tuple[Arrays, ModelI
     if num_heads is None:
         keys = ("hidden_size", "num_layers", "mlp_dim")
         num_heads = infer.usual_num_heads(**{key: sizes[key] for key in keys})
-    return layouts.to_official(arrays, format, num_heads), info
+    official = layouts.to_official(arrays, format, num_heads)
+    if format == "huggingface" and info.preprocessing is not None and sizes.get("layer_scale"):
+        official = _fitted_to_view(official, info.preprocessing.image_size, sizes, image_size)
+    return official, info
+
+
+def _fitted_to_view(arrays: Arrays, wanted: int, sizes: dict[str, Any], image_size: int) -> Arrays:
+    """Fits DINOv2's position embeddings to the smaller images that its folder shows it."""
+    if wanted >= image_size or wanted % sizes["patch_size"]:
+        return arrays
+    fitted = interpolation.interpolate(
+        arrays[POSITIONS],
+        num_class_tokens(arrays),
+        wanted // sizes["patch_size"],
+        antialias=bool(sizes["num_registers"]),  # As Transformers' two models do.
+    )
+    return {**arrays, POSITIONS: fitted}
 
 
 def _detect_format(path: Path, arrays: Arrays) -> tuple[Arrays, str]:
     """Returns the arrays without what a model may be wrapped in, and their format."""
-    other_model = layouts.other_model(arrays)
+    arrays = torch_names.without_text(arrays)
+    other_model = torch_names.other_model(arrays)
     if other_model is not None:
         raise UserError(
-            f"{path} is of {other_model}, not part of a plain or hybrid ViT: only those are read, "
-            "for example hf:google/vit-base-patch16-224"
+            f"{path} is of {other_model}, not part of a ViT that is read, for example "
+            "hf:google/vit-base-patch16-224"
         )
-    arrays = layouts.unwrap(arrays)
+    arrays = torch_names.unwrap(arrays)
+    if torch_names.are_torchvisions(arrays):
+        return torch_names.to_timm(arrays), "torchvision"
+    arrays = torch_names.to_timm(arrays)
     format = layouts.detect_format(arrays)
     if format is None:
         names = shortlist(sorted(arrays), 2)
@@ -349,10 +377,13 @@ def _complete_model(
     if not described.get("num_classes"):  # In a run's config 0 stands for those of the data set.
         described["num_classes"] = sizes["num_classes"]
     for key in sizes.keys() & described.keys():
-        if sizes[key] != described[key]:
+        is_same = sizes[key] == described[key]
+        if not (is_same or (key == "layer_scale" and sizes[key] and described[key])):
             raise UserError(
                 f"{key} is {described[key]} by what is said of it, {sizes[key]} by its shapes"
             )
+    if sizes.get("layer_scale"):  # Shapes tell that there are scales, not what they began with.
+        sizes = {**sizes, "layer_scale": described.get("layer_scale") or sizes["layer_scale"]}
     model = {**models.prediction_defaults(sizes["architecture"]), **described, **sizes}
     for key in ("layer_norm_epsilon", "group_norm_epsilon"):
         if not 0 < model.get(key, 1e-6) < 1:

@@ -37,7 +37,6 @@ FIXED = {
     "embed_norm_layer": None,
     "final_norm": True,
     "in_chans": 3,
-    "init_values": None,
     "mlp_layer": None,
     "pool_include_prefix": False,
     "pos_embed": "learn",
@@ -45,11 +44,13 @@ FIXED = {
     "proj_bias": True,
     "qk_norm": False,
     "qkv_bias": True,
-    "reg_tokens": 0,
     "scale_attn_norm": False,
     "scale_mlp_norm": False,
 }
-READ = ("act_layer", "global_pool", "img_size", "norm_layer", "num_heads")
+READ = (
+    *("act_layer", "global_pool", "img_size", "init_values", "norm_layer", "num_heads"),
+    "reg_tokens",
+)
 # What shapes tell, by its name here; the others in their own form.
 SHAPES = {"depth": "num_layers", "embed_dim": "hidden_size"}
 OTHER_SHAPES = (
@@ -64,10 +65,17 @@ HARMLESS = (
 # Those of timm's plain ViTs whose GELU has its tanh form without their configs saying so.
 TANH = frozenset(
     {
+        "vit_base_patch32_siglip_256",
         "vit_base_patch32_siglip_gap_256",
+        "vit_giantopt_patch16_siglip_256",
+        "vit_giantopt_patch16_siglip_384",
         "vit_giantopt_patch16_siglip_gap_256",
         "vit_giantopt_patch16_siglip_gap_384",
+        "vit_large_patch16_siglip_512",
         "vit_large_patch16_siglip_gap_512",
+        "vit_so400m_patch16_siglip_256",
+        "vit_so400m_patch16_siglip_384",
+        "vit_so400m_patch16_siglip_512",
         "vit_so400m_patch16_siglip_gap_256",
         "vit_so400m_patch16_siglip_gap_384",
         "vit_so400m_patch16_siglip_gap_512",
@@ -79,6 +87,8 @@ TANH = frozenset(
 NUM_HEADS = {"vit_base_patch16_gap_224": 16}
 
 LAYER_NORM_EPSILON, GROUP_NORM_EPSILON = 1e-6, 1e-5
+POOLS = {"token": "token", "gap": "avg", "map": "map"}
+IMAGENET_STATISTICS: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 _SIZES = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
 _PATCHES = {
@@ -111,18 +121,23 @@ def read_config(config: dict[str, Any], sizes: dict[str, Any], image_size: int) 
     """
     arguments = config.get("model_args") or {}
     pretrained = config.get("pretrained_cfg", config)  # Once all was in one dictionary.
-    _check_arguments(config, arguments, pretrained, sizes["classifier"] == "token")
+    _check_arguments(config, arguments, pretrained, sizes)
     _check_sizes(config, arguments, sizes)
     names = config.get("label_names", pretrained.get("label_names"))
     return ModelInfo(
-        _model(config.get("architecture"), arguments, sizes["architecture"]),
-        preprocessing(_image_size(arguments, pretrained, image_size), **pretrained),
+        _model(config.get("architecture"), arguments, sizes),
+        preprocessing(
+            _image_size(arguments, pretrained, image_size), **_usual_view(sizes) | pretrained
+        ),
         labels(names, "label_names"),
     )
 
 
 def _check_arguments(
-    config: dict[str, Any], arguments: dict[str, Any], pretrained: dict[str, Any], has_class: bool
+    config: dict[str, Any],
+    arguments: dict[str, Any],
+    pretrained: dict[str, Any],
+    sizes: dict[str, Any],
 ) -> None:
     check_fields(arguments, FIXED, (*READ, *SHAPES, *OTHER_SHAPES, *HARMLESS))
     check_fields({"label_offset": pretrained.get("label_offset")}, {"label_offset": 0}, ())
@@ -131,10 +146,11 @@ def _check_arguments(
         raise UserError(f"norm_layer is {norm!r}: only models with 'layernorm' are read")
     # The paper's pooling is the class token, or the mean where there is none.
     pool = arguments.get("global_pool", config.get("global_pool"))
-    if pool not in (None, "token" if has_class else "avg"):
+    if pool not in (None, POOLS[sizes["classifier"]]):
+        beside = "beside a" if sizes["classifier"] == "token" else "without a"
         raise UserError(
-            f"global_pool is {pool!r} {'beside a' if has_class else 'without a'} class token: only "
-            "'token' with one and 'avg' without are read"
+            f"global_pool is {pool!r} {beside} class token: only 'token' with one, and without one "
+            "'avg', or 'map' where the weights have attention pooling, are read"
         )
 
 
@@ -152,9 +168,12 @@ def _check_sizes(config: dict[str, Any], arguments: dict[str, Any], sizes: dict[
         # 0 and null, and weights without a head, are any.
         if values.get("num_classes") and sizes["num_classes"]:
             check_shapes(values, sizes, {"num_classes": "num_classes"})
+    _check_parts(arguments, sizes)
     ratio = arguments.get("mlp_ratio")
     if ratio is not None and "mlp_dim" in sizes:
-        wanted = real(ratio, "mlp_ratio") * sizes["hidden_size"]
+        # Of SwiGLU it is that of both layers that are packed in one.
+        packed = 2 if sizes.get("mlp") == "swiglu" else 1
+        wanted = real(ratio, "mlp_ratio") * sizes["hidden_size"] / packed
         if abs(wanted - sizes["mlp_dim"]) >= 1:  # timm takes the floor.
             raise UserError(
                 f"mlp_ratio {ratio} of width {sizes['hidden_size']} is not the MLP width "
@@ -162,13 +181,32 @@ def _check_sizes(config: dict[str, Any], arguments: dict[str, Any], sizes: dict[
             )
 
 
-def _model(name: Any, arguments: dict[str, Any], architecture: str) -> dict[str, Any]:
+def _check_parts(arguments: dict[str, Any], sizes: dict[str, Any]) -> None:
+    """Checks that LayerScale and registers are there if and only if the weights have them."""
+    for field, key in (("init_values", "layer_scale"), ("reg_tokens", "num_registers")):
+        told, found = arguments.get(field), sizes.get(key, 0)
+        if field not in arguments or key not in sizes:
+            continue
+        is_same = bool(told) == bool(found) if field == "init_values" else (told or 0) == found
+        if not is_same:
+            raise UserError(
+                f"{field} is {told!r}, but by the shapes of the weights "
+                f"{'there are scales' if field == 'init_values' and found else found}: they are of "
+                "different models, fetch both again"
+            )
+
+
+def _model(name: Any, arguments: dict[str, Any], sizes: dict[str, Any]) -> dict[str, Any]:
+    architecture = sizes["architecture"]
     default_activation = "gelu_tanh" if name in TANH else "gelu"
+    activations = {**GELUS, "silu": "erf"} if sizes.get("mlp") == "swiglu" else GELUS
     model = {
         "architecture": architecture,
-        "gelu": choose(GELUS, arguments.get("act_layer") or default_activation, "act_layer"),
+        "gelu": choose(activations, arguments.get("act_layer") or default_activation, "act_layer"),
         "layer_norm_epsilon": LAYER_NORM_EPSILON,
     }
+    if arguments.get("init_values"):
+        model["layer_scale"] = real(arguments["init_values"], "init_values")
     if architecture == "hybrid":
         model["group_norm_epsilon"] = GROUP_NORM_EPSILON
     num_heads = arguments.get("num_heads", NUM_HEADS.get(name))
@@ -187,6 +225,28 @@ def _image_size(arguments: dict[str, Any], pretrained: dict[str, Any], default: 
     if size[1] != size[2]:
         raise UserError(f"input_size {size} is not square: only square images are supported")
     return whole(size[1], "input_size")
+
+
+def _usual_view(sizes: dict[str, Any]) -> dict[str, Any]:
+    """The channel statistics of models that nothing is said of: of DeiT and DINOv2 ImageNet's."""
+    if sizes.get("layer_scale") or sizes.get("distillation_token"):
+        return dict(IMAGENET_STATISTICS)
+    return {}
+
+
+def torchvision_info(image_size: int) -> ModelInfo:
+    """Returns what is known of a ViT of torchvision, whose files hold arrays alone.
+
+    Args:
+        image_size: that of the position embeddings.
+    """
+    usual: dict[str, Any] = (
+        {"crop_pct": 0.875, "interpolation": "bilinear"} if image_size < 384 else {}
+    )
+    return ModelInfo(
+        {"architecture": "vit", "gelu": "erf", "layer_norm_epsilon": LAYER_NORM_EPSILON},
+        preprocessing(image_size, **IMAGENET_STATISTICS, **usual),
+    )
 
 
 def preprocessing(
@@ -232,7 +292,7 @@ def config_files(info: ModelInfo) -> dict[str, dict[str, Any]]:
         UserError: timm has no name for a hybrid of these sizes.
     """
     model, view = info.model, info.require_preprocessing()
-    pool = "token" if model["classifier"] == "token" else "avg"
+    pool = POOLS[model["classifier"]]
     arguments = {
         "act_layer": "gelu" if model["gelu"] == "erf" else "gelu_tanh",
         "depth": model["num_layers"],
@@ -243,8 +303,14 @@ def config_files(info: ModelInfo) -> dict[str, dict[str, Any]]:
         "num_classes": model["num_classes"],
         "patch_size": model["patch_size"],
     }
-    if pool == "avg":
-        arguments |= {"class_token": False, "fc_norm": False, "global_pool": "avg"}
+    if pool != "token":
+        arguments |= {"class_token": False, "fc_norm": False, "global_pool": pool}
+    if model.get("layer_scale"):
+        arguments["init_values"] = model["layer_scale"]
+    if model.get("num_registers"):
+        arguments["reg_tokens"] = model["num_registers"]
+    if model.get("mlp") == "swiglu":
+        arguments |= {"act_layer": "silu", "mlp_ratio": 2 * arguments["mlp_ratio"]}
     config = {
         "architecture": _timm_name(model),
         "num_classes": model["num_classes"],
@@ -279,6 +345,11 @@ def _timm_name(model: dict[str, Any]) -> str:
         if stem not in _STEMS:
             raise UserError(f"timm has no stem of {stem} units: use --format official")
         return _STEMS[stem]
+    # These two are classes of their own, and have a layer that no argument names.
+    if model.get("distillation_token"):
+        return "deit_base_distilled_patch16_224"
+    if model.get("mlp") == "swiglu":
+        return "vit_giant_patch14_dinov2"
     name = next((x for x in SIZES if SIZES[x].items() <= model.items()), None)
     if name is None or model["patch_size"] not in _PATCHES[name]:
         return "vit_base_patch16_224"

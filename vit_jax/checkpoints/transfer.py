@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vit_jax.errors import UserError, shortlist
 from vit_jax.models import ARCHITECTURES
 from vit_jax.models.base import Grid, Resize
-from vit_jax.models.vit import POOLING
+from vit_jax.models.vit import DISTILLATION_HEAD, POOLING, num_class_tokens
 from vit_jax.printable import printable
 
 Action = Literal["loaded", "resized", "dropped", "new"]
@@ -43,7 +43,8 @@ def transfer(
 
     A "gap" model has neither `cls` nor a class position. A "gap" model drops those of a "token"
     model; a "token" model keeps its initial ones where the weights have none. So it is with the
-    attention pooling of a "map" model.
+    attention pooling of a "map" model, with a distillation token, and with registers where one of
+    the two has none.
 
     Args:
         init_params: of the fresh model, nested dicts of arrays.
@@ -59,11 +60,12 @@ def transfer(
     Raises:
         UserError: parameters are missing, misshapen or left over; it lists them.
     """
-    one_sided = {"cls", "mask_embedding"}
+    one_sided = {"cls", "dist", "register", "mask_embedding"}
     removed = one_sided & (init_params.keys() ^ pretrained_params.keys())
     if not keep_head:
         heads = {family.head for family in ARCHITECTURES.values()}
-        removed |= heads | {"patch_head"} | ({"pre_logits"} - init_params.keys())
+        heads |= {"patch_head", DISTILLATION_HEAD}
+        removed |= heads | ({"pre_logits"} - init_params.keys())
         removed |= {POOLING} & (init_params.keys() ^ pretrained_params.keys())
     init = flatten_dict(init_params, sep="/")
     old = {name: np.asarray(x) for name, x in flatten_dict(pretrained_params, sep="/").items()}
@@ -73,7 +75,8 @@ def transfer(
 
     found = {name: old[name] for name in old.keys() - dropped}
     actions: dict[str, Action] = {name: "new" if name in new else "loaded" for name in init}
-    resize = Resize(("cls" in old, "cls" in init), (pretrained_grid, grid))
+    class_tokens = num_class_tokens(old), num_class_tokens(init)
+    resize = Resize(class_tokens, (pretrained_grid, grid))
     resizers = {k: x for family in ARCHITECTURES.values() for k, x in family.resizers.items()}
     for name in init.keys() & found.keys():
         if fit := resizers.get(name.split("/")[-1]):

@@ -217,7 +217,7 @@ class Model(nn.Module):
         return self.clone(config=dataclasses.replace(self.config, num_classes=0))
 
 
-def linear_head(x: Array, config: ModelConfig) -> Array:
+def linear_head(x: Array, config: ModelConfig, name: str = "head") -> Array:
     """The logits of features x [batch, features], to be called in a compact method of a module.
 
     The kernel starts at zero; where num_classes is 0 there is no head, and x is returned.
@@ -228,7 +228,7 @@ def linear_head(x: Array, config: ModelConfig) -> Array:
         config.num_classes,
         kernel_init=nn.initializers.zeros,
         bias_init=nn.initializers.constant(config.head_bias_init),
-        name="head",
+        name=name,
     )(x)
 
 
@@ -245,11 +245,12 @@ class Resize:
     """Between which models a parameter is fitted.
 
     Attributes:
-        has_class: whether the pretrained model and the fresh one have a class token.
+        class_tokens: how many tokens before the patches have positions in the pretrained model and
+            in the fresh one: none, a class token, or that and a distillation token.
         grids: rows and columns of patches of the two; None for a square.
     """
 
-    has_class: tuple[bool, bool] = (False, False)
+    class_tokens: tuple[int, int] = (0, 0)
     grids: tuple[Grid | None, Grid | None] = (None, None)
 
 

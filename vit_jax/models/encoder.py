@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, brief
 from vit_jax.models import attention
 from vit_jax.models.activations import GELU
 from vit_jax.models.base import Grid, ModelConfig, at_least, epsilon, fraction, option
@@ -38,6 +38,14 @@ Array = jax.Array
 
 # The deepest published Transformers have 1,000 layers (DeepNet, 2022); each is traced.
 DEEPEST = 1000
+
+
+# Published models have 4 or 8. A file of weights cannot make a model of more.
+MOST_REGISTERS = 1024
+
+
+def _start_of_scales(x: float) -> str | None:
+    return None if 0 <= x <= 1 else f"is {brief(x)}: it must be from 0 to 1"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +73,14 @@ class EncoderConfig(ModelConfig):
         scan_layers: compile one layer and loop over it; the parameter tree does not change.
         remat: "dots", which takes about half the memory of "nothing"; on a CPU, a step of ViT-Ti/16
             takes 620 ms in place of 604 with it, the fastest 568 in place of 578.
+        layer_scale: 0 for none, else what the learned scales of every feature of a residual branch
+            start with (Touvron et al., 2021, arXiv 2103.17239). Of weights that are read it only
+            says that they have them. The paper has none.
+        num_registers: learned tokens beside the class token that nothing reads at the end (Darcet
+            et al., 2023, arXiv 2309.16588). They have no positions.
+        mlp: "gelu", Eq. 3, or "swiglu" (Shazeer, 2020, arXiv 2002.05202), as in DINOv2's ViT-g.
+        distillation_token: a second class token, with a head of its own that is to learn from
+            another model (DeiT: Touvron et al., 2021, arXiv 2012.12877).
 
     The others are those of `ModelConfig`.
     """
@@ -83,6 +99,10 @@ class EncoderConfig(ModelConfig):
     layer_norm_epsilon: float = option(1e-6, check=epsilon)
     scan_layers: bool = option(False, training_only=True)
     remat: str = option("dots", choices=POLICIES, training_only=True)
+    layer_scale: float = option(0.0, check=_start_of_scales)
+    num_registers: int = option(0, check=at_least(0, MOST_REGISTERS))
+    mlp: str = option("gelu", choices=("gelu", "swiglu"))
+    distillation_token: bool = option(False)
 
     def validate(self) -> None:
         """Checks that the sizes, and the position embeddings and their place, go together."""
@@ -92,6 +112,12 @@ class EncoderConfig(ModelConfig):
                 f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
             )
         check_placement(self.position_embedding, self.position_placement)
+        for key in ("num_registers", "distillation_token"):
+            if getattr(self, key) and not self.has_class:
+                raise UserError(
+                    f"model.{key} is {getattr(self, key)}, which goes with a class token, not with "
+                    f"classifier {self.classifier!r}: use token"
+                )
         parts = {"2d": 2, "sincos2d": 4}.get(self.position_embedding, 1)
         if self.hidden_size % parts:
             raise UserError(
@@ -103,6 +129,16 @@ class EncoderConfig(ModelConfig):
     def has_class(self) -> bool:
         """Tells whether a class token precedes the patches."""
         return self.classifier == "token"
+
+    @property
+    def num_class_tokens(self) -> int:
+        """The tokens before the patches that have positions: the class and distillation token."""
+        return self.has_class + self.distillation_token
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """The tokens before the patches: class, distillation, registers."""
+        return self.num_class_tokens + self.num_registers
 
 
 class HeadProjection(nn.Module):
@@ -185,7 +221,9 @@ class MultiHeadSelfAttention(nn.Module):
         q = attention.scale(q)
         logits = attention.scores(q, k)
         if config.position_embedding == "relative":
-            bias = RelativePositionBias(config.has_class, config.compute_dtype, name="relative")
+            bias = RelativePositionBias(
+                config.num_prefix_tokens, config.compute_dtype, name="relative"
+            )
             logits = logits + bias(q)
         weights = attention.softmax(logits)
         self.sow("intermediates", "attention_weights", weights)
@@ -194,7 +232,11 @@ class MultiHeadSelfAttention(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """The MLP of Eq. 3: two layers with a GELU in between."""
+    """The MLP of Eq. 3: two layers with a GELU in between; or SwiGLU.
+
+    SwiGLU's hidden layer is SiLU(x W_g) * (x W_0): a second product with the input, `Gate`, takes
+    the place of the GELU.
+    """
 
     config: EncoderConfig
 
@@ -202,7 +244,11 @@ class MlpBlock(nn.Module):
     def __call__(self, x: Array, deterministic: bool) -> Array:
         """Maps x [batch, tokens, hidden_size] to the same shape."""
         config = self.config
-        x = GELU[config.gelu](self._dense(config.mlp_dim, "Dense_0")(x))
+        hidden = self._dense(config.mlp_dim, "Dense_0")(x)
+        if config.mlp == "swiglu":
+            x = nn.silu(self._dense(config.mlp_dim, "Gate")(x)) * hidden
+        else:
+            x = GELU[config.gelu](hidden)
         x = Dropout(config.dropout_rate)(x, deterministic)
         x = self._dense(config.hidden_size, "Dense_1")(x)
         return Dropout(config.dropout_rate)(x, deterministic)
@@ -250,10 +296,12 @@ class EncoderBlock(nn.Module):
         x = layer_norm(self.config, "LayerNorm_0")(z)
         x = self._attend(x, deterministic)
         x = Dropout(self.config.dropout_rate)(x, deterministic)
+        x = self._scaled(x, "LayerScale_0")
         z = end_of_block(z + StochasticDepth()(x, drop_rate, deterministic))
         # Eq. 3
         x = layer_norm(self.config, "LayerNorm_2")(z)
         x = MlpBlock(self.config, name="MlpBlock_3")(x, deterministic)
+        x = self._scaled(x, "LayerScale_1")
         return end_of_block(z + StochasticDepth()(x, drop_rate, deterministic))
 
     def _with_positions(self, z: Array, positions: Array | None) -> Array:
@@ -261,9 +309,29 @@ class EncoderBlock(nn.Module):
             positions = position_embedding(self.config, self.grid, name="posembed")(z)
         return z if positions is None else z + positions
 
+    def _scaled(self, x: Array, name: str) -> Array:
+        initial = self.config.layer_scale
+        return LayerScale(initial, name=name)(x) if initial else x
+
     def _attend(self, x: Array, deterministic: bool) -> Array:
         layer = MultiHeadSelfAttention(self.config, name="MultiHeadDotProductAttention_1")
         return layer(x, deterministic)
+
+
+class LayerScale(nn.Module):
+    """The learned scales of a residual branch, one a feature (arXiv 2103.17239).
+
+    Attributes:
+        initial: what they start with.
+    """
+
+    initial: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps x [batch, tokens, hidden_size] to the same shape and dtype."""
+        initialize = nn.initializers.constant(self.initial)
+        return x * self.param("scale", initialize, x.shape[-1:]).astype(x.dtype)
 
 
 class StochasticDepth(nn.Module):
@@ -289,7 +357,12 @@ def layer_norm(config: EncoderConfig, name: str | None = None) -> LayerNorm:
 def position_embedding(config: EncoderConfig, grid: Grid, name: str) -> PositionEmbedding:
     """The module of the embeddings that a model adds to its tokens."""
     return PositionEmbedding(
-        config.position_embedding, grid, config.has_class, config.compute_dtype, name=name
+        config.position_embedding,
+        grid,
+        config.num_class_tokens,
+        config.compute_dtype,
+        config.num_registers,
+        name=name,
     )
 
 
@@ -307,19 +380,20 @@ class Encoder(nn.Module):
     layer: type[EncoderBlock] = EncoderBlock
 
     @nn.compact
-    def __call__(self, patches: Array, cls: Array | None, deterministic: bool) -> Array:
+    def __call__(self, patches: Array, prefix: Array | None, deterministic: bool) -> Array:
         """Maps patch embeddings to the tokens after the last layer.
 
         Args:
             patches: x_p E, [batch, patches, hidden_size].
-            cls: the class token x_class, [1, 1, hidden_size], None for no class token.
+            prefix: the tokens before them, [1, tokens, hidden_size]: the class token x_class, the
+                distillation token, registers. None for none.
             deterministic: whether dropout and stochastic depth are off.
 
         Returns:
-            [batch, tokens, hidden_size], the class token first.
+            [batch, tokens, hidden_size], the patches last.
         """
         config = self.config
-        z, positions = self._tokens(patches, cls)
+        z, positions = self._tokens(patches, prefix)
         z = Dropout(config.dropout_rate)(z, deterministic)
         drop_rates = None
         if config.stochastic_depth:
@@ -344,14 +418,14 @@ class Encoder(nn.Module):
                 z = layer(z, deterministic, positions, rate)
         return layer_norm(config, "encoder_norm")(z)  # Eq. 4
 
-    def _tokens(self, x: Array, cls: Array | None) -> tuple[Array, Array | None]:
+    def _tokens(self, x: Array, prefix: Array | None) -> tuple[Array, Array | None]:
         """z_0 = [x_class; x_p E] + E_pos of Eq. 1, and what is added before every layer instead."""
-        if cls is not None:
+        if prefix is not None:
             # By padding: a concatenation would have to broadcast the token to the batch size, which
             # costs Shape and Expand nodes in an exported graph.
             patches = x.shape[1]
-            x = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))
-            x = x + jnp.pad(cls, ((0, 0), (0, patches), (0, 0))).astype(x.dtype)
+            x = jnp.pad(x, ((0, 0), (prefix.shape[1], 0), (0, 0)))
+            x = x + jnp.pad(prefix, ((0, 0), (0, patches), (0, 0))).astype(x.dtype)
         placement = self.config.position_placement
         if self.config.position_embedding not in ADDED or placement == "layers":
             return x, None

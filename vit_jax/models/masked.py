@@ -105,7 +105,7 @@ class MaskedVisionTransformer(VisionTransformer):
     outputs: int = NUM_COLORS
 
     @nn.compact
-    def __call__(
+    def __call__(  # ty: ignore[incompatible-method-override]  # It has no classifier, so no heads.
         self, images: Array, corruption: Corruption | None = None, *, train: bool = False
     ) -> Array:
         """Predicts the corrupted patches.
@@ -130,7 +130,7 @@ class MaskedVisionTransformer(VisionTransformer):
         if corruption is not None:
             x = corrupt(x, mask_embedding.astype(config.compute_dtype), corruption)
         x = self._encode(x, grid, train)
-        x = x[:, 1:] if config.has_class else x
+        x = x[:, config.num_prefix_tokens :]
         if corruption is not None:  # Only what the loss will read.
             x = jnp.take_along_axis(x, corruption.chosen[..., None], axis=1)
         head = nn.Dense(self.outputs, kernel_init=nn.initializers.zeros, name="patch_head")

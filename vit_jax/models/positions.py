@@ -1,7 +1,8 @@
 """The position embeddings of Section 3.1 and Appendix D.4, in Flax Linen.
 
-Learned 1D embeddings, the paper's choice, have one for every token. All others are about patches,
-and the class token has none: at the stem it would only be added to a vector that is learned itself.
+Learned 1D embeddings, the paper's choice, have one for every token but registers. All others are
+about patches, and the class token has none: at the stem it would only be added to a vector that is
+learned itself.
 """
 
 import math
@@ -47,25 +48,37 @@ class PositionEmbedding(nn.Module):
     Attributes:
         position_embedding: one of `ADDED`.
         grid: rows and columns of patches, which are ordered by rows.
-        has_class: whether a class token precedes them.
+        num_class_tokens: how many tokens precede them that learned embeddings are for, too.
         dtype: of the result.
+        num_registers: how many tokens lie between these and the patches that have none.
     """
 
     position_embedding: str
     grid: Grid
-    has_class: bool
+    num_class_tokens: int
     dtype: Any = jnp.float32
+    num_registers: int = 0
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """The embeddings for tokens x [batch, tokens, hidden_size], [1, tokens, hidden_size]."""
         if self.position_embedding == "learned":
-            return self.param("pos_embedding", _INIT, (1, *x.shape[1:])).astype(self.dtype)
+            return self._learned(x.shape[1], x.shape[2])
         if self.position_embedding == "2d":
             patches = self._learned_2d(x.shape[-1])
         else:
             patches = jnp.asarray(sincos2d(self.grid, x.shape[-1]), self.dtype)
-        return jnp.pad(patches[None], ((0, 0), (int(self.has_class), 0), (0, 0)))
+        prefix = self.num_class_tokens + self.num_registers
+        return jnp.pad(patches[None], ((0, 0), (prefix, 0), (0, 0)))
+
+    def _learned(self, tokens: int, hidden_size: int) -> Array:
+        shape = (1, tokens - self.num_registers, hidden_size)
+        embedding = self.param("pos_embedding", _INIT, shape).astype(self.dtype)
+        if not self.num_registers:
+            return embedding
+        first = self.num_class_tokens
+        none = jnp.zeros((1, self.num_registers, hidden_size), self.dtype)
+        return jnp.concatenate([embedding[:, :first], none, embedding[:, first:]], axis=1)
 
     def _learned_2d(self, hidden_size: int) -> Array:
         rows, columns = self.grid
@@ -102,17 +115,17 @@ class RelativePositionBias(nn.Module):
     the content of the query meets as its key. Not in the paper: each layer has its own.
     """
 
-    has_class: bool
+    num_prefix_tokens: int
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, q: Array) -> Array:
         """Maps queries [..., heads, tokens, head_dim] to [..., heads, tokens, tokens].
 
-        The queries are those of the first attention, scaled as there. Pairs with the class token
-        get 0.
+        The queries are those of the first attention, scaled as there. Pairs with the class token,
+        or others before the patches, get 0.
         """
-        first = int(self.has_class)
+        first = int(self.num_prefix_tokens)
         q = q[..., first:, :]
         *batch, heads, patches, head_dim = q.shape
         shape = (2 * patches - 1, heads, head_dim)
@@ -158,25 +171,25 @@ def resize_axis(old: np.ndarray, fresh: np.ndarray, _: Resize) -> np.ndarray:
 def resize_tokens(old: np.ndarray, fresh: np.ndarray, resize: Resize) -> np.ndarray:
     """Fits learned embeddings [1, tokens, features]: those of the patches are interpolated.
 
-    That of the class token goes on, is dropped, or is the fresh one.
+    Those of the class and distillation token go on, are dropped, or are the fresh ones.
 
     Raises:
         UserError: the patches are not as many as the grid has, or no square.
     """
-    old_class, new_class = resize.has_class
-    same_tokens = old.shape == fresh.shape and old_class == new_class
+    old_prefix, new_prefix = resize.class_tokens
+    same_tokens = old.shape == fresh.shape and old_prefix == new_prefix
     if old.ndim != 3 or old.shape[::2] != fresh.shape[::2]:
         return old
     if same_tokens and resize.grids == (None, None):
         return old
-    old_grid = _grid(old.shape[1] - old_class, resize.grids[0])
-    new_grid = _grid(fresh.shape[1] - new_class, resize.grids[1])
+    old_grid = _grid(old.shape[1] - old_prefix, resize.grids[0])
+    new_grid = _grid(fresh.shape[1] - new_prefix, resize.grids[1])
     if same_tokens and old_grid == new_grid:
         return old
-    patches = old[0, int(old_class) :].reshape(*old_grid, -1)
+    patches = old[0, old_prefix:].reshape(*old_grid, -1)
     patches = resize_grid(patches, new_grid).reshape(1, math.prod(new_grid), -1)
-    class_position = (old if old_class else fresh)[:, : int(new_class)]
-    return np.concatenate([class_position, patches], axis=1)
+    kept = min(old_prefix, new_prefix)
+    return np.concatenate([old[:, :kept], fresh[:, kept:new_prefix], patches], axis=1)
 
 
 def _grid(patches: int, grid: Grid | None) -> Grid:

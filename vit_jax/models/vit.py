@@ -8,6 +8,7 @@ tree match; the forward pass fuses and reshapes where that is faster, which leav
 import dataclasses
 import math
 import re
+from collections.abc import Container
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -27,6 +28,7 @@ from vit_jax.models.base import (
     width_of,
 )
 from vit_jax.models.encoder import (
+    MOST_REGISTERS,
     Encoder,
     EncoderBlock,
     EncoderConfig,
@@ -54,6 +56,9 @@ SIZES = {
 HEAD_SIZE = 64
 POSITIONS = "Transformer/posembed_input/pos_embedding"
 POOLING = "MAPHead_0"
+DISTILLATION_HEAD = "head_dist"
+# Of layers whose weights alone are known: DINOv2's.
+_INITIAL_SCALE = 1e-5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +110,15 @@ class ViTConfig(EncoderConfig):
             )
         return height // step, width // step
 
+    def validate(self) -> None:
+        """Checks that the heads go together, too."""
+        super().validate()
+        if self.distillation_token and self.representation_size:
+            raise UserError(
+                f"model.representation_size is {self.representation_size}, but the two heads of a "
+                "model with a distillation_token are linear: set it to 0"
+            )
+
     def build(self) -> "VisionTransformer":
         """The module."""
         return VisionTransformer(self)
@@ -139,7 +153,8 @@ class ViTConfig(EncoderConfig):
         embedding = patches * channels * self.patch_size**2 * self.hidden_size
         layers = self.num_layers * self.layer_multiply_adds(side // self.patch_size)
         width, hidden = self.hidden_size, self.representation_size
-        head = width * hidden + (hidden or width) * self.num_classes
+        heads = 1 + self.distillation_token
+        head = width * hidden + heads * (hidden or width) * self.num_classes
         return stem + embedding + layers + self._pooling_multiply_adds(patches) + head
 
     def _pooling_multiply_adds(self, patches: int) -> int:
@@ -147,7 +162,8 @@ class ViTConfig(EncoderConfig):
             return 0
         width = self.hidden_size
         keys_and_values = 2 * patches * width * width
-        return keys_and_values + 2 * width * (width + self.mlp_dim) + 2 * patches * width
+        mlp = self._mlp_products * width * self.mlp_dim
+        return keys_and_values + 2 * width * width + mlp + 2 * patches * width
 
     def stem_multiply_adds(self, image_size: int) -> tuple[int, int, int]:
         """Returns the stem's multiply-adds, and the side and channels that patches are cut from."""
@@ -155,16 +171,21 @@ class ViTConfig(EncoderConfig):
 
     def layer_multiply_adds(self, side: int) -> int:
         """The multiply-adds of a layer for a square of side * side patches."""
-        tokens = side**2 + self.has_class
+        tokens = side**2 + self.num_prefix_tokens
         return self._attention_and_mlp(tokens, seen=tokens, offsets=2 * side**2 - 1)
 
     def _attention_and_mlp(self, tokens: int, seen: int, offsets: int) -> int:
         """The multiply-adds of tokens that attend to `seen` tokens each, at `offsets` offsets."""
         width = self.hidden_size
-        total = tokens * width * (4 * width + 2 * self.mlp_dim) + 2 * tokens * seen * width
+        mlp = self._mlp_products * self.mlp_dim
+        total = tokens * width * (4 * width + mlp) + 2 * tokens * seen * width
         if self.position_embedding == "relative":
-            total += (tokens - self.has_class) * offsets * width
+            total += (tokens - self.num_prefix_tokens) * offsets * width
         return total
+
+    @property
+    def _mlp_products(self) -> int:
+        return 3 if self.mlp == "swiglu" else 2
 
     @classmethod
     def recognizes(cls, arrays: Arrays) -> bool:
@@ -185,6 +206,8 @@ class ViTConfig(EncoderConfig):
             if arrays[name].ndim != rank or 0 in arrays[name].shape:
                 raise UserError(f"{name} has shape {arrays[name].shape}, which no ViT has")
         kernel, query, dense = (arrays[name].shape for name in telling)
+        has_scales = f"{cls.first_layer}/LayerScale_0/scale" in arrays
+        has_gate = f"{cls.first_layer}/MlpBlock_3/Gate/kernel" in arrays
         layers = {
             name.split("/")[1] for name in arrays if name.startswith("Transformer/encoderblock_")
         }
@@ -197,6 +220,10 @@ class ViTConfig(EncoderConfig):
             "num_classes": width_of(arrays, "head/bias"),
             "classifier": _classifier(arrays),
             "representation_size": width_of(arrays, "pre_logits/bias"),
+            "layer_scale": _INITIAL_SCALE if has_scales else 0.0,
+            "num_registers": _num_registers(arrays),
+            "mlp": "swiglu" if has_gate else "gelu",
+            "distillation_token": "dist" in arrays,
         }
 
     def image_size(self, arrays: Arrays) -> int:
@@ -210,7 +237,7 @@ class ViTConfig(EncoderConfig):
         positions = arrays.get(POSITIONS)
         if positions is None or positions.ndim != 3:
             raise UserError(f"{POSITIONS} is missing or misshapen: fetch the file again")
-        patches = positions.shape[1] - ("cls" in arrays)
+        patches = positions.shape[1] - num_class_tokens(arrays)
         side = math.isqrt(max(patches, 0))
         if side < 1 or side**2 != patches:
             raise UserError(
@@ -224,6 +251,23 @@ def _classifier(arrays: Arrays) -> str:
     if "cls" in arrays:
         return "token"
     return "map" if f"{POOLING}/probe" in arrays else "gap"
+
+
+def num_class_tokens(present: Container[str]) -> int:
+    """The tokens of a model that come before its patches and have positions, by its parameters."""
+    return ("cls" in present) + ("dist" in present)
+
+
+def _num_registers(arrays: Arrays) -> int:
+    registers = arrays.get("register")
+    if registers is None:
+        return 0
+    if registers.ndim != 3 or registers.shape[1] > MOST_REGISTERS:
+        raise UserError(
+            f"register has shape {registers.shape}, not (1, registers, width) of at most "
+            f"{MOST_REGISTERS} registers: fetch the file again"
+        )
+    return registers.shape[1]
 
 
 def _query(layer: str) -> str:
@@ -305,16 +349,19 @@ class VisionTransformer(Model):
     _LAYER: ClassVar[type[EncoderBlock]] = EncoderBlock
 
     @nn.compact
-    def __call__(self, images: Array, *, train: bool = False) -> Array:
+    def __call__(self, images: Array, *, train: bool = False, each_head: bool = False) -> Array:
         """Computes logits.
 
         Args:
             images: [batch, height, width, 3], values in [-1, 1].
             train: whether dropout is on; then the "dropout" RNG is needed.
+            each_head: whether the two heads of a model with a distillation token are not averaged,
+                see `heads`; of any other model nothing changes.
 
         Returns:
             Logits [batch, num_classes], or where num_classes is 0 the representation [batch,
-            representation_size or hidden_size], in float32.
+            representation_size or hidden_size], in float32. With a distillation token, the mean of
+            those of the two heads; or [2, batch, ...], those of each.
 
         Raises:
             UserError: the image's sides are not multiples of the downsampling.
@@ -322,6 +369,9 @@ class VisionTransformer(Model):
         config = self.config
         grid = config.grid(*images.shape[1:3])
         z = self._encode(self._embed(images), grid, train)
+        if config.distillation_token:
+            heads = self._class_and_distillation_heads(z[:, :2].astype(jnp.float32))
+            return jnp.stack(heads) if each_head else (heads[0] + heads[1]) / 2
         if config.classifier == "map":
             y = AttentionPooling(config, name=POOLING)(z)
         else:
@@ -332,6 +382,30 @@ class VisionTransformer(Model):
             )
             y = nn.tanh(hidden(y))
         return linear_head(y.astype(jnp.float32), config)
+
+    def heads(self, images: Array, train: bool = False) -> tuple[Array, Array]:
+        """Computes what the class token's head and the distillation token's head say.
+
+        To be called as `model.apply(variables, images, train, method="heads")`.
+
+        Args:
+            images: as the model's.
+            train: likewise.
+
+        Returns:
+            Two arrays, as `__call__` returns one.
+
+        Raises:
+            UserError: the model has no distillation token, or as `__call__`.
+        """
+        if not self.config.distillation_token:
+            raise UserError("the model has one head: set model.distillation_token for a second")
+        of_class, of_distillation = self(images, train=train, each_head=True)
+        return of_class, of_distillation
+
+    def _class_and_distillation_heads(self, y: Array) -> tuple[Array, Array]:
+        of_class = linear_head(y[:, 0], self.config)
+        return of_class, linear_head(y[:, 1], self.config, DISTILLATION_HEAD)
 
     def _stem(self, images: Array) -> Array:
         """Returns the image or feature map that the patches are cut from."""
@@ -347,9 +421,6 @@ class VisionTransformer(Model):
 
     def _encode(self, patches: Array, grid: Grid, train: bool) -> Array:
         """The encoder's output for patch embeddings: the class token, if any, comes first."""
-        cls = None
-        if self.config.has_class:
-            cls = self.param("cls", nn.initializers.zeros, (1, 1, self.config.hidden_size))
         encoder = Encoder
         if self.config.scan_layers:
             encoder = nn.map_variables(
@@ -360,4 +431,19 @@ class VisionTransformer(Model):
                 init=self.is_initializing(),
                 mutable=self.is_initializing(),
             )
-        return encoder(self.config, grid, self._LAYER, name="Transformer")(patches, cls, not train)
+        layers = encoder(self.config, grid, self._LAYER, name="Transformer")
+        return layers(patches, self._prefix(), not train)
+
+    def _prefix(self) -> Array | None:
+        """The tokens before the patches, [1, tokens, hidden_size], None if there are none."""
+        config, zeros = self.config, nn.initializers.zeros
+        if not config.has_class:
+            return None
+        tokens = [self.param("cls", zeros, (1, 1, config.hidden_size))]
+        if config.distillation_token:
+            tokens.append(self.param("dist", zeros, (1, 1, config.hidden_size)))
+        if config.num_registers:
+            # Without positions, they would stay alike forever if they began so; as DINOv2's.
+            shape = (1, config.num_registers, config.hidden_size)
+            tokens.append(self.param("register", nn.initializers.normal(stddev=1e-6), shape))
+        return tokens[0] if len(tokens) == 1 else jnp.concatenate(tokens, axis=1)

@@ -310,9 +310,13 @@ REQUIRED = "REQUIRED"
 # the weights of init_from were trained with, and without weights the model's default.
 LEFT_TO_WEIGHTS = {
     "classifier": str,
+    "distillation_token": bool,
     "gelu": str,
     "group_norm_epsilon": float,
     "layer_norm_epsilon": float,
+    "layer_scale": float,
+    "mlp": str,
+    "num_registers": int,
     "position_embedding": str,
     "position_placement": str,
 }

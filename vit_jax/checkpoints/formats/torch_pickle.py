@@ -46,8 +46,8 @@ _GLOBALS = {
 }
 
 # Where training scripts put the state dict into their checkpoint; the average goes first, as in
-# timm, for it is what such runs evaluate.
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict")
+# timm, for it is what such runs evaluate. DINO's teacher is the average of its student.
+_WRAPPERS = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model", "model_state_dict")
 
 
 def is_torch_archive(path: Path) -> bool:
@@ -102,6 +102,7 @@ def _load(path: Path, mmap: bool) -> Any:
 def _state_dict(path: Path, loaded: Any) -> dict[Any, Any]:
     import torch
 
+    _check_teacher(path, loaded)
     for key in _WRAPPERS:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
@@ -112,6 +113,18 @@ def _state_dict(path: Path, loaded: Any) -> dict[Any, Any]:
             f"{path} has {printable_shortlist(other)}, no tensors: save model.state_dict()"
         )
     return loaded
+
+
+def _check_teacher(path: Path, loaded: Any) -> None:
+    """Refuses a checkpoint of distillation: its teacher may be any model, and not the average."""
+    if not isinstance(loaded, dict):
+        return
+    found = [key for key in _WRAPPERS if isinstance(loaded.get(key), dict)]
+    if "teacher" in found and len(found) > 1:
+        raise UserError(
+            f"{path} holds several models, named {', '.join(found)}: save the state dict of one of "
+            "them alone"
+        )
 
 
 def _check_legacy_pickles(path: Path) -> None:
