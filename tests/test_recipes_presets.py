@@ -179,6 +179,7 @@ DEFAULTS = {
     "model.position_placement": "stem",
     "model.stochastic_depth": 0.0,
     "objective": "classification",
+    "optimizer.layer_decay": 1.0,
     "optimizer.lr_multipliers": "",
     "patience": 0,
     "schedule.end_lr": 0.0,

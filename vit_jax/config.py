@@ -49,6 +49,7 @@ ADDED_KEYS = {
     "augment_contrast": "pil",
     "dataset.jpeg_dct": "accurate",
     "dataset.workers": 0,
+    "optimizer.layer_decay": 1.0,
     "optimizer.lr_multipliers": "",
     "schedule.cooldown": "0 steps",
     "schedule.drops": list(DROPS),

@@ -248,6 +248,7 @@ RULES: dict[str, Rule] = {
     "optimizer.lr_multipliers": _read_by(
         parse_multipliers, "head/.*=10,embedding/.*=0", most=10_000
     ),
+    "optimizer.layer_decay": _above_zero(1, 0.75, "at which all layers have the same rate"),
     "schedule.base_lr": _above_zero(1e6, 1e-3, _LARGEST_RATE),
     "schedule.decay": _one_of(DECAYS, "cosine"),
     "schedule.warmup": _DURATION,

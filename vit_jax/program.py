@@ -75,20 +75,20 @@ _OTHER_PARAMETERS = (
 
 
 def check_multipliers(config: ConfigDict) -> None:
-    """Checks `optimizer.lr_multipliers` by the names of the model's parameters.
+    """Checks the learning rates of the optimizer by the names of the model's parameters.
 
     What the config leaves to its weights may be anything: whatever passes with some weights does.
 
     Raises:
         UserError: as `multipliers.multipliers` does.
     """
-    text = config.optimizer.lr_multipliers
-    if not text:
+    text, decay = config.optimizer.lr_multipliers, config.optimizer.layer_decay
+    if not text and decay == 1:
         return
     defaults = prediction_defaults(config.model.architecture)
     found = flatten_dict(_parameters(config, defaults))
     try:
-        multipliers(unflatten_dict(found), text)
+        multipliers(unflatten_dict(found), text, decay)
         return
     except UserError:
         if not left_to_weights(config):
@@ -96,7 +96,7 @@ def check_multipliers(config: ConfigDict) -> None:
     for other in _OTHER_PARAMETERS:
         with contextlib.suppress(UserError):  # Not every model may have it.
             found |= flatten_dict(_parameters(config, defaults | other))
-    multipliers(unflatten_dict(found), text)
+    multipliers(unflatten_dict(found), text, decay)
 
 
 def _parameters(config: ConfigDict, of_weights: Mapping[str, Any]) -> dict[str, Any]:
