@@ -284,7 +284,9 @@ def test_images_without_labels_are_not_mixed():
     config.augment = "randaugment(2,10)"
     check_config(config)
     config.augment = "light2"
-    with pytest.raises(UserError, match="config.augment is 'light2', but .* leave mixup out"):
+    with pytest.raises(
+        UserError, match="config.augment is 'light2', but .* leave mixup and cutmix out"
+    ):
         check_config(config)
 
 

@@ -23,7 +23,7 @@ LAYERS = (
     ),
     ("last_words", "processes"),
     ("models", "multipliers"),
-    ("state", "sharding", "steps"),
+    ("state", "sharding", "steps", "mixing"),
     ("data",),
     ("evaluation",),
     ("recipes", "config", "config_rules"),
@@ -57,6 +57,7 @@ ROOT = "vit_jax"
 WITHOUT_TENSORFLOW = (
     "models",
     "multipliers",
+    "mixing",
     "steps",
     "state",
     "sharding",

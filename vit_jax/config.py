@@ -296,10 +296,11 @@ OF_CLASSES = (
 def _check_objective(config: ConfigDict) -> None:
     values = flatten_dict(to_dict(config), sep=".")
     objective = values["objective"]
-    if objective == "masked_patches" and parse_augment(values["augment"]).mixup_alpha:
+    augmentation = parse_augment(values["augment"])
+    if objective == "masked_patches" and (augmentation.mixup_alpha or augmentation.cutmix_alpha):
         raise UserError(
             f"config.augment is {values['augment']!r}, but objective masked_patches has no labels "
-            "to mix: leave mixup out"
+            "to mix: leave mixup and cutmix out"
         )
     if objective == "masked_patches" and values.get("model.classifier") == "map":
         raise UserError(

@@ -20,11 +20,12 @@ from vit_jax.analysis import flops
 from vit_jax.config import left_to_weights, take_from_weights
 from vit_jax.data.augmentation import parse_augment
 from vit_jax.errors import UserError
+from vit_jax.mixing import create_mix
 from vit_jax.models import create_model, masked, prediction_defaults
 from vit_jax.multipliers import multipliers
 from vit_jax.sharding import AnyMesh, batch_sharding, state_sharding
 from vit_jax.state import TrainState, init_params, init_train_state
-from vit_jax.steps import Objective, classification, masked_patches, mixup, train_step
+from vit_jax.steps import Objective, classification, masked_patches, train_step
 
 
 def check_batch_size(config: ConfigDict, devices: int) -> None:
@@ -160,9 +161,13 @@ def lower_train_step(
             the one before.
     """
     places = jax.tree.map(lambda x: x.sharding, state)
-    mix = None
-    if alpha := parse_augment(config.augment).mixup_alpha:
-        mix = functools.partial(mixup, alpha=alpha, num_classes=num_classes)
+    augmentation = parse_augment(config.augment)
+    mix = create_mix(
+        mixup_alpha=augmentation.mixup_alpha,
+        cutmix_alpha=augmentation.cutmix_alpha,
+        erase_probability=augmentation.erase_probability,
+        num_classes=num_classes,
+    )
     step: Any = jax.jit(
         functools.partial(
             train_step,
