@@ -398,6 +398,13 @@ def test_what_a_day_of_attacks_got_through_is_refused(key, value, message):
     [
         ("optimizer.lr_multipliers", "head", "multipliers: 'head' is not understood: use PATTERN="),
         ("optimizer.lr_multipliers", "(=1", "'(' is no regular expression: missing ), untermina"),
+        ("lora.rank", -1, "is -1: it must not be negative"),
+        ("lora.alpha", 0.0, "is 0.0: it must be above 0"),
+        (
+            "lora.targets",
+            "query,head",
+            "'head' is no kernel of a layer: use query,key,value,out,mlp",
+        ),
         ("optimizer.layer_decay", 0.0, "is 0.0: it must be above 0; try --config.optimizer.layer_"),
         ("optimizer.layer_decay", 1.5, "it must be at most 1, at which all layers have the same"),
         ("optimizer.lr_multipliers", "a=1e7", "factor 1e7 of 'a' is above 1e+06"),
@@ -522,6 +529,7 @@ def test_a_config_of_before_evals_has_them():
         del before["dataset"][key]
     before["dataset"]["workers"] = 0
     before["model"]["remat"] = "nothing"
+    before["lora"] = {"rank": 0, "alpha": 8.0, "targets": "query,value"}
     before["optimizer"] |= {"lr_multipliers": "", "layer_decay": 1.0}
     before["schedule"] |= {"cooldown": "0 steps", "drops": [0.3, 0.6, 0.9]}
     before["schedule"]["timescale"] = "10000 steps"

@@ -22,7 +22,7 @@ LAYERS = (
         "xla_flags",
     ),
     ("last_words", "processes"),
-    ("models", "multipliers"),
+    ("models", "multipliers", "lora"),
     ("state", "sharding", "steps", "mixing"),
     ("data",),
     ("evaluation",),
@@ -57,6 +57,7 @@ ROOT = "vit_jax"
 WITHOUT_TENSORFLOW = (
     "models",
     "multipliers",
+    "lora",
     "mixing",
     "steps",
     "state",

@@ -49,6 +49,9 @@ ADDED_KEYS = {
     "augment_contrast": "pil",
     "dataset.jpeg_dct": "accurate",
     "dataset.workers": 0,
+    "lora.alpha": 8.0,
+    "lora.rank": 0,
+    "lora.targets": "query,value",
     "optimizer.layer_decay": 1.0,
     "optimizer.lr_multipliers": "",
     "schedule.cooldown": "0 steps",
@@ -100,6 +103,8 @@ def check_config(config: ConfigDict, *, may_lack: bool = False) -> None:
     _check_evals(config.evals)
     _check_model(config.model, config.dataset.image_size)
     _check_objective(config)
+    if not may_lack:
+        _check_adapters(config)
     _check_splits(config.dataset)
     _check_durations(config)
     _check_end(config.schedule)
@@ -313,6 +318,21 @@ def _check_objective(config: ConfigDict) -> None:
                 f"config.{key} is {values[key]}, but objective masked_patches has no classes: "
                 f"add --config.{key}=0"
             )
+
+
+def _check_adapters(config: ConfigDict) -> None:
+    if not config.lora.rank:
+        return
+    if config.objective != "classification":
+        raise UserError(
+            f"config.lora.rank is {config.lora.rank}, but objective {config.objective} pre-trains "
+            "all parameters: set --config.lora.rank=0"
+        )
+    if not config.init_from:
+        raise UserError(
+            f"config.lora.rank is {config.lora.rank}, but there are no weights to adapt: give "
+            "--config.init_from=..., or set --config.lora.rank=0"
+        )
 
 
 def unknown_key(key: str, valid: Iterable[str]) -> UserError:

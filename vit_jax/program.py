@@ -16,6 +16,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
+from vit_jax import lora
 from vit_jax.analysis import flops
 from vit_jax.config import left_to_weights, take_from_weights
 from vit_jax.data.augmentation import parse_augment
@@ -23,8 +24,8 @@ from vit_jax.errors import UserError
 from vit_jax.mixing import create_mix
 from vit_jax.models import create_model, masked, prediction_defaults
 from vit_jax.multipliers import multipliers
-from vit_jax.sharding import AnyMesh, batch_sharding, state_sharding
-from vit_jax.state import TrainState, init_params, init_train_state
+from vit_jax.sharding import AnyMesh, batch_sharding, gathering, state_sharding
+from vit_jax.state import Params, TrainState, create_optimizer, init_params, init_train_state
 from vit_jax.steps import Objective, classification, masked_patches, train_step
 
 
@@ -83,7 +84,7 @@ def check_multipliers(config: ConfigDict) -> None:
     Raises:
         UserError: as `multipliers.multipliers` does.
     """
-    text, decay = config.optimizer.lr_multipliers, config.optimizer.layer_decay
+    text, decay = lr_multipliers(config), config.optimizer.layer_decay
     if not text and decay == 1:
         return
     defaults = prediction_defaults(config.model.architecture)
@@ -104,7 +105,44 @@ def _parameters(config: ConfigDict, of_weights: Mapping[str, Any]) -> dict[str, 
     """The shapes of the parameters; only the data set tells the number of classes."""
     model, *_ = create_objective(take_from_weights(config, of_weights), num_classes=1)
     size = config.dataset.image_size
-    return jax.eval_shape(functools.partial(init_params, model, seed=0, image_size=size))
+    return jax.eval_shape(lambda: adapt(config, init_params(model, seed=0, image_size=size)))
+
+
+def lr_multipliers(config: ConfigDict) -> str:
+    """The learning rates of a run by parameter, see `multipliers`: under LoRA most are 0."""
+    text = config.optimizer.lr_multipliers
+    if not config.lora.rank:
+        return text
+    return ",".join(filter(None, (text.rstrip(", "), lora.FROZEN)))
+
+
+def adapt(config: ConfigDict, params: Params) -> Params:
+    """The parameters that a run trains: those of its model and, under LoRA, the change of some."""
+    rank, targets = config.lora.rank, config.lora.targets
+    if not rank:
+        return params
+    return lora.with_adapters(params, rank=rank, targets=targets, seed=config.seed)
+
+
+def run_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The optimizer of a run."""
+    settings = {**config.optimizer, "lr_multipliers": lr_multipliers(config)}
+    return create_optimizer(settings, schedule)
+
+
+def run_objective(
+    config: ConfigDict, objective: Objective, model: nn.Module, mesh: AnyMesh
+) -> Objective:
+    """The objective of the parameters that a run trains, as they lie on a mesh.
+
+    Args:
+        config: of the run.
+        objective: of the model's own parameters.
+        model: of the run.
+        mesh: from `sharding.make_mesh`.
+    """
+    placed = gathering(objective, mesh, model.config.compute_dtype)
+    return lora.merging(placed, config.lora.alpha) if config.lora.rank else placed
 
 
 def state_initializer(
@@ -118,6 +156,7 @@ def state_initializer(
         seed=config.seed,
         image_size=config.dataset.image_size,
         average=config.ema_decay > 0,
+        adapt=functools.partial(adapt, config),
     )
 
 
@@ -154,7 +193,7 @@ def lower_train_step(
     Args:
         config: of the run.
         mesh: from `sharding.make_mesh`.
-        objective: of parameters as `state` has them, see `sharding.gathering`.
+        objective: of parameters as `state` has them, see `run_objective`.
         optimizer: of the run.
         num_classes: of the model.
         state: arrays or their shapes, in the shardings that it keeps; each step takes the memory of
@@ -176,7 +215,7 @@ def lower_train_step(
             accumulate_steps=config.accumulate_steps,
             ema_decay=config.ema_decay,
             mix=mix,
-            lr_multipliers=config.optimizer.lr_multipliers,
+            lr_multipliers=lr_multipliers(config),
         ),
         in_shardings=(places, batch_sharding(mesh)),
         out_shardings=(places, None),

@@ -1,7 +1,7 @@
 """The train state, and the optimizer and schedule that a config describes."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -310,9 +310,13 @@ def init_train_state(
     seed: int,
     image_size: int,
     average: bool,
+    adapt: Callable[[Params], Params] = lambda params: params,
 ) -> TrainState:
-    """A fresh state of fresh parameters, see `init_params` and `create_state`; traceable."""
-    params = init_params(model, seed=seed, image_size=image_size)
+    """A fresh state of fresh parameters, see `init_params` and `create_state`; traceable.
+
+    The parameters of the state are what `adapt` makes of those of the model.
+    """
+    params = adapt(init_params(model, seed=seed, image_size=image_size))
     return create_state(params, optimizer, seed=seed, average=average)
 
 

@@ -343,6 +343,9 @@ def base(model: str, dataset: str) -> ConfigDict:
             # augreg, as in that code, or pil, the image's mean.
             "augment_contrast": "augreg",
             "ema_decay": 0.0,
+            # LoRA: the rank of the change of each kernel, 0 is off; what it is multiplied by is
+            # alpha / rank; of query, key, value, out and mlp which kernels.
+            "lora": {"rank": 0, "alpha": 8.0, "targets": "query,value"},
             "sharding": "replicated",
             "log_every": "50 steps",
             # What is evaluated while the run goes and at its end, see `evaluation.registry`; "val"
