@@ -40,6 +40,7 @@ from vit_jax.reporting import Cost, Progress, Reporter, say
 from vit_jax.sharding import to_devices
 from vit_jax.state import TrainState
 from vit_jax.steps import Batch, Metrics
+from vit_jax.teacher import check_teacher
 
 # What may change when a run goes on: nothing here alters a parameter. Of `evals` too all may but
 # which images decide, by which the evaluations before and after are compared.
@@ -95,6 +96,8 @@ def run_checked(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str
         )
     if saved is None:
         check_multipliers(config)
+    if config.distillation.teacher:
+        check_teacher(config.distillation.teacher)
     with stopping() as stop, full_disk(workdir), making_workdir(workdir), only_run(workdir):
         weights = None
         if saved is None and config.init_from:
