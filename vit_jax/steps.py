@@ -120,14 +120,14 @@ def classification(
     ) -> Metrics:
         rngs = {"dropout": _training_rng(rng)} if train else {}
         images = pixels_to_inputs(batch["image"])
-        is_taught = train and distillation is not None
-        heads = _heads if is_taught else _one_head
+        teaching = distillation if train else None
+        heads = _one_head if teaching is None else _heads
         logits, taught = heads(model, params, images, train=train, rngs=rngs)
         smoothing = label_smoothing if train else 0.0
         targets = batch.get("targets", batch["label"])  # Those of mixed images.
         losses = classification_loss(logits, targets, loss, smoothing)
-        if is_taught:
-            losses = distillation.loss(losses, taught, batch["teacher"])
+        if teaching is not None:
+            losses = teaching.loss(losses, taught, batch["teacher"])
         return {"loss": losses, "correct": jnp.argmax(logits, -1) == batch["label"]}
 
     return objective
