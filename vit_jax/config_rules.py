@@ -16,9 +16,11 @@ from ml_collections import ConfigDict
 from vit_jax.data.augmentation import CONTRASTS, parse_augment
 from vit_jax.data.protocols import JPEG_DCTS, MAX_IMAGE_SIZE, PROTOCOLS
 from vit_jax.data.subset import parse_subset
+from vit_jax.distillation import KINDS
 from vit_jax.errors import UserError, brief, first_line
 from vit_jax.evaluation import registry
 from vit_jax.evaluation.fewshot import parse_shots
+from vit_jax.lora import parse_targets
 from vit_jax.models import ARCHITECTURES, DTYPES, field_type, model_config, model_fields
 from vit_jax.models.base import type_problem
 from vit_jax.models.masked import TARGETS
@@ -203,11 +205,18 @@ RULES: dict[str, Rule] = {
         0.5,
     ),
     "masking.target": _one_of(TARGETS, "mean_color"),
+    "distillation.teacher": _text("runs/large"),
+    "distillation.kind": _one_of(KINDS, "hard"),
+    "distillation.alpha": _above_zero(1, 0.5, "where labels count for nothing"),
+    "distillation.temperature": _above_zero(1000, 3.0, "where all classes are alike"),
     "loss": _one_of(LOSSES, "softmax"),
     "label_smoothing": _fraction(0.1),
     "augment": _read_by(parse_augment, "medium1"),
     "augment_contrast": _one_of(CONTRASTS, "augreg"),
     "ema_decay": _fraction(0.9999),
+    "lora.rank": _between(int, 0, 4096, 8, "where kernels have hardly a higher one"),
+    "lora.alpha": _above_zero(1e6, 8.0, _LARGEST_RATE),
+    "lora.targets": _read_by(parse_targets, "query,value"),
     "sharding": _read_by(parse_sharding, "fsdp"),
     "log_every": _DURATION,
     "evals.*.type": _evaluator_type("objective"),
@@ -248,6 +257,7 @@ RULES: dict[str, Rule] = {
     "optimizer.lr_multipliers": _read_by(
         parse_multipliers, "head/.*=10,embedding/.*=0", most=10_000
     ),
+    "optimizer.layer_decay": _above_zero(1, 0.75, "at which all layers have the same rate"),
     "schedule.base_lr": _above_zero(1e6, 1e-3, _LARGEST_RATE),
     "schedule.decay": _one_of(DECAYS, "cosine"),
     "schedule.warmup": _DURATION,

@@ -20,11 +20,18 @@ from vit_jax.errors import UserError
 from vit_jax.evaluation.registry import Evaluator, create_evaluators
 from vit_jax.evaluation.watched import Watched
 from vit_jax.models import create_model
-from vit_jax.program import check_batch_size, create_objective, lower_train_step
+from vit_jax.program import (
+    check_batch_size,
+    create_objective,
+    lower_train_step,
+    run_objective,
+    run_optimizer,
+)
 from vit_jax.reporting import say
-from vit_jax.sharding import Mesh, gathering, make_mesh
-from vit_jax.state import SCHEDULE_LENGTHS, TrainState, create_optimizer, create_schedule
+from vit_jax.sharding import Mesh, make_mesh
+from vit_jax.state import SCHEDULE_LENGTHS, TrainState, create_schedule
 from vit_jax.steps import Metrics, Objective
+from vit_jax.teacher import Teacher, load_teacher
 
 
 class Prepared(NamedTuple):
@@ -44,6 +51,7 @@ class Prepared(NamedTuple):
         total_steps: of the run.
         log_every: steps from one log line to the next; 0 is at the end alone.
         checkpoint_every: steps from one checkpoint to the next, likewise.
+        teacher: that the model learns from, if there is one.
     """
 
     config: ConfigDict
@@ -59,6 +67,7 @@ class Prepared(NamedTuple):
     total_steps: int
     log_every: int
     checkpoint_every: int
+    teacher: Teacher | None = None
 
     @property
     def class_names(self) -> list[str] | None:
@@ -98,16 +107,38 @@ def prepare(
         mesh=mesh,
         train_source=train_source,
         model=model,
-        objective=gathering(objective, mesh, model.config.compute_dtype),
+        objective=run_objective(config, objective, model, mesh),
         multiply_adds=multiply_adds,
         schedule=schedule,
-        optimizer=create_optimizer(config.optimizer, schedule),
+        optimizer=run_optimizer(config, schedule),
         evaluators=[],
         total_steps=total_steps,
         log_every=count(config.log_every),
         checkpoint_every=count(config.checkpoint_every),
+        teacher=_open_teacher(config, train_source, model, mesh),
     )
     return prepared._replace(evaluators=_create_evaluators(prepared, eval_source, count))
+
+
+def _open_teacher(
+    config: ConfigDict, source: datasets.Source, model: nn.Module, mesh: Mesh
+) -> Teacher | None:
+    settings, names = config.distillation, source.class_names
+    if not settings.teacher:
+        return None
+    if model.config.num_classes != len(names):
+        raise UserError(
+            f"model.num_classes is {model.config.num_classes} but {source.name} has {len(names)} "
+            "classes, and a teacher tells nothing of the others: set --config.model.num_classes=0"
+        )
+    return load_teacher(
+        settings.teacher,
+        class_names=names,
+        image_size=config.dataset.image_size,
+        dtype=config.model.dtype,
+        kind=settings.kind,
+        mesh=mesh,
+    )
 
 
 def _open_sources(
@@ -179,8 +210,12 @@ def compile_train_step(
         prepared.optimizer,
         prepared.model.config.num_classes,
         state,
+        prepared.teacher,
     )
-    return lowered.compile()
+    compiled, teacher = lowered.compile(), prepared.teacher
+    if teacher is None:
+        return compiled
+    return lambda state, batch: compiled(state, batch, teacher.params)
 
 
 def train_batches(prepared: Prepared, first_step: int) -> Iterator[dict[str, np.ndarray]]:

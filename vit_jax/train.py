@@ -32,6 +32,7 @@ from vit_jax.evaluation.registry import DECIDING, Evaluator
 from vit_jax.files import write_json
 from vit_jax.initialization import Weights, initial_state, read_weights
 from vit_jax.interruption import Stop, full_disk, making_workdir, only_run, stopping
+from vit_jax.lora import merge
 from vit_jax.models import prediction_defaults
 from vit_jax.preparation import Prepared, compile_train_step, prepare, train_batches
 from vit_jax.program import abstract_state, check_multipliers, state_initializer
@@ -39,6 +40,7 @@ from vit_jax.reporting import Cost, Progress, Reporter, say
 from vit_jax.sharding import to_devices
 from vit_jax.state import TrainState
 from vit_jax.steps import Batch, Metrics
+from vit_jax.teacher import check_teacher
 
 # What may change when a run goes on: nothing here alters a parameter. Of `evals` too all may but
 # which images decide, by which the evaluations before and after are compared.
@@ -94,6 +96,8 @@ def run_checked(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str
         )
     if saved is None:
         check_multipliers(config)
+    if config.distillation.teacher:
+        check_teacher(config.distillation.teacher)
     with stopping() as stop, full_disk(workdir), making_workdir(workdir), only_run(workdir):
         weights = None
         if saved is None and config.init_from:
@@ -304,11 +308,12 @@ def _evaluate(run: Run, step: int, state: TrainState, progress: Progress) -> Non
     patience, last = run.prepared.config.patience, step == run.prepared.total_steps
     metadata = _metadata(run, progress)
     ended = False
+    params = merge(state.eval_params, run.prepared.config.lora.alpha)
     for evaluator in run.prepared.evaluators:
         if not (ended or evaluator.name in progress.owed):
             continue
         with _keeping(run, step, state, lambda: metadata), run.stop.at_once():
-            found = evaluator.run(state.eval_params)
+            found = evaluator.run(params)
         scalars = {name: np.asarray(x).item() for name, x in found.items()}  # JSON takes these.
         run.reporter.evaluated(step, evaluator, scalars)
         if evaluator.name != DECIDING:

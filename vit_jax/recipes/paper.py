@@ -191,6 +191,7 @@ def adam(weight_decay: float, clip_norm: float) -> ConfigDict:
             "mu_dtype": "float32",
             "clip_norm": clip_norm,
             "lr_multipliers": "",
+            "layer_decay": 1.0,
         }
     )
 
@@ -207,6 +208,7 @@ ADAFACTOR = {
     "mu_dtype": "bfloat16",
     "clip_norm": 1.0,
     "lr_multipliers": "",
+    "layer_decay": 1.0,
 }
 
 
@@ -261,6 +263,7 @@ def finetune(model: str, dataset: str) -> ConfigDict:
             "mu_dtype": "float32",
             "clip_norm": FINETUNE_CLIP_NORM,
             "lr_multipliers": "",
+            "layer_decay": 1.0,
         }
     )
     config.schedule.base_lr = FINETUNE_LR if FINETUNE_LR in row.base_lrs else max(row.base_lrs)
@@ -336,6 +339,9 @@ def base(model: str, dataset: str) -> ConfigDict:
             # Of masked patch prediction: the share of patches to corrupt, and what is predicted of
             # them: mean_color, downsized or pixels.
             "masking": {"rate": MASKED_RATE, "target": MASKED_TARGET},
+            # A teacher: any weights, "" is none; hard or soft; its share of the loss; and what
+            # logits are divided by where it is soft. DeiT has hard with 0.5, soft with 0.1 and 3.
+            "distillation": {"teacher": "", "kind": "hard", "alpha": 0.5, "temperature": 3.0},
             "loss": "softmax",
             "label_smoothing": 0.0,
             # A name of `data.augmentation.AUGREG`, or for example "randaugment(2,15)+mixup(0.2)".
@@ -344,6 +350,9 @@ def base(model: str, dataset: str) -> ConfigDict:
             # augreg, as in that code, or pil, the image's mean.
             "augment_contrast": "augreg",
             "ema_decay": 0.0,
+            # LoRA: the rank of the change of each kernel, 0 is off; what it is multiplied by is
+            # alpha / rank; of query, key, value, out and mlp which kernels.
+            "lora": {"rank": 0, "alpha": 8.0, "targets": "query,value"},
             "sharding": "replicated",
             "log_every": "50 steps",
             # What is evaluated while the run goes and at its end, see `evaluation.registry`; "val"
