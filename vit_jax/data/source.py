@@ -80,6 +80,14 @@ class Source:
         """Returns the ids of all examples without reading any."""
         return self.examples.ids()
 
+    def labels(self) -> np.ndarray:
+        """Returns the labels of all examples, int64 [examples] or [examples, classes].
+
+        Nothing is read where `examples` has a method `labels`, which lists them; else every
+        example is.
+        """
+        return _labels(self.examples)
+
     def select(self, indices: np.ndarray) -> "Source":
         """Returns the source of some of the examples.
 
@@ -91,6 +99,12 @@ class Source:
             num_bytes=self.num_bytes * len(indices) // max(self.num_examples, 1),
             examples=_Selected(self.examples, indices),
         )
+
+
+def _labels(examples: Examples) -> np.ndarray:
+    known = getattr(examples, "labels", None)
+    listed = known() if known else [examples[i]["label"] for i in range(len(examples))]
+    return np.array(listed, np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +121,9 @@ class _Selected:
     def ids(self) -> list[str]:
         ids = self.examples.ids()
         return [ids[index] for index in self.indices]
+
+    def labels(self) -> np.ndarray:
+        return _labels(self.examples)[self.indices]
 
 
 def check_splits(*, train_split: str, eval_split: str, development: bool) -> None:
@@ -134,7 +151,7 @@ def relabel(source: Source, labels: Sequence[int], class_names: Sequence[str]) -
 @dataclasses.dataclass(frozen=True)
 class _Relabeled:
     examples: Examples
-    labels: tuple[int, ...]
+    new_labels: tuple[int, ...]
     num_classes: int
 
     def __len__(self) -> int:
@@ -147,9 +164,12 @@ class _Relabeled:
     def _new(self, label: Any) -> Any:
         if np.ndim(label):
             several = np.zeros(self.num_classes, np.int64)
-            np.add.at(several, list(self.labels), label)
+            np.add.at(several, list(self.new_labels), label)
             return several
-        return label if label < 0 else self.labels[label]
+        return label if label < 0 else self.new_labels[label]
 
     def ids(self) -> list[str]:
         return self.examples.ids()
+
+    def labels(self) -> list[Any]:
+        return [self._new(label) for label in _labels(self.examples)]
