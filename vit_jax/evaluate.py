@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from vit_jax import command, tensorflow_env
 from vit_jax.checkpoints import flags
 from vit_jax.errors import UserError
-from vit_jax.files import atomic_write, make_folder, write_json
+from vit_jax.files import atomic_write, write_json
 from vit_jax.printable import printable
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from vit_jax.evaluation.metrics import ClassificationMetrics
     from vit_jax.evaluation.report import Report
 
 # Pairs of classes that are listed.
@@ -80,12 +81,18 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.fewshot = parse_shots(args.fewshot)
     if args.confusion and not args.confusion.endswith((".npz", ".csv")):
         raise UserError(f"--confusion {args.confusion} is neither .npz nor .csv")
-    if args.report:
-        make_folder(pathlib.Path(args.report), "--report")
     for path in filter(None, (args.confusion, args.json)):
         if os.path.isdir(path) or not pathlib.Path(path).absolute().parent.is_dir():
             raise UserError(f"{path} is not a file in a directory that exists")
+    if args.report and not _may_be_folder(pathlib.Path(args.report).absolute()):
+        raise UserError(
+            f"--report {args.report} is not a folder, or one in a directory that exists"
+        )
     return args
+
+
+def _may_be_folder(path: pathlib.Path) -> bool:
+    return path.is_dir() or (not path.exists() and path.parent.is_dir())
 
 
 class _Checkpoint:
@@ -173,7 +180,6 @@ def _evaluate_classes(
 ) -> dict[str, Any]:
     from vit_jax.data import datasets
     from vit_jax.evaluation.metrics import classification_metrics
-    from vit_jax.evaluation.per_class import most_confused
 
     try:
         labeled, labels = checkpoint.label(source, args)
@@ -194,27 +200,35 @@ def _evaluate_classes(
             result |= _evaluate_real(checkpoint, real, args)
     if args.confusion:
         _write_confusion(args.confusion, found.confusion(), labeled.class_names)
-    if not (args.per_class or args.report):
-        return result
-    scores, names = found.per_class(), labeled.class_names
+    scores = found.per_class()
     rows = [
         {"name": name, **scores.row(label)}
         for name, label in zip(source.class_names, labels, strict=True)
     ]
     if args.per_class:
-        # Of the images of a class, the accuracy is the recall.
-        result["per_class"] = [{"accuracy": row["recall"], **row} for row in rows]
-        result["most_confused"] = [
-            {"true": names[true], "predicted": names[predicted], "examples": images}
-            for true, predicted, images in most_confused(found.labels, found.predicted, _CONFUSED)
-        ]
-        _print_per_class(rows)
-        _print_confused(result["most_confused"])
+        result |= _show_classes(rows, found, labeled.class_names)
     if args.report:
         from vit_jax.evaluation.report import of_classes
 
         _write_report(of_classes, checkpoint, found, labeled, rows, args)
     return result
+
+
+def _show_classes(
+    rows: Sequence[dict[str, Any]], found: "ClassificationMetrics", names: Sequence[str]
+) -> dict[str, Any]:
+    """Prints the scores of every class and the most confused pairs; returns them for JSON."""
+    from vit_jax.evaluation.per_class import most_confused
+
+    pairs = [
+        {"true": names[true], "predicted": names[predicted], "examples": images}
+        for true, predicted, images in most_confused(found.labels, found.predicted, _CONFUSED)
+    ]
+    _print_per_class(rows)
+    _print_confused(pairs)
+    # Of the images of a class, the accuracy is the recall.
+    of_classes = [{"accuracy": row["recall"], **row} for row in rows]
+    return {"per_class": of_classes, "most_confused": pairs}
 
 
 def _evaluate_several_labels(
@@ -232,8 +246,6 @@ def _evaluate_several_labels(
     found = checkpoint.run(multilabel_metrics, labeled)
     result: dict[str, Any] = {**found.scalars()}
     _print_rows(result)
-    if not (args.per_class or args.report):
-        return result
     scores, precisions = found.per_class(), found.average_precision()
     rows = [
         {"name": name, "average_precision": _or_none(precisions[label]), **scores.row(label)}
