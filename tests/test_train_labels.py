@@ -12,6 +12,7 @@ from vit_jax.checkpoints.pretrained import load_pretrained
 from vit_jax.checkpoints.save import save_pretrained
 from vit_jax.config import check_config
 from vit_jax.data import datasets
+from vit_jax.data.preprocess import eval_view
 from vit_jax.errors import UserError
 from vit_jax.inference import VisionModel
 
@@ -83,15 +84,8 @@ def trained(attributes, tiny_config, workdir):
 
 def probabilities(workdir, source):
     model = VisionModel(load_pretrained(str(workdir)))
-    pixels = np.stack([VisionModel._preprocess(model, _decoded(x["image"])) for x in source])
-    return model, 1 / (1 + np.exp(-model.logits(pixels).astype(np.float64)))
-
-
-def _decoded(encoded):
-    from vit_jax.data.images import open_image
-
-    with open_image("it", encoded, "accurate") as pixels:
-        return np.array(pixels)
+    images = np.stack([eval_view(example["image"], model.preprocessing) for example in source])
+    return model, 1 / (1 + np.exp(-model.logits(images).astype(np.float64)))
 
 
 def test_the_command_scores_a_saved_model_as_scikit_learn_does(trained, tmp_path, capsys):
@@ -103,19 +97,19 @@ def test_the_command_scores_a_saved_model_as_scikit_learn_does(trained, tmp_path
     _, p = probabilities(workdir, source)
     labels = np.stack([example["label"] for example in source])
     of_classes = [metrics.average_precision_score(labels[:, i], p[:, i]) for i in range(4)]
-    assert found["mAP"] == pytest.approx(np.mean(of_classes), abs=1e-6)
+    assert found["mAP"] == pytest.approx(np.mean(of_classes), abs=1e-4)
     assert found["mAP"] == pytest.approx(
-        json.loads((workdir / "metrics.json").read_text())["mAP"], abs=1e-6
+        json.loads((workdir / "metrics.json").read_text())["mAP"], abs=1e-4
     )
     assert found["f1_micro"] == pytest.approx(metrics.f1_score(labels, p > 0.5, average="micro"))
     rows = found["per_class"]
     assert [row["name"] for row in rows] == list(NAMES)
-    assert [row["average_precision"] for row in rows[:4]] == pytest.approx(of_classes, abs=1e-6)
+    assert [row["average_precision"] for row in rows[:4]] == pytest.approx(of_classes, abs=1e-4)
     assert rows[4]["average_precision"] is None and rows[4]["examples"] == 0
     recall = metrics.recall_score(labels, p > 0.5, average=None, zero_division=0)
     assert [row["recall"] for row in rows[:4]] == pytest.approx(recall[:4])
     assert {x.name for x in folder.iterdir()} == {"report.html", "worst.png", "per_class.csv"}
-    assert "class  precision" not in capsys.readouterr().out.splitlines()[0]
+    assert " AP  precision     recall         F1     images" in capsys.readouterr().out
     for flag in ("--fewshot=1", f"--confusion={tmp_path / 'c.csv'}"):
         with pytest.raises(UserError, match="several labels an image, which are no single class"):
             evaluate.main([*flags, flag])

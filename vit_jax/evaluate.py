@@ -227,7 +227,7 @@ def _show_classes(
     _print_per_class(rows)
     _print_confused(pairs)
     # Of the images of a class, the accuracy is the recall.
-    of_classes = [{"accuracy": row["recall"], **row} for row in rows]
+    of_classes = [{"name": row["name"], "accuracy": row["recall"], **row} for row in rows]
     return {"per_class": of_classes, "most_confused": pairs}
 
 

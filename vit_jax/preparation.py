@@ -15,6 +15,7 @@ from vit_jax.config import count_steps
 from vit_jax.data import datasets, pipeline
 from vit_jax.data.augmentation import parse_augment
 from vit_jax.data.class_weights import balanced_weights
+from vit_jax.data.order import Order, create_order
 from vit_jax.data.protocols import evaluation
 from vit_jax.data.subset import take_subset
 from vit_jax.errors import UserError
@@ -36,6 +37,7 @@ class Prepared(NamedTuple):
         workdir: takes what the run writes.
         mesh: all devices.
         train_source: the images to train on.
+        order: of these.
         model: maps images to logits, or to predicted patches.
         objective: what it is trained for.
         multiply_adds: of the forward pass of one image.
@@ -51,6 +53,7 @@ class Prepared(NamedTuple):
     workdir: pathlib.Path
     mesh: Mesh
     train_source: datasets.Source
+    order: Order
     model: nn.Module
     objective: Objective
     multiply_adds: int
@@ -113,6 +116,7 @@ def prepare(
         workdir=workdir,
         mesh=mesh,
         train_source=train_source,
+        order=create_order(train_source, config.dataset.sampling, config.seed),
         model=model,
         objective=gathering(objective, mesh, model.config.compute_dtype),
         multiply_adds=multiply_adds,
@@ -224,7 +228,7 @@ def train_batches(prepared: Prepared, first_step: int) -> Iterator[dict[str, np.
         magnitude=augmentation.magnitude,
         contrast=config.augment_contrast,
         seed=config.seed,
-        sampling=data.sampling,
+        order=prepared.order,
         first_step=first_step,
         workers=data.workers,
         process_index=jax.process_index(),

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from vit_jax.data.order import Balanced, Shuffled
+from vit_jax.data.order import Balanced, Shuffled, create_order
 from vit_jax.data.pipeline import train_batches
 from vit_jax.errors import UserError
 
@@ -16,7 +16,7 @@ COUNTS = (1, 2, 9, 0, 4)  # of images a class
 LABELS = np.random.default_rng(5).permutation(np.repeat(np.arange(5), COUNTS))
 OPTIONS = {
     "batch_size": 8, "image_size": 8, "protocol": "inception", "random_crop": True,
-    "random_flip": True, "seed": 3, "sampling": "balanced",
+    "random_flip": True, "seed": 3,
 }  # fmt: skip
 
 
@@ -59,7 +59,9 @@ def test_a_far_position_and_any_order_of_asking_give_the_same():
 
 
 def batches(source, steps, **options):
-    return list(itertools.islice(train_batches(source, **{**OPTIONS, **options}), steps))
+    order = create_order(source, "balanced", OPTIONS["seed"])
+    found = train_batches(source, order=order, **{**OPTIONS, **options})
+    return list(itertools.islice(found, steps))
 
 
 def test_balanced_batches_are_a_function_of_seed_and_position_alone():
@@ -84,4 +86,4 @@ def test_what_has_no_class_or_several_cannot_be_balanced():
     source, _, _ = tiny_source((2, 2), size=8)
     object.__setattr__(source, "multi_label", True)
     with pytest.raises(UserError, match="tiny has several labels: use --config.class_weights=bal"):
-        train_batches(source, **OPTIONS)
+        create_order(source, "balanced", 0)

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from vit_jax.data.source import Source
 from vit_jax.errors import UserError
 
 # What random numbers are drawn for.
@@ -86,6 +87,28 @@ class Balanced:
                 rng = _generator(_MEMBERS, self._seed, which, epoch)
                 orders[epoch] = rng.permutation(len(self._members[which]))
             return orders[epoch]
+
+
+def create_order(source: Source, sampling: str, seed: int) -> Order:
+    """The order of the images of a run.
+
+    Args:
+        source: to train on.
+        sampling: one of `SAMPLINGS`: "" takes every image once an epoch, "balanced" every class
+            equally often, for which the labels of all images are read.
+        seed: of the order.
+
+    Raises:
+        UserError: classes are to be balanced, and an image has none or several.
+    """
+    if sampling != "balanced":
+        return Shuffled(seed, source.num_examples)
+    if source.multi_label:
+        raise UserError(
+            f"dataset.sampling 'balanced' draws an image by its class, and an image of "
+            f"{source.name} has several labels: use --config.class_weights=balanced"
+        )
+    return Balanced(seed, source.labels())
 
 
 _ordering = threading.Lock()

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from absl import flags, logging
 
-from vit_jax.data.order import Balanced, Order, Shuffled, augmentation_rng
+from vit_jax.data.order import Order, Shuffled, augmentation_rng
 from vit_jax.data.preprocess import eval_view, train_view
 from vit_jax.data.protocols import Preprocessing, evaluation
 from vit_jax.data.source import Example, Source
@@ -46,7 +46,7 @@ def train_batches(
     random_crop: bool,
     random_flip: bool,
     seed: int,
-    sampling: str = "",
+    order: Order | None = None,
     jpeg_dct: str = "accurate",
     num_operations: int = 0,
     magnitude: float = 0,
@@ -69,8 +69,7 @@ def train_batches(
         random_crop: crop as the protocol does in training, not as in evaluation.
         random_flip: mirror every other image.
         seed: of the order and the augmentation.
-        sampling: one of `order.SAMPLINGS`: "" takes every image once an epoch, "balanced" every
-            class equally often, for which the labels of all images are read.
+        order: of the images, from `order.create_order`; None takes every image once an epoch.
         jpeg_dct: one of `protocols.JPEG_DCTS`.
         num_operations: of RandAugment for each image; 0 for none.
         magnitude: of RandAugment.
@@ -85,9 +84,8 @@ def train_batches(
         several labels an image float32 [rows, classes]), rows = batch_size / process_count.
 
     Raises:
-        UserError: if `batch_size` cannot be divided, `protocol` is unknown, or classes are to be
-            balanced of which an image has none or several; while iterating, if an image is broken,
-            with its name.
+        UserError: if `batch_size` cannot be divided or `protocol` is unknown; while iterating, if
+            an image is broken, with its name.
     """
     rows = _rows_per_process(batch_size, process_count)
     evaluation(protocol, image_size, jpeg_dct)  # Checks all three.
@@ -105,19 +103,8 @@ def train_batches(
     )
     first_row = first_step * batch_size + process_index * rows
     positions = _Positions(first_row, rows, batch_size)
-    images = _TrainImages(source, seed, _order(source, sampling, seed), positions, view)
-    return _batches(images, rows, workers)
-
-
-def _order(source: Source, sampling: str, seed: int) -> Order:
-    if sampling != "balanced":
-        return Shuffled(seed, source.num_examples)
-    if source.multi_label:
-        raise UserError(
-            f"dataset.sampling 'balanced' draws an image by its class, and an image of "
-            f"{source.name} has several labels: use --config.class_weights=balanced"
-        )
-    return Balanced(seed, source.labels())
+    order = order or Shuffled(seed, source.num_examples)
+    return _batches(_TrainImages(source, seed, order, positions, view), rows, workers)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,7 +123,9 @@ class _Selected:
         return [ids[index] for index in self.indices]
 
     def labels(self) -> np.ndarray:
-        return _labels(self.examples)[self.indices]
+        if hasattr(self.examples, "labels"):
+            return _labels(self.examples)[self.indices]
+        return np.array([self[i]["label"] for i in range(len(self))], np.int64)
 
 
 def check_splits(*, train_split: str, eval_split: str, development: bool) -> None:

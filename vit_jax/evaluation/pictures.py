@@ -92,11 +92,10 @@ def confusion_matrix(
     axes.grid(which="minor", color="#d0d4d9", linewidth=0.5)
     axes.tick_params(which="both", length=0)
     axes.set(xlabel="predicted", ylabel="true")
-    of_all = (
-        "" if count == num_classes else f" of the {count} of {num_classes:,} classes confused most"
-    )
-    title = f"Images{of_all}\nblue: right, orange: wrong; the darker, the larger a share of its row"
-    axes.set_title(title, fontsize=9)
+    of_all = f", the {count} of {num_classes:,} confused most" if count < num_classes else ""
+    title = f"Images by true and predicted class{of_all}"
+    legend = "blue: right, orange: wrong; the darker, the larger a share of its row"
+    axes.set_title(f"{title}\n{legend}", fontsize=9)
     return figure
 
 
