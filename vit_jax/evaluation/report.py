@@ -168,24 +168,22 @@ def write(folder: pathlib.Path, report: Report) -> list[pathlib.Path]:
     with atomic_files(folder) as new, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Of letters that matplotlib's font lacks.
         _write_per_class(new / "per_class.csv", report.per_class)
-        shown = [
-            pictures.Shown(
-                image.pixels,
-                (pathlib.PurePath(image.name).name, f"is {image.truth}",
-                 f"taken for {image.predicted}", f"loss {image.loss:.2f}"),
-            )
-            for image in report.worst
-        ]  # fmt: skip
-        sheet = pictures.contact_sheet(shown, f"The {len(shown)} images of highest loss")
+        title = f"The {len(report.worst)} images of highest loss"
+        sheet = pictures.contact_sheet(list(map(_shown, report.worst)), title)
         sheet.savefig(new / "worst.png", dpi=_DPI)
+        confusion = None
         if report.confusion is not None:
             figure = pictures.confusion_matrix(*report.confusion)
             figure.savefig(new / "confusion.png", dpi=_DPI)
-        confusion = new / "confusion.png"
-        (new / "report.html").write_text(
-            _page(report, confusion.read_bytes() if confusion.exists() else None), "utf-8"
-        )
+            confusion = (new / "confusion.png").read_bytes()
+        (new / "report.html").write_text(_page(report, confusion), "utf-8")
         return [folder / path.name for path in sorted(new.iterdir())]
+
+
+def _shown(image: WorstImage) -> pictures.Shown:
+    name = pathlib.PurePath(image.name).name
+    words = (f"is {image.truth}", f"taken for {image.predicted}", f"loss {image.loss:.2f}")
+    return pictures.Shown(image.pixels, (name, *words))
 
 
 def _write_per_class(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -234,9 +232,11 @@ def _page(report: Report, confusion: bytes | None) -> str:
             f'<h2>Confusion matrix</h2><img class="chart" alt="images by true and predicted class" '
             f'src="{_data("png", confusion)}">'
         )
-    columns = list(report.per_class[0])
-    rows = [list(row.values()) for row in sorted(report.per_class, key=_f1)]
-    header = [column.replace("_", " ") for column in columns]
+    header = [column.replace("_", " ") for column in report.per_class[0]]
+    rows = [
+        list({**row, "name": imagenet.readable(row["name"])}.values())
+        for row in sorted(report.per_class, key=_f1)
+    ]
     parts += ["<h2>Classes, that of the lowest F1 first</h2>", _table(header, rows)]
     return "\n".join([*parts, "</body></html>\n"])
 
