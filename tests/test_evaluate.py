@@ -32,6 +32,8 @@ from . import prepared
         (["--checkpoint=c", "--dataset=d", "--batch_size=0"], "--batch_size: '0' is not a whole"),
         (["--checkpoint=c", "--dataset=d", "--fewshot=5,0"], "shots '5,0' are not positive"),
         (["--checkpoint=c", "--dataset=d", "--confusion=x.png"], "neither .npz nor .csv"),
+        (["--checkpoint=c", "--dataset=d", "--report=no/where"], "--report no/where is not a fold"),
+        (["--checkpoint=c", "--dataset=d", "--report=setup.py"], "--report setup.py is not a fold"),
         (
             ["--checkpoint=c", "--dataset=d", "--json=no/where.json"],
             "not a file in a directory that exists",
@@ -129,15 +131,26 @@ def test_per_class_accuracy_confusion_and_few_shots(checkpoint, data_dir, tmp_pa
     matrix = np.array([row[1:] for row in rows], int)
     for row, counts, digit in zip(result["per_class"], matrix, range(10), strict=True):
         assert (row["name"], row["examples"]) == (str(digit), counts.sum())
-        assert row["accuracy"] == counts[digit] / counts.sum()
+        assert row["accuracy"] == row["recall"] == counts[digit] / counts.sum()
+        predicted = matrix[:, digit].sum()
+        assert row["precision"] == (counts[digit] / predicted if predicted else None)
+        assert row["f1"] == 2 * counts[digit] / (predicted + counts.sum())
+    first = result["most_confused"][0]
+    wrong = matrix * (1 - np.eye(10, dtype=int))
+    assert first["examples"] == wrong[int(first["true"]), int(first["predicted"])] == wrong.max()
     assert result["accuracy"] == matrix.trace() / 355
+    output = capsys.readouterr().out
+    assert "10-shot accuracy" in output and "confused most:" in output
+    header, *table = output.partition("class ")[2].splitlines()[:11]
+    assert header.split() == ["precision", "recall", "F1", "images"]
+    assert [line.split()[0] for line in table] == list("0123456789")
+    assert [int(line.split()[-1]) for line in table] == matrix.sum(1).tolist()
     few = result["fewshot"]
     assert few.keys() == {"1", "10"}
     # Even random features tell digits apart, the better the more there are to learn from.
     assert 0.2 < few["1"]["accuracy"] < few["10"]["accuracy"] < 1
     assert few["10"]["accuracy"] == pytest.approx(np.mean(few["10"]["seeds"]))
     assert len(few["10"]["seeds"]) == 3
-    assert "10-shot accuracy" in capsys.readouterr().out
 
 
 def test_a_head_for_other_classes_is_refused_but_few_shots_need_none(data_dir, tmp_path, capsys):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.utils.class_weight import compute_sample_weight
 
 from vit_jax.errors import UserError
 from vit_jax.mixing import mixup
@@ -404,3 +405,70 @@ def test_evaluation_does_not_depend_on_a_key():
     given = objective({}, BATCH, train=False, rng=jax.random.key(7))
     np.testing.assert_array_equal(without["loss"], given["loss"])
     assert not model.train and not model.rngs
+
+
+SEVERAL = jnp.array(np.random.default_rng(2).integers(0, 2, (8, 3)), jnp.float32)
+
+
+def log_sigmoid(x):
+    return -np.logaddexp(0, -np.asarray(x, np.float64))
+
+
+def test_the_loss_of_several_labels_is_the_sum_of_binary_cross_entropies():
+    model, state, _ = setup()
+    batch = BATCH | {"label": SEVERAL}
+    logits = model.apply({"params": state.params}, BATCH["image"])
+    found = classification(model, "sigmoid")(state.params, batch, train=False)
+    assert found.keys() == {"loss"}  # What is right is told of a data set as a whole.
+    each = SEVERAL * log_sigmoid(logits) + (1 - SEVERAL) * log_sigmoid(-logits)
+    np.testing.assert_allclose(found["loss"], -each.sum(-1), rtol=1e-5)
+    # A head may have classes that the data set has not.
+    fewer = classification(model, "sigmoid")(
+        state.params, BATCH | {"label": SEVERAL[:, :2]}, train=False
+    )
+    padded = SEVERAL.at[:, 2].set(0)
+    same = classification(model, "sigmoid")(state.params, BATCH | {"label": padded}, train=False)
+    np.testing.assert_array_equal(fewer["loss"], same["loss"])
+
+
+def test_several_labels_are_mixed_as_images_are():
+    mixed = mixup(jax.random.key(3), BATCH | {"label": SEVERAL}, 0.4, num_classes=4)
+    before = [7, 0, 1, 2, 3, 4, 5, 6]
+    share = float(mixup(jax.random.key(3), BATCH, 0.4, num_classes=3)["targets"][1, 1])
+    expected = share * np.asarray(SEVERAL) + (1 - share) * np.asarray(SEVERAL)[before]
+    np.testing.assert_allclose(mixed["targets"][:, :3], expected, atol=1e-6)
+    np.testing.assert_array_equal(mixed["targets"][:, 3], 0)
+    np.testing.assert_array_equal(mixed["label"], SEVERAL)
+
+
+WEIGHTS = np.array([0.5, 2.0, 3.0], np.float32)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_an_image_counts_by_the_weight_of_its_class_in_training_only(loss):
+    model, state, _ = setup()
+    rng = jax.random.key(0)
+    plain = classification(model, loss, 0.1)
+    weighted = classification(model, loss, 0.1, WEIGHTS)
+    expected = plain(state.params, BATCH, train=True, rng=rng)["loss"]
+    found = weighted(state.params, BATCH, train=True, rng=rng)
+    # As with scikit-learn's weights of samples, and Keras's class_weight.
+    weights = compute_sample_weight(dict(enumerate(WEIGHTS)), np.asarray(BATCH["label"]))
+    np.testing.assert_allclose(found["loss"], weights * expected, rtol=1e-5)
+    evaluated = [x(state.params, BATCH, train=False)["loss"] for x in (plain, weighted)]
+    np.testing.assert_array_equal(*evaluated)
+    mixed = mixup(jax.random.key(3), BATCH, 0.4, num_classes=3)
+    found = weighted(state.params, mixed, train=True, rng=rng)["loss"]
+    expected = plain(state.params, mixed, train=True, rng=rng)["loss"]
+    np.testing.assert_allclose(found, np.asarray(mixed["targets"]) @ WEIGHTS * expected, rtol=1e-5)
+
+
+def test_of_several_labels_what_is_there_counts_by_the_weight_of_its_class():
+    model, state, _ = setup()
+    logits = model.apply({"params": state.params}, BATCH["image"])
+    objective = classification(model, "sigmoid", class_weights=WEIGHTS)
+    batch = BATCH | {"label": SEVERAL}
+    found = objective(state.params, batch, train=True, rng=jax.random.key(0))["loss"]
+    # The formula of PyTorch's BCEWithLogitsLoss with pos_weight.
+    each = WEIGHTS * SEVERAL * log_sigmoid(logits) + (1 - SEVERAL) * log_sigmoid(-logits)
+    np.testing.assert_allclose(found, -each.sum(-1), rtol=1e-5)

@@ -48,7 +48,9 @@ MOST_MULTIPLY_ADDS = 1e15
 # a saved config without the key has.
 ADDED_KEYS = {
     "augment_contrast": "pil",
+    "class_weights": "",
     "dataset.jpeg_dct": "accurate",
+    "dataset.sampling": "",
     "dataset.workers": 0,
     "distillation.alpha": 0.5,
     "distillation.kind": "hard",
@@ -304,6 +306,8 @@ def _check_end(schedule: ConfigDict) -> None:
 
 # What is about classes, of which masked patch prediction has none.
 OF_CLASSES = (
+    "class_weights",
+    "dataset.sampling",
     "label_smoothing",
     "model.head_bias_init",
     "model.num_classes",
@@ -327,10 +331,16 @@ def _check_objective(config: ConfigDict) -> None:
         )
     for key in OF_CLASSES:
         if objective == "masked_patches" and values.get(key):
+            off = "''" if isinstance(values[key], str) else 0
             raise UserError(
                 f"config.{key} is {values[key]}, but objective masked_patches has no classes: "
-                f"add --config.{key}=0"
+                f"add --config.{key}={off}"
             )
+    if values["class_weights"] and values["dataset.sampling"]:
+        raise UserError(
+            "config.class_weights and config.dataset.sampling are both 'balanced', which would "
+            "balance the classes twice: set one of them to ''"
+        )
 
 
 def _check_teaching(config: ConfigDict) -> None:

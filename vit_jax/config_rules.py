@@ -14,6 +14,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vit_jax.data.augmentation import CONTRASTS, parse_augment
+from vit_jax.data.class_weights import CLASS_WEIGHTS
+from vit_jax.data.order import SAMPLINGS
 from vit_jax.data.protocols import JPEG_DCTS, MAX_IMAGE_SIZE, PROTOCOLS
 from vit_jax.data.subset import parse_subset
 from vit_jax.distillation import KINDS
@@ -116,6 +118,16 @@ def _one_of(names: Collection[str], example: str) -> Rule:
     return Rule(str, problem, example)
 
 
+def _one_of_or_none(names: Collection[str], example: str) -> Rule:
+    """One of the names, of which "" switches it off."""
+    listed = ", ".join(name or "'' for none" for name in sorted(names, reverse=True))
+
+    def problem(value: str) -> str | None:
+        return None if value in names else f"{brief(value)} is unknown: use {listed}"
+
+    return Rule(str, problem, example)
+
+
 def _evaluator_type(example: str) -> Rule:
     return Rule(str, lambda name: _one_of(registry.EVALUATORS, example).problem(name), example)
 
@@ -211,6 +223,7 @@ RULES: dict[str, Rule] = {
     "distillation.temperature": _above_zero(1000, 3.0, "where all classes are alike"),
     "loss": _one_of(LOSSES, "softmax"),
     "label_smoothing": _fraction(0.1),
+    "class_weights": _one_of_or_none(CLASS_WEIGHTS, "balanced"),
     "augment": _read_by(parse_augment, "medium1"),
     "augment_contrast": _one_of(CONTRASTS, "augreg"),
     "ema_decay": _fraction(0.9999),
@@ -236,6 +249,7 @@ RULES: dict[str, Rule] = {
     "dataset.subset": _read_by(lambda text: text and parse_subset(text), "10%"),
     # It is the key of a hash, of 8 bytes.
     "dataset.subset_seed": _between(int, 0, 2**63 - 1, 0, "it is hashed as 8 bytes"),
+    "dataset.sampling": _one_of_or_none(SAMPLINGS, "balanced"),
     "dataset.image_size": _between(int, 1, MAX_IMAGE_SIZE, 224, "the largest image that is fed"),
     "dataset.protocol": _one_of(PROTOCOLS, "big_vision"),
     "dataset.jpeg_dct": _one_of(JPEG_DCTS, "accurate"),

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import logging
+import math
 import os
 import pathlib
 import re
@@ -18,6 +19,12 @@ from vit_jax.printable import printable
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from vit_jax.evaluation.metrics import ClassificationMetrics
+    from vit_jax.evaluation.report import Report
+
+# Pairs of classes that are listed.
+_CONFUSED = 10
 
 
 def build_parser(prog: str = "python -m vit_jax.evaluate") -> command.Parser:
@@ -35,12 +42,22 @@ def build_parser(prog: str = "python -m vit_jax.evaluate") -> command.Parser:
     parser.add_argument(
         "--batch_size", type=command.positive, default=128, metavar="N", help="at a time [128]"
     )
-    parser.add_argument("--per_class", action="store_true", help="also the accuracy of each class")
+    parser.add_argument(
+        "--per_class",
+        action="store_true",
+        help="also precision, recall and F1 of each class, and the classes confused most",
+    )
     parser.add_argument(
         "--confusion", metavar="FILE", help="images by [true, predicted] class, as .npz or .csv"
     )
     parser.add_argument(
         "--fewshot", metavar="SHOTS", help="images per class to learn from, such as 1,5,10,25"
+    )
+    parser.add_argument(
+        "--report",
+        metavar="DIR",
+        help="write a page with the worst images, confusion and classes here: report.html, "
+        "worst.png, confusion.png, per_class.csv",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the results here")
     parser.add_argument(
@@ -67,7 +84,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for path in filter(None, (args.confusion, args.json)):
         if os.path.isdir(path) or not pathlib.Path(path).absolute().parent.is_dir():
             raise UserError(f"{path} is not a file in a directory that exists")
+    if args.report and not _may_be_folder(pathlib.Path(args.report).absolute()):
+        raise UserError(
+            f"--report {args.report} is not a folder, or one in a directory that exists"
+        )
     return args
+
+
+def _may_be_folder(path: pathlib.Path) -> bool:
+    return path.is_dir() or (not path.exists() and path.parent.is_dir())
 
 
 class _Checkpoint:
@@ -120,10 +145,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     result: dict[str, Any] = {"checkpoint": args.checkpoint, "dataset": args.dataset}
     if args.dataset == datasets.REAL:
-        if args.fewshot or args.per_class or args.confusion:
+        if args.fewshot or args.per_class or args.confusion or args.report:
             raise UserError(
-                f"{datasets.REAL} has several labels an image: --fewshot, --per_class and "
-                "--confusion need --dataset imagenet2012"
+                f"{datasets.REAL} has several labels an image: --fewshot, --per_class, "
+                "--confusion and --report need --dataset imagenet2012"
             )
         source = datasets.open_real(data_dir=args.data_dir, split=args.split or "validation")
         result |= {"split": source.split} | _evaluate_real(_Checkpoint(args), source, args)
@@ -132,7 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         source = datasets.open_evaluation(args.dataset, data_dir=args.data_dir, split=args.split)
         checkpoint = _Checkpoint(args)
-        result |= {"split": source.split} | _evaluate_classes(checkpoint, source, args)
+        evaluate = _evaluate_several_labels if source.multi_label else _evaluate_classes
+        result |= {"split": source.split} | evaluate(checkpoint, source, args)
         if args.fewshot:
             result["fewshot"] = _evaluate_fewshot(checkpoint, source, args)
     if args.json:
@@ -172,16 +198,66 @@ def _evaluate_classes(
             print(f"ImageNet-ReaL is left out: {error}")
         else:
             result |= _evaluate_real(checkpoint, real, args)
-    if args.per_class:
-        per_class = (values[list(labels)] for values in found.per_class())
-        rows = zip(source.class_names, *per_class, strict=True)
-        result["per_class"] = [
-            {"name": name, "accuracy": float(share) if images else None, "examples": int(images)}
-            for name, share, images in rows
-        ]
-        _print_per_class(result["per_class"])
     if args.confusion:
         _write_confusion(args.confusion, found.confusion(), labeled.class_names)
+    scores = found.per_class()
+    rows = [
+        {"name": name, **scores.row(label)}
+        for name, label in zip(source.class_names, labels, strict=True)
+    ]
+    if args.per_class:
+        result |= _show_classes(rows, found, labeled.class_names)
+    if args.report:
+        from vit_jax.evaluation.report import of_classes
+
+        _write_report(of_classes, checkpoint, found, labeled, rows, args)
+    return result
+
+
+def _show_classes(
+    rows: Sequence[dict[str, Any]], found: "ClassificationMetrics", names: Sequence[str]
+) -> dict[str, Any]:
+    """Prints the scores of every class and the most confused pairs; returns them for JSON."""
+    from vit_jax.evaluation.per_class import most_confused
+
+    pairs = [
+        {"true": names[true], "predicted": names[predicted], "examples": images}
+        for true, predicted, images in most_confused(found.labels, found.predicted, _CONFUSED)
+    ]
+    _print_per_class(rows)
+    _print_confused(pairs)
+    # Of the images of a class, the accuracy is the recall.
+    of_classes = [{"name": row["name"], "accuracy": row["recall"], **row} for row in rows]
+    return {"per_class": of_classes, "most_confused": pairs}
+
+
+def _evaluate_several_labels(
+    checkpoint: _Checkpoint, source: Any, args: argparse.Namespace
+) -> dict[str, Any]:
+    from vit_jax.evaluation.multilabel import check_loss, multilabel_metrics
+
+    if args.fewshot or args.confusion:
+        raise UserError(
+            f"{args.dataset} has several labels an image, which are no single class: leave "
+            "--fewshot and --confusion out"
+        )
+    check_loss(args.dataset, checkpoint.pretrained.loss)
+    labeled, labels = checkpoint.label(source, args)
+    found = checkpoint.run(multilabel_metrics, labeled)
+    result: dict[str, Any] = {**found.scalars()}
+    _print_rows(result)
+    scores, precisions = found.per_class(), found.average_precision()
+    rows = [
+        {"name": name, "average_precision": _or_none(precisions[label]), **scores.row(label)}
+        for name, label in zip(source.class_names, labels, strict=True)
+    ]
+    if args.per_class:
+        result["per_class"] = rows
+        _print_per_class(rows)
+    if args.report:
+        from vit_jax.evaluation.report import of_labels
+
+        _write_report(of_labels, checkpoint, found, labeled, rows, args)
     return result
 
 
@@ -201,10 +277,10 @@ def _evaluate_objectnet(args: argparse.Namespace) -> dict[str, Any]:
     from vit_jax.data import objectnet
     from vit_jax.evaluation.metrics import multilabel_accuracy
 
-    if args.fewshot or args.per_class or args.confusion or args.split:
+    if args.fewshot or args.per_class or args.confusion or args.report or args.split:
         raise UserError(
             "objectnet has several labels an image and is a test set alone: leave --fewshot, "
-            "--per_class, --confusion and --split out"
+            "--per_class, --confusion, --report and --split out"
         )
     source, found, passed_over = objectnet.open_objectnet(args.dataset)
     checkpoint = _Checkpoint(args)
@@ -255,13 +331,56 @@ def _print_rows(result: dict[str, Any]) -> None:
 
 
 def _print_per_class(rows: Sequence[dict[str, Any]]) -> None:
+    names = ["class", *(_shown(row["name"]) for row in rows)]
+    columns = [key for key in rows[0] if key != "name"]
+    header = [_HEADERS.get(key, key) for key in columns]
+    lines = [header, *([_share(row[key]) for key in columns] for row in rows)]
+    width = max(map(len, names))
+    for name, cells in zip(names, lines, strict=True):
+        print(f"{name:{width}}" + "".join(f"{cell:>11}" for cell in cells))
+
+
+_HEADERS = {"f1": "F1", "average_precision": "AP", "examples": "images"}
+
+
+def _share(value: float | int | None) -> str:
+    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _print_confused(pairs: Sequence[dict[str, Any]]) -> None:
+    if pairs:
+        print("confused most:")
+    for pair in pairs:
+        true, predicted = _shown(pair["true"]), _shown(pair["predicted"])
+        print(f"{pair['examples']:6}  {true} taken for {predicted}")
+
+
+def _shown(name: str) -> str:
     from vit_jax.data import imagenet
 
-    names = [printable(imagenet.readable(row["name"]))[:40] for row in rows]
-    width = max(map(len, names))
-    for name, row in zip(names, rows, strict=True):
-        accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.4f}"
-        print(f"{name:{width}}  {accuracy:>6}  of {row['examples']}")
+    return printable(imagenet.readable(name))[:40]
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def _write_report(
+    make: Callable[..., "Report"],
+    checkpoint: _Checkpoint,
+    found: Any,
+    source: Any,
+    rows: Sequence[dict[str, Any]],
+    args: argparse.Namespace,
+) -> None:
+    from vit_jax.evaluation.report import write
+
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # It tells of a home without a cache.
+    title = f"{args.checkpoint} on {args.dataset}, {source.split}"
+    preprocessing = checkpoint.pretrained.preprocessing
+    made = make(title, found, source, preprocessing, rows)
+    for path in write(pathlib.Path(args.report), made):
+        print(printable(str(path)), flush=True)
 
 
 def _write_confusion(path: str, matrix: "np.ndarray", class_names: Sequence[str]) -> None:

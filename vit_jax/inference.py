@@ -106,20 +106,24 @@ class VisionModel:
         """The preprocessing of an image in evaluation, before the model."""
         return self.pretrained.preprocessing
 
-    def predict(self, images: Images, topk: int = 5) -> list[list[dict[str, Any]]]:
+    def predict(self, images: Images, topk: int | None = None) -> list[list[dict[str, Any]]]:
         """Returns the most probable classes of every image, see `top`.
 
         Args:
             images: see the class.
-            topk: how many classes; all if there are fewer.
+            topk: how many classes; all if there are fewer. None is 5, or of a model that was
+                trained on several labels an image all that are more probable than not, which may be
+                none.
 
         Raises:
             UserError: as `logits`.
         """
-        if topk < 1:
+        if topk is not None and topk < 1:
             raise UserError(f"topk is {topk}: it must be at least 1")
-        loss, names = self.pretrained.loss, self.class_names
-        return [top(logits, names, loss, topk) for logits in self.logits(images)]
+        return [
+            predictions(logits, self.class_names, self.pretrained, topk)
+            for logits in self.logits(images)
+        ]
 
     def logits(self, images: Images) -> np.ndarray:
         """Returns the logits, [n, num_classes].
@@ -313,6 +317,30 @@ class VisionModel:
     @property
     def _give(self) -> str:
         return _GIVE.format(size=self.preprocessing.image_size)
+
+
+# The classes that are shown of an image unless another number is asked for.
+_TOP_K = 5
+
+
+def predictions(
+    logits: np.ndarray, class_names: Sequence[str] | None, pretrained: Pretrained, topk: int | None
+) -> list[dict[str, Any]]:
+    """The classes of one image, the most probable one first.
+
+    Args:
+        logits: [num_classes].
+        class_names: as in `top`.
+        pretrained: the model.
+        topk: as in `VisionModel.predict`.
+
+    Returns:
+        As `top`.
+    """
+    if topk is None and pretrained.multi_label:
+        every = top(logits, class_names, pretrained.loss, len(logits))
+        return [each for each in every if each["probability"] > 0.5]
+    return top(logits, class_names, pretrained.loss, topk or _TOP_K)
 
 
 def top(

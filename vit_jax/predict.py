@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import numpy as np
 
     from vit_jax.data.image_files import find_images
-    from vit_jax.inference import top
+    from vit_jax.inference import predictions
 
     files = find_images(args.images)
     pretrained = flags.load(args)
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = read_class_names(args.class_names, pretrained.model["num_classes"])
     done, rows = [], []
     for file, logits in classify(pretrained, files, args.batch_size):
-        _print(file, top(logits, names, pretrained.loss, args.topk), args.json)
+        _print(file, predictions(logits, names, pretrained, args.topk), args.json)
         done.append(file)
         if args.logits:
             rows.append(logits)
@@ -108,12 +108,14 @@ def classify(
         yield from zip(found, model.logits(batch)[: len(found)], strict=True)
 
 
-def _print(file: str, predictions: list[dict[str, Any]], as_json: bool) -> None:
+def _print(file: str, classes: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"file": file, "predictions": predictions}), flush=True)
+        print(json.dumps({"file": file, "predictions": classes}), flush=True)
         return
     lines = [printable(file)]
-    for each in predictions:
+    if not classes:
+        lines.append("       -  no class is above 50%")
+    for each in classes:
         label = f"class {each['index']}" if each["label"] is None else printable(each["label"])
         lines.append(f"{each['probability']:8.2%}  {label}")
     print("\n".join(lines), flush=True)
@@ -129,7 +131,11 @@ def build_parser(prog: str) -> command.Parser:
     )
     flags.add_flags(parser)
     parser.add_argument(
-        "--topk", type=command.positive, default=5, metavar="K", help="classes an image [5]"
+        "--topk",
+        type=command.positive,
+        metavar="K",
+        help="classes an image [5; of a model that was trained on several labels an image, all "
+        "that are above 50%%]",
     )
     parser.add_argument(
         "--json",

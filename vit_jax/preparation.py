@@ -14,6 +14,8 @@ from ml_collections import ConfigDict
 from vit_jax.config import count_steps
 from vit_jax.data import datasets, pipeline
 from vit_jax.data.augmentation import parse_augment
+from vit_jax.data.class_weights import balanced_weights
+from vit_jax.data.order import Order, create_order
 from vit_jax.data.protocols import evaluation
 from vit_jax.data.subset import take_subset
 from vit_jax.errors import UserError
@@ -42,6 +44,7 @@ class Prepared(NamedTuple):
         workdir: takes what the run writes.
         mesh: all devices.
         train_source: the images to train on.
+        order: of these.
         model: maps images to logits, or to predicted patches.
         objective: what it is trained for.
         multiply_adds: of the forward pass of one image.
@@ -58,6 +61,7 @@ class Prepared(NamedTuple):
     workdir: pathlib.Path
     mesh: Mesh
     train_source: datasets.Source
+    order: Order
     model: nn.Module
     objective: Objective
     multiply_adds: int
@@ -72,8 +76,17 @@ class Prepared(NamedTuple):
     @property
     def class_names(self) -> list[str] | None:
         """The class names in the order of the logits; None where no classes are predicted."""
-        predicts_classes = self.config.objective == "classification"
-        return list(self.train_source.class_names) if predicts_classes else None
+        return list(self.train_source.class_names) if self.predicts_classes else None
+
+    @property
+    def predicts_classes(self) -> bool:
+        """Tells whether the model maps images to logits."""
+        return self.config.objective == "classification"
+
+    @property
+    def multi_label(self) -> bool:
+        """Tells whether the model is trained to predict any number of classes of an image."""
+        return self.predicts_classes and self.train_source.multi_label
 
 
 def prepare(
@@ -92,6 +105,7 @@ def prepare(
     mesh = make_mesh(config.sharding)
     check_batch_size(config, mesh.size)
     train_source, eval_source = _open_sources(config, workdir, saved_names)
+    _check_loss(config, train_source)
     count = functools.partial(
         count_steps, num_examples=train_source.num_examples, batch_size=config.batch_size
     )
@@ -100,12 +114,18 @@ def prepare(
     for key in SCHEDULE_LENGTHS:
         schedule_keys[f"{key}_steps"] = count(schedule_keys.pop(key))
     schedule = create_schedule(total_steps=total_steps, **schedule_keys)
-    model, objective, multiply_adds = create_objective(config, len(train_source.class_names))
+    weights = None
+    if config.class_weights:
+        weights = functools.partial(balanced_weights, train_source)
+    model, objective, multiply_adds = create_objective(
+        config, len(train_source.class_names), weights
+    )
     prepared = Prepared(
         config=config,
         workdir=workdir,
         mesh=mesh,
         train_source=train_source,
+        order=create_order(train_source, config.dataset.sampling, config.seed),
         model=model,
         objective=run_objective(config, objective, model, mesh),
         multiply_adds=multiply_adds,
@@ -139,6 +159,14 @@ def _open_teacher(
         kind=settings.kind,
         mesh=mesh,
     )
+
+
+def _check_loss(config: ConfigDict, source: datasets.Source) -> None:
+    if source.multi_label and config.objective == "classification" and config.loss != "sigmoid":
+        raise UserError(
+            f"loss is {config.loss!r} but {source.name} has several labels an image, of which the "
+            "softmax allows one: set --config.loss=sigmoid"
+        )
 
 
 def _open_sources(
@@ -210,6 +238,7 @@ def compile_train_step(
         prepared.optimizer,
         prepared.model.config.num_classes,
         state,
+        len(prepared.train_source.class_names) if prepared.train_source.multi_label else 0,
         prepared.teacher,
     )
     compiled, teacher = lowered.compile(), prepared.teacher
@@ -234,6 +263,7 @@ def train_batches(prepared: Prepared, first_step: int) -> Iterator[dict[str, np.
         magnitude=augmentation.magnitude,
         contrast=config.augment_contrast,
         seed=config.seed,
+        order=prepared.order,
         first_step=first_step,
         workers=data.workers,
         process_index=jax.process_index(),

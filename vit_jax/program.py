@@ -12,6 +12,7 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
@@ -48,12 +49,17 @@ def check_batch_size(config: ConfigDict, devices: int) -> None:
         )
 
 
-def create_objective(config: ConfigDict, num_classes: int) -> tuple[nn.Module, Objective, int]:
+def create_objective(
+    config: ConfigDict,
+    num_classes: int,
+    class_weights: Callable[[int], np.ndarray] | None = None,
+) -> tuple[nn.Module, Objective, int]:
     """The model, what it is trained for, and the multiply-adds of one image.
 
     Args:
         config: of a run.
         num_classes: of its data set.
+        class_weights: float32 weights of the model's classes, from their number; None for none.
 
     Raises:
         UserError: the model has fewer classes than the data set.
@@ -73,7 +79,10 @@ def create_objective(config: ConfigDict, num_classes: int) -> tuple[nn.Module, O
     model = create_model(config.model, num_classes=num_classes)
     teaching = dict(config.distillation)
     distillation = Distillation(**teaching) if teaching.pop("teacher") else None
-    objective = classification(model, config.loss, config.label_smoothing, distillation)
+    weights = None if class_weights is None else class_weights(num_classes)
+    objective = classification(
+        model, config.loss, config.label_smoothing, distillation=distillation, class_weights=weights
+    )
     return model, objective, flops.multiply_adds(config.model, size, num_classes)
 
 
@@ -182,13 +191,25 @@ def abstract_state(init: Callable[[], TrainState], mesh: AnyMesh) -> TrainState:
     )
 
 
-def abstract_batch(config: ConfigDict, mesh: AnyMesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes, dtypes and shardings of what a step reads."""
+def abstract_batch(
+    config: ConfigDict, mesh: AnyMesh, several_labels: int = 0
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes, dtypes and shardings of what a step reads.
+
+    Args:
+        config: of the run.
+        mesh: from `sharding.make_mesh`.
+        several_labels: the classes of the data set where an image has any number of labels; 0 where
+            it has one.
+    """
     size, rows = config.dataset.image_size, batch_sharding(mesh)
     images = (config.batch_size, size, size, 3)
+    labels, dtype = (config.batch_size,), jnp.int32
+    if several_labels:
+        labels, dtype = (config.batch_size, several_labels), jnp.float32
     return {
         "image": jax.ShapeDtypeStruct(images, jnp.uint8, sharding=rows),
-        "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=rows),
+        "label": jax.ShapeDtypeStruct(labels, dtype, sharding=rows),
     }
 
 
@@ -199,6 +220,7 @@ def lower_train_step(
     optimizer: optax.GradientTransformation,
     num_classes: int,
     state: TrainState,
+    several_labels: int = 0,
     teacher: Teacher | None = None,
 ) -> jax.stages.Lowered:
     """Traces `steps.train_step` for the devices of a mesh.
@@ -211,6 +233,7 @@ def lower_train_step(
         num_classes: of the model.
         state: arrays or their shapes, in the shardings that it keeps; each step takes the memory of
             the one before.
+        several_labels: as in `abstract_batch`.
         teacher: whose parameters the step takes as well, after the batch.
     """
     places = jax.tree.map(lambda x: x.sharding, state)
@@ -235,7 +258,7 @@ def lower_train_step(
         logits = functools.partial(cast(Teacher, teacher).logits, params)
         return update(state, batch, teacher=logits)
 
-    inputs = [state, abstract_batch(config, mesh)]
+    inputs = [state, abstract_batch(config, mesh, several_labels)]
     shardings = [places, batch_sharding(mesh)]
     if teacher is not None:
         inputs.append(teacher.params)

@@ -66,11 +66,21 @@ class Progress:
         return 0 < patience <= self.evaluations_since_best
 
 
+# Which of its scalars an evaluation is judged by: the first that it has. Less is better of "loss".
+_DECIDING_SCALARS = ("mAP", "accuracy", "loss")
+
+
+def deciding_scalar(result: Mapping[str, Any]) -> str:
+    """The name of the scalar by which an evaluation is judged."""
+    return next(name for name in _DECIDING_SCALARS if name in result)
+
+
 def is_better(result: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
-    """Tells whether an evaluation is better than the best: by its loss if it has no accuracy."""
-    if "accuracy" in result:
-        return result["accuracy"] > best.get("accuracy", -1.0)
-    return result["loss"] < best.get("loss", math.inf)
+    """Tells whether an evaluation is better than the best, see `deciding_scalar`."""
+    name = deciding_scalar(result)
+    if name == "loss":
+        return result[name] < best.get(name, math.inf)
+    return result[name] > best.get(name, -1.0)
 
 
 class JsonlWriter:

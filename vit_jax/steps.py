@@ -7,6 +7,7 @@ from typing import Any, Protocol, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from vit_jax.distillation import Distillation
@@ -35,7 +36,8 @@ class Objective(Protocol):
 
         Returns:
             "loss" and, where there is something to get right, "correct": whether it was, or the
-            share that was; both [batch].
+            share that was; both [batch]. Of several labels an image there is none: what a model
+            makes of these is told by a data set as a whole, see `evaluation.multilabel`.
 
         Raises:
             ValueError: training has no rng.
@@ -54,6 +56,24 @@ def sigmoid_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 LOSSES = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
+
+
+def weighted_sigmoid_loss(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    """Sigmoid cross-entropy in which what a target has of a class counts that class' weight times.
+
+    PyTorch's `binary_cross_entropy_with_logits` with `pos_weight`, summed over the classes: to the
+    loss of each class comes (weight - 1) times that of its target's positive part.
+
+    Args:
+        logits: [batch, classes].
+        targets: likewise.
+        weights: [classes].
+
+    Returns:
+        [batch].
+    """
+    positive = targets * -jax.nn.log_sigmoid(logits)
+    return sigmoid_loss(logits, targets) + (positive * (weights - 1)).sum(axis=-1)
 
 
 def class_shares(labels: jax.Array, num_classes: int) -> jax.Array:
@@ -89,6 +109,35 @@ def classification_loss(
     return LOSSES[loss](logits, optax.smooth_labels(shares, label_smoothing))
 
 
+def weighted_loss(
+    logits: jax.Array,
+    batch: Batch,
+    loss: str,
+    label_smoothing: float,
+    weights: jax.Array,
+) -> jax.Array:
+    """The loss of each image, by the weights of its classes.
+
+    Where an image has one label, its loss is multiplied by the weight of its class, as by Keras's
+    `class_weight`; a mixed image's by the mean of its classes' weights. Where it has several, see
+    `weighted_sigmoid_loss`.
+
+    Args:
+        logits: [batch, classes].
+        batch: as in `train_step`, perhaps mixed.
+        loss: "softmax" or, where an image has several labels, "sigmoid".
+        label_smoothing: as in `classification_loss`.
+        weights: [classes], see `data.class_weights`.
+
+    Returns:
+        [batch] float32.
+    """
+    shares = class_shares(batch.get("targets", batch["label"]), logits.shape[-1])
+    if batch["label"].ndim > 1:
+        return weighted_sigmoid_loss(logits, optax.smooth_labels(shares, label_smoothing), weights)
+    return classification_loss(logits, shares, loss, label_smoothing) * (shares * weights).sum(-1)
+
+
 def pixels_to_inputs(images: jax.Array) -> jax.Array:
     """Maps uint8 pixels to [-1, 1] in float32; floats are what models take and stay as they are.
 
@@ -103,9 +152,11 @@ def classification(
     model: nn.Module,
     loss: str,
     label_smoothing: float = 0.0,
+    *,
     distillation: Distillation | None = None,
+    class_weights: np.ndarray | None = None,
 ) -> Objective:
-    """The objective of predicting labels; in evaluation they are not smoothed.
+    """The objective of predicting labels; in evaluation they are neither smoothed nor weighted.
 
     Args:
         model: maps images to logits.
@@ -113,6 +164,7 @@ def classification(
         label_smoothing: see `classification_loss`.
         distillation: of a teacher, whose logits are "teacher" [batch, classes] of a batch that is
             trained on. None, and evaluation, knows none.
+        class_weights: float32 [classes], see `weighted_loss`; None where all count alike.
     """
 
     def objective(
@@ -125,9 +177,15 @@ def classification(
         logits, taught = heads(model, params, images, train=train, rngs=rngs)
         smoothing = label_smoothing if train else 0.0
         targets = batch.get("targets", batch["label"])  # Those of mixed images.
-        losses = classification_loss(logits, targets, loss, smoothing)
+        if train and class_weights is not None:
+            weights = jnp.asarray(class_weights)
+            losses = weighted_loss(logits, batch, loss, smoothing, weights)
+        else:
+            losses = classification_loss(logits, targets, loss, smoothing)
         if teaching is not None:
             losses = teaching.loss(losses, taught, batch["teacher"])
+        if batch["label"].ndim > 1:
+            return {"loss": losses}
         return {"loss": losses, "correct": jnp.argmax(logits, -1) == batch["label"]}
 
     return objective
@@ -207,7 +265,7 @@ def train_step(
     Args:
         state: the state before the step.
         batch: "image" [batch, height, width, 3], uint8 pixels or float32 in [-1, 1]; "label"
-            [batch] int32.
+            [batch] int32, or [batch, classes] float32 of 0 and 1 where an image has several.
         objective: whose mean loss over the batch is brought down.
         optimizer: applied to the gradients of the whole batch.
         accumulate_steps: number of equal parts in which the batch is gone through, one after the

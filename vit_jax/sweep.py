@@ -178,7 +178,8 @@ def variant(config: "ConfigDict", rate: float, seed: int, *, development: bool) 
 
 
 def _accuracy(metrics: dict[str, Any] | None) -> float | None:
-    return None if metrics is None else metrics["accuracy"]
+    """The accuracy, or where images have several labels what stands for it, the mAP."""
+    return None if metrics is None else metrics.get("mAP", metrics.get("accuracy"))
 
 
 def table(result: dict[str, Any]) -> str:

@@ -36,7 +36,7 @@ from vit_jax.lora import merge
 from vit_jax.models import prediction_defaults
 from vit_jax.preparation import Prepared, compile_train_step, prepare, train_batches
 from vit_jax.program import abstract_state, check_multipliers, state_initializer
-from vit_jax.reporting import Cost, Progress, Reporter, say
+from vit_jax.reporting import Cost, Progress, Reporter, deciding_scalar, say
 from vit_jax.sharding import to_devices
 from vit_jax.state import TrainState
 from vit_jax.steps import Batch, Metrics
@@ -212,6 +212,7 @@ def _finish(
             metadata={
                 "config": to_dict(config),
                 "class_names": prepared.class_names,
+                "multi_label": prepared.multi_label,
                 "input": INPUT_VERSION,
             },
             store=store,
@@ -229,7 +230,7 @@ def _finish(
 def _say_best(prepared: Prepared, progress: Progress) -> None:
     if not (best := progress.best):  # No evaluation was finite.
         return
-    name = "accuracy" if "accuracy" in best else "loss"
+    name = deciding_scalar(best)
     directory = prepared.workdir / "best" / str(best["step"])
     say(f"best: {name} {best[name]:.4f} at step {best['step']}, whose weights are in {directory}")
 

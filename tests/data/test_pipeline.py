@@ -115,6 +115,22 @@ def test_batches_have_the_promised_types(sharded):
     assert batch["mask"].dtype == np.float32
 
 
+def test_several_labels_an_image_are_floats_by_class():
+    rows = np.eye(3, dtype=np.int64)[[0, 1, 2, 0, 1]] + np.eye(3, dtype=np.int64)[1]
+    source = tiny_source(5)
+    examples = [example | {"label": row} for example, row in zip(source, rows, strict=True)]
+    source = dataclasses.replace(source, examples=InMemory(examples), multi_label=True)
+    (batch,) = take(source, 1, batch_size=5)
+    assert (batch["label"].dtype, batch["label"].shape) == (np.float32, (5, 3))
+    assert sorted(batch["label"].tolist()) == sorted(rows.tolist())
+    for process in range(4):  # The last has no image of the second batch.
+        options = {"process_index": process, "process_count": 4}
+        found = list(eval_batches(source, batch_size=4, **options, **EVAL))
+        assert {x["label"].dtype for x in found} == {np.dtype(np.float32)}
+        assert [x["label"].shape for x in found] == [(1, 3)] * 2
+        np.testing.assert_array_equal(found[0]["label"][0], rows[process])
+
+
 def test_each_epoch_is_another_permutation(sharded):
     epochs = labels(take(sharded, 15, batch_size=10)).reshape(3, 50)
     np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(50), (3, 1)))

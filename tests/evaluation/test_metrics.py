@@ -1,7 +1,6 @@
 import functools
 import math
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -9,8 +8,6 @@ from sklearn import metrics
 
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import (
-    classification_metrics,
-    make_apply_fn,
     mean_metrics,
     multilabel_accuracy,
     one_ahead,
@@ -19,6 +16,8 @@ from vit_jax.evaluation.metrics import (
 from vit_jax.models import create_model
 from vit_jax.sharding import make_mesh
 from vit_jax.steps import classification, eval_step
+
+from .scoring import scored
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 16])
@@ -52,31 +51,6 @@ def test_every_image_counts_once_whatever_the_batch_size(batch_size):
     assert result["loss"] == pytest.approx(-np.log(p[np.arange(11), labels]).mean(), rel=1e-5)
 
 
-class Logits(nn.Module):
-    """The images are the logits."""
-
-    @nn.compact
-    def __call__(self, images):
-        return images
-
-
-def scored(logits, labels, batch_size, function=classification_metrics, **options):
-    """A function of `metrics` on given logits, in batches padded with what must not count."""
-
-    def batches():
-        for start in range(0, len(labels), batch_size):
-            image, label = logits[start : start + batch_size], labels[start : start + batch_size]
-            pad = batch_size - len(label)
-            yield {
-                "image": np.pad(image, ((0, pad), (0, 0)), constant_values=np.nan),
-                "label": np.pad(label, ((0, pad),) + ((0, 0),) * (label.ndim - 1)),
-                "mask": np.pad(np.ones(len(label), np.float32), (0, pad)),
-            }
-
-    mesh = make_mesh()
-    return function(make_apply_fn(Logits(), mesh), {}, batches(), mesh, **options)
-
-
 def random_logits(images=203, classes=9, seed=0):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes - 1, images).astype(np.int32)  # The last class is never true.
@@ -98,11 +72,15 @@ def test_measures_agree_with_scikit_learn_at_any_batch_size(batch_size):
     assert found.loss == pytest.approx(metrics.log_loss(labels, p, labels=classes), rel=1e-12)
     expected = metrics.confusion_matrix(labels, predicted, labels=classes)
     np.testing.assert_array_equal(found.confusion(), expected)
-    shares, images = found.per_class()
-    assert images.tolist() == np.bincount(labels, minlength=9).tolist()
-    recall = metrics.recall_score(labels, predicted, labels=classes[:-1], average=None)
-    np.testing.assert_allclose(shares[:-1], recall, rtol=1e-12)
-    assert math.isnan(shares[-1])
+    scores = found.per_class()
+    *expected, images = metrics.precision_recall_fscore_support(
+        labels, predicted, labels=classes, zero_division=np.nan
+    )
+    assert scores.images.tolist() == images.tolist()
+    np.testing.assert_allclose(scores[:3], expected, rtol=1e-12)
+    assert math.isnan(scores.recall[-1])
+    np.testing.assert_allclose(found.losses, -np.log(p[np.arange(203), labels]), rtol=1e-9)
+    np.testing.assert_allclose(found.confidences, p.max(1), rtol=1e-9)
 
 
 def expected_calibration_error(confidence, correct):

@@ -1,4 +1,4 @@
-"""The figures of `python -m vit_jax.analysis`, from arrays; the only module with matplotlib."""
+"""The figures of `python -m vit_jax.analysis`, from arrays; others are `evaluation.pictures`."""
 
 from typing import Any
 

@@ -129,6 +129,7 @@ def merge_info(
         newer("preprocessing"),
         newer("class_names"),
         from_folder.loss or from_info_file.loss,
+        newer("multi_label"),
     )
 
 

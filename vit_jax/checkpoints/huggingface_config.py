@@ -174,7 +174,7 @@ def read_config(
     size = processor.get("size", config.get("image_size", image_size))
     loss = config.get("problem_type")
     loss = None if loss is None else choose(_LOSSES, loss, "problem_type")
-    return ModelInfo(model, _preprocessing(processor, size), names, loss)
+    return ModelInfo(model, _preprocessing(processor, size), names, loss, loss == "sigmoid")
 
 
 def _of_vision(config: dict[str, Any], kind: str) -> dict[str, Any]:

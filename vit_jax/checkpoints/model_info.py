@@ -30,12 +30,14 @@ class ModelInfo:
         preprocessing: None if it is not known.
         class_names: None if they are not known.
         loss: "softmax" or "sigmoid", None if it is not known.
+        multi_label: whether it predicts any number of classes of an image, by a sigmoid of each.
     """
 
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     preprocessing: Preprocessing | None = None
     class_names: tuple[str, ...] | None = None
     loss: str | None = None
+    multi_label: bool = False
 
     def require_preprocessing(self) -> Preprocessing:
         """Returns the preprocessing of a model of which all is known.
@@ -49,7 +51,10 @@ class ModelInfo:
 
     def to_json(self) -> str:
         """Returns the text of an info file."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        values = dataclasses.asdict(self)
+        if not self.multi_label:  # Files of before it was a key are of models with one label.
+            del values["multi_label"]
+        return json.dumps(values, indent=2) + "\n"
 
 
 def info_path(path: Path) -> Path:
@@ -79,9 +84,17 @@ def read_info_file(path: Path, default: ModelInfo) -> ModelInfo:
             document["class_names"] = _names(document["class_names"])
         if document.get("loss", "softmax") not in ("softmax", "sigmoid"):
             raise UserError(f"loss {document['loss']!r} is neither softmax nor sigmoid")
+        if "loss" in document:
+            document.setdefault("multi_label", False)
+        _check_multi_label(document.get("multi_label", False))
     except (TypeError, ValueError) as error:
         raise UserError(f"{file}: {printable(first_line(error))}: mend or remove it") from error
     return dataclasses.replace(default, model=model, **document)
+
+
+def _check_multi_label(value: Any) -> None:
+    if not isinstance(value, bool):
+        raise UserError(f"multi_label is {brief(value)}: it must be true or false")
 
 
 def _preprocessing(values: dict[str, Any]) -> Preprocessing:
@@ -100,10 +113,13 @@ def info_from_run(metadata: dict[str, Any]) -> ModelInfo:
     config = metadata.get("config")
     names = metadata.get("class_names")
     names = None if names is None else _names(names)
+    multi_label = metadata.get("multi_label", False)
+    _check_multi_label(multi_label)
     if config is None:
         return ModelInfo(class_names=names)
     try:
-        return _info_from_config(config, names)
+        info = _info_from_config(config, names)
+        return dataclasses.replace(info, multi_label=multi_label)
     except UserError:
         raise
     except (TypeError, ValueError, LookupError, AttributeError) as error:

@@ -53,6 +53,7 @@ class Pretrained:
         source: the file or directory that was read.
         masked: the parameters of a run of masked patch prediction that are not the trunk's: its
             head and mask embedding, which only more such training reads.
+        multi_label: whether it predicts any number of classes of an image; its loss is "sigmoid".
     """
 
     params: dict[str, Any]
@@ -62,6 +63,7 @@ class Pretrained:
     loss: str
     source: str
     masked: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    multi_label: bool = False
 
     @property
     def has_untrained_head(self) -> bool:
@@ -370,7 +372,11 @@ def _assemble(
             f"{len(names)} class names for {model['num_classes']} classes: give one for each"
         )
     loss = info.loss or "softmax"
-    return Pretrained(params, model, preprocessing, names, loss, source, of_masked)
+    if info.multi_label and loss != "sigmoid":
+        raise UserError(f"multi_label is true and loss {loss!r}: several labels want the sigmoid")
+    return Pretrained(
+        params, model, preprocessing, names, loss, source, of_masked, info.multi_label
+    )
 
 
 def _complete_model(

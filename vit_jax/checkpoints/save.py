@@ -41,7 +41,11 @@ def save_pretrained(pretrained: Pretrained, path: str | os.PathLike[str], format
     _check_positions(pretrained.model, format)
     arrays = layouts.from_official(flatten_dict(pretrained.params, sep="/"), format)
     info = ModelInfo(
-        pretrained.model, pretrained.preprocessing, pretrained.class_names, pretrained.loss
+        pretrained.model,
+        pretrained.preprocessing,
+        pretrained.class_names,
+        pretrained.loss,
+        pretrained.multi_label,
     )
     if path.suffix in _WRITERS:
         _write_file(path, arrays, info)

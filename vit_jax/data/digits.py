@@ -55,6 +55,9 @@ class _Examples:
     def ids(self) -> list[str]:
         return [f"{NAME} {index}" for index in self.indices]
 
+    def labels(self) -> np.ndarray:
+        return load()[1][self.indices]
+
 
 @functools.cache
 def _png(where: int) -> bytes:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from vit_jax.data import classes, splits
 from vit_jax.data.headers import check_end, check_format
 from vit_jax.data.source import Example, Source
@@ -56,6 +58,10 @@ class FileExamples:
     def ids(self) -> list[str]:
         """Returns the paths."""
         return [file.path for file in self.files]
+
+    def labels(self) -> np.ndarray:
+        """Returns the labels."""
+        return np.array([file.label for file in self.files], np.int64)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,3 +86,6 @@ class _MultiHot(folder.FileExamples):
     def __getitem__(self, index: int) -> Example:
         example = super().__getitem__(index)
         return example | {"label": self.targets[example["label"]]}
+
+    def labels(self) -> np.ndarray:
+        return self.targets[super().labels()]

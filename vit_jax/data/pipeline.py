@@ -4,7 +4,7 @@ Training is addressed by one number, the global position g = step * batch_size +
 g // n and its place in the epoch g % n. The order of an epoch is a pure function of (seed, epoch),
 the augmentation of an image one of (seed, g). So the step is the whole state of the input, any
 step is reached without reading what came before, and neither the order nor the augmentation
-depends on the number of processes, threads or workers.
+depends on the number of processes, threads or workers. See `order` for the orders that there are.
 """
 
 import atexit
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from absl import flags, logging
 
+from vit_jax.data.order import Order, Shuffled, augmentation_rng
 from vit_jax.data.preprocess import eval_view, train_view
 from vit_jax.data.protocols import Preprocessing, evaluation
 from vit_jax.data.source import Example, Source
@@ -33,7 +34,6 @@ Batch = dict[str, np.ndarray]
 # The number of this order and augmentation. A run goes on only with that with which it began.
 INPUT_VERSION = 2
 
-_ORDER, _AUGMENTATION = 0, 1  # what random numbers are drawn for
 _CHUNK = 8  # images that a thread makes in one go, at most: what Grain takes for each is spread
 
 
@@ -46,6 +46,7 @@ def train_batches(
     random_crop: bool,
     random_flip: bool,
     seed: int,
+    order: Order | None = None,
     jpeg_dct: str = "accurate",
     num_operations: int = 0,
     magnitude: float = 0,
@@ -68,6 +69,7 @@ def train_batches(
         random_crop: crop as the protocol does in training, not as in evaluation.
         random_flip: mirror every other image.
         seed: of the order and the augmentation.
+        order: of the images, from `order.create_order`; None takes every image once an epoch.
         jpeg_dct: one of `protocols.JPEG_DCTS`.
         num_operations: of RandAugment for each image; 0 for none.
         magnitude: of RandAugment.
@@ -78,8 +80,8 @@ def train_batches(
         process_count: of all processes.
 
     Returns:
-        Dicts of "image" (uint8 [rows, image_size, image_size, 3]) and "label" (int32 [rows]),
-        rows = batch_size / process_count.
+        Dicts of "image" (uint8 [rows, image_size, image_size, 3]) and "label" (int32 [rows], of
+        several labels an image float32 [rows, classes]), rows = batch_size / process_count.
 
     Raises:
         UserError: if `batch_size` cannot be divided or `protocol` is unknown; while iterating, if
@@ -101,7 +103,8 @@ def train_batches(
     )
     first_row = first_step * batch_size + process_index * rows
     positions = _Positions(first_row, rows, batch_size)
-    return _batches(_TrainImages(source, seed, positions, view), rows, workers)
+    order = order or Shuffled(seed, source.num_examples)
+    return _batches(_TrainImages(source, seed, order, positions, view), rows, workers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,44 +192,30 @@ class _TrainImages:
         self,
         source: Source,
         seed: int,
+        order: Order,
         positions: _Positions,
         view: Callable[[bytes, np.random.Generator], np.ndarray],
     ):
         self._source = source
         self._seed = seed
+        self._order = order
         self._positions = positions
+        self.label_dtype = _label_dtype(source)
         self._view = view
 
     def __len__(self) -> int:
         return 2**62
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+    def __getitem__(self, index: int) -> tuple[np.ndarray, Any]:
         position = self._positions[index]
-        epoch, place = divmod(position, self._source.num_examples)
-        order = _order(self._seed, epoch, self._source.num_examples)
-        example = self._source[int(order[place])]
-        rng = _generator(_AUGMENTATION, self._seed, position)
+        example = self._source[self._order[position]]
+        rng = augmentation_rng(self._seed, position)
         return _named(self._view, example, rng), example["label"]
 
 
-_ordering = threading.Lock()
-
-
-def _order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-    # Of the threads that come to a new epoch one makes its order.
-    with _ordering:
-        return _make_order(seed, epoch, num_examples)
-
-
-@functools.lru_cache(maxsize=2)  # Threads may be in two epochs.
-def _make_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-    """The order of an epoch: 8 bytes an image, a second for 14 million."""
-    return _generator(_ORDER, seed, epoch).permutation(num_examples)
-
-
-def _generator(purpose: int, seed: int, number: int) -> np.random.Generator:
-    # NumPy takes no negative seeds.
-    return np.random.default_rng((purpose, int(seed < 0), abs(seed), number))
+def _label_dtype(source: Source) -> type:
+    """Shares of classes are floats, which mixup and smoothing make other shares of."""
+    return np.float32 if source.multi_label else np.int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +225,10 @@ class _EvalImages:
     source: Source
     positions: _Positions
     preprocessing: Preprocessing
+
+    @property
+    def label_dtype(self) -> type:
+        return _label_dtype(self.source)
 
     def __len__(self) -> int:
         return self.positions.count(self.source.num_examples)
@@ -251,7 +244,7 @@ class _EvalImages:
         label_shape = np.shape(self.source[0]["label"])
         return {
             "image": np.zeros((0, size, size, 3), np.float32),
-            "label": np.zeros((0, *label_shape), np.int32),
+            "label": np.zeros((0, *label_shape), self.label_dtype),
         }
 
 
@@ -289,7 +282,7 @@ class _Chunks:
             images, labels = zip(*(self.images[i] for i in range(begin, end)), strict=True)
         except UserError as error:
             return error
-        return {"image": np.stack(images), "label": np.array(labels, np.int32)}
+        return {"image": np.stack(images), "label": np.array(labels, self.images.label_dtype)}
 
 
 def _batches(images: Any, rows: int, workers: int = 0) -> Generator[Batch]:

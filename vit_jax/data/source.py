@@ -34,8 +34,8 @@ class Examples(Protocol):
 class Source:
     """A split of a data set.
 
-    `source[i]` reads an example: {"image": bytes, encoded; "label": an int, of `open_real` and
-    `open_objectnet` int64 [classes]; "id": str, names the example}.
+    `source[i]` reads an example: {"image": bytes, encoded; "label": an int, of `open_real`,
+    `open_objectnet` and where `multi_label` int64 [classes]; "id": str, names the example}.
 
     Attributes:
         name: of the data set, as it was asked for.
@@ -46,6 +46,8 @@ class Source:
         border: pixels of every side of an image that evaluation cuts off.
         turn: whether images are turned as their EXIF orientation says; those of TFDS are not: the
             published pipelines decode them with TensorFlow, which knows no orientation.
+        multi_label: whether an image has any number of labels, which are trained on: 1 for each
+            class that it shows, 0 for the others.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Source:
     examples: Examples = dataclasses.field(repr=False)
     border: int = 0
     turn: bool = True
+    multi_label: bool = False
 
     @property
     def num_examples(self) -> int:
@@ -77,6 +80,14 @@ class Source:
         """Returns the ids of all examples without reading any."""
         return self.examples.ids()
 
+    def labels(self) -> np.ndarray:
+        """Returns the labels of all examples, int64 [examples] or [examples, classes].
+
+        Nothing is read where `examples` has a method `labels`, which lists them; else every
+        example is.
+        """
+        return _labels(self.examples)
+
     def select(self, indices: np.ndarray) -> "Source":
         """Returns the source of some of the examples.
 
@@ -88,6 +99,12 @@ class Source:
             num_bytes=self.num_bytes * len(indices) // max(self.num_examples, 1),
             examples=_Selected(self.examples, indices),
         )
+
+
+def _labels(examples: Examples) -> np.ndarray:
+    known = getattr(examples, "labels", None)
+    listed = known() if known else [examples[i]["label"] for i in range(len(examples))]
+    return np.array(listed, np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +121,11 @@ class _Selected:
     def ids(self) -> list[str]:
         ids = self.examples.ids()
         return [ids[index] for index in self.indices]
+
+    def labels(self) -> np.ndarray:
+        if hasattr(self.examples, "labels"):
+            return _labels(self.examples)[self.indices]
+        return np.array([self[i]["label"] for i in range(len(self))], np.int64)
 
 
 def check_splits(*, train_split: str, eval_split: str, development: bool) -> None:
@@ -131,7 +153,7 @@ def relabel(source: Source, labels: Sequence[int], class_names: Sequence[str]) -
 @dataclasses.dataclass(frozen=True)
 class _Relabeled:
     examples: Examples
-    labels: tuple[int, ...]
+    new_labels: tuple[int, ...]
     num_classes: int
 
     def __len__(self) -> int:
@@ -144,9 +166,12 @@ class _Relabeled:
     def _new(self, label: Any) -> Any:
         if np.ndim(label):
             several = np.zeros(self.num_classes, np.int64)
-            np.add.at(several, list(self.labels), label)
+            np.add.at(several, list(self.new_labels), label)
             return several
-        return label if label < 0 else self.labels[label]
+        return label if label < 0 else self.new_labels[label]
 
     def ids(self) -> list[str]:
         return self.examples.ids()
+
+    def labels(self) -> list[Any]:
+        return [self._new(label) for label in _labels(self.examples)]

@@ -150,10 +150,18 @@ def create_fewshot(
 
     Returns:
         A function from params to the accuracies in [0, 1] of `SEEDS`, by number of shots.
+
+    Raises:
+        UserError: images have several labels.
     """
     from vit_jax.data.pipeline import eval_batches
     from vit_jax.data.support import take_support
 
+    if train.multi_label or test.multi_label:
+        raise UserError(
+            f"{train.name} has several labels an image, and few-shot evaluation learns from "
+            "images of one class each: leave it out"
+        )
     apply_fn = make_apply_fn(model.without_head(), mesh)
     num_classes = len(train.class_names)
 

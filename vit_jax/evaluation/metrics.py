@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_jax.errors import UserError
+from vit_jax.evaluation.per_class import ClassScores, class_scores
 from vit_jax.sharding import Mesh, gathering, to_devices
 
 T = TypeVar("T")
@@ -112,6 +113,8 @@ class ClassificationMetrics:
         num_classes: of the model.
         labels: int32 [images], in the order of the data.
         predicted: likewise.
+        losses: float64 [images], of each.
+        confidences: likewise, the probability of what an image is taken for.
     """
 
     accuracy: float
@@ -121,6 +124,8 @@ class ClassificationMetrics:
     num_classes: int
     labels: np.ndarray = dataclasses.field(repr=False)
     predicted: np.ndarray = dataclasses.field(repr=False)
+    losses: np.ndarray = dataclasses.field(repr=False)
+    confidences: np.ndarray = dataclasses.field(repr=False)
 
     def confusion(self) -> np.ndarray:
         """Images by [true class, predicted class], int64 [classes, classes]."""
@@ -138,11 +143,11 @@ class ClassificationMetrics:
             "calibration_error": self.calibration_error,
         }
 
-    def per_class(self) -> tuple[np.ndarray, np.ndarray]:
-        """The accuracy of each class, NaN without an image, and its images, both [classes]."""
-        images = np.bincount(self.labels, minlength=self.num_classes)
-        hits = np.bincount(self.labels[self.labels == self.predicted], minlength=self.num_classes)
-        return np.where(images, hits / np.maximum(images, 1), np.nan), images
+    def per_class(self) -> ClassScores:
+        """Precision, recall (the accuracy on its images), F1 and images of each class."""
+        right = self.labels[self.labels == self.predicted]
+        counted = (right, self.predicted, self.labels)
+        return class_scores(*(np.bincount(x, minlength=self.num_classes) for x in counted))
 
 
 def classification_metrics(
@@ -162,8 +167,8 @@ def classification_metrics(
     """
     bins = np.zeros((CALIBRATION_BINS, 2))
     loss_sum, top_k = 0.0, 0
-    all_labels, all_predicted = [], []
-    for logits, labels in _finite(outputs(apply_fn, params, batches, mesh)):
+    all_labels, all_predicted, all_losses, all_confidences = [], [], [], []
+    for logits, labels in finite_outputs(apply_fn, params, batches, mesh):
         predicted = logits.argmax(1)
         losses, confidence = _LOSSES[loss](logits.astype(np.float64), labels)
         loss_sum += losses.sum()
@@ -172,6 +177,8 @@ def classification_metrics(
         np.add.at(bins, members, np.stack([predicted == labels, confidence], 1))
         all_labels.append(labels)
         all_predicted.append(predicted.astype(np.int32))
+        all_losses.append(losses)
+        all_confidences.append(confidence)
     labels, predicted = np.concatenate(all_labels), np.concatenate(all_predicted)
     return ClassificationMetrics(
         accuracy=float(np.mean(labels == predicted)),
@@ -182,13 +189,20 @@ def classification_metrics(
         num_classes=logits.shape[1],
         labels=labels,
         predicted=predicted,
+        losses=np.concatenate(all_losses),
+        confidences=np.concatenate(all_confidences),
     )
 
 
-def _finite(
-    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+def finite_outputs(
+    apply_fn: ApplyFn, params: Any, batches: Batches, mesh: Mesh
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for logits, labels in batches:
+    """Yields as `outputs`.
+
+    Raises:
+        UserError: as `outputs`, and if a logit is not finite.
+    """
+    for logits, labels in outputs(apply_fn, params, batches, mesh):
         if not np.isfinite(logits).all():
             raise UserError("the model's logits are not finite: its weights are damaged")
         yield logits, labels
@@ -271,7 +285,7 @@ def _hits(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tells which top logits are of a right class [images, TOP_K], and which images have labels."""
     hits, labeled = [], []
-    for logits, labels in _finite(outputs(apply_fn, params, batches, mesh)):
+    for logits, labels in finite_outputs(apply_fn, params, batches, mesh):
         highest = np.argsort(-logits, axis=1, kind="stable")[:, :TOP_K]
         hits.append(np.take_along_axis(labels, highest, 1) > 0)
         labeled.append(labels.any(1))

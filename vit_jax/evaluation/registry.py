@@ -12,14 +12,17 @@ that makes one from the settings of an entry and the run, and a line in `EVALUAT
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from vit_jax.errors import UserError, brief, nearest
-from vit_jax.evaluation import fewshot, metrics
+from vit_jax.evaluation import fewshot, metrics, multilabel
 from vit_jax.evaluation.watched import Watched
 from vit_jax.steps import eval_step
+
+if TYPE_CHECKING:  # It imports TFDS.
+    from vit_jax.data.source import Source
 
 Settings = Mapping[str, Any]
 Scalars = Mapping[str, float]
@@ -42,16 +45,28 @@ def describe(title: str, scalars: Scalars) -> str:
 
 
 def objective(settings: Settings, watched: Watched) -> Evaluate:
-    """The training objective on other images: "loss", and "accuracy" where there is one."""
+    """The training objective on other images: "loss", and "accuracy" where there is one.
+
+    Of images with several labels, all of `multilabel.MultiLabelMetrics` that is a number.
+    """
+    source = watched.open(settings)
+    if source.multi_label and watched.class_names is not None:
+        return _several_labels(source, watched)
     step = jax.jit(functools.partial(eval_step, objective=watched.objective))
-    batches = watched.batches(watched.open(settings))
+    batches = watched.batches(source)
     return lambda params: metrics.mean_metrics(step, params, batches, watched.mesh)
 
 
 def classification(settings: Settings, watched: Watched) -> Evaluate:
-    """All of `metrics.ClassificationMetrics` that is a number."""
+    """All of `metrics.ClassificationMetrics` that is a number.
+
+    Of images with several labels, of `multilabel.MultiLabelMetrics`.
+    """
     _check_classes(watched, "classification")
-    batches = watched.batches(watched.open(settings))
+    source = watched.open(settings)
+    if source.multi_label:
+        return _several_labels(source, watched)
+    batches = watched.batches(source)
     apply_fn = metrics.make_apply_fn(watched.model, watched.mesh)
 
     def scores(params: Any) -> dict[str, float]:
@@ -59,6 +74,17 @@ def classification(settings: Settings, watched: Watched) -> Evaluate:
             apply_fn, params, batches, watched.mesh, watched.loss
         )
         return found.scalars()
+
+    return scores
+
+
+def _several_labels(source: "Source", watched: Watched) -> Evaluate:
+    multilabel.check_loss(source.name, watched.loss)
+    batches = watched.batches(source)
+    apply_fn = metrics.make_apply_fn(watched.model, watched.mesh)
+
+    def scores(params: Any) -> dict[str, float]:
+        return multilabel.multilabel_metrics(apply_fn, params, batches, watched.mesh).scalars()
 
     return scores
 
@@ -117,7 +143,7 @@ class EvaluatorType:
         create: from the settings of an entry and the run it watches to the evaluator.
         keys: of an entry beyond `COMMON_KEYS`, or with another default.
         needs_dataset: whether it has no images without a data set: "" switches it off.
-        decides: whether its scalars are a "loss" or an "accuracy", which decide the best.
+        decides: whether its scalars have one that decides the best, see `reporting`.
         check: raises a UserError if the settings have no meaning; nothing is opened.
         title: of an entry, from its name and settings.
         label: before the title, in the names of the scalars in metrics.jsonl.

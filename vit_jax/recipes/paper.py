@@ -344,6 +344,7 @@ def base(model: str, dataset: str) -> ConfigDict:
             "distillation": {"teacher": "", "kind": "hard", "alpha": 0.5, "temperature": 3.0},
             "loss": "softmax",
             "label_smoothing": 0.0,
+            "class_weights": "",  # or balanced: classes of few images count for more of the loss
             # A name of `data.augmentation.AUGREG`, or for example "randaugment(2,15)+mixup(0.2)".
             "augment": "none",
             # The gray that RandAugment's Contrast goes from, of a name of AUGREG and in words:
@@ -395,6 +396,7 @@ def _dataset(name: str) -> dict[str, Any]:
         "development": False,
         "subset": "",  # of the training images: "10%" or "5000"; "" is all
         "subset_seed": 0,
+        "sampling": "",  # or balanced: every class equally often
         "image_size": 0,
         "protocol": "",
         # Of decoding JPEG: accurate, as PIL, or fast, TensorFlow's default, which Google's

@@ -1,0 +1,288 @@
+"""The report of an evaluation: a page to look at, its pictures, and the scores of every class."""
+
+import base64
+import csv
+import dataclasses
+import html
+import io
+import pathlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from vit_jax.data import imagenet
+from vit_jax.data.preprocess import eval_view
+from vit_jax.data.protocols import Preprocessing
+from vit_jax.evaluation import pictures
+from vit_jax.evaluation.per_class import confused_classes, confusion_among, most_confused
+from vit_jax.files import atomic_files
+from vit_jax.printable import printable
+
+if TYPE_CHECKING:
+    from vit_jax.data.source import Source
+    from vit_jax.evaluation.metrics import ClassificationMetrics
+    from vit_jax.evaluation.multilabel import MultiLabelMetrics
+
+_WORST = 36  # images of highest loss that are shown
+_CONFUSED = 20  # pairs of classes that are listed
+_MOST_CLASSES = 30  # of which a confusion matrix can be read
+_SIDE = 192  # pixels of a shown image, at most
+_DPI = 110
+
+
+@dataclasses.dataclass(frozen=True)
+class WorstImage:
+    """An image of high loss.
+
+    Attributes:
+        pixels: uint8 [height, width, 3], what the model saw.
+        name: of the image, its path where it has one.
+        truth: its label or labels, in words.
+        predicted: what it is taken for, with the probability.
+        loss: of the image.
+    """
+
+    pixels: np.ndarray
+    name: str
+    truth: str
+    predicted: str
+    loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The contents of a report; text in it may be anything.
+
+    Attributes:
+        title: what was evaluated on what.
+        scalars: by name.
+        per_class: a row for each class: "name", shares that may be None, and "examples".
+        confused: rows of the true class, the one it is taken for, and the number of images.
+        worst: the images of highest loss, that of the highest first.
+        confusion: the arguments of `pictures.confusion_matrix`; None where an image has several
+            labels.
+    """
+
+    title: str
+    scalars: Mapping[str, float]
+    per_class: Sequence[Mapping[str, Any]]
+    confused: Sequence[tuple[str, str, int]]
+    worst: Sequence[WorstImage]
+    confusion: tuple[np.ndarray, np.ndarray, Sequence[str], int] | None = None
+
+
+def of_classes(
+    title: str,
+    found: "ClassificationMetrics",
+    source: "Source",
+    preprocessing: Preprocessing,
+    per_class: Sequence[Mapping[str, Any]],
+) -> Report:
+    """The report of images with one label each.
+
+    Args:
+        title: of the report.
+        found: the metrics, of the images of the source in their order.
+        source: whose class names are those of the model; the worst images are read again.
+        preprocessing: of the model.
+        per_class: as in `Report`.
+
+    Raises:
+        UserError: an image cannot be read any more.
+    """
+    names = _readable(source)
+    images = np.bincount(found.labels, minlength=found.num_classes)
+    chosen = confused_classes(found.labels, found.predicted, found.num_classes, _MOST_CLASSES)
+    counts = confusion_among(found.labels, found.predicted, chosen)
+    confusion = (counts, images[chosen], [names[i] for i in chosen], found.num_classes)
+
+    def words(index: int) -> tuple[str, str]:
+        predicted = f"{names[found.predicted[index]]}, {found.confidences[index]:.0%}"
+        return names[found.labels[index]], predicted
+
+    worst = _worst(found.losses, source, preprocessing, words)
+    pairs = most_confused(found.labels, found.predicted, _CONFUSED)
+    confused = [(names[pair.true], names[pair.predicted], pair.images) for pair in pairs]
+    return Report(title, found.scalars(), per_class, confused, worst, confusion)
+
+
+def of_labels(
+    title: str,
+    found: "MultiLabelMetrics",
+    source: "Source",
+    preprocessing: Preprocessing,
+    per_class: Sequence[Mapping[str, Any]],
+) -> Report:
+    """The report of images with any number of labels; the arguments are those of `of_classes`."""
+    names = _readable(source)
+
+    def words(index: int) -> tuple[str, str]:
+        labeled, predicted = (np.flatnonzero(x[index]) for x in (found.labels, found.predicted))
+        probable = 1 / (1 + np.exp(-found.logits[index].astype(np.float64)))
+        taken_for = [f"{names[i]}, {probable[i]:.0%}" for i in predicted]
+        return "; ".join(names[i] for i in labeled) or "nothing", "; ".join(taken_for) or "nothing"
+
+    worst = _worst(found.losses, source, preprocessing, words)
+    return Report(title, found.scalars(), per_class, (), worst)
+
+
+def _readable(source: "Source") -> list[str]:
+    return [imagenet.readable(name) for name in source.class_names]
+
+
+def _worst(
+    losses: np.ndarray,
+    source: "Source",
+    preprocessing: Preprocessing,
+    words: Callable[[int], tuple[str, str]],
+) -> list[WorstImage]:
+    """The images of highest loss; `words` says what one is and what it is taken for."""
+    indices = np.argsort(-losses, kind="stable")[:_WORST].tolist()
+    return [
+        WorstImage(*_seen(source, i, preprocessing), *words(i), float(losses[i])) for i in indices
+    ]
+
+
+def _seen(source: "Source", index: int, preprocessing: Preprocessing) -> tuple[np.ndarray, str]:
+    """What the model sees of an image, in at most 192 pixels a side, and its name."""
+    example = source[index]
+    view = eval_view(example["image"], preprocessing, border=source.border, turn=source.turn)
+    mean, std = (np.array(x, np.float32) for x in (preprocessing.mean, preprocessing.std))
+    image = Image.fromarray(np.uint8(np.clip(view * std + mean, 0, 1) * 255 + 0.5))
+    image.thumbnail((_SIDE, _SIDE))
+    return np.asarray(image), example["id"]
+
+
+def write(folder: pathlib.Path, report: Report) -> list[pathlib.Path]:
+    """Writes report.html, worst.png, per_class.csv and, where there is one, confusion.png.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        UserError: the folder cannot be made, or the disk refuses.
+    """
+    with atomic_files(folder) as new, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Of letters that matplotlib's font lacks.
+        _write_per_class(new / "per_class.csv", report.per_class)
+        title = f"The {len(report.worst)} images of highest loss"
+        sheet = pictures.contact_sheet(list(map(_shown, report.worst)), title)
+        sheet.savefig(new / "worst.png", dpi=_DPI)
+        confusion = None
+        if report.confusion is not None:
+            figure = pictures.confusion_matrix(*report.confusion)
+            figure.savefig(new / "confusion.png", dpi=_DPI)
+            confusion = (new / "confusion.png").read_bytes()
+        (new / "report.html").write_text(_page(report, confusion), "utf-8")
+        return [folder / path.name for path in sorted(new.iterdir())]
+
+
+def _shown(image: WorstImage) -> pictures.Shown:
+    name = pathlib.PurePath(image.name).name
+    words = (f"is {image.truth}", f"taken for {image.predicted}", f"loss {image.loss:.2f}")
+    return pictures.Shown(image.pixels, (name, *words))
+
+
+def _write_per_class(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({**row, "name": printable(row["name"])} for row in rows)
+
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --page: #ffffff; --line: #d0d4d9; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --page: #15181c; --line: #3a4048; } }
+body { color: var(--ink); background: var(--page); font: 15px/1.45 system-ui, sans-serif;
+  max-width: 76rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.3rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+table { border-collapse: collapse; } td, th { padding: .15rem .8rem .15rem 0; text-align: left;
+  border-bottom: 1px solid var(--line); } td.n, th.n { text-align: right; }
+.sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: 1rem; }
+figure { margin: 0; font-size: .85rem; } figure img { width: 100%; display: block; }
+img.tiny { image-rendering: pixelated; } img.chart { max-width: 100%; background: #ffffff; }
+figcaption b { font-weight: 600; }
+"""
+
+
+def _page(report: Report, confusion: bytes | None) -> str:
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width">',
+        # What a file is called may try to be a script: nothing but this style and data is loaded.
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">",
+        f"<title>{_text(report.title)}</title><style>{_STYLE}</style></head><body>",
+        f"<h1>{_text(report.title)}</h1>",
+        _table(["", ""], [[name.replace("_", " "), x] for name, x in report.scalars.items()]),
+        f"<h2>The {len(report.worst)} images of highest loss</h2>",
+        '<div class="sheet">',
+        *map(_figure, report.worst),
+        "</div>",
+    ]
+    if report.confused:
+        rows = [list(row) for row in report.confused]
+        parts += ["<h2>Confused most</h2>", _table(["is", "taken for", "images"], rows)]
+    if confusion is not None:
+        parts.append(
+            f'<h2>Confusion matrix</h2><img class="chart" alt="images by true and predicted class" '
+            f'src="{_data("png", confusion)}">'
+        )
+    header = [column.replace("_", " ") for column in report.per_class[0]]
+    rows = [
+        list({**row, "name": imagenet.readable(row["name"])}.values())
+        for row in sorted(report.per_class, key=_f1)
+    ]
+    parts += ["<h2>Classes, that of the lowest F1 first</h2>", _table(header, rows)]
+    return "\n".join([*parts, "</body></html>\n"])
+
+
+def _f1(row: Mapping[str, Any]) -> float:
+    return 2.0 if row["f1"] is None else row["f1"]
+
+
+def _figure(image: WorstImage) -> str:
+    tiny = max(image.pixels.shape) < 64
+    format = "png" if tiny else "jpeg"
+    buffer = io.BytesIO()
+    Image.fromarray(image.pixels).save(buffer, format, quality=85)
+    return (
+        f'<figure><img class="{"tiny" if tiny else "photo"}" alt="" '
+        f'src="{_data(format, buffer.getvalue())}"><figcaption>is <b>{_text(image.truth)}</b><br>'
+        f"taken for <b>{_text(image.predicted)}</b><br>loss {image.loss:.2f}<br>"
+        f"{_text(image.name)}</figcaption></figure>"
+    )
+
+
+def _data(format: str, content: bytes) -> str:
+    return f"data:image/{format};base64,{base64.b64encode(content).decode()}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    numeric = [bool(rows) and not isinstance(x, str) for x in (rows[0] if rows else header)]
+    lines = ["<table>"]
+    if any(header):
+        lines.append(f"<tr>{''.join(map(_heading, header, numeric))}</tr>")
+    lines += [f"<tr>{''.join(map(_cell, row, numeric))}</tr>" for row in rows]
+    return "\n".join([*lines, "</table>"])
+
+
+def _heading(name: str, numeric: bool) -> str:
+    return f"<th{_class(numeric)}>{_text(name)}</th>"
+
+
+def _cell(value: Any, numeric: bool) -> str:
+    shown = "-" if value is None else f"{value:.4f}" if isinstance(value, float) else f"{value}"
+    return f"<td{_class(numeric)}>{_text(shown)}</td>"
+
+
+def _class(numeric: bool) -> str:
+    return ' class="n"' if numeric else ""
+
+
+def _text(text: str) -> str:
+    return html.escape(printable(text))
