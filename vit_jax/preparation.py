@@ -87,10 +87,7 @@ def prepare(
         count_steps, num_examples=train_source.num_examples, batch_size=config.batch_size
     )
     total_steps = count(config.duration)
-    schedule_keys = dict(config.schedule)
-    for key in SCHEDULE_LENGTHS:
-        schedule_keys[f"{key}_steps"] = count(schedule_keys.pop(key))
-    schedule = create_schedule(total_steps=total_steps, **schedule_keys)
+    schedule = schedule_of(config, total_steps, train_source)
     model, objective, multiply_adds = create_objective(config, len(train_source.class_names))
     prepared = Prepared(
         config=config,
@@ -108,6 +105,18 @@ def prepare(
         checkpoint_every=count(config.checkpoint_every),
     )
     return prepared._replace(evaluators=_create_evaluators(prepared, eval_source, count))
+
+
+def schedule_of(
+    config: ConfigDict, total_steps: int, train_source: datasets.Source
+) -> optax.Schedule:
+    """The learning rate of each step of a config's run, were it of so many steps."""
+    keys = dict(config.schedule)
+    for key in SCHEDULE_LENGTHS:
+        keys[f"{key}_steps"] = count_steps(
+            keys.pop(key), train_source.num_examples, config.batch_size
+        )
+    return create_schedule(total_steps=total_steps, **keys)
 
 
 def _open_sources(
