@@ -284,7 +284,9 @@ def test_images_without_labels_are_not_mixed():
     config.augment = "randaugment(2,10)"
     check_config(config)
     config.augment = "light2"
-    with pytest.raises(UserError, match="config.augment is 'light2', but .* leave mixup out"):
+    with pytest.raises(
+        UserError, match="config.augment is 'light2', but .* leave mixup and cutmix out"
+    ):
         check_config(config)
 
 
@@ -396,6 +398,15 @@ def test_what_a_day_of_attacks_got_through_is_refused(key, value, message):
     [
         ("optimizer.lr_multipliers", "head", "multipliers: 'head' is not understood: use PATTERN="),
         ("optimizer.lr_multipliers", "(=1", "'(' is no regular expression: missing ), untermina"),
+        ("lora.rank", -1, "is -1: it must not be negative"),
+        ("lora.alpha", 0.0, "is 0.0: it must be above 0"),
+        (
+            "lora.targets",
+            "query,head",
+            "'head' is no kernel of a layer: use query,key,value,out,mlp",
+        ),
+        ("optimizer.layer_decay", 0.0, "is 0.0: it must be above 0; try --config.optimizer.layer_"),
+        ("optimizer.layer_decay", 1.5, "it must be at most 1, at which all layers have the same"),
         ("optimizer.lr_multipliers", "a=1e7", "factor 1e7 of 'a' is above 1e+06"),
         ("schedule.drops", [0.6, 0.3], "config.schedule.drops is [0.6, 0.3]: it must be up to 10"),
         ("schedule.timescale", "0", "schedule.timescale is 0: it must be at least 1 step"),
@@ -518,7 +529,8 @@ def test_a_config_of_before_evals_has_them():
         del before["dataset"][key]
     before["dataset"]["workers"] = 0
     before["model"]["remat"] = "nothing"
-    before["optimizer"]["lr_multipliers"] = ""
+    before["lora"] = {"rank": 0, "alpha": 8.0, "targets": "query,value"}
+    before["optimizer"] |= {"lr_multipliers": "", "layer_decay": 1.0}
     before["schedule"] |= {"cooldown": "0 steps", "drops": [0.3, 0.6, 0.9]}
     before["schedule"]["timescale"] = "10000 steps"
     assert after == {key: x for key, x in before.items() if key not in ("eval_every", "fewshot")}
@@ -551,7 +563,10 @@ def test_sections_that_are_replaced_as_a_whole_get_the_keys_of_today():
     config.optimizer, config.schedule = OPTIMIZER_OF_BEFORE, SCHEDULE_OF_BEFORE
     check_config(config)
     filled = complete_sections(config)
-    assert filled.optimizer.to_dict() == OPTIMIZER_OF_BEFORE | {"lr_multipliers": ""}
+    assert filled.optimizer.to_dict() == OPTIMIZER_OF_BEFORE | {
+        "lr_multipliers": "",
+        "layer_decay": 1.0,
+    }
     assert filled.schedule.to_dict() == SCHEDULE_OF_BEFORE | {
         "timescale": "10000 steps", "drops": (0.3, 0.6, 0.9), "cooldown": "0 steps"
     }  # fmt: skip
@@ -633,7 +648,7 @@ MODEL = {
 OPTIMIZER = {
     "b1": (0.9, 0.8), "b2": (0.999, 0.3), "momentum": (0.9, 0.8), "weight_decay": (0.1, 0.2),
     "decay": ("all", "kernels"), "mu_dtype": ("float32", "bfloat16"), "clip_norm": (0.0, 0.5),
-    "lr_multipliers": ("", "bias=2"), "decay_rate": (0.8, 0.7),
+    "lr_multipliers": ("", ".*bias=2"), "layer_decay": (1.0, 0.5), "decay_rate": (0.8, 0.7),
 }  # fmt: skip
 SCHEDULE = {
     "base_lr": (0.1, 0.2), "decay": ("cosine", "linear"), "end_lr": (0.0, 0.01),
@@ -686,8 +701,12 @@ def test_every_model_key_has_an_effect(architecture, monkeypatch):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_key_has_an_effect(name):
-    params = {"kernel": jnp.array([1.0, 2.0]), "bias": jnp.array([3.0])}
-    gradients = [{"kernel": jnp.array([0.3, -2.1]), "bias": jnp.array([k])} for k in (0.7, -0.2)]
+    def tree(kernel, bias):
+        layers = {"encoderblock_0": {"bias": jnp.array([bias])}}
+        return {"kernel": jnp.array(kernel), "Transformer": layers}
+
+    params = tree([1.0, 2.0], 3.0)
+    gradients = [tree([0.3, -2.1], k) for k in (0.7, -0.2)]
 
     def updated(values):
         optimizer = create_optimizer({"name": name, **values}, lambda step: 0.1)

@@ -62,6 +62,91 @@ def test_a_rate_for_each_layer_of_a_deep_model_can_be_said(num_layers):
     assert set(jax.tree.leaves([found["embedding"], found["head"]])) == {1.0}
 
 
+# Of three layers at 0.5, from the code of BEiT and MAE: get_layer_id_for_vit counts the embeddings
+# as 0, block i as i + 1, and all that follows the blocks as their number + 1.
+LAYER_DECAY = {
+    "cls": 0.0625, "embedding/kernel": 0.0625, "embedding/bias": 0.0625,
+    "Transformer/posembed_input/pos_embedding": 0.0625,
+    "Transformer/encoderblock_0/.*": 0.125, "Transformer/encoderblock_1/.*": 0.25,
+    "Transformer/encoderblock_2/.*": 0.5, "Transformer/encoder_norm/.*": 1.0, "head/.*": 1.0,
+    "MAPHead_0/.*": 1.0, "pre_logits/.*": 1.0, "conv_root/kernel": 0.0625,
+    "block1/unit1/.*": 0.0625, "gn_root/.*": 0.0625,
+}  # fmt: skip
+
+
+def decayed(decay, model="ViT-Ti/16", **fields):
+    config = get_config(model)
+    config.model.update({"num_layers": 3, "representation_size": 0} | fields)
+    params = describe(config, num_classes=10, devices=1).state.params
+    return flatten_dict(multipliers(params, "", decay), sep="/")
+
+
+@pytest.mark.parametrize(
+    ("model", "fields"),
+    [
+        ("ViT-Ti/16", {}),
+        ("ViT-Ti/16", {"classifier": "map", "representation_size": 9, "scan_layers": True}),
+        ("R50+ViT-B/16", {"resnet_layers": (1,)}),
+    ],
+)
+def test_rates_decay_by_layer_as_in_beit_and_mae(model, fields):
+    found = decayed(0.5, model, **fields)
+    for name, scale in found.items():
+        (expected,) = (x for pattern, x in LAYER_DECAY.items() if re.fullmatch(pattern, name))
+        assert scale == expected, name
+    assert set(found.values()) == {0.0625, 0.125, 0.25, 0.5, 1.0}
+
+
+def test_rates_decay_by_layer_as_in_timm():
+    timm = pytest.importorskip("timm")
+    from timm.optim.optim_factory import param_groups_layer_decay
+
+    sizes = {"depth": 3, "embed_dim": 32, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", **sizes)
+    names = {id(x): name for name, x in model.named_parameters()}
+    groups = param_groups_layer_decay(model, layer_decay=0.7)
+    scales = {names[id(x)]: group["lr_scale"] for group in groups for x in group["params"]}
+    found = decayed(0.7)
+    ours = {
+        "cls_token": "cls", "pos_embed": "Transformer/posembed_input/pos_embedding",
+        "patch_embed.proj.weight": "embedding/kernel", "head.weight": "head/kernel",
+        "head.bias": "head/bias",
+    }  # fmt: skip
+    for layer in range(3):
+        block = f"Transformer/encoderblock_{layer}"
+        ours[f"blocks.{layer}.norm1.weight"] = f"{block}/LayerNorm_0/scale"
+        ours[f"blocks.{layer}.mlp.fc2.bias"] = f"{block}/MlpBlock_3/Dense_1/bias"
+    for theirs, name in ours.items():
+        assert found[name] == pytest.approx(scales[theirs]), name
+    # timm has the last norm's rate with the last block; BEiT and MAE with the head.
+    assert scales["norm.weight"] == pytest.approx(0.7)
+    assert found["Transformer/encoder_norm/scale"] == 1.0
+
+
+def test_the_rate_of_a_layer_is_multiplied_by_that_of_its_name_and_decays_weights_with_it():
+    block = {"kernel": jnp.array([2.0]), "bias": jnp.array([3.0])}
+    params = {"Transformer": {"encoderblock_0": block, "encoderblock_1": block}, "head": block}
+    text = "Transformer/encoderblock_0/.*=3,head/bias=0"
+    config = SGD | {"clip_norm": 0.0, "lr_multipliers": text, "layer_decay": 0.5}
+    optimizer = create_optimizer(config, lambda count: 0.1)
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    scales = {"encoderblock_0": 3 * 0.25, "encoderblock_1": 0.5}
+    for name, scale in scales.items():
+        expected = -0.1 * scale * (1 + 0.1 * 2.0)
+        np.testing.assert_allclose(updates["Transformer"][name]["kernel"], expected, rtol=1e-6)
+    np.testing.assert_allclose(updates["head"]["kernel"], -0.1 * 1.2, rtol=1e-6)
+    assert updates["head"]["bias"] == 0
+
+
+def test_a_model_without_layers_has_no_layer_decay():
+    config = get_config("R50x1", "finetune,cifar10")
+    config.model.resnet_layers = (1,)
+    config.optimizer.layer_decay = 0.75
+    with pytest.raises(UserError, match="0.75, but the model has no layers of a Transformer: set"):
+        check_multipliers(config)
+
+
 DOCS = pathlib.Path(__file__).parents[1] / "docs/training.md"
 PROBES = re.findall(r"'(\(\?!.*=0)'", DOCS.read_text())
 

@@ -179,6 +179,7 @@ DEFAULTS = {
     "model.position_placement": "stem",
     "model.stochastic_depth": 0.0,
     "objective": "classification",
+    "optimizer.layer_decay": 1.0,
     "optimizer.lr_multipliers": "",
     "patience": 0,
     "schedule.end_lr": 0.0,
@@ -190,6 +191,7 @@ SGD = {"optimizer.momentum": 0.9, "optimizer.decay": "all"}
 OURS_ALONE = {
     "dataset.data_dir", "dataset.development", "dataset.jpeg_dct", "dataset.subset",
     "dataset.subset_seed", "dataset.workers", "evals.val.data_dir", "evals.val.dataset",
+    "lora.alpha", "lora.rank", "lora.targets",
     "evals.val.type", "keep_checkpoints", "masking.rate", "masking.target", "model.dtype",
     "model.remat", "model.scan_layers", "model.num_classes", "schedule.cooldown",
     "schedule.drops", "schedule.timescale", "sharding",

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vit_jax.errors import UserError
+from vit_jax.mixing import mixup
 from vit_jax.models import create_model, masked
 from vit_jax.state import TrainState, create_optimizer, init_train_state
 from vit_jax.steps import (
@@ -13,7 +14,6 @@ from vit_jax.steps import (
     classification_loss,
     eval_step,
     masked_patches,
-    mixup,
     pixels_to_inputs,
     train_step,
 )

@@ -49,6 +49,10 @@ ADDED_KEYS = {
     "augment_contrast": "pil",
     "dataset.jpeg_dct": "accurate",
     "dataset.workers": 0,
+    "lora.alpha": 8.0,
+    "lora.rank": 0,
+    "lora.targets": "query,value",
+    "optimizer.layer_decay": 1.0,
     "optimizer.lr_multipliers": "",
     "schedule.cooldown": "0 steps",
     "schedule.drops": list(DROPS),
@@ -99,6 +103,8 @@ def check_config(config: ConfigDict, *, may_lack: bool = False) -> None:
     _check_evals(config.evals)
     _check_model(config.model, config.dataset.image_size)
     _check_objective(config)
+    if not may_lack:
+        _check_adapters(config)
     _check_splits(config.dataset)
     _check_durations(config)
     _check_end(config.schedule)
@@ -295,10 +301,11 @@ OF_CLASSES = (
 def _check_objective(config: ConfigDict) -> None:
     values = flatten_dict(to_dict(config), sep=".")
     objective = values["objective"]
-    if objective == "masked_patches" and parse_augment(values["augment"]).mixup_alpha:
+    augmentation = parse_augment(values["augment"])
+    if objective == "masked_patches" and (augmentation.mixup_alpha or augmentation.cutmix_alpha):
         raise UserError(
             f"config.augment is {values['augment']!r}, but objective masked_patches has no labels "
-            "to mix: leave mixup out"
+            "to mix: leave mixup and cutmix out"
         )
     if objective == "masked_patches" and values.get("model.classifier") == "map":
         raise UserError(
@@ -311,6 +318,21 @@ def _check_objective(config: ConfigDict) -> None:
                 f"config.{key} is {values[key]}, but objective masked_patches has no classes: "
                 f"add --config.{key}=0"
             )
+
+
+def _check_adapters(config: ConfigDict) -> None:
+    if not config.lora.rank:
+        return
+    if config.objective != "classification":
+        raise UserError(
+            f"config.lora.rank is {config.lora.rank}, but objective {config.objective} pre-trains "
+            "all parameters: set --config.lora.rank=0"
+        )
+    if not config.init_from:
+        raise UserError(
+            f"config.lora.rank is {config.lora.rank}, but there are no weights to adapt: give "
+            "--config.init_from=..., or set --config.lora.rank=0"
+        )
 
 
 def unknown_key(key: str, valid: Iterable[str]) -> UserError:

@@ -19,6 +19,7 @@ from vit_jax.data.subset import parse_subset
 from vit_jax.errors import UserError, brief, first_line
 from vit_jax.evaluation import registry
 from vit_jax.evaluation.fewshot import parse_shots
+from vit_jax.lora import parse_targets
 from vit_jax.models import ARCHITECTURES, DTYPES, field_type, model_config, model_fields
 from vit_jax.models.base import type_problem
 from vit_jax.models.masked import TARGETS
@@ -208,6 +209,9 @@ RULES: dict[str, Rule] = {
     "augment": _read_by(parse_augment, "medium1"),
     "augment_contrast": _one_of(CONTRASTS, "augreg"),
     "ema_decay": _fraction(0.9999),
+    "lora.rank": _between(int, 0, 4096, 8, "where kernels have hardly a higher one"),
+    "lora.alpha": _above_zero(1e6, 8.0, _LARGEST_RATE),
+    "lora.targets": _read_by(parse_targets, "query,value"),
     "sharding": _read_by(parse_sharding, "fsdp"),
     "log_every": _DURATION,
     "evals.*.type": _evaluator_type("objective"),
@@ -248,6 +252,7 @@ RULES: dict[str, Rule] = {
     "optimizer.lr_multipliers": _read_by(
         parse_multipliers, "head/.*=10,embedding/.*=0", most=10_000
     ),
+    "optimizer.layer_decay": _above_zero(1, 0.75, "at which all layers have the same rate"),
     "schedule.base_lr": _above_zero(1e6, 1e-3, _LARGEST_RATE),
     "schedule.decay": _one_of(DECAYS, "cosine"),
     "schedule.warmup": _DURATION,

@@ -18,7 +18,7 @@ from vit_jax.config import left_to_weights, take_from_weights
 from vit_jax.errors import UserError
 from vit_jax.models import prediction_fields
 from vit_jax.preparation import Prepared
-from vit_jax.program import create_objective
+from vit_jax.program import adapt, create_objective
 from vit_jax.recipes import name_of, sizes_of
 from vit_jax.reporting import say
 from vit_jax.state import Params, TrainState, create_state, init_params
@@ -120,6 +120,7 @@ def initial_state(prepared: Prepared, abstract: TrainState, weights: Weights | N
     create = functools.partial(
         create_state, optimizer=prepared.optimizer, seed=config.seed, average=config.ema_decay > 0
     )
+    params = jax.tree.map(np.asarray, adapt(config, params))
     sharding = jax.tree.map(lambda x: x.sharding, abstract)
     placed = jax.tree.map(_place, params, sharding.params)
     return jax.jit(create, out_shardings=sharding)(placed)

@@ -1,8 +1,9 @@
-"""Learning rates that differ by parameter, as the text of a config says: "head/.*=10,cls=0"."""
+"""Learning rates that differ by parameter: as a text says, "head/.*=10,cls=0", and by layer."""
 
 import difflib
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -54,23 +55,60 @@ def parse_multipliers(text: str) -> list[Multiplier]:
     return found
 
 
-def multipliers(params: Params, text: str) -> Params:
+_BLOCK = re.compile(r"(?:.*/)?Transformer/encoderblock_(\d+)/.*")
+# What comes after the last layer; all that is in neither of the two comes before the first.
+_AFTER_LAYERS = re.compile(r"(?:.*/)?(?:encoder_norm|MAPHead_0|pre_logits|\w*head\w*)/.*")
+
+
+def layer_scales(names: Sequence[str], decay: float) -> list[float]:
+    """The share of the learning rate that each parameter gets by its layer.
+
+    Of L layers the l-th has decay ** (L + 1 - l). The head, and the norm and pooling before it,
+    have 1; all before the first layer, a ResNet below the Transformer too, has decay ** (L + 1).
+    So it is in BEiT (Bao et al., 2022, arXiv 2106.08254) and MAE (He et al., 2022, arXiv
+    2111.06377).
+
+    Args:
+        names: of the parameters, parts joined by "/".
+        decay: above 0 and at most 1.
+
+    Raises:
+        UserError: there are no layers of a Transformer among them.
+    """
+    blocks = [_BLOCK.fullmatch(name) for name in names]
+    last = 1 + max((int(block[1]) + 1 for block in blocks if block), default=0)
+    if last == 1:
+        raise UserError(
+            f"optimizer.layer_decay is {decay:g}, but the model has no layers of a Transformer: "
+            "set --config.optimizer.layer_decay=1"
+        )
+    return [
+        decay ** (last - int(block[1]) - 1)
+        if block
+        else (1.0 if _AFTER_LAYERS.fullmatch(name) else decay**last)
+        for name, block in zip(names, blocks, strict=True)
+    ]
+
+
+def multipliers(params: Params, text: str, layer_decay: float = 1.0) -> Params:
     """The multiplier of each parameter.
 
     Args:
         params: nested dicts of anything.
         text: see `parse_multipliers`; the first pattern that is a parameter's whole name counts, as
             in big_vision, and 1 where there is none.
+        layer_decay: the factor by which the text's are multiplied, see `layer_scales`; 1 is off.
 
     Returns:
         A tree like `params`, of floats.
 
     Raises:
         UserError: a pattern is the name of no parameter, or only of those that an earlier one has;
-            or nothing is left to train.
+            or nothing is left to train; or there are no layers whose rates could decay.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    scales = [1.0] * len(names) if layer_decay == 1 else layer_scales(names, layer_decay)
     factors = dict.fromkeys(names, math.nan)
     for pattern, factor in parse_multipliers(text):
         matched = [name for name in names if pattern.fullmatch(name)]
@@ -83,7 +121,8 @@ def multipliers(params: Params, text: str) -> Params:
             f"optimizer.lr_multipliers {brief(text)} freezes all ({shortlist(names)}): "
             "leave some to be trained"
         )
-    return tree.unflatten([1.0 if math.isnan(factors[name]) else factors[name] for name in names])
+    found = [1.0 if math.isnan(factors[name]) else factors[name] for name in names]
+    return tree.unflatten([x * scale for x, scale in zip(found, scales, strict=True)])
 
 
 def _without_effect(pattern: str, names: list[str], *, is_known: bool) -> str:
@@ -110,7 +149,7 @@ def freeze(params: Params, text: str) -> Params:
 
 
 def with_multipliers(
-    optimizer: optax.GradientTransformation, text: str
+    optimizer: optax.GradientTransformation, text: str, layer_decay: float = 1.0
 ) -> optax.GradientTransformation:
     """An optimizer whose learning rate is multiplied, by parameter.
 
@@ -120,9 +159,10 @@ def with_multipliers(
 
     Args:
         optimizer: that returns what is added to the parameters.
-        text: see `parse_multipliers`; "" gives the optimizer itself.
+        text: see `parse_multipliers`.
+        layer_decay: see `layer_scales`. "" and 1 give the optimizer itself.
     """
-    if not text:
+    if not text and layer_decay == 1:
         return optimizer
 
     def is_trained(params: Params) -> Params:
@@ -130,7 +170,7 @@ def with_multipliers(
 
     def scale(updates: Any, params: Any) -> Any:
         del params
-        factors = multipliers(updates, text)
+        factors = multipliers(updates, text, layer_decay)
         return jax.tree.map(lambda x, u: u * x if x else u * 0.0, factors, updates)
 
     return optax.chain(optax.masked(optimizer, is_trained), optax.stateless(scale))

@@ -20,10 +20,16 @@ from vit_jax.errors import UserError
 from vit_jax.evaluation.registry import Evaluator, create_evaluators
 from vit_jax.evaluation.watched import Watched
 from vit_jax.models import create_model
-from vit_jax.program import check_batch_size, create_objective, lower_train_step
+from vit_jax.program import (
+    check_batch_size,
+    create_objective,
+    lower_train_step,
+    run_objective,
+    run_optimizer,
+)
 from vit_jax.reporting import say
-from vit_jax.sharding import Mesh, gathering, make_mesh
-from vit_jax.state import SCHEDULE_LENGTHS, TrainState, create_optimizer, create_schedule
+from vit_jax.sharding import Mesh, make_mesh
+from vit_jax.state import SCHEDULE_LENGTHS, TrainState, create_schedule
 from vit_jax.steps import Metrics, Objective
 
 
@@ -95,10 +101,10 @@ def prepare(
         mesh=mesh,
         train_source=train_source,
         model=model,
-        objective=gathering(objective, mesh, model.config.compute_dtype),
+        objective=run_objective(config, objective, model, mesh),
         multiply_adds=multiply_adds,
         schedule=schedule,
-        optimizer=create_optimizer(config.optimizer, schedule),
+        optimizer=run_optimizer(config, schedule),
         evaluators=[],
         total_steps=total_steps,
         log_every=count(config.log_every),

@@ -16,15 +16,17 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
+from vit_jax import lora
 from vit_jax.analysis import flops
 from vit_jax.config import left_to_weights, take_from_weights
 from vit_jax.data.augmentation import parse_augment
 from vit_jax.errors import UserError
+from vit_jax.mixing import create_mix
 from vit_jax.models import create_model, masked, prediction_defaults
 from vit_jax.multipliers import multipliers
-from vit_jax.sharding import AnyMesh, batch_sharding, state_sharding
-from vit_jax.state import TrainState, init_params, init_train_state
-from vit_jax.steps import Objective, classification, masked_patches, mixup, train_step
+from vit_jax.sharding import AnyMesh, batch_sharding, gathering, state_sharding
+from vit_jax.state import Params, TrainState, create_optimizer, init_params, init_train_state
+from vit_jax.steps import Objective, classification, masked_patches, train_step
 
 
 def check_batch_size(config: ConfigDict, devices: int) -> None:
@@ -75,20 +77,20 @@ _OTHER_PARAMETERS = (
 
 
 def check_multipliers(config: ConfigDict) -> None:
-    """Checks `optimizer.lr_multipliers` by the names of the model's parameters.
+    """Checks the learning rates of the optimizer by the names of the model's parameters.
 
     What the config leaves to its weights may be anything: whatever passes with some weights does.
 
     Raises:
         UserError: as `multipliers.multipliers` does.
     """
-    text = config.optimizer.lr_multipliers
-    if not text:
+    text, decay = lr_multipliers(config), config.optimizer.layer_decay
+    if not text and decay == 1:
         return
     defaults = prediction_defaults(config.model.architecture)
     found = flatten_dict(_parameters(config, defaults))
     try:
-        multipliers(unflatten_dict(found), text)
+        multipliers(unflatten_dict(found), text, decay)
         return
     except UserError:
         if not left_to_weights(config):
@@ -96,14 +98,51 @@ def check_multipliers(config: ConfigDict) -> None:
     for other in _OTHER_PARAMETERS:
         with contextlib.suppress(UserError):  # Not every model may have it.
             found |= flatten_dict(_parameters(config, defaults | other))
-    multipliers(unflatten_dict(found), text)
+    multipliers(unflatten_dict(found), text, decay)
 
 
 def _parameters(config: ConfigDict, of_weights: Mapping[str, Any]) -> dict[str, Any]:
     """The shapes of the parameters; only the data set tells the number of classes."""
     model, *_ = create_objective(take_from_weights(config, of_weights), num_classes=1)
     size = config.dataset.image_size
-    return jax.eval_shape(functools.partial(init_params, model, seed=0, image_size=size))
+    return jax.eval_shape(lambda: adapt(config, init_params(model, seed=0, image_size=size)))
+
+
+def lr_multipliers(config: ConfigDict) -> str:
+    """The learning rates of a run by parameter, see `multipliers`: under LoRA most are 0."""
+    text = config.optimizer.lr_multipliers
+    if not config.lora.rank:
+        return text
+    return ",".join(filter(None, (text.rstrip(", "), lora.FROZEN)))
+
+
+def adapt(config: ConfigDict, params: Params) -> Params:
+    """The parameters that a run trains: those of its model and, under LoRA, the change of some."""
+    rank, targets = config.lora.rank, config.lora.targets
+    if not rank:
+        return params
+    return lora.with_adapters(params, rank=rank, targets=targets, seed=config.seed)
+
+
+def run_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The optimizer of a run."""
+    settings = {**config.optimizer, "lr_multipliers": lr_multipliers(config)}
+    return create_optimizer(settings, schedule)
+
+
+def run_objective(
+    config: ConfigDict, objective: Objective, model: nn.Module, mesh: AnyMesh
+) -> Objective:
+    """The objective of the parameters that a run trains, as they lie on a mesh.
+
+    Args:
+        config: of the run.
+        objective: of the model's own parameters.
+        model: of the run.
+        mesh: from `sharding.make_mesh`.
+    """
+    placed = gathering(objective, mesh, model.config.compute_dtype)
+    return lora.merging(placed, config.lora.alpha) if config.lora.rank else placed
 
 
 def state_initializer(
@@ -117,6 +156,7 @@ def state_initializer(
         seed=config.seed,
         image_size=config.dataset.image_size,
         average=config.ema_decay > 0,
+        adapt=functools.partial(adapt, config),
     )
 
 
@@ -153,16 +193,20 @@ def lower_train_step(
     Args:
         config: of the run.
         mesh: from `sharding.make_mesh`.
-        objective: of parameters as `state` has them, see `sharding.gathering`.
+        objective: of parameters as `state` has them, see `run_objective`.
         optimizer: of the run.
         num_classes: of the model.
         state: arrays or their shapes, in the shardings that it keeps; each step takes the memory of
             the one before.
     """
     places = jax.tree.map(lambda x: x.sharding, state)
-    mix = None
-    if alpha := parse_augment(config.augment).mixup_alpha:
-        mix = functools.partial(mixup, alpha=alpha, num_classes=num_classes)
+    augmentation = parse_augment(config.augment)
+    mix = create_mix(
+        mixup_alpha=augmentation.mixup_alpha,
+        cutmix_alpha=augmentation.cutmix_alpha,
+        erase_probability=augmentation.erase_probability,
+        num_classes=num_classes,
+    )
     step: Any = jax.jit(
         functools.partial(
             train_step,
@@ -171,7 +215,7 @@ def lower_train_step(
             accumulate_steps=config.accumulate_steps,
             ema_decay=config.ema_decay,
             mix=mix,
-            lr_multipliers=config.optimizer.lr_multipliers,
+            lr_multipliers=lr_multipliers(config),
         ),
         in_shardings=(places, batch_sharding(mesh)),
         out_shardings=(places, None),

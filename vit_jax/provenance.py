@@ -35,7 +35,7 @@ _OTHER_SOURCES = {
 
 
 # What a preset has because a config here must have it.
-_OF_NO_SOURCE = {"init_from", "optimizer.lr_multipliers"}
+_OF_NO_SOURCE = {"init_from", "optimizer.layer_decay", "optimizer.lr_multipliers"}
 
 
 def sources(made: recipes.Recorded) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The train state, and the optimizer and schedule that a config describes."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -141,6 +141,7 @@ def adam(
     mu_dtype: str,
     clip_norm: float,
     lr_multipliers: str = "",
+    layer_decay: float = 1.0,
 ) -> optax.GradientTransformation:
     """Adam with decoupled weight decay: each step subtracts lr * weight_decay * p (AdamW).
 
@@ -154,9 +155,11 @@ def adam(
         mu_dtype: dtype of the first moment, "float32" or "bfloat16".
         clip_norm: global norm to clip gradients at; 0 for none.
         lr_multipliers: by parameter name, see `multipliers.with_multipliers`.
+        layer_decay: by layer, see `multipliers.layer_scales`; 1 is off.
     """
     moments = optax.scale_by_adam(b1=b1, b2=b2, mu_dtype=jnp.dtype(mu_dtype))
-    return _chain(schedule, moments, weight_decay, decay, clip_norm, lr_multipliers)
+    rates = {"text": lr_multipliers, "layer_decay": layer_decay}
+    return _chain(schedule, moments, weight_decay, decay, clip_norm, rates)
 
 
 # As in big_vision's code: Adafactor does not factor axes that are shorter.
@@ -174,6 +177,7 @@ def adafactor(
     mu_dtype: str,
     clip_norm: float,
     lr_multipliers: str = "",
+    layer_decay: float = 1.0,
 ) -> optax.GradientTransformation:
     """Adafactor as it trained ViT-G (Zhai et al., 2022, arXiv 2106.04560, Section 3.4).
 
@@ -192,6 +196,7 @@ def adafactor(
         mu_dtype: dtype of the first moment, "float32" or "bfloat16".
         clip_norm: global norm to clip gradients at; 0 for none.
         lr_multipliers: by parameter name, see `multipliers.with_multipliers`.
+        layer_decay: by layer, see `multipliers.layer_scales`; 1 is off.
     """
 
     def second_moment_decay(step: Any, exponent: Any) -> jax.Array:
@@ -204,7 +209,8 @@ def adafactor(
     )
     mean = optax.ema(momentum, debias=False, accumulator_dtype=jnp.dtype(mu_dtype))
     moments = optax.chain(scaled, mean) if momentum else scaled
-    return _chain(schedule, moments, weight_decay, decay, clip_norm, lr_multipliers)
+    rates = {"text": lr_multipliers, "layer_decay": layer_decay}
+    return _chain(schedule, moments, weight_decay, decay, clip_norm, rates)
 
 
 def sgd(
@@ -216,10 +222,12 @@ def sgd(
     mu_dtype: str,
     clip_norm: float,
     lr_multipliers: str = "",
+    layer_decay: float = 1.0,
 ) -> optax.GradientTransformation:
     """SGD with momentum, whose accumulator has mu_dtype; the other arguments are those of adam."""
     trace = optax.trace(decay=momentum, accumulator_dtype=jnp.dtype(mu_dtype))
-    return _chain(schedule, trace, weight_decay, decay, clip_norm, lr_multipliers)
+    rates = {"text": lr_multipliers, "layer_decay": layer_decay}
+    return _chain(schedule, trace, weight_decay, decay, clip_norm, rates)
 
 
 def _chain(
@@ -228,14 +236,14 @@ def _chain(
     weight_decay: float,
     decay: str,
     clip_norm: float,
-    lr_multipliers: str,
+    rates: Mapping[str, Any],
 ) -> optax.GradientTransformation:
     if decay not in DECAY_MASKS:
         raise UserError(f"optimizer.decay {decay!r} is unknown: use {' or '.join(DECAY_MASKS)}")
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     decayed = optax.add_decayed_weights(weight_decay, DECAY_MASKS[decay])
     optimizer = optax.chain(*clip, moments, decayed, optax.scale_by_learning_rate(schedule))
-    return with_multipliers(optimizer, lr_multipliers)
+    return with_multipliers(optimizer, **rates)
 
 
 def _kernels(params: Params) -> Params:
@@ -302,9 +310,13 @@ def init_train_state(
     seed: int,
     image_size: int,
     average: bool,
+    adapt: Callable[[Params], Params] = lambda params: params,
 ) -> TrainState:
-    """A fresh state of fresh parameters, see `init_params` and `create_state`; traceable."""
-    params = init_params(model, seed=seed, image_size=image_size)
+    """A fresh state of fresh parameters, see `init_params` and `create_state`; traceable.
+
+    The parameters of the state are what `adapt` makes of those of the model.
+    """
+    params = adapt(init_params(model, seed=seed, image_size=image_size))
     return create_state(params, optimizer, seed=seed, average=average)
 
 

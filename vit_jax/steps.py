@@ -86,33 +86,6 @@ def pixels_to_inputs(images: jax.Array) -> jax.Array:
     return images.astype(jnp.float32) / 127.5 - 1.0
 
 
-def mixup(rng: jax.Array, batch: Batch, alpha: float, num_classes: int) -> Batch:
-    """Mixes every image with the one before it in the batch (Zhang et al., 2018).
-
-    One share is drawn for the whole batch from Beta(alpha, alpha), and the larger of it and its
-    rest is the image's own, as in the code of AugReg.
-
-    Args:
-        rng: a key.
-        batch: see `train_step`.
-        alpha: above 0; the closer to 0, the more often one of the two images is all there is.
-        num_classes: of the model.
-
-    Returns:
-        The batch with mixed "image", "label" as it was, which has the larger share, and "targets"
-        [batch, num_classes] float32, the shares of the classes.
-    """
-    share = jax.random.beta(rng, alpha, alpha)
-    share = jnp.maximum(share, 1.0 - share)
-
-    def mix(x: jax.Array) -> jax.Array:
-        return share * x + (1.0 - share) * jnp.roll(x, 1, axis=0)
-
-    targets = jax.nn.one_hot(batch["label"], num_classes)
-    images = pixels_to_inputs(batch["image"])
-    return {**batch, "image": mix(images), "targets": mix(targets)}
-
-
 def classification(model: nn.Module, loss: str, label_smoothing: float = 0.0) -> Objective:
     """The objective of predicting labels; in evaluation they are not smoothed.
 
@@ -205,7 +178,7 @@ def train_step(
         accumulate_steps: number of equal parts in which the batch is gone through, one after the
             other, to save memory; the update is that of the whole batch.
         ema_decay: factor of the Polyak average.
-        mix: what is done to the batch before it is split, such as `mixup`.
+        mix: what is done to the batch before it is split, see `mixing.create_mix`.
         lr_multipliers: of the optimizer: parameters that it freezes have no gradient, see
             `multipliers.freeze`.
 

@@ -33,6 +33,7 @@ from vit_jax.files import write_json
 from vit_jax.initialization import Weights, initial_state, read_weights
 from vit_jax.interruption import Stop, full_disk, making_workdir, only_run, stopping
 from vit_jax.longer import is_longer, reopen
+from vit_jax.lora import merge
 from vit_jax.models import prediction_defaults
 from vit_jax.preparation import Prepared, compile_train_step, prepare, train_batches
 from vit_jax.profiling import Profile, check_steps, parse_steps
@@ -355,11 +356,12 @@ def _evaluate(run: Run, step: int, state: TrainState, progress: Progress) -> Non
     patience, last = run.prepared.config.patience, step == run.prepared.total_steps
     metadata = _metadata(run, progress)
     ended = False
+    params = merge(state.eval_params, run.prepared.config.lora.alpha)
     for evaluator in run.prepared.evaluators:
         if not (ended or evaluator.name in progress.owed):
             continue
         with _keeping(run, step, state, lambda: metadata), run.stop.at_once():
-            found = evaluator.run(state.eval_params)
+            found = evaluator.run(params)
         scalars = {name: np.asarray(x).item() for name, x in found.items()}  # JSON takes these.
         run.reporter.evaluated(step, evaluator, scalars)
         if evaluator.name != DECIDING:

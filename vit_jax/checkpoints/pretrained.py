@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax import models
+from vit_jax import lora, models
 from vit_jax.checkpoints import foreign_configs, infer, layouts, remote
 from vit_jax.checkpoints.arrays import read_arrays, read_sharded
 from vit_jax.checkpoints.formats import checks
@@ -218,7 +218,7 @@ def _read_step(step_dir: Path) -> tuple[Arrays, ModelInfo]:
         is_averaged = any(name.startswith("ema_params/") for name in document["arrays"])
         field = "ema_params" if is_averaged else "params"
         _check_state_size(step_dir, field)
-        params = integrity.read_subtree(step_dir, field)
+        params = _merged(integrity.read_subtree(step_dir, field), document["metadata"])
         info = info_from_run(document["metadata"])
     except (UserError, MemoryError, jax.errors.JaxRuntimeError):
         raise
@@ -233,6 +233,13 @@ def _read_step(step_dir: Path) -> tuple[Arrays, ModelInfo]:
             f"{step_dir} has NaN or infinite values in {checks.printable_shortlist(bad)}"
         )
     return arrays, info
+
+
+def _merged(params: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    """Returns the parameters of the model itself, of a run that adapted them by LoRA too."""
+    if lora.ADAPTERS not in params:
+        return params
+    return jax.tree.map(np.asarray, lora.merge(params, metadata["config"]["lora"]["alpha"]))
 
 
 def _check_document_size(step_dir: Path) -> None:

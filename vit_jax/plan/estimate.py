@@ -17,8 +17,8 @@ from vit_jax.data.subset import parse_subset
 from vit_jax.errors import UserError
 from vit_jax.plan.accelerators import Target
 from vit_jax.recipes import table_name
-from vit_jax.sharding import AXES, AnyMesh, gathering, make_mesh, mesh_shape
-from vit_jax.state import TrainState, create_optimizer
+from vit_jax.sharding import AXES, AnyMesh, make_mesh, mesh_shape
+from vit_jax.state import TrainState
 from vit_jax.steps import Objective
 
 # Classes and images of train. Of ImageNet those that TFDS counts; JFT as in Section 4.1; the others
@@ -96,12 +96,12 @@ def describe(
         mesh = make_mesh(config.sharding, devices)
     program.check_batch_size(config, mesh.size)
     model, objective, multiply_adds = program.create_objective(config, num_classes)
-    optimizer = create_optimizer(config.optimizer, optax.constant_schedule(1e-3))
+    optimizer = program.run_optimizer(config, optax.constant_schedule(1e-3))
     init = program.state_initializer(config, model, optimizer)
     return Described(
         config=config,
         mesh=mesh,
-        objective=gathering(objective, mesh, model.config.compute_dtype),
+        objective=program.run_objective(config, objective, model, mesh),
         optimizer=optimizer,
         num_classes=model.config.num_classes,
         state=program.abstract_state(init, mesh),

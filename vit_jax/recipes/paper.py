@@ -191,6 +191,7 @@ def adam(weight_decay: float, clip_norm: float) -> ConfigDict:
             "mu_dtype": "float32",
             "clip_norm": clip_norm,
             "lr_multipliers": "",
+            "layer_decay": 1.0,
         }
     )
 
@@ -207,6 +208,7 @@ ADAFACTOR = {
     "mu_dtype": "bfloat16",
     "clip_norm": 1.0,
     "lr_multipliers": "",
+    "layer_decay": 1.0,
 }
 
 
@@ -261,6 +263,7 @@ def finetune(model: str, dataset: str) -> ConfigDict:
             "mu_dtype": "float32",
             "clip_norm": FINETUNE_CLIP_NORM,
             "lr_multipliers": "",
+            "layer_decay": 1.0,
         }
     )
     config.schedule.base_lr = FINETUNE_LR if FINETUNE_LR in row.base_lrs else max(row.base_lrs)
@@ -340,6 +343,9 @@ def base(model: str, dataset: str) -> ConfigDict:
             # augreg, as in that code, or pil, the image's mean.
             "augment_contrast": "augreg",
             "ema_decay": 0.0,
+            # LoRA: the rank of the change of each kernel, 0 is off; what it is multiplied by is
+            # alpha / rank; of query, key, value, out and mlp which kernels.
+            "lora": {"rank": 0, "alpha": 8.0, "targets": "query,value"},
             "sharding": "replicated",
             "log_every": "50 steps",
             # What is evaluated while the run goes and at its end, see `evaluation.registry`; "val"
