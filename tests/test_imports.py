@@ -36,7 +36,7 @@ LAYERS = (
     ("program",),
     ("plan",),
     ("preparation", "initialization"),
-    ("longer",),
+    ("longer", "pictures"),
     ("train",),
     ("runner",),
     # Commands, which no library module imports.

@@ -49,6 +49,7 @@ ADDED_KEYS = {
     "augment_contrast": "pil",
     "dataset.jpeg_dct": "accurate",
     "dataset.workers": 0,
+    "log_images": "",
     "lora.alpha": 8.0,
     "lora.rank": 0,
     "lora.targets": "query,value",

@@ -41,6 +41,7 @@ class Prepared(NamedTuple):
         workdir: takes what the run writes.
         mesh: all devices.
         train_source: the images to train on.
+        eval_source: those of evaluation.
         model: maps images to logits, or to predicted patches.
         objective: what it is trained for.
         multiply_adds: of the forward pass of one image.
@@ -56,6 +57,7 @@ class Prepared(NamedTuple):
     workdir: pathlib.Path
     mesh: Mesh
     train_source: datasets.Source
+    eval_source: datasets.Source
     model: nn.Module
     objective: Objective
     multiply_adds: int
@@ -100,6 +102,7 @@ def prepare(
         workdir=workdir,
         mesh=mesh,
         train_source=train_source,
+        eval_source=eval_source,
         model=model,
         objective=run_objective(config, objective, model, mesh),
         multiply_adds=multiply_adds,

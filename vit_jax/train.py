@@ -35,6 +35,7 @@ from vit_jax.interruption import Stop, full_disk, making_workdir, only_run, stop
 from vit_jax.longer import is_longer, reopen
 from vit_jax.lora import merge
 from vit_jax.models import prediction_defaults
+from vit_jax.pictures import Pictures, check_pictures
 from vit_jax.preparation import Prepared, compile_train_step, prepare, train_batches
 from vit_jax.profiling import Profile, check_steps, parse_steps
 from vit_jax.program import abstract_state, check_multipliers, state_initializer
@@ -49,6 +50,7 @@ from vit_jax.trackers import Track, parse_track
 # which images decide, by which the evaluations before and after are compared.
 RESUMABLE_CHANGES = {
     "log_every",
+    "log_images",
     "checkpoint_every",
     "keep_checkpoints",
     "sharding",
@@ -127,6 +129,7 @@ def run_checked(
         config = take_from_weights(config, prediction_defaults(config.model.architecture))
         prepared = prepare(config, workdir, (saved or {}).get("class_names"))
         check_steps(traced, prepared.total_steps)
+        check_pictures(prepared)
         if is_longer(prepared, before):
             reopen(workdir)
         elif finished.exists():  # The same number of steps in other words.
@@ -209,6 +212,7 @@ class Run(NamedTuple):
         store: of the checkpoints.
         stop: by a signal.
         profile: what is traced.
+        pictures: that the config asks for.
     """
 
     prepared: Prepared
@@ -219,6 +223,7 @@ class Run(NamedTuple):
     store: CheckpointStore
     stop: Stop
     profile: Profile
+    pictures: Pictures
 
 
 def _finish(
@@ -262,6 +267,7 @@ def _finish(
             store=store,
             stop=stop,
             profile=profile,
+            pictures=Pictures(prepared),
         )
         step = _loop(run, state, progress)
         store.wait()
@@ -287,10 +293,15 @@ def _loop(run: Run, state: TrainState, progress: Progress) -> int:
     if progress.owed:  # The run was ended before they were made.
         with run.reporter.paused():
             _evaluate(run, step, state, progress)
+    first = step
     while step < total_steps and not progress.is_out_of_patience(patience):
         run.profile.begin(step + 1, state)
         with _keeping(run, step, state, functools.partial(_present_metadata, run, progress)):
             batch = next(run.batches)
+        if step == first:  # Before the step takes the memory of the state.
+            with run.reporter.paused():
+                pictures = run.pictures.inputs(state.rng, step, batch)
+                run.reporter.show(step + 1, pictures)
         state, metrics = run.step(state, batch)
         step += 1
         run.profile.end(step, metrics)
@@ -362,8 +373,10 @@ def _evaluate(run: Run, step: int, state: TrainState, progress: Progress) -> Non
             continue
         with _keeping(run, step, state, lambda: metadata), run.stop.at_once():
             found = evaluator.run(params)
+            pictures = run.pictures.evaluated(params) if evaluator.name == DECIDING else []
         scalars = {name: np.asarray(x).item() for name, x in found.items()}  # JSON takes these.
         run.reporter.evaluated(step, evaluator, scalars)
+        run.reporter.show(step, pictures)
         if evaluator.name != DECIDING:
             continue
         if progress.record(step, scalars):
