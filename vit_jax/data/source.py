@@ -34,8 +34,8 @@ class Examples(Protocol):
 class Source:
     """A split of a data set.
 
-    `source[i]` reads an example: {"image": bytes, encoded; "label": an int, of `open_real` and
-    `open_objectnet` int64 [classes]; "id": str, names the example}.
+    `source[i]` reads an example: {"image": bytes, encoded; "label": an int, of `open_real`,
+    `open_objectnet` and where `multi_label` int64 [classes]; "id": str, names the example}.
 
     Attributes:
         name: of the data set, as it was asked for.
@@ -46,6 +46,8 @@ class Source:
         border: pixels of every side of an image that evaluation cuts off.
         turn: whether images are turned as their EXIF orientation says; those of TFDS are not: the
             published pipelines decode them with TensorFlow, which knows no orientation.
+        multi_label: whether an image has any number of labels, which are trained on: 1 for each
+            class that it shows, 0 for the others.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Source:
     examples: Examples = dataclasses.field(repr=False)
     border: int = 0
     turn: bool = True
+    multi_label: bool = False
 
     @property
     def num_examples(self) -> int:
