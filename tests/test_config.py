@@ -399,6 +399,7 @@ def test_what_a_day_of_attacks_got_through_is_refused(key, value, message):
         ("optimizer.lr_multipliers", "head", "multipliers: 'head' is not understood: use PATTERN="),
         ("optimizer.lr_multipliers", "(=1", "'(' is no regular expression: missing ), untermina"),
         ("lora.rank", -1, "is -1: it must not be negative"),
+        ("log_images", "input", "config.log_images: 'input' is unknown: use inputs, attention, c"),
         ("lora.alpha", 0.0, "is 0.0: it must be above 0"),
         (
             "lora.targets",
@@ -528,6 +529,7 @@ def test_a_config_of_before_evals_has_them():
     for key in ("cache", "shuffle_buffer"):
         del before["dataset"][key]
     before["dataset"]["workers"] = 0
+    before["log_images"] = ""
     before["model"]["remat"] = "nothing"
     before["lora"] = {"rank": 0, "alpha": 8.0, "targets": "query,value"}
     before["optimizer"] |= {"lr_multipliers": "", "layer_decay": 1.0}
