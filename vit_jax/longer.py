@@ -57,7 +57,7 @@ def _same_steps(prepared: Prepared, earlier: int, done: int) -> int:
         schedule_of(prepared.config, steps, prepared.train_source)
         for steps in (earlier, prepared.total_steps)
     )
-    old, new = (np.broadcast_to(schedule(count), done) for schedule in schedules)
+    old, new = (np.asarray(jax.vmap(schedule)(count)) for schedule in schedules)
     return int(np.argmax(old != new)) if (old != new).any() else done
 
 
