@@ -55,7 +55,7 @@ def stand_in(monkeypatch):
     [
         ("wandbb", r"--track 'wandbb' is unknown: did you mean wandb\? use tensorboard, wandb, ml"),
         ("mlflow:", r"--track 'mlflow:' is not understood: use mlflow:vit_jax"),
-        ("tensorboard:x", "--track 'tensorboard:x' is not understood: it takes no name"),
+        ("tensorboard:x", r"--track 'tensorboard:x' is unknown: did you mean tensorboard\?"),
         ("wandb:x", "--track wandb needs a package that is not installed: pip install wandb"),
     ],
 )

@@ -81,15 +81,16 @@ def parse_track(text: str) -> Track:
     Raises:
         UserError: there is no such tracker, or its package is not installed.
     """
-    name, colon, target = (text or "tensorboard").partition(":")
+    name, colon, target = text.partition(":")
+    if text in ("", TENSORBOARD.name):
+        return TENSORBOARD
     if name not in TRACKERS:
-        near = nearest(name, TRACKERS)
-        hint = f"did you mean {near}? " if near else ""
-        raise UserError(f"--track {brief(name)} is unknown: {hint}use {', '.join(TRACKERS)}")
-    if colon and (not target or TRACKERS[name] is None):
-        example = "it takes no name" if TRACKERS[name] is None else f"use {name}:{_PROJECT}"
-        raise UserError(f"--track {brief(text)} is not understood: {example}")
-    if TRACKERS[name] is not None and importlib.util.find_spec(name) is None:
+        names = (TENSORBOARD.name, *TRACKERS)
+        hint = f"did you mean {near}? " if (near := nearest(name, names)) else ""
+        raise UserError(f"--track {brief(text)} is unknown: {hint}use {', '.join(names)}")
+    if colon and not target:
+        raise UserError(f"--track {brief(text)} is not understood: use {name}:{_PROJECT}")
+    if importlib.util.find_spec(name) is None:
         raise UserError(f"--track {name} needs a package that is not installed: pip install {name}")
     return Track(name, target)
 
@@ -213,6 +214,7 @@ class _Mlflow:
     _PARAMS, _LENGTH = 100, 6000
 
     def __init__(self, target: str, run: Run):
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # It tells of its tables.
         from mlflow import MlflowClient, entities
 
         self._entities = entities
@@ -261,8 +263,5 @@ def _key(name: str) -> str:
     return re.sub(r"[^\w\-./ ]", "_", name, flags=re.ASCII)
 
 
-TRACKERS: dict[str, Callable[[str, Run], Tracker] | None] = {
-    "tensorboard": None,
-    "wandb": _Wandb,
-    "mlflow": _Mlflow,
-}
+# By the names of their packages.
+TRACKERS: dict[str, Callable[[str, Run], Tracker]] = {"wandb": _Wandb, "mlflow": _Mlflow}
