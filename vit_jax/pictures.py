@@ -16,7 +16,7 @@ from vit_jax.data.pipeline import eval_batches
 from vit_jax.data.protocols import evaluation
 from vit_jax.data.source import Source
 from vit_jax.errors import UserError
-from vit_jax.evaluation import metrics, per_class
+from vit_jax.evaluation import metrics
 from vit_jax.models.vit import ViTConfig
 from vit_jax.preparation import Prepared
 from vit_jax.program import batch_mix
@@ -120,6 +120,7 @@ class Pictures:
         )
         if jax.process_index() != 0:
             return []
+        from vit_jax.evaluation import per_class
         from vit_jax.evaluation.pictures import confusion_matrix  # With matplotlib.
 
         labels, predicted, count = found.labels, found.predicted, found.num_classes
