@@ -6,6 +6,7 @@ import threading
 
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vit_jax import trackers, train
 from vit_jax.errors import UserError
@@ -134,8 +135,11 @@ def test_a_run_that_is_killed_has_every_point_once(stand_in, tiny_config, tmp_pa
     assert [identity for _, identity, _ in stand_in.runs] == ["", "an identity"]
     points = [point[:2] for point in stand_in.points if point != "closed"]
     assert len(points) == len(set(points))
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
     for tag, steps in (("train/loss", [1, 2, 3, 4, 5, 6]), ("eval/accuracy", [4, 6])):
         assert [step for step, found in points if found == tag] == steps
+        assert [x.step for x in events.Scalars(tag)] == steps  # In TensorBoard likewise.
 
 
 def png():
