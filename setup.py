@@ -84,6 +84,9 @@ setup(
         # The other implementations, to compare with. PyTorch and torchvision go together by release
         # and by build: on Linux, PyPI's are both for CUDA.
         "peers": ["timm>=1.0.31", "torch==2.14.1", "torchvision==0.29.1", "transformers>=5.23"],
+        # Where a run can be shown: `vit-jax train --track`.
+        "mlflow": ["mlflow>=3.17"],
+        "wandb": ["wandb>=0.31"],
         # The pages: `make docs`, which runs the notebook.
         "docs": [
             "ipykernel>=7.4",

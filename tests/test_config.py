@@ -404,6 +404,7 @@ def test_what_a_day_of_attacks_got_through_is_refused(key, value, message):
         ("distillation.temperature", 0.0, "is 0.0: it must be above 0"),
         ("distillation.teacher", "B_16", "config.loss is 'sigmoid', but a teacher's classes are"),
         ("lora.rank", -1, "is -1: it must not be negative"),
+        ("log_images", "input", "config.log_images: 'input' is unknown: use inputs, attention, c"),
         ("lora.alpha", 0.0, "is 0.0: it must be above 0"),
         (
             "lora.targets",
@@ -533,6 +534,7 @@ def test_a_config_of_before_evals_has_them():
     for key in ("cache", "shuffle_buffer"):
         del before["dataset"][key]
     before["dataset"]["workers"] = 0
+    before["log_images"] = ""
     before["model"] |= {"remat": "nothing", **ADDED_MODEL_KEYS}
     before["distillation"] = {
         "teacher": "", "kind": "hard", "alpha": 0.5, "temperature": 3.0

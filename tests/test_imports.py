@@ -19,6 +19,7 @@ LAYERS = (
         "interruption",
         "signals",
         "tensorflow_env",
+        "terminal",
         "xla_flags",
     ),
     ("last_words", "processes"),
@@ -28,11 +29,15 @@ LAYERS = (
     ("evaluation",),
     ("recipes", "config", "config_rules"),
     ("analysis", "checkpoints"),
-    ("config_files", "doctor", "export", "inference", "provenance", "reporting"),
+    ("config_files", "doctor", "export", "inference", "provenance"),
     ("teacher",),
+    ("writers",),
+    ("trackers", "profiling"),
+    ("reporting",),
     ("program",),
     ("plan",),
     ("preparation", "initialization"),
+    ("longer", "pictures"),
     ("train",),
     ("runner",),
     # Commands, which no library module imports.
@@ -242,7 +247,17 @@ def test_the_tensorrt_stage_is_imported_without_jax(name):
 
 
 def test_optional_packages_are_imported_where_they_are_used():
-    optional = {"torch", "timm", "transformers", "tensorrt", "cuda", "jax2onnx", "tf2onnx"}
+    optional = {
+        "torch",
+        "timm",
+        "transformers",
+        "tensorrt",
+        "cuda",
+        "jax2onnx",
+        "tf2onnx",
+        "wandb",
+        "mlflow",
+    }
     found = {
         f"{name} -> {other}"
         for name, imports in IMPORTS.items()

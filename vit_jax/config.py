@@ -56,6 +56,7 @@ ADDED_KEYS = {
     "distillation.kind": "hard",
     "distillation.teacher": "",
     "distillation.temperature": 3.0,
+    "log_images": "",
     "lora.alpha": 8.0,
     "lora.rank": 0,
     "lora.targets": "query,value",

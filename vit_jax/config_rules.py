@@ -190,6 +190,22 @@ def parse_duration(duration: str) -> tuple[float, str]:
     return float(match[1]), unit
 
 
+PICTURES = ("inputs", "attention", "confusion")
+
+
+def parse_pictures(text: str) -> frozenset[str]:
+    """The pictures that a config's `log_images` names, "inputs,attention"; "" is none.
+
+    Raises:
+        UserError: one of them is unknown.
+    """
+    names = text.split(",") if text else []
+    for name in names:
+        if name not in PICTURES:
+            raise UserError(f"{brief(name)} is unknown: use {', '.join(PICTURES)}")
+    return frozenset(names)
+
+
 def _drops_problem(drops: Collection[Any]) -> str | None:
     # Ascending shares between 0 and 1. A tenth, a hundred times, is 0 in float32.
     shares = [0.0, *drops, 1.0]
@@ -232,6 +248,7 @@ RULES: dict[str, Rule] = {
     "lora.targets": _read_by(parse_targets, "query,value"),
     "sharding": _read_by(parse_sharding, "fsdp"),
     "log_every": _DURATION,
+    "log_images": _read_by(parse_pictures, "inputs,attention,confusion"),
     "evals.*.type": _evaluator_type("objective"),
     "evals.*.dataset": _text("cifar10"),
     "evals.*.data_dir": _text("/data/tfds"),

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from vit_jax.errors import UserError
 from vit_jax.files import storage_errors
 from vit_jax.signals import Signals, Stopped, catching, told
+from vit_jax.terminal import say
 
 
 class Stop:
@@ -50,8 +51,7 @@ class Stop:
     def say(self, text: str) -> None:
         """Prints the line that tells of the signal."""
         told()
-        if jax.process_index() == 0:
-            print(f"{(self._signals.received or signal.SIGTERM).name}: {text}", flush=True)
+        say(f"{(self._signals.received or signal.SIGTERM).name}: {text}")
 
     def leave(self, text: str) -> NoReturn:
         """Ends the run, on all processes, with a line: by SystemExit or `Stopped`."""

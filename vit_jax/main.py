@@ -35,6 +35,18 @@ def build_parser(prog: str) -> command.Parser:
         action="store_true",
         help="print every value with where it comes from, and do nothing else",
     )
+    parser.add_argument(
+        "--track",
+        default="",
+        metavar="NAME[:PROJECT]",
+        help="show the run there too: wandb[:PROJECT] or mlflow[:EXPERIMENT] [tensorboard]",
+    )
+    parser.add_argument(
+        "--profile",
+        default="",
+        metavar="FIRST:LAST",
+        help="write a trace of these steps, 10:20 for example, for TensorBoard or Perfetto",
+    )
     group = parser.add_argument_group(
         "several processes, each started with all three; none under Slurm, Open MPI, Kubernetes"
     )
@@ -64,11 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     workdir = args.workdir or config_files.default_workdir(loaded.name)
     processes.join(*several, workdir)
     with processes.ending_together():
-        _train(loaded.config, workdir)
+        _train(loaded.config, workdir, args.track, args.profile)
     return 0
 
 
-def _train(config: "ConfigDict", workdir: str) -> None:
+def _train(config: "ConfigDict", workdir: str, track: str, profile: str) -> None:
     _check_weights(config.init_from, workdir)
     tensorflow_env.quiet()
     import jax
@@ -79,7 +91,7 @@ def _train(config: "ConfigDict", workdir: str) -> None:
     from vit_jax import train  # It takes seconds to import: a wrong flag should not.
 
     sys.unraisablehook = functools.partial(_hide_abandoned_writes, sys.unraisablehook)
-    train.run_checked(config, workdir)
+    train.run_checked(config, workdir, train.Shown(track, profile))
 
 
 def _check_weights(init_from: str, workdir: str) -> None:

@@ -45,6 +45,7 @@ class Prepared(NamedTuple):
         mesh: all devices.
         train_source: the images to train on.
         order: of these.
+        eval_source: those of evaluation.
         model: maps images to logits, or to predicted patches.
         objective: what it is trained for.
         multiply_adds: of the forward pass of one image.
@@ -62,6 +63,7 @@ class Prepared(NamedTuple):
     mesh: Mesh
     train_source: datasets.Source
     order: Order
+    eval_source: datasets.Source
     model: nn.Module
     objective: Objective
     multiply_adds: int
@@ -110,10 +112,7 @@ def prepare(
         count_steps, num_examples=train_source.num_examples, batch_size=config.batch_size
     )
     total_steps = count(config.duration)
-    schedule_keys = dict(config.schedule)
-    for key in SCHEDULE_LENGTHS:
-        schedule_keys[f"{key}_steps"] = count(schedule_keys.pop(key))
-    schedule = create_schedule(total_steps=total_steps, **schedule_keys)
+    schedule = schedule_of(config, total_steps, train_source)
     weights = None
     if config.class_weights:
         weights = functools.partial(balanced_weights, train_source)
@@ -126,6 +125,7 @@ def prepare(
         mesh=mesh,
         train_source=train_source,
         order=create_order(train_source, config.dataset.sampling, config.seed),
+        eval_source=eval_source,
         model=model,
         objective=run_objective(config, objective, model, mesh),
         multiply_adds=multiply_adds,
@@ -167,6 +167,18 @@ def _check_loss(config: ConfigDict, source: datasets.Source) -> None:
             f"loss is {config.loss!r} but {source.name} has several labels an image, of which the "
             "softmax allows one: set --config.loss=sigmoid"
         )
+
+
+def schedule_of(
+    config: ConfigDict, total_steps: int, train_source: datasets.Source
+) -> optax.Schedule:
+    """The learning rate of each step of a config's run, were it of so many steps."""
+    keys = dict(config.schedule)
+    for key in SCHEDULE_LENGTHS:
+        keys[f"{key}_steps"] = count_steps(
+            keys.pop(key), train_source.num_examples, config.batch_size
+        )
+    return create_schedule(total_steps=total_steps, **keys)
 
 
 def _open_sources(

@@ -23,7 +23,7 @@ from vit_jax.config import left_to_weights, take_from_weights
 from vit_jax.data.augmentation import parse_augment
 from vit_jax.distillation import Distillation
 from vit_jax.errors import UserError
-from vit_jax.mixing import create_mix
+from vit_jax.mixing import Mix, create_mix
 from vit_jax.models import create_model, masked, prediction_defaults
 from vit_jax.multipliers import multipliers
 from vit_jax.sharding import AnyMesh, batch_sharding, gathering, state_sharding
@@ -213,6 +213,17 @@ def abstract_batch(
     }
 
 
+def batch_mix(config: ConfigDict, num_classes: int) -> Mix | None:
+    """What a step of a config's run does to its batch on the device, see `mixing.create_mix`."""
+    augmentation = parse_augment(config.augment)
+    return create_mix(
+        mixup_alpha=augmentation.mixup_alpha,
+        cutmix_alpha=augmentation.cutmix_alpha,
+        erase_probability=augmentation.erase_probability,
+        num_classes=num_classes,
+    )
+
+
 def lower_train_step(
     config: ConfigDict,
     mesh: AnyMesh,
@@ -237,20 +248,13 @@ def lower_train_step(
         teacher: whose parameters the step takes as well, after the batch.
     """
     places = jax.tree.map(lambda x: x.sharding, state)
-    augmentation = parse_augment(config.augment)
-    mix = create_mix(
-        mixup_alpha=augmentation.mixup_alpha,
-        cutmix_alpha=augmentation.cutmix_alpha,
-        erase_probability=augmentation.erase_probability,
-        num_classes=num_classes,
-    )
     update = functools.partial(
         train_step,
         objective=objective,
         optimizer=optimizer,
         accumulate_steps=config.accumulate_steps,
         ema_decay=config.ema_decay,
-        mix=mix,
+        mix=batch_mix(config, num_classes),
         lr_multipliers=lr_multipliers(config),
     )
 

@@ -1,34 +1,22 @@
-"""The reports of a run in progress: a line to read, metrics.jsonl and TensorBoard."""
+"""The reports of a run in progress: what has been measured, and what is said of it."""
 
 import collections
 import contextlib
 import dataclasses
-import json
 import math
-import os
 import pathlib
-import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 
-# protobuf makes the classes as the modules are imported.
-from tensorboard.compat.proto.event_pb2 import Event  # ty: ignore[missing-module-member]
-from tensorboard.compat.proto.summary_pb2 import Summary  # ty: ignore[missing-module-member]
-from tensorboard.summary.writer.record_writer import RecordWriter
-
 from vit_jax.analysis import flops
 from vit_jax.evaluation.registry import Evaluator
-from vit_jax.files import atomic_write
-from vit_jax.printable import printable
-
-
-def say(line: str) -> None:
-    """Prints a line at once; of several processes the first does."""
-    if jax.process_index() == 0:
-        print(printable(line), flush=True)
+from vit_jax.terminal import Bar, can_draw, say
+from vit_jax.trackers import TENSORBOARD, Track, Tracking
+from vit_jax.writers import EventWriter, JsonlWriter, tags
 
 
 @dataclasses.dataclass
@@ -83,68 +71,6 @@ def is_better(result: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
     return result[name] > best.get(name, -1.0)
 
 
-class JsonlWriter:
-    """Appends scalars to a file, one JSON object a line.
-
-    Args:
-        path: of the file.
-        last_step: later lines, which a killed run wrote after its last checkpoint, are dropped:
-            the resumed run writes them again.
-        owes_evaluation: whether the evaluations of `last_step` are made again too.
-    """
-
-    def __init__(self, path: pathlib.Path, last_step: int, owes_evaluation: bool = False):
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if _is_kept(line, last_step, owes_evaluation)]
-        with atomic_write(path) as part:
-            part.write_text("".join(kept))
-        self._file = path.open("a")
-
-    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Writes one line."""
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-
-
-def _is_kept(line: str, last_step: int, owes_evaluation: bool) -> bool:
-    try:
-        record = json.loads(line)
-    except ValueError:  # The last line of a run that was killed while writing it.
-        return False
-    if record["step"] == last_step and owes_evaluation:
-        return "learning_rate" in record  # The line of training.
-    return record["step"] <= last_step
-
-
-class EventWriter:
-    """Appends scalars to a file of events of its own, which TensorBoard reads.
-
-    TensorBoard's writer of such files would import TensorFlow, which takes seconds.
-    """
-
-    def __init__(self, directory: pathlib.Path):
-        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
-        self._records = RecordWriter((directory / name).open("ab"))
-        self._write(file_version="brain.Event:2")
-
-    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Writes the scalars of a step."""
-        values = [Summary.Value(tag=printable(name), simple_value=x) for name, x in scalars.items()]
-        self._write(step=step, summary=Summary(value=values))
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._records.close()
-
-    def _write(self, **content: Any) -> None:
-        self._records.write(Event(wall_time=time.time(), **content).SerializeToString())
-        self._records.flush()
-
-
 class Window:
     """The sums of the training metrics since the last log line.
 
@@ -153,12 +79,18 @@ class Window:
 
     Args:
         sums: of an earlier `drain`, to go on after a checkpoint between two log lines.
+        fetched: is told of every step whose metrics have been fetched.
     """
 
     _LAG = 2
 
-    def __init__(self, sums: dict[str, float]):
+    def __init__(
+        self,
+        sums: dict[str, float],
+        fetched: Callable[[int, dict[str, float]], None] = lambda step, values: None,  # noqa: ARG005
+    ):
         self._sums = collections.Counter(sums)
+        self._fetched = fetched
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -191,6 +123,7 @@ class Window:
             if not math.isfinite(values[name]):
                 raise FloatingPointError(f"{name} is {values[name]} at step {step}")
         self._sums.update(values, count=1)
+        self._fetched(step, values)
 
 
 class Stopwatch:
@@ -265,6 +198,105 @@ class Cost(NamedTuple):
     flops: float
 
 
+class Live:
+    """The bar of a run: the means of its last steps, and the time that is left at their speed.
+
+    Args:
+        step: that the run begins or goes on from.
+        total_steps: of the run.
+    """
+
+    _STEPS = 50
+
+    def __init__(self, step: int, total_steps: int):
+        self._bar = Bar(step, total_steps)
+        self._total_steps = total_steps
+        self._steps: collections.deque[tuple[int, float, dict[str, float]]] = collections.deque(
+            maxlen=self._STEPS
+        )
+
+    def show(
+        self,
+        step: int,
+        metrics: dict[str, float],
+        seconds: float,
+        costs: Callable[[float], dict[str, float]],
+    ) -> None:
+        """Shows a step whose metrics have been fetched.
+
+        Args:
+            step: of the metrics.
+            metrics: of the step.
+            seconds: spent in training until now.
+            costs: from the steps a second to "images_per_second" and, where it is known, "mfu".
+        """
+        self._steps.append((step, seconds, metrics))
+        first, begin, _ = self._steps[0]
+        if seconds <= begin:  # Of one step alone no speed is known.
+            return
+        speed = (step - first) / (seconds - begin)
+        scalars = {
+            name: sum(values[name] for *_, values in self._steps) / len(self._steps)
+            for name in metrics
+        }
+        left = (self._total_steps - step) / speed
+        line = progress_line(step, self._total_steps, scalars | costs(speed), left)
+        self._bar.show(step, line)
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        self._bar.close()
+
+
+class _Files:
+    """What a run writes: metrics.jsonl, and the same for TensorBoard and for a tracker.
+
+    Args:
+        workdir: of the run.
+        step: that the run begins or goes on from.
+        owes_evaluation: whether the evaluations of that step are made again.
+        track: the tracker.
+        config: of the run, nested.
+    """
+
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        step: int,
+        owes_evaluation: bool,
+        track: Track,
+        config: Mapping[str, Any],
+    ):
+        self._lines = JsonlWriter(workdir / "metrics.jsonl", step, owes_evaluation)
+        self._events = EventWriter(workdir, step if owes_evaluation else step + 1)
+        if owes_evaluation:  # TensorBoard forgets a step as a whole.
+            for line in self._lines.kept:
+                self._events.write_scalars(step, tags(line.scalars))
+        self._tracking = None
+        if track.name != "tensorboard":
+            self._tracking = Tracking(track, workdir, config, self._lines.dropped)
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Writes the scalars of a step."""
+        self._lines.write_scalars(step, scalars)
+        self._events.write_scalars(step, tags(scalars))
+        if self._tracking:
+            self._tracking.write_scalars(step, tags(scalars))
+
+    def write_picture(self, step: int, name: str, png: bytes) -> None:
+        """Writes a picture of a step."""
+        self._events.write_picture(step, name, png)
+        if self._tracking:
+            self._tracking.write_picture(step, name, png)
+
+    def close(self) -> None:
+        """Closes the files, and waits for the tracker."""
+        self._lines.close()
+        self._events.close()
+        if self._tracking:
+            self._tracking.close()
+
+
 class Reporter:
     """Keeps the sums and the clock of a run, and writes what they show.
 
@@ -275,6 +307,8 @@ class Reporter:
         progress: of the run so far.
         cost: of a step.
         schedule: from the step to the learning rate.
+        track: where it is shown besides.
+        config: of the run, nested, for the tracker.
     """
 
     def __init__(
@@ -285,16 +319,17 @@ class Reporter:
         progress: Progress,
         cost: Cost,
         schedule: Callable[[int], Any],
+        track: Track = TENSORBOARD,
+        config: Mapping[str, Any] = MappingProxyType({}),
     ):
         # Of several processes the first writes.
-        first = jax.process_index() == 0
-        owes = bool(progress.owed)
-        self._writers = (
-            (JsonlWriter(workdir / "metrics.jsonl", step, owes), EventWriter(workdir))
-            if first
-            else ()
+        self._files = (
+            _Files(workdir, step, bool(progress.owed), track, config)
+            if jax.process_index() == 0
+            else None
         )
-        self._window = Window(progress.window)
+        self._live = Live(step, total_steps) if self._files and can_draw() else None
+        self._window = Window(progress.window, self._show if self._live else lambda *_: None)
         self._stopwatch = Stopwatch(progress.seconds)
         self._logged = step  # The lap's first step is the next.
         self._total_steps = total_steps
@@ -312,26 +347,46 @@ class Reporter:
         self._logged = step
         scalars |= self._costs(step, steps, seconds)
         self._write(step, scalars)
-        left = (self._total_steps - step) * seconds / steps
-        say(progress_line(step, self._total_steps, scalars, left))
+        if not self._live:  # It has shown them.
+            left = (self._total_steps - step) * seconds / steps
+            say(progress_line(step, self._total_steps, scalars, left))
+
+    def _show(self, step: int, metrics: dict[str, float]) -> None:
+        def costs(steps_per_second: float) -> dict[str, float]:
+            speed = steps_per_second * self._cost.batch_size
+            return {"images_per_second": speed, **self._mfu(speed)}
+
+        if self._live:
+            self._live.show(step, metrics, self._stopwatch.total(), costs)
 
     def _costs(self, step: int, steps: int, seconds: float) -> dict[str, float]:
         batch_size, devices, needed = self._cost
         images_per_second = steps * batch_size / seconds
-        scalars = {
+        return {
             "device_days": self._stopwatch.total() * devices / (24 * 60 * 60),
             "learning_rate": float(self._schedule(step - 1)),
             "images_per_second": images_per_second,
             "exaflops": needed * batch_size * step / 1e18,
+            **self._mfu(images_per_second),
         }
+
+    def _mfu(self, images_per_second: float) -> dict[str, float]:
         peak = flops.peak_flops(jax.devices()[0].device_kind)
-        return scalars | ({"mfu": needed * images_per_second / (peak * devices)} if peak else {})
+        if not peak:
+            return {}
+        return {"mfu": self._cost.flops * images_per_second / (peak * self._cost.devices)}
 
     def evaluated(self, step: int, evaluator: Evaluator, scalars: Mapping[str, float]) -> None:
         """Writes what an evaluator has found."""
         named = {evaluator.prefix + name: x for name, x in scalars.items() if name != "examples"}
         self._write(step, named)
         self.say(step, evaluator.describe(scalars))
+
+    def show(self, step: int, pictures: Iterable[tuple[str, bytes]]) -> None:
+        """Writes pictures, PNGs by their names."""
+        for name, png in pictures:
+            if self._files:
+                self._files.write_picture(step, name, png)
 
     def say(self, step: int, text: str) -> None:
         """Prints a line that begins with the step."""
@@ -347,10 +402,12 @@ class Reporter:
         return self._stopwatch
 
     def close(self) -> None:
-        """Closes the files."""
-        for writer in self._writers:
-            writer.close()
+        """Closes the files, and leaves the bar as it is."""
+        if self._live:
+            self._live.close()
+        if self._files:
+            self._files.close()
 
     def _write(self, step: int, scalars: Mapping[str, Any]) -> None:
-        for writer in self._writers:
-            writer.write_scalars(step, scalars)
+        if self._files:
+            self._files.write_scalars(step, scalars)

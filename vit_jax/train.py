@@ -32,20 +32,26 @@ from vit_jax.evaluation.registry import DECIDING, Evaluator
 from vit_jax.files import write_json
 from vit_jax.initialization import Weights, initial_state, read_weights
 from vit_jax.interruption import Stop, full_disk, making_workdir, only_run, stopping
+from vit_jax.longer import is_longer, reopen
 from vit_jax.lora import merge
 from vit_jax.models import prediction_defaults
+from vit_jax.pictures import Pictures, check_pictures
 from vit_jax.preparation import Prepared, compile_train_step, prepare, train_batches
+from vit_jax.profiling import Profile, check_steps, parse_steps
 from vit_jax.program import abstract_state, check_multipliers, state_initializer
-from vit_jax.reporting import Cost, Progress, Reporter, deciding_scalar, say
+from vit_jax.reporting import Cost, Progress, Reporter, deciding_scalar
 from vit_jax.sharding import to_devices
 from vit_jax.state import TrainState
 from vit_jax.steps import Batch, Metrics
 from vit_jax.teacher import check_teacher
+from vit_jax.terminal import say
+from vit_jax.trackers import Track, parse_track
 
 # What may change when a run goes on: nothing here alters a parameter. Of `evals` too all may but
 # which images decide, by which the evaluations before and after are compared.
 RESUMABLE_CHANGES = {
     "log_every",
+    "log_images",
     "checkpoint_every",
     "keep_checkpoints",
     "sharding",
@@ -56,13 +62,31 @@ RESUMABLE_CHANGES = {
 }
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+class Shown(NamedTuple):
+    """What is shown of a run beyond its config; nothing that it finds depends on it.
+
+    Attributes:
+        track: as `trackers.parse_track` reads it.
+        profile: the steps of which a trace is written, as `profiling.parse_steps` reads them.
+    """
+
+    track: str = ""
+    profile: str = ""
+
+
+PLAIN = Shown()
+
+
+def train(
+    config: ConfigDict, workdir: str | os.PathLike[str], shown: Shown = PLAIN
+) -> dict[str, Any]:
     """Runs a config to its end, from where an earlier run in the same workdir stopped.
 
     Args:
         config: of the whole run; see `vit_jax.recipes`.
         workdir: takes config.json, metrics.jsonl, metrics.json, TensorBoard's event files, and the
-            checkpoints. Nothing else is written.
+            checkpoints. Nothing else is written, but for what `shown` asks for.
+        shown: beyond the config.
 
     Returns:
         What metrics.json holds: the last evaluation and the best.
@@ -73,22 +97,25 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
         KeyboardInterrupt: after Ctrl-C, likewise.
     """
     check_config(config)
-    return run_checked(config, workdir)
+    return run_checked(config, workdir, shown)
 
 
-def run_checked(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+def run_checked(
+    config: ConfigDict, workdir: str | os.PathLike[str], shown: Shown = PLAIN
+) -> dict[str, Any]:
     """Runs as `train` a config that has been checked."""
+    track, traced = parse_track(shown.track), parse_steps(shown.profile)
     config = complete_evals(complete_sections(config))
     workdir = pathlib.Path(workdir).absolute()
-    saved = latest_metadata(workdir)
+    saved, saved_config = latest_metadata(workdir), None
     if saved is not None:
         saved_config = migrate(saved["config"])
         config = take_from_weights(config, saved_config["model"])
         _refuse_another_run(config, workdir, saved_config)
     finished = workdir / "metrics.json"
-    if finished.exists():
-        say(f"{workdir} holds a finished run: nothing to do")
-        return json.loads(finished.read_text())
+    before = (saved_config or {}).get("duration", config.duration)
+    if finished.exists() and before == config.duration:
+        return _read_finished(finished)
     if saved is not None and saved.get("input") != INPUT_VERSION:
         raise UserError(
             f"{workdir} holds a run of another version, which reads the images in another order: "
@@ -104,16 +131,27 @@ def run_checked(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str
             config, weights = read_weights(config)
         config = take_from_weights(config, prediction_defaults(config.model.architecture))
         prepared = prepare(config, workdir, (saved or {}).get("class_names"))
+        check_steps(traced, prepared.total_steps)
+        check_pictures(prepared)
+        if is_longer(prepared, before):
+            reopen(workdir)
+        elif finished.exists():  # The same number of steps in other words.
+            return _read_finished(finished)
         store = CheckpointStore(workdir, keep=config.keep_checkpoints, report=say)
         with contextlib.closing(store):
             if jax.process_index() == 0:
                 write_json(workdir / "config.json", to_dict(config))
             state, progress = _start(prepared, store, weights)
             del weights  # They need not stay in memory while the run goes.
-            final = _finish(prepared, state, progress, store, stop)
+            final = _finish(prepared, state, progress, store, stop, track, traced)
         if jax.process_index() == 0:
             write_json(finished, final)
     return final
+
+
+def _read_finished(path: pathlib.Path) -> dict[str, Any]:
+    say(f"{path.parent} holds a finished run: nothing to do")
+    return json.loads(path.read_text())
 
 
 def resumable_changes(config: dict[str, Any]) -> set[str]:
@@ -133,6 +171,7 @@ def resumable_changes(config: dict[str, Any]) -> set[str]:
 def _refuse_another_run(config: ConfigDict, workdir: pathlib.Path, saved: dict[str, Any]) -> None:
     watching = {*config.evals, *saved.get("evals", {})} - {DECIDING}
     may_change = resumable_changes(to_dict(config)) | {f"evals.{name}" for name in watching}
+    may_change.add("duration")  # Only the data set tells how long it is, see `is_longer`.
     differences = config_differences(saved, to_dict(config), may_change)
     if differences:
         raise UserError(
@@ -175,6 +214,8 @@ class Run(NamedTuple):
         metadata: saved beside the state.
         store: of the checkpoints.
         stop: by a signal.
+        profile: what is traced.
+        pictures: that the config asks for.
     """
 
     prepared: Prepared
@@ -184,6 +225,8 @@ class Run(NamedTuple):
     metadata: dict[str, Any]
     store: CheckpointStore
     stop: Stop
+    profile: Profile
+    pictures: Pictures
 
 
 def _finish(
@@ -192,18 +235,28 @@ def _finish(
     progress: Progress,
     store: CheckpointStore,
     stop: Stop,
+    track: Track,
+    traced: range,
 ) -> dict[str, Any]:
     """Takes the steps that are left; returns what metrics.json is to hold."""
     config, step = prepared.config, int(state.step)
+    profile = Profile(traced, prepared.workdir / "profile", step)
     say("compiling the training step")  # Of a large model this takes minutes.
     begin = time.perf_counter()
     train_step = compile_train_step(prepared, state)
     say(f"compiled in {time.perf_counter() - begin:.1f} s")
     cost = Cost(config.batch_size, prepared.mesh.size, flops.train_flops(prepared.multiply_adds))
     reporter = Reporter(
-        prepared.workdir, step, prepared.total_steps, progress, cost, prepared.schedule
+        prepared.workdir,
+        step,
+        prepared.total_steps,
+        progress,
+        cost,
+        prepared.schedule,
+        track,
+        to_dict(config),
     )
-    with contextlib.closing(reporter), stop.held():
+    with contextlib.closing(reporter), stop.held(), contextlib.closing(profile):
         run = Run(
             prepared=prepared,
             step=train_step,
@@ -217,6 +270,8 @@ def _finish(
             },
             store=store,
             stop=stop,
+            profile=profile,
+            pictures=Pictures(prepared),
         )
         step = _loop(run, state, progress)
         store.wait()
@@ -242,11 +297,18 @@ def _loop(run: Run, state: TrainState, progress: Progress) -> int:
     if progress.owed:  # The run was ended before they were made.
         with run.reporter.paused():
             _evaluate(run, step, state, progress)
+    first = step
     while step < total_steps and not progress.is_out_of_patience(patience):
+        run.profile.begin(step + 1, state)
         with _keeping(run, step, state, functools.partial(_present_metadata, run, progress)):
             batch = next(run.batches)
+        if step == first:  # Before the step takes the memory of the state.
+            with run.reporter.paused():
+                pictures = run.pictures.inputs(state.rng, step, batch)
+                run.reporter.show(step + 1, pictures)
         state, metrics = run.step(state, batch)
         step += 1
+        run.profile.end(step, metrics)
         due = _due(run, step, run.stop.is_due(step))
         with _stopping_at_bad_loss(run.store):
             run.reporter.add(step, metrics)
@@ -315,8 +377,10 @@ def _evaluate(run: Run, step: int, state: TrainState, progress: Progress) -> Non
             continue
         with _keeping(run, step, state, lambda: metadata), run.stop.at_once():
             found = evaluator.run(params)
+            pictures = run.pictures.evaluated(params) if evaluator.name == DECIDING else []
         scalars = {name: np.asarray(x).item() for name, x in found.items()}  # JSON takes these.
         run.reporter.evaluated(step, evaluator, scalars)
+        run.reporter.show(step, pictures)
         if evaluator.name != DECIDING:
             continue
         if progress.record(step, scalars):

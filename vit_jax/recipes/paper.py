@@ -356,6 +356,8 @@ def base(model: str, dataset: str) -> ConfigDict:
             "lora": {"rank": 0, "alpha": 8.0, "targets": "query,value"},
             "sharding": "replicated",
             "log_every": "50 steps",
+            # Pictures for TensorBoard: inputs, attention, confusion; see `pictures`.
+            "log_images": "",
             # What is evaluated while the run goes and at its end, see `evaluation.registry`; "val"
             # decides which checkpoint is the best.
             "evals": {

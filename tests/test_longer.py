@@ -1,0 +1,88 @@
+"""A run that is made longer is the run that was so long from the start, or is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from vit_jax import train
+from vit_jax.errors import UserError
+
+from .runs import read_arrays, read_metrics, train_until
+
+RSQRT = {"schedule.decay": "rsqrt", "schedule.timescale": "3 steps"}
+EXACT = {
+    "rsqrt": RSQRT,
+    "constant": {"schedule.decay": "linear", "schedule.end_lr": 1e-2},
+    "staircase before its first drop": {"schedule.decay": "staircase", "schedule.drops": (0.999,)},
+}
+
+
+@pytest.mark.parametrize("schedule", EXACT.values(), ids=EXACT)
+def test_a_finished_run_goes_on_as_if_it_had_been_longer_from_the_start(
+    schedule, tiny_config, tmp_path, capsys
+):
+    # An end that is a multiple of all intervals leaves no line that the whole run has not.
+    common = {"checkpoint_every": "4 steps", **schedule}
+    train.train(tiny_config(duration="8 steps", **common), tmp_path / "whole")
+    train.train(tiny_config(duration="4 steps", **common), tmp_path / "grown")
+    assert json.loads((tmp_path / "grown/metrics.json").read_text())["step"] == 4
+    capsys.readouterr()
+    final = train.train(tiny_config(duration="8 steps", **common), tmp_path / "grown")
+    assert "is made longer, from 4 to 8 steps" in capsys.readouterr().out
+    assert final["step"] == 8
+    whole, grown = (read_arrays(tmp_path / name, 8) for name in ("whole", "grown"))
+    assert whole.keys() == grown.keys()
+    for name, value in whole.items():
+        np.testing.assert_array_equal(value, grown[name], err_msg=name)
+    assert read_metrics(tmp_path / "whole") == read_metrics(tmp_path / "grown")
+    for name in ("metrics.json", "config.json"):
+        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "grown" / name).read_text()
+
+
+TOO_LATE = {
+    # 6 steps, of which 2 are the warm-up; the rate of step 2 is base_lr in any run.
+    "cosine": ({"schedule.decay": "cosine"}, 3),
+    "linear": ({"schedule.decay": "linear"}, 3),
+    "cool-down": ({**RSQRT, "schedule.cooldown": "2 steps"}, 5),
+    "staircase": ({"schedule.decay": "staircase", "schedule.drops": (0.5,)}, 4),
+}
+
+
+@pytest.mark.parametrize(("schedule", "step"), TOO_LATE.values(), ids=TOO_LATE)
+def test_a_run_whose_past_would_have_been_another_is_left_as_it_is(
+    schedule, step, tiny_config, tmp_path
+):
+    run = tmp_path / "run"
+    train.train(tiny_config(**schedule), run)
+    before = {path: path.read_bytes() for path in run.glob("*.json*")}
+    longer = tiny_config(duration="60 steps", **schedule)
+    with pytest.raises(
+        UserError, match=rf"another after step {step};.*--config.init_from="
+    ) as error:
+        train.train(longer, run)
+    assert "is at step 6 of 6" in str(error.value)
+    assert {path: path.read_bytes() for path in run.glob("*.json*")} == before
+
+
+def test_in_its_warm_up_a_run_of_any_schedule_may_be_made_longer(tiny_config, tmp_path, finished):
+    with pytest.raises(KeyboardInterrupt):
+        train_until(tiny_config(duration="4 steps"), tmp_path / "run", step=3)
+    train.train(tiny_config(), tmp_path / "run")
+    expected, found = read_arrays(finished, 6), read_arrays(tmp_path / "run", 6)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(value, found[name], err_msg=name)
+
+
+def test_a_run_is_not_made_shorter(tiny_config, finished):
+    with pytest.raises(UserError, match="a run of 6 steps, and duration '5 steps' is 5"):
+        train.train(tiny_config(duration="5 steps"), finished)
+    assert (finished / "metrics.json").exists()
+
+
+def test_the_same_duration_in_other_words_is_the_same_run(tiny_config, finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    train.train(tiny_config(duration="6"), run)
+    assert "holds a finished run: nothing to do" in capsys.readouterr().out
