@@ -40,6 +40,7 @@ LAYERS = (
         "predict",
         "convert",
         "evaluate",
+        "probe",
         "sweep",
         "analysis.__main__",
         "checkpoints.__main__",
@@ -86,7 +87,7 @@ WITHOUT_TENSORFLOW = (
     "export.to_tensorrt",
 )
 # They read TFDS's data sets, for which it needs no TensorFlow.
-WITH_TFDS = ("data", "preparation", "train", "evaluate")
+WITH_TFDS = ("data", "preparation", "train", "evaluate", "probe")
 OF_TENSORFLOW = {"tensorflow", "tensorflow_datasets", "clu", "onnx", "onnxruntime", "tf2onnx"}
 # The machine that builds an engine has no JAX either.
 WITHOUT_JAX = ("export.engine", "export.runtime", "export.to_tensorrt")

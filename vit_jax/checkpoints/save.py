@@ -12,7 +12,7 @@ from vit_jax.checkpoints import foreign_configs, layouts
 from vit_jax.checkpoints.formats.npz import write_npz
 from vit_jax.checkpoints.formats.safetensors import write_safetensors
 from vit_jax.checkpoints.model_info import ModelInfo, info_path
-from vit_jax.checkpoints.pretrained import Pretrained
+from vit_jax.checkpoints.pretrained import OFFICIAL, Pretrained
 from vit_jax.errors import UserError
 from vit_jax.files import atomic_files, atomic_folder
 
@@ -40,9 +40,7 @@ def save_pretrained(pretrained: Pretrained, path: str | os.PathLike[str], format
     _check_path(path, format)
     _check_positions(pretrained.model, format)
     arrays = layouts.from_official(flatten_dict(pretrained.params, sep="/"), format)
-    info = ModelInfo(
-        pretrained.model, pretrained.preprocessing, pretrained.class_names, pretrained.loss
-    )
+    info = _info(pretrained)
     if path.suffix in _WRITERS:
         _write_file(path, arrays, info)
         return
@@ -53,6 +51,26 @@ def save_pretrained(pretrained: Pretrained, path: str | os.PathLike[str], format
             (folder / name).write_text(text)
         info_path(folder).write_text(info.to_json())
         write_safetensors(folder / "model.safetensors", arrays)
+
+
+def write_official(pretrained: Pretrained, folder: Path) -> None:
+    """Writes a model of any architecture into a folder, which `load_pretrained` reads to the same.
+
+    Args:
+        pretrained: the model.
+        folder: is there; `files.atomic_folder` makes one that appears whole or not at all.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    write_npz(folder / OFFICIAL, flatten_dict(pretrained.params, sep="/"))
+    info_path(folder).write_text(_info(pretrained).to_json())
+
+
+def _info(pretrained: Pretrained) -> ModelInfo:
+    return ModelInfo(
+        pretrained.model, pretrained.preprocessing, pretrained.class_names, pretrained.loss
+    )
 
 
 def _write_file(path: Path, arrays: Mapping[str, Any], info: ModelInfo) -> None:
