@@ -136,8 +136,9 @@ def _silence() -> None:
 def _open(args: argparse.Namespace) -> _Sources:
     from vit_jax.data import datasets
 
-    name = f"folder:{args.data}" if os.path.isdir(args.data) else args.data
-    train, test = datasets.open_dataset(name, data_dir=args.data_dir, eval_split=args.split)
+    train, test = datasets.open_dataset(
+        _dataset_name(args.data), data_dir=args.data_dir, eval_split=args.split
+    )
     if train.multi_label:
         raise UserError(
             f"{args.data} has several labels an image, and a probe learns one: fine-tune with "
@@ -153,6 +154,13 @@ def _open(args: argparse.Namespace) -> _Sources:
         flush=True,
     )
     return _Sources(train, test)
+
+
+def _dataset_name(data: str) -> str:
+    """The name of a data set, which may be given as the path of a folder or list."""
+    path = os.path.expanduser(data)
+    kind = "folder:" if os.path.isdir(path) else "list:" if os.path.isfile(path) else ""
+    return kind + data
 
 
 def _features(
@@ -256,7 +264,7 @@ def _fingerprints(
 
 def _listing(data: str) -> str:
     """The text of a list of images, whose labels may change where its images do not."""
-    path = Path(data.removeprefix("list:"))
+    path = Path(data.removeprefix("list:")).expanduser()
     return path.read_text(errors="surrogateescape") if path.is_file() else ""
 
 
