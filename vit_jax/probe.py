@@ -192,6 +192,7 @@ def _compute(
     pretrained: "Pretrained", sources: _Sources, args: argparse.Namespace, mesh: "Mesh"
 ) -> dict[str, "Features"]:
     import jax
+    import tqdm
 
     from vit_jax.checkpoints.feature_file import Features
     from vit_jax.data.pipeline import eval_batches
@@ -218,6 +219,8 @@ def _compute(
         batches = eval_batches(
             source, batch_size=batch_size, preprocessing=pretrained.preprocessing
         )
+        # On a terminal only.
+        batches = tqdm.tqdm(batches, desc=name, unit="batch", leave=False, disable=None)
         views_fn = with_mirror(apply_fn) if views[name] == 2 else apply_fn
         values, labels = collect(views_fn, params, batches, mesh, source.num_examples)
         splits[name] = Features(values.reshape(-1, width), labels.repeat(views[name]))
