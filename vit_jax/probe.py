@@ -173,12 +173,7 @@ def _features(
         return _compute(pretrained, sources, args, mesh)
     fingerprints = _fingerprints(pretrained, sources, args)
     if os.path.exists(args.features):
-        views = 2 if args.mirror else 1
-        rows = {
-            "train": views * sources.train.num_examples,
-            "test": sources.test.num_examples,
-        }
-        classes = len(sources.train.class_names)
+        rows, classes = _rows(sources, args), len(sources.train.class_names)
         splits = feature_file.read_features(args.features, fingerprints, rows, classes)
         print(printable(f"features  read from {args.features}"), flush=True)
         return splits
@@ -192,40 +187,61 @@ def _compute(
     pretrained: "Pretrained", sources: _Sources, args: argparse.Namespace, mesh: "Mesh"
 ) -> dict[str, "Features"]:
     import jax
-    import tqdm
 
-    from vit_jax.checkpoints.feature_file import Features
-    from vit_jax.data.pipeline import eval_batches
-    from vit_jax.evaluation.features import collect, with_mirror
     from vit_jax.evaluation.metrics import make_apply_fn
     from vit_jax.models import create_model
     from vit_jax.sharding import state_sharding
 
     apply_fn = make_apply_fn(create_model(pretrained.model).without_head(), mesh)
     params = jax.device_put(pretrained.params, state_sharding(pretrained.params, mesh))
-    batch_size = -(-args.batch_size // mesh.size) * mesh.size
-    views = {"train": 2 if args.mirror else 1, "test": 1}
-    width = _width(pretrained)
-    rows = sum(views[name] * x.num_examples for name, x in sources._asdict().items())
+    rows, width = _rows(sources, args), _width(pretrained)
+    total = sum(rows.values())
     # Standardized in a copy, which lies on the device as well.
     print(
-        f"features  {rows:,} x {width:,} in float32: {rows * width * 4 / 1e6:,.1f} MB, at most "
+        f"features  {total:,} x {width:,} in float32: {total * width * 4 / 1e6:,.1f} MB, at most "
         "three times that at the end",
         flush=True,
     )
     began = time.monotonic()
     splits = {}
     for name, source in sources._asdict().items():
-        batches = eval_batches(
-            source, batch_size=batch_size, preprocessing=pretrained.preprocessing
-        )
-        # On a terminal only.
-        batches = tqdm.tqdm(batches, desc=name, unit="batch", leave=False, disable=None)
-        views_fn = with_mirror(apply_fn) if views[name] == 2 else apply_fn
-        values, labels = collect(views_fn, params, batches, mesh, source.num_examples)
-        splits[name] = Features(values.reshape(-1, width), labels.repeat(views[name]))
+        batches = _batches(name, source, pretrained, args.batch_size, mesh)
+        views = rows[name] // source.num_examples
+        splits[name] = _of_views(apply_fn, params, batches, mesh, source.num_examples, views)
     print(f"          computed in {time.monotonic() - began:.1f} s", flush=True)
     return splits
+
+
+def _rows(sources: _Sources, args: argparse.Namespace) -> dict[str, int]:
+    views = 2 if args.mirror else 1
+    return {"train": views * sources.train.num_examples, "test": sources.test.num_examples}
+
+
+def _batches(
+    name: str, source: "Source", pretrained: "Pretrained", batch_size: int, mesh: "Mesh"
+) -> Any:
+    """The images as evaluation sees them, with a bar on a terminal."""
+    import tqdm
+
+    from vit_jax.data.pipeline import eval_batches
+
+    batches = eval_batches(
+        source,
+        batch_size=-(-batch_size // mesh.size) * mesh.size,
+        preprocessing=pretrained.preprocessing,
+    )
+    return tqdm.tqdm(batches, desc=name, unit="batch", leave=False, disable=None)
+
+
+def _of_views(
+    apply_fn: Any, params: Any, batches: Any, mesh: "Mesh", images: int, views: int
+) -> "Features":
+    from vit_jax.checkpoints.feature_file import Features
+    from vit_jax.evaluation.features import collect, with_mirror
+
+    of_image = with_mirror(apply_fn) if views == 2 else apply_fn
+    values, labels = collect(of_image, params, batches, mesh, images)
+    return Features(values.reshape(views * len(labels), -1), labels.repeat(views))
 
 
 def _width(pretrained: "Pretrained") -> int:

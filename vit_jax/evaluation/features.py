@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import ApplyFn, Batches, outputs
 from vit_jax.sharding import Mesh
 
@@ -32,13 +33,15 @@ def collect(
         float32 [images, features] and int32 [images, ...], in the order of the data.
 
     Raises:
-        UserError: an image has no label, or is broken.
+        UserError: an image has no label or is broken, or a feature is not finite.
     """
     found = outputs(apply_fn, params, batches, mesh)
     first = next(found)
     features, labels = (np.empty((images, *x.shape[1:]), x.dtype) for x in first)
     end = 0
     for some_features, some_labels in itertools.chain([first], found):
+        if not np.isfinite(some_features).all():
+            raise UserError("the model's features are not finite: its weights are damaged")
         start, end = end, end + len(some_labels)
         features[start:end], labels[start:end] = some_features, some_labels
     return features[:end], labels[:end]

@@ -228,7 +228,10 @@ def _sums(images: _Images, head: Head) -> tuple[jax.Array, jax.Array]:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, block.labels)
         hits = (jnp.argmax(logits, -1) == block.labels) & (block.weights > 0)
         loss, correct = total
-        return (loss + jnp.sum(block.weights * losses), correct + jnp.sum(hits, dtype=jnp.int32)), None
+        return (
+            loss + jnp.sum(block.weights * losses),
+            correct + jnp.sum(hits, dtype=jnp.int32),
+        ), None
 
     # Checkpointed: a gradient does not keep the logits of all images.
     zero = (jnp.zeros(()), jnp.zeros((), jnp.int32))
