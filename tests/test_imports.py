@@ -69,6 +69,7 @@ WITHOUT_TENSORFLOW = (
     "config_files",
     "inference",
     "predict",
+    "probe",
     "main",
     "plan",
     "program",
@@ -87,7 +88,7 @@ WITHOUT_TENSORFLOW = (
     "export.to_tensorrt",
 )
 # They read TFDS's data sets, for which it needs no TensorFlow.
-WITH_TFDS = ("data", "preparation", "train", "evaluate", "probe")
+WITH_TFDS = ("data", "preparation", "train", "evaluate")
 OF_TENSORFLOW = {"tensorflow", "tensorflow_datasets", "clu", "onnx", "onnxruntime", "tf2onnx"}
 # The machine that builds an engine has no JAX either.
 WITHOUT_JAX = ("export.engine", "export.runtime", "export.to_tensorrt")

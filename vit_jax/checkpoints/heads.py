@@ -1,6 +1,5 @@
 """A linear head for a trunk: what was learned from its features becomes part of the model."""
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -33,11 +32,11 @@ def replace_head(
         if row.action == "new":
             values = kernel if row.name.endswith("/kernel") else bias
             flat[row.name] = np.float32(values).reshape(row.shape)
-    return dataclasses.replace(
-        pretrained,
-        params=unflatten_dict(flat, sep="/"),
-        model=model,
-        class_names=tuple(class_names),
-        loss="softmax",
-        masked={},
+    return Pretrained(
+        unflatten_dict(flat, sep="/"),
+        model,
+        pretrained.preprocessing,
+        tuple(class_names),
+        "softmax",
+        pretrained.source,
     )

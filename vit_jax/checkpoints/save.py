@@ -1,5 +1,6 @@
 """Writes a model in the format of Google, timm or Hugging Face, for others and for us to read."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -40,7 +41,9 @@ def save_pretrained(pretrained: Pretrained, path: str | os.PathLike[str], format
     _check_path(path, format)
     _check_positions(pretrained.model, format)
     arrays = layouts.from_official(flatten_dict(pretrained.params, sep="/"), format)
-    info = _info(pretrained)
+    info = ModelInfo(
+        pretrained.model, pretrained.preprocessing, pretrained.class_names, pretrained.loss
+    )
     if path.suffix in _WRITERS:
         _write_file(path, arrays, info)
         return
@@ -51,26 +54,6 @@ def save_pretrained(pretrained: Pretrained, path: str | os.PathLike[str], format
             (folder / name).write_text(text)
         info_path(folder).write_text(info.to_json())
         write_safetensors(folder / "model.safetensors", arrays)
-
-
-def write_official(pretrained: Pretrained, folder: Path) -> None:
-    """Writes a model of any architecture into a folder, which `load_pretrained` reads to the same.
-
-    Args:
-        pretrained: the model.
-        folder: is there; `files.atomic_folder` makes one that appears whole or not at all.
-
-    Raises:
-        UserError: a file cannot be written.
-    """
-    write_npz(folder / OFFICIAL, flatten_dict(pretrained.params, sep="/"))
-    info_path(folder).write_text(_info(pretrained).to_json())
-
-
-def _info(pretrained: Pretrained) -> ModelInfo:
-    return ModelInfo(
-        pretrained.model, pretrained.preprocessing, pretrained.class_names, pretrained.loss
-    )
 
 
 def _write_file(path: Path, arrays: Mapping[str, Any], info: ModelInfo) -> None:
@@ -101,3 +84,18 @@ def _check_positions(model: dict[str, Any], format: str) -> None:
             f"the {format} format has learned position embeddings at the stem, this model "
             f"{embedding} ones, {placement}: use --format official"
         )
+
+
+def write_official(pretrained: Pretrained, folder: Path) -> None:
+    """Writes a model of any architecture into a folder, which `load_pretrained` reads to the same.
+
+    Args:
+        pretrained: the model.
+        folder: is there; `files.atomic_folder` makes one that appears whole or not at all.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    facts = {x.name: getattr(pretrained, x.name) for x in dataclasses.fields(ModelInfo)}
+    write_npz(folder / OFFICIAL, flatten_dict(pretrained.params, sep="/"))
+    info_path(folder).write_text(ModelInfo(**facts).to_json())
