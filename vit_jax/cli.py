@@ -18,6 +18,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("vit_jax.main", "pre-train or fine-tune a model"),
+    "probe": Command("vit_jax.probe", "fit a linear classifier to a model's features"),
     "evaluate": Command("vit_jax.evaluate", "score a model on a data set"),
     "predict": Command("vit_jax.predict", "tell the classes of images"),
     "convert": Command("vit_jax.convert", "write weights in Google's, timm's or HF's format"),

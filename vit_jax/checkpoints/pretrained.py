@@ -283,12 +283,15 @@ def _check_state_size(step_dir: Path, field: str) -> None:
 # The shapes, types and fingerprints of all arrays, the config and the names of classes.
 _MAX_DOCUMENT = 16 << 20
 
+# A folder's weights under official names, with its info file, as `save.write_official` writes it.
+OFFICIAL = "model.npz"
+
 # The first of these in a folder is read, the safe formats first.
 _WEIGHTS = tuple(
     name + suffix
     for name in ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
     for suffix in ("", ".index.json")
-)
+) + (OFFICIAL,)
 
 
 def _find_weights(folder: Path) -> Path | None:

@@ -1,5 +1,6 @@
 """Writes a model in the format of Google, timm or Hugging Face, for others and for us to read."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from vit_jax.checkpoints import foreign_configs, layouts
 from vit_jax.checkpoints.formats.npz import write_npz
 from vit_jax.checkpoints.formats.safetensors import write_safetensors
 from vit_jax.checkpoints.model_info import ModelInfo, info_path
-from vit_jax.checkpoints.pretrained import Pretrained
+from vit_jax.checkpoints.pretrained import OFFICIAL, Pretrained
 from vit_jax.errors import UserError
 from vit_jax.files import atomic_files, atomic_folder
 
@@ -87,3 +88,18 @@ def _check_positions(model: dict[str, Any], format: str) -> None:
             f"the {format} format has learned position embeddings at the stem, this model "
             f"{embedding} ones, {placement}: use --format official"
         )
+
+
+def write_official(pretrained: Pretrained, folder: Path) -> None:
+    """Writes a model of any architecture into a folder, which `load_pretrained` reads to the same.
+
+    Args:
+        pretrained: the model.
+        folder: is there; `files.atomic_folder` makes one that appears whole or not at all.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    facts = {x.name: getattr(pretrained, x.name) for x in dataclasses.fields(ModelInfo)}
+    write_npz(folder / OFFICIAL, flatten_dict(pretrained.params, sep="/"))
+    info_path(folder).write_text(ModelInfo(**facts).to_json())

@@ -21,7 +21,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_jax.data.protocols import Preprocessing, fewshot_view
 from vit_jax.errors import UserError
-from vit_jax.evaluation.metrics import ApplyFn, Batches, make_apply_fn, one_ahead, outputs
+from vit_jax.evaluation.features import collect, moments
+from vit_jax.evaluation.metrics import ApplyFn, Batches, make_apply_fn, one_ahead
 from vit_jax.evaluation.watched import Watched
 from vit_jax.sharding import Mesh, to_devices
 
@@ -59,8 +60,7 @@ def fit(
         l2: lambda.
     """
     examples, width = features.shape
-    mean = _mean(features, lambda x: x)
-    std = np.sqrt(_mean(features, lambda x: (x - mean) ** 2)) + 1e-5
+    mean, std = moments(features)
 
     def rows(start: int) -> tuple[np.ndarray, np.ndarray]:
         part = slice(start, start + _ROWS)
@@ -85,13 +85,6 @@ def fit(
         # X^T (X X^T + lambda)^-1 Y is the same solution, from the smaller of the two matrices.
         solution = x.T @ _solve(x @ x.T, y, l2)
     return LeastSquaresHead(mean, std, kernel=solution[:-1], bias=BIAS * solution[-1])
-
-
-def _mean(features: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    total = np.zeros(features.shape[1])
-    for start in range(0, len(features), _ROWS):
-        total += function(features[start : start + _ROWS].astype(np.float64)).sum(0)
-    return total / len(features)
 
 
 def _solve(gram: np.ndarray, target: np.ndarray, l2: float) -> np.ndarray:
@@ -177,8 +170,10 @@ def create_fewshot(
     def accuracies_by_shots(params: Any) -> dict[int, list[float]]:
         heads = []
         for seed in SEEDS:
-            chosen = outputs(apply_fn, params, batches(take_support(train, max(shots), seed)), mesh)
-            features, labels = map(np.concatenate, zip(*chosen, strict=True))
+            support = take_support(train, max(shots), seed)
+            features, labels = collect(
+                apply_fn, params, batches(support), mesh, support.num_examples
+            )
             if seed == SEEDS[0]:
                 _report_small_classes(np.bincount(labels, minlength=num_classes), shots, report)
             order = _place_in_class(labels)
