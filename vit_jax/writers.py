@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 # protobuf makes the classes as the modules are imported.
-from tensorboard.compat.proto.event_pb2 import (  # ty: ignore[missing-module-member]
-    Event,
-    SessionLog,
+from tensorboard.compat.proto.event_pb2 import (
+    Event,  # ty: ignore[missing-module-member]
+    SessionLog,  # ty: ignore[missing-module-member]
 )
 from tensorboard.compat.proto.summary_pb2 import Summary  # ty: ignore[missing-module-member]
 from tensorboard.summary.writer.record_writer import RecordWriter
