@@ -8,7 +8,7 @@ import scipy.ndimage
 from flax.serialization import to_bytes
 from flax.traverse_util import flatten_dict
 
-from vit_jax.checkpoints.layouts import POSITIONS, from_official
+from vit_jax.checkpoints.layouts import POSITIONS
 from vit_jax.checkpoints.model_info import ModelInfo, info_path
 from vit_jax.checkpoints.pretrained import fit_params, fold_normalization, load_pretrained
 from vit_jax.checkpoints.save import save_pretrained
@@ -413,8 +413,6 @@ def test_big_visions_attention_pooling_is_read(tmp_path, early):
     saved = load_pretrained(save_npz(tmp_path / "b.npz", pretrained.params))  # As it is here.
     assert_equal_trees(saved.params, params)
     assert saved.model == pretrained.model
-    with pytest.raises(UserError, match="the timm format has no place for MAPHead_0/LayerNorm_0"):
-        from_official(flatten_dict(params, sep="/"), "timm")
 
 
 def test_the_pooling_does_not_pass_for_layers_of_big_vision_without_positions(tmp_path):
