@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,10 @@ def load_teacher(
     normalize = _normalization(pretrained.preprocessing)
 
     def logits(params: Any, images: jax.Array) -> jax.Array:
-        found = module.apply({"params": params}, normalize(pixels_to_inputs(images)))
+        # Flax may return variables as well, but not where none is mutable.
+        found = cast(
+            jax.Array, module.apply({"params": params}, normalize(pixels_to_inputs(images)))
+        )
         return jax.lax.stop_gradient(found)[:, columns]
 
     whole = NamedSharding(mesh, PartitionSpec())
