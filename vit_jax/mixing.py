@@ -102,7 +102,8 @@ def cutmix(rng: jax.Array, batch: Batch, alpha: float, num_classes: int) -> Batc
     height, width = images.shape[1:3]
     top, bottom = cut(share, jax.random.randint(row_rng, (), 0, height), height)
     left, right = cut(share, jax.random.randint(column_rng, (), 0, width), width)
-    own = 1.0 - (bottom - top) * (right - left) / (height * width)
+    pasted, pixels = (bottom - top) * (right - left), height * width
+    own = 1.0 - pasted / pixels
     box = _boxes(images.shape, top, bottom, left, right)
     labels, targets = batch["label"], class_shares(batch["label"], num_classes)
 
@@ -112,7 +113,7 @@ def cutmix(rng: jax.Array, batch: Batch, alpha: float, num_classes: int) -> Batc
     return {
         **batch,
         "image": jnp.where(box, before(images), images),
-        "label": jnp.where(own >= 0.5, labels, before(labels)),
+        "label": jnp.where(2 * pasted <= pixels, labels, before(labels)),
         "targets": own * targets + (1.0 - own) * before(targets),
     }
 
