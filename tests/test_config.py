@@ -398,6 +398,10 @@ def test_what_a_day_of_attacks_got_through_is_refused(key, value, message):
     [
         ("optimizer.lr_multipliers", "head", "multipliers: 'head' is not understood: use PATTERN="),
         ("optimizer.lr_multipliers", "(=1", "'(' is no regular expression: missing ), untermina"),
+        ("distillation.kind", "warm", "'warm' is unknown: use hard or soft"),
+        ("distillation.alpha", 1.5, "it must be at most 1, where labels count for nothing"),
+        ("distillation.temperature", 0.0, "is 0.0: it must be above 0"),
+        ("distillation.teacher", "B_16", "config.loss is 'sigmoid', but a teacher's classes are"),
         ("lora.rank", -1, "is -1: it must not be negative"),
         ("log_images", "input", "config.log_images: 'input' is unknown: use inputs, attention, c"),
         ("lora.alpha", 0.0, "is 0.0: it must be above 0"),
@@ -531,6 +535,9 @@ def test_a_config_of_before_evals_has_them():
     before["dataset"]["workers"] = 0
     before["log_images"] = ""
     before["model"]["remat"] = "nothing"
+    before["distillation"] = {
+        "teacher": "", "kind": "hard", "alpha": 0.5, "temperature": 3.0
+    }  # fmt: skip
     before["lora"] = {"rank": 0, "alpha": 8.0, "targets": "query,value"}
     before["optimizer"] |= {"lr_multipliers": "", "layer_decay": 1.0}
     before["schedule"] |= {"cooldown": "0 steps", "drops": [0.3, 0.6, 0.9]}

@@ -169,6 +169,36 @@ def test_a_model_has_the_name_that_it_is_made_by(name):
     assert name_of({**sizes, "architecture": "another"}) is None
 
 
+@pytest.mark.parametrize("changed", ["dropout_rate", "stochastic_depth", ""])
+def test_finetuning_drops_what_the_weights_were_trained_without(data_dir, monkeypatch, changed):
+    model = {"architecture": "vit", "num_classes": 3, **TINY_SIZES, "num_layers": 2}
+    noise = np.random.default_rng(0)
+    shapes = abstract_params(model, 8)
+    params = jax.tree.map(lambda x: noise.standard_normal(x.shape).astype(np.float32), shapes)
+    pretrained = Pretrained(
+        params, prediction_defaults("vit") | model, evaluation("bit", 8), None, "softmax", "it"
+    )
+    monkeypatch.setattr(initialization, "load_pretrained", lambda _: pretrained)
+    rates = {f"model.{changed}": 0.5} if changed else {}
+    config = finetune_config(data_dir, "it", **{"model.num_layers": 2, **rates})
+    config, weights = initialization.read_weights(config)
+    _, objective, _ = program.create_objective(config, num_classes=3)
+    images = noise.uniform(-1, 1, (4, 8, 8, 3)).astype(np.float32)
+    batch = {"image": images, "label": np.zeros(4, np.int32)}
+    # Of three classes, as the weights: a fresh head of zeros would hide what is below it.
+    fitted = {**weights.params, "head": params["head"]}
+
+    def losses(**options):
+        return np.asarray(objective(fitted, batch, **options)["loss"])
+
+    trained = [losses(train=True, rng=jax.random.key(seed)) for seed in (1, 1, 2)]
+    evaluated = losses(train=False)
+    np.testing.assert_array_equal(*trained[:2])
+    assert np.allclose(trained[0], evaluated) == np.allclose(*trained[1:]) == (not changed)
+    own = create_model(pretrained.model).apply({"params": params}, images)
+    np.testing.assert_allclose(evaluated, -jax.nn.log_softmax(own)[:, 0], rtol=1e-4, atol=1e-5)
+
+
 def test_finetuning_without_weights_has_the_models_defaults(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "_start", lambda *_: (None, None))
     monkeypatch.setattr(train, "_finish", lambda *_: {})

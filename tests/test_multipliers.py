@@ -99,7 +99,7 @@ def test_rates_decay_by_layer_as_in_beit_and_mae(model, fields):
 
 def test_rates_decay_by_layer_as_in_timm():
     timm = pytest.importorskip("timm")
-    from timm.optim.optim_factory import param_groups_layer_decay
+    from timm.optim import param_groups_layer_decay
 
     sizes = {"depth": 3, "embed_dim": 32, "num_heads": 2}
     model = timm.create_model("vit_tiny_patch16_224", **sizes)

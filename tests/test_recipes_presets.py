@@ -191,6 +191,7 @@ SGD = {"optimizer.momentum": 0.9, "optimizer.decay": "all"}
 OURS_ALONE = {
     "dataset.data_dir", "dataset.development", "dataset.jpeg_dct", "dataset.subset",
     "dataset.subset_seed", "dataset.workers", "evals.val.data_dir", "evals.val.dataset",
+    "distillation.alpha", "distillation.kind", "distillation.teacher", "distillation.temperature",
     "lora.alpha", "lora.rank", "lora.targets",
     "evals.val.type", "keep_checkpoints", "log_images", "masking.rate", "masking.target",
     "model.dtype",

@@ -50,6 +50,10 @@ ADDED_KEYS = {
     "dataset.jpeg_dct": "accurate",
     "dataset.workers": 0,
     "log_images": "",
+    "distillation.alpha": 0.5,
+    "distillation.kind": "hard",
+    "distillation.teacher": "",
+    "distillation.temperature": 3.0,
     "lora.alpha": 8.0,
     "lora.rank": 0,
     "lora.targets": "query,value",
@@ -104,6 +108,7 @@ def check_config(config: ConfigDict, *, may_lack: bool = False) -> None:
     _check_evals(config.evals)
     _check_model(config.model, config.dataset.image_size)
     _check_objective(config)
+    _check_teaching(config)
     if not may_lack:
         _check_adapters(config)
     _check_splits(config.dataset)
@@ -318,6 +323,17 @@ def _check_objective(config: ConfigDict) -> None:
             raise UserError(
                 f"config.{key} is {values[key]}, but objective masked_patches has no classes: "
                 f"add --config.{key}=0"
+            )
+
+
+def _check_teaching(config: ConfigDict) -> None:
+    if not config.distillation.teacher:
+        return
+    for key, needed in (("objective", "classification"), ("loss", "softmax")):
+        if config[key] != needed:
+            raise UserError(
+                f"config.{key} is {config[key]!r}, but a teacher's classes are learned with "
+                f"{needed}: set --config.{key}={needed}, or leave config.distillation.teacher out"
             )
 
 

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from vit_jax.data.augmentation import CONTRASTS, parse_augment
 from vit_jax.data.protocols import JPEG_DCTS, MAX_IMAGE_SIZE, PROTOCOLS
 from vit_jax.data.subset import parse_subset
+from vit_jax.distillation import KINDS
 from vit_jax.errors import UserError, brief, first_line
 from vit_jax.evaluation import registry
 from vit_jax.evaluation.fewshot import parse_shots
@@ -220,6 +221,10 @@ RULES: dict[str, Rule] = {
         0.5,
     ),
     "masking.target": _one_of(TARGETS, "mean_color"),
+    "distillation.teacher": _text("runs/large"),
+    "distillation.kind": _one_of(KINDS, "hard"),
+    "distillation.alpha": _above_zero(1, 0.5, "where labels count for nothing"),
+    "distillation.temperature": _above_zero(1000, 3.0, "where all classes are alike"),
     "loss": _one_of(LOSSES, "softmax"),
     "label_smoothing": _fraction(0.1),
     "augment": _read_by(parse_augment, "medium1"),

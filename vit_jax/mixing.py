@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from vit_jax.steps import Batch, pixels_to_inputs
+from vit_jax.steps import Batch, class_shares, pixels_to_inputs
 
 Mix = Callable[[jax.Array, Batch], Batch]
 
@@ -61,8 +61,8 @@ def mixup(rng: jax.Array, batch: Batch, alpha: float, num_classes: int) -> Batch
 
     Args:
         rng: a key.
-        batch: see `steps.train_step`; a label may also be the share of each class, [batch,
-            num_classes].
+        batch: see `steps.train_step`; an image may also have several labels, [batch,
+            classes].
         alpha: above 0; the closer to 0, the more often one of the two images is all there is.
         num_classes: of the model.
 
@@ -76,7 +76,7 @@ def mixup(rng: jax.Array, batch: Batch, alpha: float, num_classes: int) -> Batch
     def mix(x: jax.Array) -> jax.Array:
         return share * x + (1.0 - share) * jnp.roll(x, 1, axis=0)
 
-    targets = _targets(batch["label"], num_classes)
+    targets = class_shares(batch["label"], num_classes)
     images = pixels_to_inputs(batch["image"])
     return {**batch, "image": mix(images), "targets": mix(targets)}
 
@@ -104,7 +104,7 @@ def cutmix(rng: jax.Array, batch: Batch, alpha: float, num_classes: int) -> Batc
     left, right = cut(share, jax.random.randint(column_rng, (), 0, width), width)
     own = 1.0 - (bottom - top) * (right - left) / (height * width)
     box = _boxes(images.shape, top, bottom, left, right)
-    labels, targets = batch["label"], _targets(batch["label"], num_classes)
+    labels, targets = batch["label"], class_shares(batch["label"], num_classes)
 
     def before(x: jax.Array) -> jax.Array:
         return jnp.roll(x, 1, axis=0)
@@ -184,10 +184,3 @@ def _boxes(
     rows = jax.lax.broadcasted_iota(jnp.int32, (1, shape[1], 1, 1), 1)
     columns = jax.lax.broadcasted_iota(jnp.int32, (1, 1, shape[2], 1), 2)
     return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
-
-
-def _targets(labels: jax.Array, num_classes: int) -> jax.Array:
-    """The share of each class, [batch, num_classes] float32."""
-    if labels.ndim == 2:
-        return labels.astype(jnp.float32)
-    return jax.nn.one_hot(labels, num_classes)

@@ -31,6 +31,7 @@ from vit_jax.reporting import say
 from vit_jax.sharding import Mesh, make_mesh
 from vit_jax.state import SCHEDULE_LENGTHS, TrainState, create_schedule
 from vit_jax.steps import Metrics, Objective
+from vit_jax.teacher import Teacher, load_teacher
 
 
 class Prepared(NamedTuple):
@@ -51,6 +52,7 @@ class Prepared(NamedTuple):
         total_steps: of the run.
         log_every: steps from one log line to the next; 0 is at the end alone.
         checkpoint_every: steps from one checkpoint to the next, likewise.
+        teacher: that the model learns from, if there is one.
     """
 
     config: ConfigDict
@@ -67,6 +69,7 @@ class Prepared(NamedTuple):
     total_steps: int
     log_every: int
     checkpoint_every: int
+    teacher: Teacher | None = None
 
     @property
     def class_names(self) -> list[str] | None:
@@ -112,6 +115,7 @@ def prepare(
         total_steps=total_steps,
         log_every=count(config.log_every),
         checkpoint_every=count(config.checkpoint_every),
+        teacher=_open_teacher(config, train_source, model, mesh),
     )
     return prepared._replace(evaluators=_create_evaluators(prepared, eval_source, count))
 
@@ -126,6 +130,27 @@ def schedule_of(
             keys.pop(key), train_source.num_examples, config.batch_size
         )
     return create_schedule(total_steps=total_steps, **keys)
+
+
+def _open_teacher(
+    config: ConfigDict, source: datasets.Source, model: nn.Module, mesh: Mesh
+) -> Teacher | None:
+    settings, names = config.distillation, source.class_names
+    if not settings.teacher:
+        return None
+    if model.config.num_classes != len(names):
+        raise UserError(
+            f"model.num_classes is {model.config.num_classes} but {source.name} has {len(names)} "
+            "classes, and a teacher tells nothing of the others: set --config.model.num_classes=0"
+        )
+    return load_teacher(
+        settings.teacher,
+        class_names=names,
+        image_size=config.dataset.image_size,
+        dtype=config.model.dtype,
+        kind=settings.kind,
+        mesh=mesh,
+    )
 
 
 def _open_sources(
@@ -197,8 +222,12 @@ def compile_train_step(
         prepared.optimizer,
         prepared.model.config.num_classes,
         state,
+        prepared.teacher,
     )
-    return lowered.compile()
+    compiled, teacher = lowered.compile(), prepared.teacher
+    if teacher is None:
+        return compiled
+    return lambda state, batch: compiled(state, batch, teacher.params)
 
 
 def train_batches(prepared: Prepared, first_step: int) -> Iterator[dict[str, np.ndarray]]:

@@ -7,7 +7,7 @@ described (see `vit_jax.plan`).
 import contextlib
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -20,13 +20,22 @@ from vit_jax import lora
 from vit_jax.analysis import flops
 from vit_jax.config import left_to_weights, take_from_weights
 from vit_jax.data.augmentation import parse_augment
+from vit_jax.distillation import Distillation
 from vit_jax.errors import UserError
 from vit_jax.mixing import Mix, create_mix
 from vit_jax.models import create_model, masked, prediction_defaults
 from vit_jax.multipliers import multipliers
 from vit_jax.sharding import AnyMesh, batch_sharding, gathering, state_sharding
 from vit_jax.state import Params, TrainState, create_optimizer, init_params, init_train_state
-from vit_jax.steps import Objective, classification, masked_patches, train_step
+from vit_jax.steps import (
+    Batch,
+    Metrics,
+    Objective,
+    classification,
+    masked_patches,
+    train_step,
+)
+from vit_jax.teacher import Teacher
 
 
 def check_batch_size(config: ConfigDict, devices: int) -> None:
@@ -62,7 +71,9 @@ def create_objective(config: ConfigDict, num_classes: int) -> tuple[nn.Module, O
         )
     num_classes = config.model.num_classes or num_classes
     model = create_model(config.model, num_classes=num_classes)
-    objective = classification(model, config.loss, config.label_smoothing)
+    teaching = dict(config.distillation)
+    distillation = Distillation(**teaching) if teaching.pop("teacher") else None
+    objective = classification(model, config.loss, config.label_smoothing, distillation)
     return model, objective, flops.multiply_adds(config.model, size, num_classes)
 
 
@@ -198,6 +209,7 @@ def lower_train_step(
     optimizer: optax.GradientTransformation,
     num_classes: int,
     state: TrainState,
+    teacher: Teacher | None = None,
 ) -> jax.stages.Lowered:
     """Traces `steps.train_step` for the devices of a mesh.
 
@@ -209,20 +221,32 @@ def lower_train_step(
         num_classes: of the model.
         state: arrays or their shapes, in the shardings that it keeps; each step takes the memory of
             the one before.
+        teacher: whose parameters the step takes as well, after the batch.
     """
     places = jax.tree.map(lambda x: x.sharding, state)
+    update = functools.partial(
+        train_step,
+        objective=objective,
+        optimizer=optimizer,
+        accumulate_steps=config.accumulate_steps,
+        ema_decay=config.ema_decay,
+        mix=batch_mix(config, num_classes),
+        lr_multipliers=lr_multipliers(config),
+    )
+
+    def taught(state: TrainState, batch: Batch, params: Any) -> tuple[TrainState, Metrics]:
+        logits = functools.partial(cast(Teacher, teacher).logits, params)
+        return update(state, batch, teacher=logits)
+
+    inputs = [state, abstract_batch(config, mesh)]
+    shardings = [places, batch_sharding(mesh)]
+    if teacher is not None:
+        inputs.append(teacher.params)
+        shardings.append(jax.tree.map(lambda x: x.sharding, teacher.params))
     step: Any = jax.jit(
-        functools.partial(
-            train_step,
-            objective=objective,
-            optimizer=optimizer,
-            accumulate_steps=config.accumulate_steps,
-            ema_decay=config.ema_decay,
-            mix=batch_mix(config, num_classes),
-            lr_multipliers=lr_multipliers(config),
-        ),
-        in_shardings=(places, batch_sharding(mesh)),
+        update if teacher is None else taught,
+        in_shardings=tuple(shardings),
         out_shardings=(places, None),
         donate_argnums=0,
     )
-    return step.lower(state, abstract_batch(config, mesh))
+    return step.lower(*inputs)

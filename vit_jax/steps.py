@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vit_jax.distillation import Distillation
 from vit_jax.errors import UserError
 from vit_jax.models import masked
 from vit_jax.multipliers import freeze
@@ -55,6 +56,19 @@ def sigmoid_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
 LOSSES = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
 
 
+def class_shares(labels: jax.Array, num_classes: int) -> jax.Array:
+    """The share of each class, [batch, num_classes] float32, of labels in either form.
+
+    Args:
+        labels: [batch] int32, or [batch, classes], of at most `num_classes` classes: others are 0.
+        num_classes: of the model.
+    """
+    if labels.ndim == 1:
+        return jax.nn.one_hot(labels, num_classes)
+    missing = num_classes - labels.shape[-1]
+    return jnp.pad(labels, ((0, 0), (0, missing))) if missing else labels
+
+
 def classification_loss(
     logits: jax.Array, labels: jax.Array, loss: str, label_smoothing: float = 0.0
 ) -> jax.Array:
@@ -71,9 +85,8 @@ def classification_loss(
     """
     if loss not in LOSSES:
         raise UserError(f"loss {loss!r} is unknown: use {' or '.join(LOSSES)}")
-    if labels.ndim == 1:
-        labels = jax.nn.one_hot(labels, logits.shape[-1])
-    return LOSSES[loss](logits, optax.smooth_labels(labels, label_smoothing))
+    shares = class_shares(labels, logits.shape[-1])
+    return LOSSES[loss](logits, optax.smooth_labels(shares, label_smoothing))
 
 
 def pixels_to_inputs(images: jax.Array) -> jax.Array:
@@ -86,13 +99,20 @@ def pixels_to_inputs(images: jax.Array) -> jax.Array:
     return images.astype(jnp.float32) / 127.5 - 1.0
 
 
-def classification(model: nn.Module, loss: str, label_smoothing: float = 0.0) -> Objective:
+def classification(
+    model: nn.Module,
+    loss: str,
+    label_smoothing: float = 0.0,
+    distillation: Distillation | None = None,
+) -> Objective:
     """The objective of predicting labels; in evaluation they are not smoothed.
 
     Args:
         model: maps images to logits.
         loss: "softmax" or "sigmoid".
         label_smoothing: see `classification_loss`.
+        distillation: of a teacher, whose logits are "teacher" [batch, classes] of a batch that is
+            trained on. None, and evaluation, knows none.
     """
 
     def objective(
@@ -100,15 +120,29 @@ def classification(model: nn.Module, loss: str, label_smoothing: float = 0.0) ->
     ) -> Metrics:
         rngs = {"dropout": _training_rng(rng)} if train else {}
         images = pixels_to_inputs(batch["image"])
-        logits = _apply(model, params, images, train=train, rngs=rngs)
+        teaching = distillation if train else None
+        heads = _one_head if teaching is None else _heads
+        logits, taught = heads(model, params, images, train=train, rngs=rngs)
         smoothing = label_smoothing if train else 0.0
         targets = batch.get("targets", batch["label"])  # Those of mixed images.
-        return {
-            "loss": classification_loss(logits, targets, loss, smoothing),
-            "correct": jnp.argmax(logits, -1) == batch["label"],
-        }
+        losses = classification_loss(logits, targets, loss, smoothing)
+        if teaching is not None:
+            losses = teaching.loss(losses, taught, batch["teacher"])
+        return {"loss": losses, "correct": jnp.argmax(logits, -1) == batch["label"]}
 
     return objective
+
+
+def _one_head(model: nn.Module, *inputs: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
+    logits = _apply(model, *inputs, **options)
+    return logits, logits
+
+
+def _heads(model: nn.Module, *inputs: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
+    """The logits that learn from labels and those that learn from a teacher."""
+    if not getattr(model.config, "distillation_token", False):  # As only a ViT may have it.
+        return _one_head(model, *inputs, **options)
+    return cast(tuple[jax.Array, jax.Array], _apply(model, *inputs, method="heads", **options))
 
 
 def masked_patches(model: masked.MaskedVisionTransformer, rate: float, target: str) -> Objective:
@@ -166,6 +200,7 @@ def train_step(
     ema_decay: float = 0.0,
     mix: Callable[[jax.Array, Batch], Batch] | None = None,
     lr_multipliers: str = "",
+    teacher: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Does one update.
 
@@ -181,6 +216,7 @@ def train_step(
         mix: what is done to the batch before it is split, see `mixing.create_mix`.
         lr_multipliers: of the optimizer: parameters that it freezes have no gradient, see
             `multipliers.freeze`.
+        teacher: from images as the model gets them to what is "teacher" of the batch.
 
     Returns:
         The next state, and scalars: "loss" and, where the objective tells what is correct,
@@ -195,6 +231,8 @@ def train_step(
     def loss_fn(params: Any, part: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
         if lr_multipliers:
             params = freeze(params, lr_multipliers)
+        if teacher is not None:
+            part = {**part, "teacher": teacher(part["image"])}
         means = jax.tree.map(jnp.mean, objective(params, part, train=True, rng=rng))
         metrics = {"loss": means["loss"]}
         if "correct" in means:

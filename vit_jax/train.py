@@ -43,6 +43,7 @@ from vit_jax.reporting import Cost, Progress, Reporter
 from vit_jax.sharding import to_devices
 from vit_jax.state import TrainState
 from vit_jax.steps import Batch, Metrics
+from vit_jax.teacher import check_teacher
 from vit_jax.terminal import say
 from vit_jax.trackers import Track, parse_track
 
@@ -122,6 +123,8 @@ def run_checked(
         )
     if saved is None:
         check_multipliers(config)
+    if config.distillation.teacher:
+        check_teacher(config.distillation.teacher)
     with stopping() as stop, full_disk(workdir), making_workdir(workdir), only_run(workdir):
         weights = None
         if saved is None and config.init_from:

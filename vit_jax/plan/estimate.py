@@ -80,7 +80,7 @@ class Described(NamedTuple):
 def describe(
     config: ConfigDict, num_classes: int, devices: int | Sequence[jax.Device]
 ) -> Described:
-    """Builds what a run consists of.
+    """Builds what a run consists of; a teacher is left out.
 
     Args:
         config: checked.
@@ -94,6 +94,8 @@ def describe(
         mesh = AbstractMesh(mesh_shape(config.sharding, devices), AXES)
     else:
         mesh = make_mesh(config.sharding, devices)
+    config = config.copy_and_resolve_references()
+    config.distillation.teacher = ""
     program.check_batch_size(config, mesh.size)
     model, objective, multiply_adds = program.create_objective(config, num_classes)
     optimizer = program.run_optimizer(config, optax.constant_schedule(1e-3))

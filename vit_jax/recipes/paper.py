@@ -335,6 +335,9 @@ def base(model: str, dataset: str) -> ConfigDict:
             # Of masked patch prediction: the share of patches to corrupt, and what is predicted of
             # them: mean_color, downsized or pixels.
             "masking": {"rate": MASKED_RATE, "target": MASKED_TARGET},
+            # A teacher: any weights, "" is none; hard or soft; its share of the loss; and what
+            # logits are divided by where it is soft. DeiT has hard with 0.5, soft with 0.1 and 3.
+            "distillation": {"teacher": "", "kind": "hard", "alpha": 0.5, "temperature": 3.0},
             "loss": "softmax",
             "label_smoothing": 0.0,
             # A name of `data.augmentation.AUGREG`, or for example "randaugment(2,15)+mixup(0.2)".

@@ -1,0 +1,123 @@
+"""The teacher of a run that distills one: any weights, beside the state and never trained."""
+
+import contextlib
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vit_jax.checkpoints.pretrained import Pretrained, check_exists, load_pretrained
+from vit_jax.data.protocols import Preprocessing
+from vit_jax.errors import UserError, shortlist
+from vit_jax.models import create_model
+from vit_jax.printable import printable
+from vit_jax.sharding import Mesh
+from vit_jax.steps import pixels_to_inputs
+
+
+class Teacher(NamedTuple):
+    """A model that is only applied.
+
+    Attributes:
+        params: of the model, whole on every device.
+        logits: from the parameters and images as `steps.train_step` has them to the logits of the
+            classes of the data set, [batch, classes].
+    """
+
+    params: Any
+    logits: Callable[[Any, jax.Array], jax.Array]
+
+
+def check_teacher(path: str) -> None:
+    """Raises a UserError if a path of weights is neither there nor a published name."""
+    with _naming_the_key():
+        check_exists(path)
+
+
+@contextlib.contextmanager
+def _naming_the_key() -> Generator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"distillation.teacher: {error}") from error
+
+
+def load_teacher(
+    path: str, *, class_names: Sequence[str], image_size: int, dtype: str, kind: str, mesh: Mesh
+) -> Teacher:
+    """Reads a teacher from any format of weights.
+
+    It sees the images of the student, in its own normalization, and its position embeddings are
+    interpolated to their size.
+
+    Args:
+        path: see `load_pretrained`.
+        class_names: of the data set, in the order of the labels.
+        image_size: of the run.
+        dtype: of the computation.
+        kind: see `distillation.Distillation`.
+        mesh: the devices.
+
+    Raises:
+        UserError: the weights cannot be read, or their model does not know the classes.
+    """
+    with _naming_the_key():
+        pretrained = load_pretrained(path, image_size=image_size)
+        pretrained.check_head()
+        columns = teacher_columns(pretrained, class_names)
+        if kind == "soft" and pretrained.loss != "softmax":
+            raise UserError(
+                f"{pretrained.source} was trained for the loss {pretrained.loss}, so it has no "
+                "probabilities of classes that sum to 1: set --config.distillation.kind=hard"
+            )
+    module = create_model(pretrained.model, dtype=dtype)
+    normalize = _normalization(pretrained.preprocessing)
+
+    def logits(params: Any, images: jax.Array) -> jax.Array:
+        # Flax may return variables as well, but not where none is mutable.
+        found = cast(
+            jax.Array, module.apply({"params": params}, normalize(pixels_to_inputs(images)))
+        )
+        return jax.lax.stop_gradient(found)[:, columns]
+
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def place(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, whole, lambda index: x[index])
+
+    return Teacher(jax.tree.map(place, pretrained.params), logits)
+
+
+def teacher_columns(pretrained: Pretrained, class_names: Sequence[str]) -> np.ndarray:
+    """Which of a teacher's logits are those of the classes of a data set, in their order.
+
+    By name where the names of its classes are known, else by number.
+
+    Raises:
+        UserError: it does not know them all, or has another number of classes.
+    """
+    if pretrained.class_names is None:
+        if pretrained.model["num_classes"] != len(class_names):
+            raise UserError(
+                f"{pretrained.source} has {pretrained.model['num_classes']} classes without names, "
+                f"the data set {len(class_names)}: choose a teacher of the same classes"
+            )
+        return np.arange(len(class_names))
+    columns = {name: index for index, name in enumerate(pretrained.class_names)}
+    if unknown := [printable(name) for name in class_names if name not in columns]:
+        raise UserError(
+            f"{pretrained.source} does not know {len(unknown)} of the {len(class_names)} classes "
+            f"of the data set ({shortlist(unknown)}): choose a teacher that was trained on them"
+        )
+    return np.array([columns[name] for name in class_names])
+
+
+def _normalization(preprocessing: Preprocessing) -> Callable[[jax.Array], jax.Array]:
+    """Maps images in [-1, 1] to what the teacher was trained on."""
+    mean, std = (np.asarray(x, np.float32) for x in (preprocessing.mean, preprocessing.std))
+    if np.all(mean == 0.5) and np.all(std == 0.5):
+        return lambda images: images
+    return lambda images: ((images + 1.0) / 2.0 - jnp.asarray(mean)) / jnp.asarray(std)
