@@ -132,7 +132,7 @@ def _without_repetitions(directory: Path, lines: Sequence[Line], survey: Survey)
             f"image ({listed(contradictions, 4)}): keep one of each"
         )
     if repeated:
-        survey.remarks.append(f"{repeated:,} lines repeat others and are passed over")
+        survey.remarks.append(f"{repeated:,} passed over that repeat other lines")
     return seen.values()
 
 
