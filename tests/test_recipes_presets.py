@@ -191,8 +191,8 @@ OURS_ALONE = {
     "dataset.broken", "dataset.data_dir", "dataset.development", "dataset.holdout",
     "dataset.jpeg_dct", "dataset.subset", "dataset.subset_seed", "dataset.workers",
     "evals.val.data_dir", "evals.val.dataset", "evals.val.type", "keep_checkpoints",
-    "masking.rate", "masking.target", "model.dtype", "model.remat", "model.scan_layers", "model.num_classes", "schedule.cooldown",
-    "schedule.drops", "schedule.timescale", "sharding",
+    "masking.rate", "masking.target", "model.dtype", "model.remat", "model.scan_layers",
+    "model.num_classes", "schedule.cooldown", "schedule.drops", "schedule.timescale", "sharding",
     "evals.fewshot.type", "evals.fewshot.dataset", "evals.fewshot.data_dir", "evals.fewshot.split",
     "evals.fewshot.every", "evals.fewshot.shots",
 }  # fmt: skip

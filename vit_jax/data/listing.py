@@ -102,10 +102,8 @@ def _entries(directory: Path, lines: Sequence[Line], survey: Survey) -> list[Ent
             size, fault = measure(path), no_image(path)
         except (OSError, ValueError) as error:  # ValueError: no path has a NUL in it.
             reason = getattr(error, "strerror", None) or first_line(error)
-            size, fault = (
-                None,
-                f"{path}, line {line.number}, cannot be read: {reason}; mend the list",
-            )
+            fault = f"{path} of line {line.number} cannot be read ({reason}): mend that"
+            size = None
         if size is None:
             survey.broken[line.path] = Broken(fault, ";".join(line.labels))
         else:
