@@ -193,12 +193,11 @@ SGD = {"optimizer.momentum": 0.9, "optimizer.decay": "all"}
 # Keys of ours that say how a run computes, where its data lie, or what it is not: theirs have no
 # counterpart, or it changes nothing that is learned.
 OURS_ALONE = {
-    "dataset.data_dir", "dataset.development", "dataset.jpeg_dct", "dataset.subset",
-    "dataset.subset_seed", "dataset.workers", "evals.val.data_dir", "evals.val.dataset",
+    "dataset.broken", "dataset.data_dir", "dataset.development", "dataset.holdout",
+    "dataset.jpeg_dct", "dataset.subset", "dataset.subset_seed", "dataset.workers",
     "distillation.alpha", "distillation.kind", "distillation.teacher", "distillation.temperature",
-    "lora.alpha", "lora.rank", "lora.targets",
-    "evals.val.type", "keep_checkpoints", "log_images", "masking.rate", "masking.target",
-    "model.dtype",
+    "evals.val.data_dir", "evals.val.dataset", "evals.val.type", "keep_checkpoints", "log_images",
+    "lora.alpha", "lora.rank", "lora.targets", "masking.rate", "masking.target", "model.dtype",
     "model.remat", "model.scan_layers", "model.num_classes", "schedule.cooldown",
     "schedule.drops", "schedule.timescale", "sharding",
     "evals.fewshot.type", "evals.fewshot.dataset", "evals.fewshot.data_dir", "evals.fewshot.split",

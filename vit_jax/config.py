@@ -49,6 +49,8 @@ MOST_MULTIPLY_ADDS = 1e15
 ADDED_KEYS = {
     "augment_contrast": "pil",
     "class_weights": "",
+    "dataset.broken": "refuse",
+    "dataset.holdout": 0.2,
     "dataset.jpeg_dct": "accurate",
     "dataset.sampling": "",
     "dataset.workers": 0,

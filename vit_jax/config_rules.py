@@ -32,6 +32,7 @@ from vit_jax.state import DECAY_MASKS, DECAYS, DROPS, OPTIMIZERS
 from vit_jax.steps import LOSSES
 
 OBJECTIVES = ("classification", "masked_patches")
+BROKEN = ("refuse", "skip")
 
 # Says of a value of the right type what is wrong with it, None if nothing.
 Problem = Callable[[Any], str | None]
@@ -267,6 +268,12 @@ RULES: dict[str, Rule] = {
     # It is the key of a hash, of 8 bytes.
     "dataset.subset_seed": _between(int, 0, 2**63 - 1, 0, "it is hashed as 8 bytes"),
     "dataset.sampling": _one_of_or_none(SAMPLINGS, "balanced"),
+    "dataset.holdout": Rule(
+        float,
+        lambda x: None if 0 < x < 1 else f"is {brief(x)}: it must be above 0 and below 1",
+        0.2,
+    ),
+    "dataset.broken": _one_of(BROKEN, "skip"),
     "dataset.image_size": _between(int, 1, MAX_IMAGE_SIZE, 224, "the largest image that is fed"),
     "dataset.protocol": _one_of(PROTOCOLS, "big_vision"),
     "dataset.jpeg_dct": _one_of(JPEG_DCTS, "accurate"),

@@ -25,6 +25,7 @@ from vit_jax.config import (
     take_from_weights,
     to_dict,
 )
+from vit_jax.data import holdout
 from vit_jax.data.augmentation import parse_augment
 from vit_jax.data.pipeline import INPUT_VERSION
 from vit_jax.errors import UserError
@@ -84,8 +85,9 @@ def train(
 
     Args:
         config: of the whole run; see `vit_jax.recipes`.
-        workdir: takes config.json, metrics.jsonl, metrics.json, TensorBoard's event files, and the
-            checkpoints. Nothing else is written, but for what `shown` asks for.
+        workdir: takes config.json, metrics.jsonl, metrics.json, TensorBoard's event files, the
+            checkpoints, and of images without splits split.csv. Nothing else is written, but for
+            what `shown` asks for.
         shown: beyond the config.
 
     Returns:
@@ -130,7 +132,8 @@ def run_checked(
         if saved is None and config.init_from:
             config, weights = read_weights(config)
         config = take_from_weights(config, prediction_defaults(config.model.architecture))
-        prepared = prepare(config, workdir, (saved or {}).get("class_names"))
+        saved_names = (saved or {}).get("class_names")
+        prepared = prepare(config, workdir, saved_names, goes_on=saved is not None)
         check_steps(traced, prepared.total_steps)
         check_pictures(prepared)
         if is_longer(prepared, before):
@@ -141,6 +144,8 @@ def run_checked(
         with contextlib.closing(store):
             if jax.process_index() == 0:
                 write_json(workdir / "config.json", to_dict(config))
+                if saved is None:
+                    holdout.record(prepared.train_source.partition, workdir)
             state, progress = _start(prepared, store, weights)
             del weights  # They need not stay in memory while the run goes.
             final = _finish(prepared, state, progress, store, stop, track, traced)

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vit_jax.data.holdout import Partition
 from vit_jax.errors import UserError, brief
 
 Example = dict[str, Any]
@@ -48,6 +49,10 @@ class Source:
             published pipelines decode them with TensorFlow, which knows no orientation.
         multi_label: whether an image has any number of labels, which are trained on: 1 for each
             class that it shows, 0 for the others.
+        root: of the files that ids name, "" where they name none. What is below it identifies a
+            file wherever the whole lies.
+        partition: how the images were divided where the data set has no splits of its own.
+        notes: what a user should be told of the data set, a line each.
     """
 
     name: str
@@ -58,6 +63,9 @@ class Source:
     border: int = 0
     turn: bool = True
     multi_label: bool = False
+    root: str = ""
+    partition: Partition | None = dataclasses.field(default=None, repr=False)
+    notes: tuple[str, ...] = dataclasses.field(default=(), repr=False)
 
     @property
     def num_examples(self) -> int:

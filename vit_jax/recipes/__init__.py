@@ -116,12 +116,13 @@ def get_config(model: str, spec: str = "") -> ConfigDict:
             pre-training by masked patch prediction, or "finetune", or a preset of
             `vit_jax.recipes.presets`: "augreg" or "baseline" from scratch, "transfer" or
             "bit_hyperrule" from weights. Then the data set: a TFDS name, "vtab:TASK" or
-            "folder:PATH" (default imagenet2012 from scratch with labels; else it must be given).
-            Then, optionally, "dev" to hold out the part of train on which the paper chose its
-            hyperparameters and to evaluate on that, and a word of the recipe's: of finetune "512",
-            the resolution and the averaging of Table 2's ImageNet rows; of baseline "90", "150" or
-            "300", its epochs; of transfer "inception", its other crop; of bit_hyperrule "small",
-            "medium" or "large", the size of the data set, which must be said where it is not known.
+            "folder:PATH" or "list:PATH" (default imagenet2012 from scratch with labels; else it
+            must be given). Then, optionally, "dev" to hold out the part of train on which the paper
+            chose its hyperparameters and to evaluate on that, and a word of the recipe's: of
+            finetune "512", the resolution and the averaging of Table 2's ImageNet rows; of baseline
+            "90", "150" or "300", its epochs; of transfer "inception", its other crop; of
+            bit_hyperrule "small", "medium" or "large", the size of the data set, which must be said
+            where it is not known.
 
     Raises:
         UserError: the spec has a word that is none of these.
@@ -172,7 +173,7 @@ def parse_spec(spec: str) -> tuple[str, str, set[str]]:
             f"{' or '.join(PRESETS)}; {hint}"
         )
     dataset, options = _split_options(spec, dataset, ("dev", *RECIPES[name].options))
-    if "," in dataset and not dataset.startswith("folder:"):
+    if "," in dataset and not dataset.startswith(("folder:", "list:")):
         dataset, _, rest = dataset.partition(",")
         valid = " or ".join(("dev", *RECIPES[name].options))
         raise UserError(
