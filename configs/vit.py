@@ -33,7 +33,7 @@ def _with_recipe(spec: str) -> str:
     first, _, rest = spec.partition(",")
     named = difflib.get_close_matches(first, recipes.RECIPES, n=1, cutoff=0.75)
     # The name of a folder may have commas in it.
-    is_dataset = first.startswith("folder:") or {*rest.split(",")} <= {"", "dev", "512"}
+    is_dataset = first.startswith(("folder:", "list:")) or {*rest.split(",")} <= {"", "dev", "512"}
     if not spec or named:
         return spec
     if not is_dataset:

@@ -517,6 +517,7 @@ def test_a_config_of_before_evals_has_them():
     for key in ("cache", "shuffle_buffer"):
         del before["dataset"][key]
     before["dataset"]["workers"] = 0
+    before["keep_head"] = "never"
     before["model"]["remat"] = "nothing"
     before["optimizer"]["lr_multipliers"] = ""
     before["schedule"] |= {"cooldown": "0 steps", "drops": [0.3, 0.6, 0.9]}

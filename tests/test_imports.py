@@ -31,7 +31,7 @@ LAYERS = (
     ("config_files", "doctor", "export", "inference", "provenance", "reporting"),
     ("program",),
     ("plan",),
-    ("preparation", "initialization"),
+    ("preparation", "initialization", "own_images"),
     ("train",),
     ("runner",),
     # Commands, which no library module imports.
@@ -86,7 +86,7 @@ WITHOUT_TENSORFLOW = (
     "export.to_tensorrt",
 )
 # They read TFDS's data sets, for which it needs no TensorFlow.
-WITH_TFDS = ("data", "preparation", "train", "evaluate")
+WITH_TFDS = ("data", "own_images", "preparation", "train", "evaluate")
 OF_TENSORFLOW = {"tensorflow", "tensorflow_datasets", "clu", "onnx", "onnxruntime", "tf2onnx"}
 # The machine that builds an engine has no JAX either.
 WITHOUT_JAX = ("export.engine", "export.runtime", "export.to_tensorrt")

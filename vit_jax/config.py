@@ -49,6 +49,7 @@ ADDED_KEYS = {
     "augment_contrast": "pil",
     "dataset.jpeg_dct": "accurate",
     "dataset.workers": 0,
+    "keep_head": "never",
     "optimizer.lr_multipliers": "",
     "schedule.cooldown": "0 steps",
     "schedule.drops": list(DROPS),

@@ -1,5 +1,6 @@
 """Data sets by name, and the splits that they are trained and evaluated on by default."""
 
+import os
 from typing import NamedTuple, Protocol
 
 from vit_jax.data import digits, folder, vtab
@@ -59,6 +60,17 @@ def open_dataset(
     train = _open_split(dataset, name, train_split or default_train)
     eval_split = eval_split or default_eval or _infer_eval_split(dataset, name)
     return train, _open_split(dataset, name, eval_split)
+
+
+def name_of(path: str) -> str:
+    """The name of the data set that a folder of images is.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not os.path.isdir(path):
+        raise UserError(f"{path} is no folder: give one that has images in folders of classes")
+    return folder.PREFIX + path
 
 
 def open_evaluation(name: str, *, data_dir: str = "", split: str = "") -> Source:

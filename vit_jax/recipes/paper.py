@@ -136,7 +136,7 @@ POLYAK_DECAY = 0.9999
 
 def table_name(dataset: str) -> str:
     """The name without the version and configuration of TFDS, `cifar10` of `cifar10:3.0.2`."""
-    return dataset if dataset.startswith("folder:") else re.split("[:/]", dataset)[0]
+    return dataset if dataset.startswith(("folder:", "list:")) else re.split("[:/]", dataset)[0]
 
 
 def pretrain(model: str, dataset: str) -> ConfigDict:
@@ -328,6 +328,9 @@ def base(model: str, dataset: str) -> ConfigDict:
             "accumulate_steps": 1,
             "duration": "",
             "init_from": "",
+            # Whether the weights' head stays where it knows the classes of the data: never, as the
+            # paper's (Section 3.2 removes it), or auto.
+            "keep_head": "never",
             "objective": "classification",  # or masked_patches
             # Of masked patch prediction: the share of patches to corrupt, and what is predicted of
             # them: mean_color, downsized or pixels.
