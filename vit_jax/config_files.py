@@ -112,7 +112,7 @@ def find(name: str) -> tuple[pathlib.Path, str | None]:
             return file, spec if colon else None
         if recipes.model_name(match[1]) != match[1]:
             return _DIRECTORY / "vit.py", ",".join(filter(None, (match[1], spec)))
-    near = nearest(match[1], _names()) if match else None
+    near = nearest(match[1], [*_names(), *_spellings()]) if match else None
     hint = f"did you mean {near}? " if near else ""
     shown = brief_name(path, 200)
     raise UserError(f"config {shown} does not exist: {hint}{_known()}")
@@ -120,6 +120,11 @@ def find(name: str) -> tuple[pathlib.Path, str | None]:
 
 def _names() -> list[str]:
     return sorted(path.stem for path in _DIRECTORY.glob("*.py"))
+
+
+def _spellings() -> list[str]:
+    """The models as the official code spells them, `ti16`, which are configs too."""
+    return list(recipes.OFFICIAL_NAMES)
 
 
 def _known() -> str:

@@ -120,7 +120,7 @@ def _of_weights(loaded: Loaded, pretrained: Pretrained) -> list[own.Choice]:
     """The fields in which the model of the weights differs from the one of its name."""
     model = prediction_fields(loaded.config.model.to_dict())
     return [
-        own.Choice(f"model.{key}", pretrained.model[key], "as the weights have it")
+        own.Choice(f"model.{key}", _plain(pretrained.model[key]), "as the weights have it")
         for key in model.keys() - _OF_THE_RUN
         if key in pretrained.model and _plain(pretrained.model[key]) != _plain(model[key])
     ]
