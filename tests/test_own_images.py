@@ -151,6 +151,13 @@ def test_a_mistake_is_told_before_anything_is_written(photos, weights, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_that_is_not_there_is_told_before_the_weights_are_read(tmp_path):
+    (tmp_path / "w.npz").write_text("no weights")
+    flags = [f"--config.init_from={tmp_path / 'w.npz'}", "--workdir", str(tmp_path / "run")]
+    with pytest.raises(UserError, match="folder '/nowhere/photos' does not exist"):
+        main.main(["--config", "b16:finetune,folder:/nowhere/photos", *flags])
+
+
 @pytest.mark.parametrize(
     ("data", "workdir"),
     [("/data/my flowers/", "runs/my-flowers"), ("a/../b.csv", "runs/b"), ("/", "runs/own")],

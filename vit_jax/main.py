@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -95,6 +96,7 @@ def _train_on(args: argparse.Namespace, values: Sequence[str], parser: command.P
         raise UserError("--data chooses a config, and --config names one: give one of them")
     from vit_jax import config_files, own_images
     from vit_jax.config import check_config
+    from vit_jax.reporting import say
 
     processes.check_flags(*_several(args))
     workdir = args.workdir or own_images.default_workdir(args.data)
@@ -105,33 +107,39 @@ def _train_on(args: argparse.Namespace, values: Sequence[str], parser: command.P
         if args.print_config:
             print(config_files.explain(loaded))
             return 0
-        _train(loaded.config, workdir, lines)
+        for line in lines:
+            say(line)
+        _train(loaded.config, workdir)
     return 0
 
 
-def _train(config: "ConfigDict", workdir: str, lines: Sequence[str] = ()) -> None:
-    _check_weights(config.init_from, workdir)
+def _train(config: "ConfigDict", workdir: str) -> None:
+    _check_inputs(config.init_from, config.dataset.name, workdir)
     tensorflow_env.quiet()
     import jax
 
     command.keep_programs()
     if jax.process_index() == 0:
-        for line in (f"workdir: {workdir}", *lines):
-            print(printable(line), flush=True)
+        print(printable(f"workdir: {workdir}"), flush=True)
     from vit_jax import train  # It takes seconds to import: a wrong flag should not.
 
     sys.unraisablehook = functools.partial(_hide_abandoned_writes, sys.unraisablehook)
     train.run_checked(config, workdir)
 
 
-def _check_weights(init_from: str, workdir: str) -> None:
-    """Raises a UserError if a run is to begin with weights that are not there."""
+def _check_inputs(init_from: str, dataset: str, workdir: str) -> None:
+    """Raises a UserError if weights or files of images are not there, before either is read."""
     from vit_jax.checkpoints.pretrained import check_exists
     from vit_jax.checkpoints.training import saved_steps
 
     has_begun = saved_steps(pathlib.Path(workdir, "checkpoints"))
     if init_from and not has_begun:  # What has begun goes on without them.
         check_exists(init_from)
+    kind, _, path = dataset.partition(":")
+    if kind in ("folder", "list") and not os.path.exists(os.path.expanduser(path)):
+        raise UserError(
+            f"{kind} {path!r} does not exist: name the images with --config.dataset.name"
+        )
 
 
 def _hide_abandoned_writes(previous: Callable[[Any], Any], unraisable: Any) -> None:
