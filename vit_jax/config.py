@@ -328,6 +328,7 @@ def unknown_key(key: str, valid: Iterable[str]) -> UserError:
     if near := nearest(last, leaves):
         hint = f"did you mean config.{leaves[near]}?"
     elif having := [name for name in leaves.values() if last in re.split(r"[._]", name)]:
+        having.sort(key=lambda name: not name.endswith(last))
         hint = f"did you mean {' or '.join(f'config.{name}' for name in having)}?"
     else:
         hint = f"valid are {', '.join(sorted(leaves.values()))}"
