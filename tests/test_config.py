@@ -167,6 +167,8 @@ def test_a_missing_key_raises():
         ),
         ("dataset", "jpeg_dct", "best", "config.dataset.jpeg_dct 'best' is unknown: use accurate"),
         ("dataset", "subset", "half", "dataset.subset 'half' is not understood: use a number of"),
+        ("dataset", "holdout", 1.0, "config.dataset.holdout is 1.0: it must be above 0 and below"),
+        ("dataset", "broken", "mend", "config.dataset.broken 'mend' is unknown: use refuse or sk"),
         ("dataset", "subset_seed", -1, "config.dataset.subset_seed is -1: it must not be neg"),
         ("evals.fewshot", "shots", "few", "shots 'few' are not positive numbers, each once"),
         ("optimizer", "name", "lamb", "optimizer.name 'lamb' is unknown: use adam, adafactor, sgd"),

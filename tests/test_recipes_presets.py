@@ -188,9 +188,9 @@ SGD = {"optimizer.momentum": 0.9, "optimizer.decay": "all"}
 # Keys of ours that say how a run computes, where its data lie, or what it is not: theirs have no
 # counterpart, or it changes nothing that is learned.
 OURS_ALONE = {
-    "dataset.data_dir", "dataset.development", "dataset.jpeg_dct", "dataset.subset",
-    "dataset.subset_seed", "dataset.workers", "evals.val.data_dir", "evals.val.dataset",
-    "evals.val.type", "keep_checkpoints", "masking.rate", "masking.target", "model.dtype",
+    "dataset.broken", "dataset.data_dir", "dataset.development", "dataset.holdout",
+    "dataset.jpeg_dct", "dataset.subset", "dataset.subset_seed", "dataset.workers", "evals.val.data_dir", "evals.val.dataset",
+    "evals.val.type", "keep_checkpoints", "keep_head", "masking.rate", "masking.target", "model.dtype",
     "model.remat", "model.scan_layers", "model.num_classes", "schedule.cooldown",
     "schedule.drops", "schedule.timescale", "sharding",
     "evals.fewshot.type", "evals.fewshot.dataset", "evals.fewshot.data_dir", "evals.fewshot.split",

@@ -48,6 +48,8 @@ MOST_MULTIPLY_ADDS = 1e15
 # a saved config without the key has.
 ADDED_KEYS = {
     "augment_contrast": "pil",
+    "dataset.broken": "refuse",
+    "dataset.holdout": 0.2,
     "dataset.jpeg_dct": "accurate",
     "dataset.workers": 0,
     "keep_head": "never",

@@ -29,6 +29,7 @@ from vit_jax.steps import LOSSES
 
 OBJECTIVES = ("classification", "masked_patches")
 KEEP_HEAD = ("never", "auto")
+BROKEN = ("refuse", "skip")
 
 # Says of a value of the right type what is wrong with it, None if nothing.
 Problem = Callable[[Any], str | None]
@@ -229,6 +230,12 @@ RULES: dict[str, Rule] = {
     "dataset.subset": _read_by(lambda text: text and parse_subset(text), "10%"),
     # It is the key of a hash, of 8 bytes.
     "dataset.subset_seed": _between(int, 0, 2**63 - 1, 0, "it is hashed as 8 bytes"),
+    "dataset.holdout": Rule(
+        float,
+        lambda x: None if 0 < x < 1 else f"is {brief(x)}: it must be above 0 and below 1",
+        0.2,
+    ),
+    "dataset.broken": _one_of(BROKEN, "skip"),
     "dataset.image_size": _between(int, 1, MAX_IMAGE_SIZE, 224, "the largest image that is fed"),
     "dataset.protocol": _one_of(PROTOCOLS, "big_vision"),
     "dataset.jpeg_dct": _one_of(JPEG_DCTS, "accurate"),

@@ -30,10 +30,16 @@ def build_parser(prog: str = "python -m vit_jax.evaluate") -> command.Parser:
         "--dataset",
         required=True,
         metavar="D",
-        help="a TFDS name, folder:PATH, digits, imagenet2012_real, or objectnet:PATH",
+        help="a TFDS name, folder:PATH, list:PATH, digits, imagenet2012_real, or objectnet:PATH",
     )
     parser.add_argument("--split", default="", help="in TFDS syntax [validation or test]")
     parser.add_argument("--data_dir", default="", help="where TFDS looks [its default]")
+    parser.add_argument(
+        "--broken",
+        choices=["refuse", "skip"],
+        default="refuse",
+        help="of a folder or list, files that should be images and are not [refuse]",
+    )
     parser.add_argument(
         "--batch_size", type=command.positive, default=128, metavar="N", help="at a time [128]"
     )
@@ -150,7 +156,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif args.dataset.startswith(objectnet.PREFIX):
         result |= _evaluate_objectnet(args)
     else:
-        source = datasets.open_evaluation(args.dataset, data_dir=args.data_dir, split=args.split)
+        files = _file_rules(args)
+        source = datasets.open_evaluation(
+            args.dataset, data_dir=args.data_dir, split=args.split, files=files
+        )
+        for note in source.notes:
+            print(printable(note), flush=True)
         checkpoint = _Checkpoint(args)
         result |= {"split": source.split} | _evaluate_classes(checkpoint, source, args)
         if args.fewshot:
@@ -158,6 +169,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         write_json(pathlib.Path(args.json), result)
     return 0
+
+
+def _file_rules(args: argparse.Namespace) -> Any:
+    """Images without splits are divided as the checkpoint's run had them, if it is theirs."""
+    from vit_jax.data import datasets, holdout
+
+    of_files = datasets.is_of_files(args.dataset)
+    partition = holdout.of_checkpoint(args.checkpoint) if of_files else None
+    return datasets.FileRules(broken=args.broken, partition=partition, must_fit=False)
 
 
 def _silence() -> None:
@@ -249,7 +269,9 @@ def _evaluate_fewshot(
     from vit_jax.data import datasets
     from vit_jax.evaluation.fewshot import create_fewshot
 
-    train, _ = datasets.open_dataset(args.dataset, data_dir=args.data_dir, eval_split=test.split)
+    train, _ = datasets.open_dataset(
+        args.dataset, data_dir=args.data_dir, eval_split=test.split, files=_file_rules(args)
+    )
     evaluator = create_fewshot(
         checkpoint.model,
         train,

@@ -83,6 +83,8 @@ def choose(
     _apply(loaded, _of_weights(loaded, pretrained))
     source = _open(loaded)
     choices = _choices(loaded, pretrained, source.num_examples)
+    if source.multi_label:
+        choices.append(own.Choice("loss", "sigmoid", "an image may have several labels"))
     choices = _apply(loaded, choices)
     facts = (
         f"chosen for {source.num_examples:,} training images of {len(source.class_names)} classes, "
@@ -138,6 +140,7 @@ def _open(loaded: Loaded) -> datasets.Source:
         train_split=data.train_split,
         eval_split=data.eval_split,
         development=data.development,
+        files=datasets.FileRules(holdout=data.holdout, broken=data.broken, least_classes=2),
     )
     return take_subset(source, data.subset, data.subset_seed)
 

@@ -12,7 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 from vit_jax.config import count_steps
-from vit_jax.data import datasets, pipeline
+from vit_jax.data import datasets, holdout, pipeline
 from vit_jax.data.augmentation import parse_augment
 from vit_jax.data.protocols import evaluation
 from vit_jax.data.subset import take_subset
@@ -68,7 +68,11 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    config: ConfigDict, workdir: pathlib.Path, saved_names: Sequence[str] | None
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    saved_names: Sequence[str] | None,
+    *,
+    goes_on: bool = False,
 ) -> Prepared:
     """Opens the data sets and builds the rest; nothing is computed yet.
 
@@ -76,13 +80,14 @@ def prepare(
         config: of the run, checked.
         workdir: of the run.
         saved_names: class names in the order of the labels that the run began with, if it did.
+        goes_on: whether it began before: its images are divided as they were then.
 
     Raises:
         UserError: for any mistake of the user's.
     """
     mesh = make_mesh(config.sharding)
     check_batch_size(config, mesh.size)
-    train_source, eval_source = _open_sources(config, workdir, saved_names)
+    train_source, eval_source = _open_sources(config, workdir, saved_names, goes_on)
     count = functools.partial(
         count_steps, num_examples=train_source.num_examples, batch_size=config.batch_size
     )
@@ -111,16 +116,30 @@ def prepare(
 
 
 def _open_sources(
-    config: ConfigDict, workdir: pathlib.Path, saved_names: Sequence[str] | None
+    config: ConfigDict, workdir: pathlib.Path, saved_names: Sequence[str] | None, goes_on: bool
 ) -> tuple[datasets.Source, datasets.Source]:
     data = config.dataset
+    split_file = workdir / holdout.FILE
+    # A single class is learned without a word: the loss is 0. A run of before goes on with it.
+    tells_apart = config.objective == "classification" and not goes_on
+    files = datasets.FileRules(
+        holdout=data.holdout,
+        broken=data.broken,
+        least_classes=2 if tells_apart else 1,
+        partition=holdout.read(split_file) if goes_on and split_file.exists() else None,
+    )
     train_source, eval_source = datasets.open_dataset(
         data.name,
         data_dir=data.data_dir,
         train_split=data.train_split,
         eval_split=data.eval_split,
         development=data.development,
+        files=files,
     )
+    if goes_on and train_source.partition is not files.partition:
+        holdout.read(split_file)  # It is gone: this says so.
+    for note in train_source.notes:
+        say(note)
     if saved_names is not None:
         sources = (train_source, eval_source)
         train_source, eval_source = (_with_labels(x, saved_names, workdir) for x in sources)
@@ -154,6 +173,7 @@ def _create_evaluators(
         class_names=prepared.class_names,
         dataset=data.name,
         data_dir=data.data_dir,
+        broken=data.broken,
         eval_source=eval_source,
         preprocessing=evaluation(data.protocol, data.image_size, data.jpeg_dct),
         batch_size=config.batch_size // config.accumulate_steps,

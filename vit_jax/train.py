@@ -25,6 +25,7 @@ from vit_jax.config import (
     take_from_weights,
     to_dict,
 )
+from vit_jax.data import holdout
 from vit_jax.data.augmentation import parse_augment
 from vit_jax.data.pipeline import INPUT_VERSION
 from vit_jax.errors import UserError
@@ -59,8 +60,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
 
     Args:
         config: of the whole run; see `vit_jax.recipes`.
-        workdir: takes config.json, metrics.jsonl, metrics.json, TensorBoard's event files, and the
-            checkpoints. Nothing else is written.
+        workdir: takes config.json, metrics.jsonl, metrics.json, TensorBoard's event files, the
+            checkpoints, and of images without splits split.csv. Nothing else is written.
 
     Returns:
         What metrics.json holds: the last evaluation and the best.
@@ -99,11 +100,14 @@ def run_checked(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str
         if saved is None and config.init_from:
             config, weights = read_weights(config)
         config = take_from_weights(config, prediction_defaults(config.model.architecture))
-        prepared = prepare(config, workdir, (saved or {}).get("class_names"))
+        saved_names = (saved or {}).get("class_names")
+        prepared = prepare(config, workdir, saved_names, goes_on=saved is not None)
         store = CheckpointStore(workdir, keep=config.keep_checkpoints, report=say)
         with contextlib.closing(store):
             if jax.process_index() == 0:
                 write_json(workdir / "config.json", to_dict(config))
+                if saved is None:
+                    holdout.record(prepared.train_source.partition, workdir)
             state, progress = _start(prepared, store, weights)
             del weights  # They need not stay in memory while the run goes.
             final = _finish(prepared, state, progress, store, stop)

@@ -1,15 +1,18 @@
 """Image folders: what is read, in which order, and what is refused."""
 
 import os
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from vit_jax.data import images as pil_images
-from vit_jax.data.datasets import open_dataset, open_evaluation
+from vit_jax.data.datasets import FileRules, open_dataset, open_evaluation
 from vit_jax.data.pipeline import eval_batches, train_batches
 from vit_jax.data.protocols import evaluation
+from vit_jax.data.subset import take_subset
 from vit_jax.errors import UserError
 
 from .orientations import UPRIGHT
@@ -152,9 +155,177 @@ def test_test_class_unknown_to_train_is_named(image_folder):
     assert "'lily'" in refuse(image_folder)
 
 
-def test_file_that_is_no_image_is_named(image_folder):
-    (image_folder / "test" / "rose" / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
-    assert "rose/Thumbs.db" in refuse(image_folder)
+def test_files_that_are_no_images_are_passed_over_and_counted(image_folder):
+    before = ids(open_dataset(f"folder:{image_folder}")[0])
+    (image_folder / "train" / "rose" / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
+    (image_folder / "train" / "rose" / "notes.txt").write_text("mine")
+    (image_folder / "train" / "sizes.txt").write_text("40")
+    os.mkfifo(image_folder / "train" / "rose" / "pipe")  # Whoever opened it would wait.
+    (image_folder / "train" / "loose.jpg").write_bytes(b"no class")
+    (image_folder / "train" / "__MACOSX").mkdir()
+    (image_folder / "train" / "rose" / "around").symlink_to(image_folder)
+    train, _ = open_dataset(f"folder:{image_folder}")
+    assert ids(train) == before
+    assert train.notes == (
+        f"folder '{image_folder}': 4 passed over that are no images (.txt, .db, pipe)",
+        f"folder '{image_folder}': 1 passed over that are images by name but in no class",
+        f"folder '{image_folder}': 1 passed over that are links to directories",
+    )
+
+
+def test_all_that_is_wrong_is_told_at_once(image_folder):
+    for index in range(12):
+        (image_folder / "train" / "rose" / f"broken{index:02}.png").write_bytes(b"")
+    (image_folder / "train" / "lily").mkdir()
+    (image_folder / "test" / "iris").mkdir()
+    (image_folder / "test" / "iris" / "photo.heic").write_bytes(b"no format that is read")
+    cut = min((image_folder / "test" / "aster").rglob("*.jpg"))
+    cut.write_bytes(cut.read_bytes()[:300])
+    message = refuse(image_folder)
+    assert f"folder '{image_folder}' has 3 problems: (1) class {image_folder}/train/lily" in message
+    assert f"(2) class 'iris' of {image_folder}/test is not in train" in message
+    named = ", ".join(f"train/rose/broken{index:02}.png" for index in range(10))
+    assert f"(3) 14 files are no images or are cut off ({named} and 4 more): mend or" in message
+
+
+def test_broken_files_are_left_out_if_so_asked_and_named(image_folder):
+    name, rules = f"folder:{image_folder}", FileRules(broken="skip")
+    before = [ids(source) for source in open_dataset(name)]
+    (image_folder / "train" / "rose" / "broken.png").write_bytes(b"")
+    cut = image_folder / "test" / "aster" / "cut.jpg"
+    cut.write_bytes(min((image_folder / "test").rglob("*.jpg")).read_bytes()[:300])
+    sources = open_dataset(name, files=rules)
+    assert [ids(source) for source in sources] == before
+    note = "2 left out that are broken: train/rose/broken.png, test/aster/cut.jpg"
+    assert sources[0].notes == (f"folder '{image_folder}': {note}",)
+    for path in (image_folder / "test" / "aster").iterdir():
+        path.write_bytes(b"")
+    message = refuse(image_folder, files=rules)  # A class of nothing else is empty.
+    assert message.startswith(f"class {image_folder}/test/aster is empty")
+
+
+def test_one_class_is_refused_where_there_must_be_two(image_folder):
+    for split in ("train", "test"):
+        (image_folder / split / "rose").rename(image_folder / f"{split} rose")
+    assert open_dataset(f"folder:{image_folder}")[0].class_names == ("aster",)
+    message = refuse(image_folder, files=FileRules(least_classes=2))
+    assert "has one class alone, 'aster'" in message
+
+
+@pytest.fixture
+def bare(image_folder):
+    """A folder of the 2 classes of 20 images, one of 7 in folders of its own, and one of one."""
+    root = (image_folder / "train").rename(image_folder.with_name("bare"))
+    images = sorted((image_folder / "test").rglob("*.jpg"))
+    for index in range(8):
+        directory = root / "lily" / f"{index % 3}" / "deep" if index < 7 else root / "lone"
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "same.jpg" if index in (1, 2) else directory / f"{index}.jpg").write_bytes(
+            images[index % 6].read_bytes()
+        )
+    return root
+
+
+def relative(source, root):
+    return [path.removeprefix(f"{root}/") for path in ids(source)]
+
+
+def test_a_folder_of_classes_is_divided_class_by_class(bare):
+    train, held_out = open_dataset(f"folder:{bare}")
+    assert train.class_names == ("aster", "lily", "lone", "rose")
+    counts = {"aster": (16, 4), "lily": (6, 1), "lone": (1, 0), "rose": (16, 4)}
+    found = [Counter(name.split("/")[0] for name in relative(x, bare)) for x in (train, held_out)]
+    assert {name: (found[0][name], found[1][name]) for name in counts} == counts
+    assert sorted(ids(train) + ids(held_out)) == sorted(map(str, bare.rglob("*.jpg")))
+    for example in [*train, *held_out]:
+        name = example["id"].removeprefix(f"{bare}/").split("/")[0]
+        assert train.class_names[example["label"]] == name
+    begin = f"folder '{bare}': it has no splits, so 39 images are to train on and 9"
+    assert train.notes[0].startswith(begin)
+
+
+def test_a_division_depends_on_names_alone_and_other_shares_nest(bare):
+    sources = open_dataset(f"folder:{bare}")
+    moved = bare.rename(bare.with_name("elsewhere"))
+    for path in moved.rglob("*.jpg"):
+        path.touch()
+    again = open_dataset(f"folder:{moved}/")
+    for source, same in zip(sources, again, strict=True):
+        assert relative(source, bare) == relative(same, moved)
+    _, more = open_dataset(f"folder:{moved}", files=FileRules(holdout=0.4))
+    assert set(relative(again[1], moved)) < set(relative(more, moved))
+    assert more.num_examples == 8 + 3 + 0 + 8
+
+
+def test_slices_and_development_are_of_what_is_not_held_out(bare):
+    name = f"folder:{bare}"
+    train, held_out = open_dataset(name)
+    part, rest = open_dataset(name, train_split="train[:50%]", eval_split="train[50%:]")
+    assert ids(part) + ids(rest) == ids(train)
+    part, rest = open_dataset(name, development=True)
+    assert ids(part) + ids(rest) == ids(train) and rest.num_examples == 4
+    assert ids(open_evaluation(name, split="validation[50%:]")) == ids(held_out)[4:]
+
+
+def test_to_evaluate_alone_a_folder_without_splits_is_taken_whole(bare):
+    source = open_evaluation(f"folder:{bare}")
+    assert sorted(ids(source)) == sorted(map(str, bare.rglob("*.jpg")))
+    assert source.notes == (f"folder '{bare}': all images, of no split, are scored, 48",)
+
+
+def test_what_a_run_held_out_is_scored_of_its_folder_and_of_no_other(bare, image_folder):
+    train, held_out = open_dataset(f"folder:{bare}")
+    rules = FileRules(holdout=0.5, partition=train.partition, must_fit=False)
+    (bare / "rose" / "new.jpg").write_bytes((bare / "rose" / "1.jpg").read_bytes())
+    (bare / "rose" / "new.png").write_bytes(b"broken, but none of the run's")
+    source = open_evaluation(f"folder:{bare}", files=rules)
+    assert ids(source) == ids(held_out)
+    assert source.notes == (
+        f"folder '{bare}': the images that the run held out are scored, 9",
+        f"folder '{bare}': 2 left out that the run began without",
+    )
+    for directory in ("aster", "lily"):
+        (bare / directory).rename(image_folder.with_name(directory))
+    assert open_evaluation(f"folder:{bare}", files=rules).num_examples == 22  # All that is there.
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (Path.unlink, "1 of the run's images in split.csv are gone (aster/1.jpg): restore"),
+        (lambda path: path.write_bytes(b""), "aster/1.jpg is not an image (JPEG, PNG"),
+        (lambda path: path.rename(path.parents[1] / "rose/x.jpg"), "split.csv are gone (aster/1.j"),
+    ],
+)
+def test_a_division_of_which_a_file_is_gone_cannot_be_followed(bare, change, message):
+    train, _ = open_dataset(f"folder:{bare}")
+    change(bare / "aster" / "1.jpg")
+    for broken in ("refuse", "skip"):
+        rules = FileRules(broken=broken, partition=train.partition)
+        assert message in refuse(bare, files=rules)
+
+
+def test_what_was_broken_when_a_run_began_stays_left_out(bare):
+    broken = bare / "rose" / "broken.jpg"
+    broken.write_bytes(b"")
+    rules = FileRules(broken="skip")
+    train, _ = open_dataset(f"folder:{bare}", files=rules)
+    assert train.partition.rows["rose/broken.jpg"] == ("rose", "broken")
+    broken.write_bytes((bare / "rose" / "1.jpg").read_bytes())
+    again, _ = open_dataset(f"folder:{bare}", files=FileRules(partition=train.partition))
+    assert ids(again) == ids(train)
+
+
+def test_a_subset_is_of_names_below_the_folder(bare):
+    # lily/1/deep/same.jpg and lily/2/deep/same.jpg differ four levels up.
+    (bare / "rose" / "1" / "deep").mkdir(parents=True)
+    copy = bare / "rose" / "1" / "deep" / "same.jpg"
+    copy.write_bytes((bare / "rose" / "1.jpg").read_bytes())
+    source = take_subset(open_evaluation(f"folder:{bare}"), "50%")
+    moved = bare.rename(bare.with_name("elsewhere"))
+    again = take_subset(open_evaluation(f"folder:{moved}"), "50%")
+    assert relative(source, bare) == relative(again, moved)
+    assert source.num_examples == 24
 
 
 def test_empty_and_unknown_splits_are_named(image_folder):

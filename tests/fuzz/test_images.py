@@ -167,8 +167,9 @@ def read_folder(path):
     found = set(find_images([str(path)]))
     for split in folder.split_names:
         for file in folder.select(split):
-            *_, directory, name = file.path.split("/")
-            assert folder.class_names[file.label] == directory
+            parts = file.path.removeprefix(f"{path}/").split("/")
+            name = parts[-1]
+            assert folder.class_names[file.label] == parts[folder.partition is None]
             if os.path.splitext(name)[1].lower() in images.SUFFIXES:
                 assert file.path in found
             try:

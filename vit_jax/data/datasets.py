@@ -1,14 +1,26 @@
 """Data sets by name, and the splits that they are trained and evaluated on by default."""
 
+import dataclasses
 import os
 from typing import NamedTuple, Protocol
 
-from vit_jax.data import digits, folder, vtab
+from vit_jax.data import digits, folder, listing, vtab
+from vit_jax.data.labeled_files import FileRules, LabeledFiles
 from vit_jax.data.source import Source, check_splits, relabel
 from vit_jax.data.tfds_datasets import RealDataset, TfdsDataset, VtabDataset
 from vit_jax.errors import UserError, first_line
 
-__all__ = ["Source", "default_splits", "open_dataset", "open_evaluation", "open_real", "relabel"]
+__all__ = [
+    "FileRules",
+    "Source",
+    "default_splits",
+    "is_of_files",
+    "name_of",
+    "open_dataset",
+    "open_evaluation",
+    "open_real",
+    "relabel",
+]
 
 
 class _Splits(NamedTuple):
@@ -27,7 +39,29 @@ _SPLITS = {
     "oxford_flowers102": _Splits("train+validation", "test", 10),
 }
 _OTHER_SPLITS = _Splits("train", "", 10)
+_AS_THEY_ARE = FileRules()
 REAL = "imagenet2012_real"
+
+
+def name_of(path: str) -> str:
+    """The name of the data set at a path: "folder:PATH" or "list:PATH".
+
+    Raises:
+        UserError: there is neither a folder nor a list.
+    """
+    if os.path.isdir(os.path.expanduser(path)):
+        return folder.PREFIX + path
+    if path.lower().endswith(listing.SUFFIXES) and os.path.isfile(os.path.expanduser(path)):
+        return listing.PREFIX + path
+    raise UserError(
+        f"{path!r} is no data set: give a folder with a directory of images for each class, or a "
+        "list of images and labels that ends in .csv or .jsonl"
+    )
+
+
+def is_of_files(name: str) -> bool:
+    """Tells whether a data set is a folder or list of image files, whose `FileRules` count."""
+    return name.startswith((folder.PREFIX, listing.PREFIX))
 
 
 def open_dataset(
@@ -37,57 +71,74 @@ def open_dataset(
     train_split: str = "",
     eval_split: str = "",
     development: bool = False,
+    files: FileRules = _AS_THEY_ARE,
 ) -> tuple[Source, Source]:
     """Returns the sources to train and to evaluate on.
 
     Args:
         name: a TFDS name ("cifar10", "name/config:1.2.*"), registered or only prepared in
-            `data_dir`; "digits"; "folder:PATH" (see `folder`); or "vtab:TASK" (see `vtab`).
+            `data_dir`; "digits"; "folder:PATH" (see `folder`); "list:PATH" (see `listing`); or
+            "vtab:TASK" (see `vtab`).
         data_dir: where TFDS looks; "" is its default.
         train_split: in TFDS syntax; "" is the default of the data set.
         eval_split: likewise; for a data set the paper does not use, validation or else test.
         development: evaluate on the last part of the training split and train on the rest
             (paper, Appendix B.1.1: 10% of Pets and Flowers, 2% of CIFAR, 1% of ImageNet, the 200
             validation images of a VTAB task).
+        files: what is done with those of a folder or list.
 
     Raises:
         UserError: if the data set is unknown, not prepared or not one of labeled images, or if a
             split does not exist or is empty.
     """
     check_splits(train_split=train_split, eval_split=eval_split, development=development)
-    dataset = _open(name, data_dir)
+    dataset = _open(name, data_dir, files)
     default_train, default_eval = _default_splits(dataset, name, development)
     train = _open_split(dataset, name, train_split or default_train)
+    if divided := _divided(dataset):
+        sizes = [f"{len(divided.splits[split]):,}" for split in ("train", "validation")]
+        note = f"it has no splits, so {sizes[0]} images are to train on and {sizes[1]} are held out"
+        train = _with_note(train, divided, note)
     eval_split = eval_split or default_eval or _infer_eval_split(dataset, name)
     return train, _open_split(dataset, name, eval_split)
 
 
-def name_of(path: str) -> str:
-    """The name of the data set that a folder of images is.
-
-    Raises:
-        UserError: there is no such folder.
-    """
-    if not os.path.isdir(path):
-        raise UserError(f"{path} is no folder: give one that has images in folders of classes")
-    return folder.PREFIX + path
-
-
-def open_evaluation(name: str, *, data_dir: str = "", split: str = "") -> Source:
+def open_evaluation(
+    name: str, *, data_dir: str = "", split: str = "", files: FileRules = _AS_THEY_ARE
+) -> Source:
     """Returns the source to evaluate on alone: the data set need not have any other split.
 
     Args:
-        name: as in `open_dataset`.
+        name: as in `open_dataset`. A folder or list without splits is taken as a whole, unless
+            `files.partition` is of it: then what that holds out is.
         data_dir: likewise.
         split: `eval_split` of `open_dataset`.
+        files: as in `open_dataset`.
 
     Raises:
         UserError: as `open_dataset` does.
     """
-    dataset = _open(name, data_dir)
+    dataset = _open(name, data_dir, files)
+    if not split and (divided := _divided(dataset)):
+        followed = divided.partition is files.partition
+        source = _open_split(dataset, name, "validation" if followed else "train+validation")
+        which = (
+            "the images that the run held out" if followed else "it has no splits, so all images"
+        )
+        return _with_note(source, divided, f"{which} are scored, {source.num_examples:,}")
     _, default_eval = _default_splits(dataset, name)
     split = split or default_eval or _infer_eval_split(dataset, name)
     return _open_split(dataset, name, split)
+
+
+def _divided(dataset: "_Dataset") -> LabeledFiles | None:
+    """The data set if it has no splits of its own."""
+    is_divided = isinstance(dataset, LabeledFiles) and dataset.partition is not None
+    return dataset if is_divided else None
+
+
+def _with_note(source: Source, dataset: LabeledFiles, note: str) -> Source:
+    return dataclasses.replace(source, notes=(f"{dataset.what}: {note}", *source.notes))
 
 
 def open_real(*, data_dir: str = "", split: str = "validation") -> Source:
@@ -109,9 +160,11 @@ class _Dataset(Protocol):
     def source(self, split: str) -> Source: ...
 
 
-def _open(name: str, data_dir: str) -> _Dataset:
+def _open(name: str, data_dir: str, files: FileRules) -> _Dataset:
     if name.startswith(folder.PREFIX):
-        return folder.open_folder(name.removeprefix(folder.PREFIX))
+        return folder.open_folder(name.removeprefix(folder.PREFIX), files)
+    if name.startswith(listing.PREFIX):
+        return listing.open_list(name.removeprefix(listing.PREFIX), files)
     if name == digits.NAME:
         return digits.DigitsDataset()
     return (VtabDataset if vtab.is_vtab(name) else TfdsDataset)(name, data_dir)

@@ -1,171 +1,184 @@
-"""A folder of images as a data set: train/ and test/ or validation/, one directory per class."""
+"""A folder of images as a data set: one directory per class, in train/ and test/ or directly."""
 
-import dataclasses
-import hashlib
-import itertools
-import re
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
-from vit_jax.data import classes, splits
-from vit_jax.data.headers import check_end, check_format
-from vit_jax.data.source import Example, Source
-from vit_jax.data.tfrecord import unreadable
-from vit_jax.errors import UserError
+from vit_jax.data import classes
+from vit_jax.data.headers import check_format, measure, no_image
+from vit_jax.data.images import SUFFIXES
+from vit_jax.data.labeled_files import (
+    Entry,
+    File,
+    FileRules,
+    LabeledFiles,
+    divide,
+    in_hashed_order,
+    without_cut_off,
+)
+from vit_jax.data.survey import Broken, Survey
+from vit_jax.errors import UserError, first_line
 
 PREFIX = "folder:"
-_SPLITS = {
+SPLITS = {
     "train": "train",
     "test": "test",
     "validation": "validation",
     "val": "validation",
     "valid": "validation",
 }
+_NOT_OF_A_USER = "__MACOSX"  # What a Mac puts into an archive beside what it packs.
+_DEFAULTS = FileRules()
 
 
-@dataclasses.dataclass(frozen=True)
-class File:
-    """An image file, its class index, and its size in bytes."""
-
-    path: str
-    label: int
-    num_bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class FileExamples:
-    """Image files as the examples of a `Source`; an id is a path."""
-
-    files: tuple[File, ...]
-
-    def __len__(self) -> int:
-        """Returns the number of files."""
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Example:
-        """Reads a file as it lies on the disk.
-
-        Raises:
-            UserError: it is missing or may not be read.
-        """
-        file = self.files[index]
-        with unreadable(file.path):
-            encoded = Path(file.path).read_bytes()
-        return {"image": encoded, "label": file.label, "id": file.path}
-
-    def ids(self) -> list[str]:
-        """Returns the paths."""
-        return [file.path for file in self.files]
-
-
-@dataclasses.dataclass(frozen=True)
-class Folder:
-    """The files of every split, in an order that only their names decide, and the class names."""
-
-    path: str
-    class_names: tuple[str, ...]
-    splits: dict[str, tuple[File, ...]]
-
-    def select(self, split: str) -> tuple[File, ...]:
-        """Returns the files of `split`, in the syntax of TFDS ("train[:98%]+validation").
-
-        Raises:
-            UserError: if train is asked for and there is none.
-            ValueError: if `split` is malformed, names no split of this folder or selects nothing.
-        """
-        if "train" not in self.splits and re.search(r"\btrain\b", split):
-            raise UserError(
-                f"folder {self.path!r} has no train/, only {', '.join(self.splits)}: one directory "
-                "per class is expected in train/"
-            )
-        sizes = {name: len(files) for name, files in self.splits.items()}
-        parts = splits.slices(split, sizes)
-        return sum((self.splits[name][part] for name, part in parts), ())
-
-    @property
-    def split_names(self) -> tuple[str, ...]:
-        """The names of the splits that the folder has."""
-        return tuple(self.splits)
-
-    def source(self, split: str) -> Source:
-        """Returns a split, in the syntax of TFDS; for what it raises, see `select`."""
-        files = self.select(split)
-        return Source(
-            PREFIX + self.path,
-            split,
-            self.class_names,
-            num_bytes=sum(file.num_bytes for file in files),
-            examples=FileExamples(files),
-        )
-
-
-def open_folder(path: str) -> Folder:
+def open_folder(path: str, rules: FileRules = _DEFAULTS) -> LabeledFiles:
     """Lists the images below `path`, and reads the first bytes of each.
 
-    Of those to evaluate on the last bytes are read too, see `headers.check_end`: they are first
-    looked at after many steps.
+    Of those to evaluate on the last bytes are read too, see `headers.check_end`.
 
     Classes are the directories of train/, or where there is none of all splits together: numbers
-    in the order of their values, other names as text. The files of a split are ordered by a hash of
-    their relative path, so that a slice such as "train[:90%]" is a random sample of all classes and
-    stays the same on every machine.
+    in the order of their values, other names as text. A folder without any of the splits' own
+    directories has those of the classes itself, and is divided, see `labeled_files.divide`. All
+    images below a class are its own, however deep. A file that begins like an image is one,
+    whatever it is called; another is broken if it has the suffix of one, and else passed over.
+
+    Args:
+        path: of the folder.
+        rules: for what is not as it should be.
 
     Raises:
-        UserError: if the folder or all its splits are missing, there are no classes, a class is
-            empty, a test class is unknown in training, or a file is not an image.
+        UserError: all that is wrong with the folder, in one line.
     """
     root = Path(path).expanduser()
     if not root.is_dir():
         raise UserError(
-            f"folder {path!r} does not exist: name one with train/, and test/ or validation/, in it"
+            f"folder {path!r} does not exist: name one with a directory per class in it, or with "
+            "train/, and test/ or validation/"
         )
-    found = {directory: name for directory, name in _SPLITS.items() if (root / directory).is_dir()}
-    if not found:
-        raise UserError(
-            f"folder {path!r} has no train/ and nothing to evaluate on: one directory per class is "
-            "expected in train/ and in test/ or validation/"
-        )
+    survey = Survey(f"folder {path!r}", skip=rules.broken == "skip")
+    found = {directory: name for directory, name in SPLITS.items() if (root / directory).is_dir()}
     for name in found.values():
         same = [f"{directory}/" for directory, other in found.items() if other == name]
         if len(same) > 1:
             raise UserError(f"folder {path!r} has both {' and '.join(same)}: keep one of them")
-    sources = ["train"] if "train" in found else found
-    class_names = classes.in_order({x for name in sources for x in _class_names(root / name)})
-    files = {name: _list_files(root / directory, class_names) for directory, name in found.items()}
-    for file in itertools.chain(*(files[name] for name in files if name != "train")):
-        check_end(file.path)
-    return Folder(path, class_names, files)
+    partition = None
+    if found:
+        class_names, entries = _of_splits(root, found, survey)
+    else:
+        images = [x for part in _scan(root, survey).values() for x in part]
+        entries, partition = divide(images, rules, survey)
+        class_names = classes.in_order({x.labels[0] for part in entries.values() for x in part})
+    if class_names and len(class_names) < rules.least_classes:
+        survey.others.append(
+            f"folder {path!r} has one class alone, {class_names[0]!r}, so there is nothing to tell "
+            "apart: add a directory for another"
+        )
+    survey.check()
+    return LabeledFiles(
+        survey.what,
+        PREFIX + path,
+        str(root),
+        class_names,
+        {name: in_hashed_order(part, class_names) for name, part in entries.items()},
+        partition=partition,
+        notes=survey.notes(),
+    )
+
+
+def _of_splits(
+    root: Path, found: dict[str, str], survey: Survey
+) -> tuple[tuple[str, ...], dict[str, list[Entry]]]:
+    """The class names, and the images of each split."""
+    scans = {
+        name: _scan(root / directory, survey, f"{directory}/") for directory, name in found.items()
+    }
+    sources = ["train"] if "train" in found else found.values()
+    class_names = classes.in_order({x for name in sources for x in scans[name]})
+    entries = {}
+    for directory, name in found.items():
+        known = {x: images for x, images in scans[name].items() if x in class_names}
+        unknown = scans[name].keys() - known.keys()
+        survey.unknown += [f"{x!r} of {root / directory}" for x in sorted(unknown)]
+        images = [x for part in known.values() for x in part]
+        if name != "train":
+            images = without_cut_off(images, survey, f"{directory}/")
+        entries[name] = images
+    return class_names, entries
+
+
+def _scan(directory: Path, survey: Survey, prefix: str = "") -> dict[str, list[Entry]]:
+    """The images below a directory by class; what is found beside them goes to the survey.
+
+    Args:
+        directory: has one directory per class.
+        survey: of the data set.
+        prefix: of the names of files in it.
+    """
+    found = {}
+    for entry in _listed(str(directory)):
+        if not _is_directory(entry):
+            survey.pass_over(entry.name)
+            continue
+        images = found[entry.name] = []
+        for path in _files_below(entry.path, survey):
+            name = path.removeprefix(f"{directory}/")
+            if (size := _size(path, prefix + name, entry.name, survey)) is not None:
+                images.append(Entry(name, path, (entry.name,), size))
+        if not images:
+            survey.empty.append(entry.path)
+    if not found:
+        survey.others.append(f"{directory} holds no classes: make one directory per class in it")
+    return found
+
+
+def _size(path: str, name: str, class_name: str, survey: Survey) -> int | None:
+    """The size of an image in bytes, None for a file that is none."""
+    try:
+        size, fault = measure(path), no_image(path)
+    except OSError as error:
+        size, fault = None, f"{path} cannot be read ({error.strerror}): mend or remove it"
+    if size is None:
+        if os.path.splitext(path)[1].lower() in SUFFIXES:
+            survey.broken[name] = Broken(fault, class_name)
+        else:
+            survey.pass_over(path.rpartition("/")[2])
+    return size
+
+
+def _files_below(directory: str, survey: Survey) -> Iterator[str]:
+    """The paths of all files, in no order; a loop of links would have no end."""
+    directories = [directory]
+    while directories:
+        for entry in _listed(directories.pop()):
+            if not _is_directory(entry):
+                yield entry.path
+            elif entry.is_symlink():
+                survey.links += 1
+            else:
+                directories.append(entry.path)
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # A link to itself.
+        return False
+
+
+def _listed(directory: str) -> list[os.DirEntry[str]]:
+    """What is in a directory and not hidden, by name."""
+    try:
+        with os.scandir(directory) as entries:
+            found = [x for x in entries if not x.name.startswith(".") and x.name != _NOT_OF_A_USER]
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise UserError(f"directory {directory} cannot be read: {reason}") from error
+    return sorted(found, key=lambda entry: entry.name)
 
 
 def visible(directory: Path) -> list[Path]:
     """Lists what is in a directory and not hidden, by name."""
     return sorted(entry for entry in directory.iterdir() if not entry.name.startswith("."))
-
-
-def _class_names(directory: Path) -> tuple[str, ...]:
-    names = tuple(entry.name for entry in visible(directory) if entry.is_dir())
-    if not names:
-        raise UserError(f"{directory} holds no classes: make one directory per class in it")
-    return names
-
-
-def _list_files(directory: Path, class_names: Sequence[str]) -> tuple[File, ...]:
-    files = []
-    for name in _class_names(directory):
-        if name not in class_names:
-            raise UserError(f"class {name!r} of {directory} is not in train/: add it or remove it")
-        paths = visible(directory / name)
-        if not paths:
-            raise UserError(f"class {directory / name} is empty: add images or remove it")
-        label = class_names.index(name)
-        files += [check_image(path, label) for path in paths]
-
-    def key(file: File) -> bytes:
-        name = Path(file.path).relative_to(directory).as_posix()
-        # A name may have bytes that are no text.
-        return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
-
-    return tuple(sorted(files, key=key))
 
 
 def check_image(path: Path, label: int) -> File:
@@ -174,5 +187,4 @@ def check_image(path: Path, label: int) -> File:
     Raises:
         UserError: it is not one.
     """
-    check_format(path)
-    return File(str(path), label, path.stat().st_size)
+    return File(str(path), label, check_format(path))

@@ -1,6 +1,9 @@
 """The format of an image file from its first bytes, without decoding it."""
 
+import functools
 import os
+import stat
+from collections.abc import Callable
 
 from PIL import Image
 
@@ -12,21 +15,53 @@ _LONGEST = 32  # bytes that PIL looks at to tell a format
 _ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND", b"GIF8": b";"}
 
 
-def check_format(path: str | os.PathLike[str]) -> None:
-    """Checks that a file begins like an image that `images.read_image` decodes.
+def measure(path: str | os.PathLike[str]) -> int | None:
+    """The size in bytes of a file that begins like an image that `images.read_image` decodes.
+
+    Returns:
+        None if it does not, or is no file but a directory, pipe or device.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    # A pipe would keep whoever opens it waiting.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        head = os.read(descriptor, _LONGEST)
+    finally:
+        os.close(descriptor)
+    # PIL answers with a sentence where it was built without a format that it recognizes.
+    return status.st_size if any(accept(head) is True for accept in _accepts()) else None
+
+
+@functools.cache
+def _accepts() -> tuple[Callable[[bytes], bool | str], ...]:
+    Image.init()
+    found = (Image.OPEN[name][1] for name in FORMATS if name in Image.OPEN)
+    return tuple(accept for accept in found if accept is not None)
+
+
+def check_format(path: str | os.PathLike[str]) -> int:
+    """Checks that a file begins like an image, see `measure`, and returns its size in bytes.
 
     Raises:
         UserError: the file is no image of `images.FORMATS`.
     """
-    if os.path.isfile(path):
-        with open(path, "rb", buffering=0) as file:
-            head = file.read(_LONGEST)
-        Image.init()
-        # PIL answers with a sentence where it was built without a format that it recognizes.
-        accepts = (Image.OPEN[name][1] for name in FORMATS if name in Image.OPEN)
-        if any(accept is not None and accept(head) is True for accept in accepts):
-            return
-    raise UserError(f"{path} is not an image ({', '.join(FORMATS)}): convert it or remove it")
+    try:
+        size = measure(path)
+    except OSError:
+        size = None
+    if size is None:
+        raise UserError(no_image(path))
+    return size
+
+
+def no_image(path: str | os.PathLike[str]) -> str:
+    """Says that a file is no image, and what to do."""
+    return f"{path} is not an image ({', '.join(FORMATS)}): convert it or remove it"
 
 
 def check_end(path: str | os.PathLike[str]) -> None:

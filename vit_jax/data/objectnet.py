@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from vit_jax.data import folder, imagenet
+from vit_jax.data.labeled_files import FileExamples
 from vit_jax.data.source import Example, Source
 from vit_jax.errors import UserError
 
@@ -80,7 +81,7 @@ def open_objectnet(name: str) -> tuple[Source, int, int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _MultiHot(folder.FileExamples):
+class _MultiHot(FileExamples):
     targets: np.ndarray  # of each class of ObjectNet, int64 [113, 1000]
 
     def __getitem__(self, index: int) -> Example:

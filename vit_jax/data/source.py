@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vit_jax.data.holdout import Partition
 from vit_jax.errors import UserError, brief
 
 Example = dict[str, Any]
@@ -34,8 +35,8 @@ class Examples(Protocol):
 class Source:
     """A split of a data set.
 
-    `source[i]` reads an example: {"image": bytes, encoded; "label": an int, of `open_real` and
-    `open_objectnet` int64 [classes]; "id": str, names the example}.
+    `source[i]` reads an example: {"image": bytes, encoded; "label": an int, of `open_real`,
+    `open_objectnet` and where `multi_label` int64 [classes]; "id": str, names the example}.
 
     Attributes:
         name: of the data set, as it was asked for.
@@ -46,6 +47,11 @@ class Source:
         border: pixels of every side of an image that evaluation cuts off.
         turn: whether images are turned as their EXIF orientation says; those of TFDS are not: the
             published pipelines decode them with TensorFlow, which knows no orientation.
+        multi_label: whether an image may have several labels, or none: a label has a 1 for each.
+        root: of the files that ids name, "" where they name none. What is below it identifies a
+            file wherever the whole lies.
+        partition: how the images were divided where the data set has no splits of its own.
+        notes: what a user should be told of the data set, a line each.
     """
 
     name: str
@@ -55,6 +61,10 @@ class Source:
     examples: Examples = dataclasses.field(repr=False)
     border: int = 0
     turn: bool = True
+    multi_label: bool = False
+    root: str = ""
+    partition: Partition | None = dataclasses.field(default=None, repr=False)
+    notes: tuple[str, ...] = dataclasses.field(default=(), repr=False)
 
     @property
     def num_examples(self) -> int:

@@ -54,7 +54,7 @@ def take_subset(source: Source, subset: str, seed: int = 0) -> Source:
             f"dataset.subset {subset!r} is {count:,} of the {total:,} images of {source.split}: "
             "it must be at least one, and no more than there are"
         )
-    numbers = _numbers(source.ids(), seed)
+    numbers = _numbers(source.ids(), source.root, seed)
     smallest_first = np.unique(numbers)
     if len(smallest_first) != total:  # Of 64 bits: where two are equal, so are the ids.
         raise UserError(
@@ -64,13 +64,14 @@ def take_subset(source: Source, subset: str, seed: int = 0) -> Source:
     return dataclasses.replace(source.select(chosen), split=f"{source.split}, {subset} of it")
 
 
-def _numbers(ids: Sequence[str], seed: int) -> np.ndarray:
-    """A random number of 64 bits of each id."""
+def _numbers(ids: Sequence[str], root: str, seed: int) -> np.ndarray:
+    """A random number of 64 bits of each id; those of files below a root are relative to it."""
     key = seed.to_bytes(8, "little")
 
     def digest(name: str) -> bytes:
-        # The directories above split/class/file of a folder do not count: it may be moved.
-        tail = "/".join(name.rsplit("/", 3)[-3:])
-        return hashlib.blake2b(tail.encode(), digest_size=8, key=key).digest()
+        # The directories above do not count: what is in them may be moved.
+        tail = name.removeprefix(f"{root}/") if root else "/".join(name.rsplit("/", 3)[-3:])
+        encoded = tail.encode(errors="surrogateescape")  # A name may have bytes that are no text.
+        return hashlib.blake2b(encoded, digest_size=8, key=key).digest()
 
     return np.frombuffer(b"".join(map(digest, ids)), np.uint64)

@@ -117,6 +117,8 @@ def short_name(dataset: str) -> str:
     """Returns the name of a data set in metrics: "flowers" of "folder:/data/flowers"."""
     if dataset.startswith("folder:"):
         return pathlib.Path(dataset.removeprefix("folder:")).name
+    if dataset.startswith("list:"):
+        return pathlib.Path(dataset.removeprefix("list:")).stem
     return dataset.partition(":")[0]
 
 
@@ -244,7 +246,10 @@ def create(settings: Mapping[str, Any], watched: Watched) -> Callable[[Any], dic
     from vit_jax.data import datasets
 
     train, test = datasets.open_dataset(
-        settings["dataset"], data_dir=settings["data_dir"], eval_split=settings["split"]
+        settings["dataset"],
+        data_dir=settings["data_dir"],
+        eval_split=settings["split"],
+        files=watched.files_of(settings["dataset"]),
     )
     accuracies = create_fewshot(
         watched.trunk,

@@ -14,6 +14,7 @@ from vit_jax.sharding import Mesh
 from vit_jax.steps import Objective
 
 if TYPE_CHECKING:  # They import TFDS.
+    from vit_jax.data.labeled_files import FileRules
     from vit_jax.data.pipeline import EvalBatches
     from vit_jax.data.source import Source
 
@@ -30,6 +31,7 @@ class Watched:
         class_names: in the order of the logits; None where no classes are predicted.
         dataset: name of the run's data set.
         data_dir: of the same.
+        broken: what is done with broken files, see `data.labeled_files.FileRules`.
         eval_source: its split to evaluate on.
         preprocessing: what evaluation makes of an image.
         batch_size: of all devices together.
@@ -49,6 +51,14 @@ class Watched:
     batch_size: int
     mesh: Mesh
     report: Callable[[str], None] = print
+    broken: str = "refuse"
+
+    def files_of(self, name: str) -> "FileRules":
+        """What is done with the files of a data set; the run's own is divided as the run has it."""
+        from vit_jax.data.labeled_files import FileRules
+
+        partition = self.eval_source.partition if name == self.dataset else None
+        return FileRules(broken=self.broken, partition=partition)
 
     def open(self, settings: Mapping[str, Any]) -> "Source":
         """Opens the images of an entry, their labels being those of the run's head.
@@ -66,7 +76,9 @@ class Watched:
             return self.eval_source
         name = settings["dataset"] or self.dataset
         data_dir = settings["data_dir"] or (self.data_dir if name == self.dataset else "")
-        source = datasets.open_evaluation(name, data_dir=data_dir, split=settings["split"])
+        source = datasets.open_evaluation(
+            name, data_dir=data_dir, split=settings["split"], files=self.files_of(name)
+        )
         return source if self.class_names is None else self.label(source)
 
     def label(self, source: "Source") -> "Source":

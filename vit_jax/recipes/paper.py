@@ -136,7 +136,8 @@ POLYAK_DECAY = 0.9999
 
 def table_name(dataset: str) -> str:
     """The name without the version and configuration of TFDS, `cifar10` of `cifar10:3.0.2`."""
-    return dataset if dataset.startswith(("folder:", "list:")) else re.split("[:/]", dataset)[0]
+    is_path = dataset.startswith(("folder:", "list:"))
+    return dataset if is_path else re.split("[:/]", dataset)[0]
 
 
 def pretrain(model: str, dataset: str) -> ConfigDict:
@@ -385,6 +386,9 @@ def _dataset(name: str) -> dict[str, Any]:
         "development": False,
         "subset": "",  # of the training images: "10%" or "5000"; "" is all
         "subset_seed": 0,
+        # Of a folder or list without splits, the share of each class that is evaluated on.
+        "holdout": 0.2,
+        "broken": "refuse",  # files that should be images and are not, or "skip" them
         "image_size": 0,
         "protocol": "",
         # Of decoding JPEG: accurate, as PIL, or fast, TensorFlow's default, which Google's

@@ -1,0 +1,128 @@
+"""Images held out for evaluation where a data set has no splits of its own."""
+
+import csv
+import dataclasses
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vit_jax.errors import UserError, brief, first_line
+from vit_jax.files import atomic_write
+
+FILE = "split.csv"
+TRAIN, HELD_OUT, BROKEN = "train", "validation", "broken"
+_COLUMNS = ("path", "class", "split")
+# A file's name may have bytes that are no text.
+_TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+
+
+class Row(NamedTuple):
+    """Of an image, its class (several are joined by ";") and `TRAIN`, `HELD_OUT` or `BROKEN`."""
+
+    class_name: str
+    split: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Partition:
+    """How the images of a data set were divided.
+
+    Attributes:
+        rows: by the image's path, relative to the data set.
+    """
+
+    rows: Mapping[str, Row]
+
+    def fits(self, names: Collection[str]) -> bool:
+        """Tells whether it is of a data set: at least half of its images are there."""
+        there = sum(name in self.rows for name in set(names))
+        return 2 * there >= len(self.rows) > 0
+
+    def write(self, workdir: Path) -> None:
+        """Writes `split.csv`, whole or not at all.
+
+        Raises:
+            UserError: the disk refuses.
+        """
+        with atomic_write(workdir / FILE) as temporary, temporary.open("w", **_TEXT) as file:
+            writer = csv.writer(file)
+            writer.writerow(_COLUMNS)
+            writer.writerows((name, *row) for name, row in sorted(self.rows.items()))
+
+
+def read(path: Path) -> Partition:
+    """The partition that a run has written.
+
+    Raises:
+        UserError: the file is missing or not one that `Partition.write` makes.
+    """
+    rows = {}
+    try:
+        with path.open(**_TEXT) as file:
+            lines = csv.reader(file, strict=True)
+            if tuple(next(lines, ())) != _COLUMNS:
+                raise ValueError(f"its first line is not {','.join(_COLUMNS)}")
+            for line in lines:
+                if len(line) != len(_COLUMNS) or line[2] not in (TRAIN, HELD_OUT, BROKEN):
+                    raise ValueError(f"line {lines.line_num} is {brief(line)}")
+                rows[line[0]] = Row(*line[1:])
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(
+            f"{path} cannot be read: {first_line(error)}; it says which images the run holds out: "
+            "restore it, or start anew in another --workdir"
+        ) from error
+    return Partition(rows)
+
+
+def of_checkpoint(checkpoint: str) -> Partition | None:
+    """The partition of the run that a checkpoint belongs to, None if there is none.
+
+    Args:
+        checkpoint: a run's workdir, its `checkpoints` or `best`, or a step in one of these.
+
+    Raises:
+        UserError: as `read` does.
+    """
+    path = Path(checkpoint).absolute()
+    workdirs = [path]
+    for above in (path, path.parent):
+        if above.name in ("checkpoints", "best"):
+            workdirs.append(above.parent)
+    return next((read(x / FILE) for x in workdirs if (x / FILE).is_file()), None)
+
+
+def record(partition: Partition | None, workdir: Path) -> None:
+    """Writes down the partition of a run that begins; one of a failed start is replaced.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    if partition is None:
+        (workdir / FILE).unlink(missing_ok=True)
+    else:
+        partition.write(workdir)
+
+
+def draw(strata: Collection[Sequence[str]], share: float) -> set[str]:
+    """The images to hold out: of each stratum that share of them, rounded.
+
+    Of two or more at least one is held out and one is left. Which ones is a function of the names
+    alone, the same on every machine: they are ranked by a hash, so what another share holds out has
+    the smaller share's images among its own, and new images of a class hardly move the others.
+
+    Args:
+        strata: the names of the images of each class.
+        share: above 0 and below 1.
+    """
+    held_out = set()
+    for names in strata:
+        count = min(max(round(share * len(names)), 1), len(names) - 1)
+        held_out.update(sorted(names, key=_rank)[:count])
+    return held_out
+
+
+def _rank(name: str) -> bytes:
+    # With a key of its own: slices such as "train[:90%]" go by another hash.
+    encoded = name.encode(errors="surrogateescape")
+    return hashlib.blake2b(encoded, digest_size=16, key=b"held out").digest()
