@@ -189,9 +189,10 @@ SGD = {"optimizer.momentum": 0.9, "optimizer.decay": "all"}
 # counterpart, or it changes nothing that is learned.
 OURS_ALONE = {
     "dataset.broken", "dataset.data_dir", "dataset.development", "dataset.holdout",
-    "dataset.jpeg_dct", "dataset.subset", "dataset.subset_seed", "dataset.workers", "evals.val.data_dir", "evals.val.dataset",
-    "evals.val.type", "keep_checkpoints", "keep_head", "masking.rate", "masking.target", "model.dtype",
-    "model.remat", "model.scan_layers", "model.num_classes", "schedule.cooldown",
+    "dataset.jpeg_dct", "dataset.subset", "dataset.subset_seed", "dataset.workers",
+    "evals.val.data_dir", "evals.val.dataset", "evals.val.type", "keep_checkpoints", "keep_head",
+    "masking.rate", "masking.target", "model.dtype", "model.remat", "model.scan_layers",
+    "model.num_classes", "schedule.cooldown",
     "schedule.drops", "schedule.timescale", "sharding",
     "evals.fewshot.type", "evals.fewshot.dataset", "evals.fewshot.data_dir", "evals.fewshot.split",
     "evals.fewshot.every", "evals.fewshot.shots",
