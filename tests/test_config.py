@@ -80,7 +80,8 @@ def _section(config, path):
         ("masking", "rates", "did you mean config.masking.rate"),
         ("model", "dropout", "did you mean config.model.dropout_rate"),
         ("evals.fewshot", "shot", "did you mean config.evals.fewshot.shots"),
-        ("optimizer", "momentum", "valid are b1, b2, clip_norm"),
+        ("optimizer", "momentum", "valid are optimizer.b1, optimizer.b2, optimizer.clip_norm"),
+        ("schedule", "lr", "did you mean config.schedule.base_lr or config.schedule.end_lr?"),
         ("schedule", "warmup_steps", "did you mean config.schedule.warmup"),
     ],
 )
@@ -536,6 +537,7 @@ def test_a_config_of_before_evals_has_them():
     for key in ("cache", "shuffle_buffer"):
         del before["dataset"][key]
     before["dataset"]["workers"] = 0
+    before["keep_head"] = "never"
     before["log_images"] = ""
     before["model"] |= {"remat": "nothing", **ADDED_MODEL_KEYS}
     before["distillation"] = {

@@ -262,6 +262,7 @@ def test_a_flag_that_is_none_is_one_line(name, flag, message):
     [
         ("\0", "--config is '\\x00': it must be one line of text, without '\\x00'"),
         ("x" * 5000, "it must have at most 4096 characters"),
+        ("ti17:finetune,cifar10", "config ti17 does not exist: did you mean ti16? known are b16"),
         ("x" * 4000, "does not exist: known are"),
         ("vit:ViT-B/" + "9" * 4000, "is unknown: use ViT-SIZE/PATCH"),
         ("vit:R50x" + "9" * 50, "config.model.width_factor is 99999999999"),

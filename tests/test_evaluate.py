@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+import scipy.special
 from sklearn import metrics
 from sklearn.datasets import load_digits
 
@@ -228,6 +229,16 @@ def test_a_folder_of_some_classes_and_nothing_to_train_on_is_matched_by_name(
     assert [row["name"] for row in result["per_class"]] == ["eight", "seven", "three"]
     for row in result["per_class"]:
         assert row["accuracy"] == np.mean(hits[digits[chosen] == words.index(row["name"])])
+    # Among the three alone.
+    run_main(*arguments, "--among", "dataset", "--json", str(tmp_path / "result.json"))
+    assert "the 3 classes of the data set are chosen among, of 10" in capsys.readouterr().out
+    among = np.where(np.isin(np.arange(10), [3, 7, 8]), logits, -np.inf)
+    fewer = json.loads((tmp_path / "result.json").read_text())
+    assert fewer["accuracy"] == np.mean(among.argmax(1) == digits[chosen]) > np.mean(hits)
+    assert fewer["loss"] == pytest.approx(
+        metrics.log_loss(digits[chosen], scipy.special.softmax(among, 1), labels=range(10)),
+        rel=1e-4,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ LAYERS = (
     ("reporting",),
     ("program",),
     ("plan",),
-    ("preparation", "initialization"),
+    ("preparation", "initialization", "own_images"),
     ("longer", "pictures"),
     ("train",),
     ("runner",),
@@ -98,7 +98,7 @@ WITHOUT_TENSORFLOW = (
     "export.to_tensorrt",
 )
 # They read TFDS's data sets, for which it needs no TensorFlow.
-WITH_TFDS = ("data", "preparation", "train", "evaluate")
+WITH_TFDS = ("data", "own_images", "preparation", "train", "evaluate")
 OF_TENSORFLOW = {"tensorflow", "tensorflow_datasets", "clu", "onnx", "onnxruntime", "tf2onnx"}
 # The machine that builds an engine has no JAX either.
 WITHOUT_JAX = ("export.engine", "export.runtime", "export.to_tensorrt")

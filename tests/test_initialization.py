@@ -1,5 +1,7 @@
+import itertools
 import json
 import math
+import re
 import shutil
 
 import jax
@@ -17,6 +19,7 @@ from vit_jax.models import create_model, model_config, prediction_defaults
 from vit_jax.recipes import OFFICIAL_NAMES, get_config, name_of
 
 from .runs import read_losses, train_until
+from .sources import png
 
 
 def test_finetuning_from_a_run_replaces_its_head(tiny_config, tmp_path, finished, capsys):
@@ -197,6 +200,86 @@ def test_finetuning_drops_what_the_weights_were_trained_without(data_dir, monkey
     assert np.allclose(trained[0], evaluated) == np.allclose(*trained[1:]) == (not changed)
     own = create_model(pretrained.model).apply({"params": params}, images)
     np.testing.assert_allclose(evaluated, -jax.nn.log_softmax(own)[:, 0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def flowers(tmp_path):
+    """A folder of 3 classes, and weights of 5 that have these in another order."""
+    for split, name in itertools.product(("train", "test"), ("daisy", "iris", "Lily Valley")):
+        directory = tmp_path / "flowers" / split / name
+        directory.mkdir(parents=True)
+        directory.joinpath("a.png").write_bytes(png(np.full((8, 8, 3), 99, np.uint8)))
+    return tmp_path / "flowers"
+
+
+NAMED = ("iris", "tulip", "lily_valley", "daisy", "rose")
+
+
+def named_weights(path, names, **model):
+    """Random weights of an official file, with class names."""
+    model = {**TINY_SIZES, "num_classes": len(names), "representation_size": 0, **model}
+    model = {"architecture": "vit"} | prediction_defaults("vit") | model
+    noise = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: noise.standard_normal(x.shape).astype(np.float32), abstract_params(model, 8)
+    )
+    pretrained = Pretrained(params, model, evaluation("bit", 8), names, "softmax", "")
+    save_pretrained(pretrained, path, "official")
+    return pretrained
+
+
+def started(config, workdir, monkeypatch):
+    """The state with which a run begins."""
+    states = []
+    monkeypatch.setattr(train, "_finish", lambda _, state, *__: states.append(state) or {})
+    train.train(config, workdir)
+    return states[0]
+
+
+def of_folder(data, init_from, **overrides):
+    fixed = {"dataset.name": f"folder:{data}", "dataset.data_dir": "", "keep_head": "auto"}
+    return finetune_config("", init_from, **{**fixed, **overrides})
+
+
+@pytest.mark.parametrize("names", [NAMED, ("Lily Valley", "daisy", "iris")])
+def test_the_head_is_kept_for_the_classes_that_it_knows(
+    flowers, tmp_path, monkeypatch, capsys, names
+):
+    weights = named_weights(tmp_path / "w.npz", names)
+    state = started(of_folder(flowers, tmp_path / "w.npz"), tmp_path / "run", monkeypatch)
+    images = np.random.default_rng(1).uniform(-1, 1, (4, 8, 8, 3)).astype(np.float32)
+    whole = create_model(weights.model).apply({"params": weights.params}, images)
+    # In the order of the data's classes: Lily Valley, daisy, iris.
+    expected = whole[:, [2, 3, 0]] if names is NAMED else whole
+    found = create_model(weights.model, num_classes=3).apply({"params": state.params}, images)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    output = capsys.readouterr().out
+    assert f"the head is kept: 3 of the {len(names)} classes" in output
+    assert re.search(r"^matched \(16, 3\) +head/kernel$", output, re.M)
+    assert "dropped" not in output and "new " not in output
+
+
+@pytest.mark.parametrize(
+    ("names", "model", "overrides"),
+    [
+        (NAMED, {}, {"keep_head": "never"}),
+        (("iris", "tulip", "daisy"), {}, {}),
+        (None, {}, {}),
+        # The head of another input: behind a hidden layer, or of another pooling.
+        (NAMED, {"representation_size": 16}, {}),
+        (NAMED, {"classifier": "gap"}, {"model.classifier": "token"}),
+    ],
+)
+def test_a_head_that_would_mean_something_else_is_not_kept(
+    flowers, tmp_path, monkeypatch, capsys, names, model, overrides
+):
+    named_weights(tmp_path / "w.npz", names or tuple("abc"), **model)
+    if names is None:
+        (tmp_path / "w.npz.json").unlink()
+    config = of_folder(flowers, tmp_path / "w.npz", **overrides)
+    state = started(config, tmp_path / "run", monkeypatch)
+    assert not np.any(state.params["head"]["kernel"])
+    assert "the head is kept" not in capsys.readouterr().out
 
 
 def test_finetuning_without_weights_has_the_models_defaults(data_dir, tmp_path, monkeypatch):

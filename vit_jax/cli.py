@@ -32,6 +32,7 @@ COMMANDS = {
 
 _EPILOG = """examples:
   vit-jax predict --checkpoint ViT-B_16-224 photo.jpg
+  vit-jax train --data photos/ --init B_16
   vit-jax train --config digits
   vit-jax train --config b16:finetune,cifar10 --config.init_from=B_16
   vit-jax evaluate --checkpoint runs/b16-finetune-cifar10 --dataset cifar10

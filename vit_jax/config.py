@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -58,6 +59,7 @@ ADDED_KEYS = {
     "distillation.kind": "hard",
     "distillation.teacher": "",
     "distillation.temperature": 3.0,
+    "keep_head": "never",
     "log_images": "",
     "lora.alpha": 8.0,
     "lora.rank": 0,
@@ -381,8 +383,14 @@ def unknown_key(key: str, valid: Iterable[str]) -> UserError:
     if key in REMOVED_KEYS:
         return UserError(f"config.{key} is gone, {REMOVED_KEYS[key]}: leave it out")
     leaves = {name.rpartition(".")[2]: name for name in sorted(valid)}
-    near = nearest(key.rpartition(".")[2], leaves)
-    hint = f"did you mean config.{leaves[near]}?" if near else f"valid are {', '.join(leaves)}"
+    last = key.rpartition(".")[2]
+    if near := nearest(last, leaves):
+        hint = f"did you mean config.{leaves[near]}?"
+    elif having := [name for name in leaves.values() if last in re.split(r"[._]", name)]:
+        having.sort(key=lambda name: not name.endswith(last))
+        hint = f"did you mean {' or '.join(f'config.{name}' for name in having)}?"
+    else:
+        hint = f"valid are {', '.join(sorted(leaves.values()))}"
     return UserError(f"config.{key} is not a key that anything reads: {hint}")
 
 

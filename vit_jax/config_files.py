@@ -11,7 +11,8 @@ import itertools
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags, logging
@@ -47,7 +48,7 @@ class Loaded:
 
     name: str
     config: ConfigDict
-    sources: Mapping[str, str]
+    sources: dict[str, str]
 
 
 def load(
@@ -111,7 +112,7 @@ def find(name: str) -> tuple[pathlib.Path, str | None]:
             return file, spec if colon else None
         if recipes.model_name(match[1]) != match[1]:
             return _DIRECTORY / "vit.py", ",".join(filter(None, (match[1], spec)))
-    near = nearest(match[1], _names()) if match else None
+    near = nearest(match[1], [*_names(), *_spellings()]) if match else None
     hint = f"did you mean {near}? " if near else ""
     shown = brief_name(path, 200)
     raise UserError(f"config {shown} does not exist: {hint}{_known()}")
@@ -119,6 +120,11 @@ def find(name: str) -> tuple[pathlib.Path, str | None]:
 
 def _names() -> list[str]:
     return sorted(path.stem for path in _DIRECTORY.glob("*.py"))
+
+
+def _spellings() -> list[str]:
+    """The models as the official code spells them, `ti16`, which are configs too."""
+    return list(recipes.OFFICIAL_NAMES)
 
 
 def _known() -> str:
@@ -132,6 +138,20 @@ def default_workdir(name: str) -> str:
         return os.path.dirname(path) or "."
     words = [pathlib.Path(path).stem, *re.split(r"[^\w.]+", spec)]
     return os.path.join("runs", "-".join(word for word in words if word))
+
+
+def as_command(loaded: Loaded) -> str:
+    """The command that makes the same config on any machine: its name, and a flag for each change.
+
+    Args:
+        loaded: whose name is of a file that makes the same config whenever it is asked.
+    """
+    before, now = (
+        flatten_dict(x.to_dict(), sep=".") for x in (load(loaded.name).config, loaded.config)
+    )
+    changed = {key: x for key, x in now.items() if key not in before or before[key] != x}
+    flags_ = [f"--config.{key}={value}" for key, value in changed.items()]
+    return shlex.join(["vit-jax", "train", "--config", loaded.name, *flags_])
 
 
 def explain(loaded: Loaded) -> str:

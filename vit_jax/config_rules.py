@@ -32,6 +32,7 @@ from vit_jax.state import DECAY_MASKS, DECAYS, DROPS, OPTIMIZERS
 from vit_jax.steps import LOSSES
 
 OBJECTIVES = ("classification", "masked_patches")
+KEEP_HEAD = ("never", "auto")
 BROKEN = ("refuse", "skip")
 
 # Says of a value of the right type what is wrong with it, None if nothing.
@@ -227,6 +228,7 @@ RULES: dict[str, Rule] = {
     "accumulate_steps": _between(int, 1, 2**24, 1, _LARGEST_BATCH),
     "duration": _DURATION,
     "init_from": _text("B_16"),
+    "keep_head": _one_of(KEEP_HEAD, "auto"),
     "objective": _one_of(OBJECTIVES, "classification"),
     "masking.rate": Rule(
         float,

@@ -20,6 +20,7 @@ from vit_jax.printable import printable
 if TYPE_CHECKING:
     import numpy as np
 
+    from vit_jax.checkpoints.pretrained import Pretrained
     from vit_jax.evaluation.metrics import ClassificationMetrics
     from vit_jax.evaluation.report import Report
 
@@ -65,6 +66,13 @@ def build_parser(prog: str = "python -m vit_jax.evaluate") -> command.Parser:
         help="write a page with the worst images, confusion and classes here: report.html, "
         "worst.png, confusion.png, per_class.csv",
     )
+    parser.add_argument(
+        "--among",
+        choices=("all", "dataset"),
+        default="all",
+        help="whether the model chooses among all classes that it knows, or those of the data set "
+        "alone, which may be some of them [all]",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the results here")
     parser.add_argument(
         "--ignore_class_names",
@@ -105,19 +113,24 @@ class _Checkpoint:
     """A pretrained model on all devices."""
 
     def __init__(self, args: argparse.Namespace):
+        from vit_jax.sharding import make_mesh
+
+        self.mesh = make_mesh()
+        self.batch_size = -(-args.batch_size // self.mesh.size) * self.mesh.size
+        self._take(flags.load(args))
+
+    def _take(self, pretrained: "Pretrained") -> None:
         import jax
 
         from vit_jax.evaluation.metrics import make_apply_fn
         from vit_jax.models import create_model
-        from vit_jax.sharding import make_mesh, state_sharding
+        from vit_jax.sharding import state_sharding
 
-        self.pretrained = flags.load(args)
-        self.mesh = make_mesh()
-        self.model = create_model(self.pretrained.model)
+        self.pretrained = pretrained
+        self.model = create_model(pretrained.model)
         self.apply_fn = make_apply_fn(self.model, self.mesh)
-        params = self.pretrained.params
+        params = pretrained.params
         self.params = jax.device_put(params, state_sharding(params, self.mesh))
-        self.batch_size = -(-args.batch_size // self.mesh.size) * self.mesh.size
 
     def label(self, source: Any, args: argparse.Namespace) -> tuple[Any, tuple[int, ...]]:
         """A source with labels of the head, and the head's class of each of the source's."""
@@ -128,6 +141,12 @@ class _Checkpoint:
             names = None
         labeled, labels = label(source, num_classes, names, explain)
         self.pretrained.check_head()
+        if args.among == "dataset" and len(labels) < num_classes:
+            from vit_jax.checkpoints.selection import select_classes
+
+            self._take(select_classes(self.pretrained, labels))
+            print(f"the {len(labels)} classes of the data set are chosen among, of {num_classes}")
+            return source, tuple(range(len(labels)))
         if labeled is not source:
             print(f"classes are matched by name: {len(labels)} of the checkpoint's {num_classes}")
         return labeled, labels

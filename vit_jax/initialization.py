@@ -13,8 +13,9 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from ml_collections import ConfigDict
 
 from vit_jax.checkpoints.pretrained import Pretrained, fold_normalization, load_pretrained
-from vit_jax.checkpoints.transfer import Row, print_report, transfer
+from vit_jax.checkpoints.transfer import Row, print_report, removed_head, transfer, with_head
 from vit_jax.config import left_to_weights, take_from_weights
+from vit_jax.data import classes
 from vit_jax.errors import UserError
 from vit_jax.models import prediction_fields
 from vit_jax.preparation import Prepared
@@ -27,16 +28,32 @@ from vit_jax.state import Params, TrainState, create_state, init_params
 _OF_THE_HEAD = {"classifier", "distillation_token", "num_classes", "representation_size"}
 
 
+class Head(NamedTuple):
+    """The head of weights, of which a run may keep what knows its classes.
+
+    Attributes:
+        params: by flat names, classes along the last axis.
+        class_names: in the order of that axis.
+        source: of the weights.
+    """
+
+    params: dict[str, np.ndarray]
+    class_names: tuple[str, ...]
+    source: str
+
+
 class Weights(NamedTuple):
     """Pretrained parameters, fitted to the model of a run but for its head.
 
     Attributes:
         params: for images in [-1, 1]; what they do not have is 0.
         report: what became of each parameter, see `transfer`.
+        head: that the model may keep; None if the config says never, or there is none.
     """
 
     params: Params
     report: list[Row]
+    head: Head | None = None
 
 
 def read_weights(config: ConfigDict) -> tuple[ConfigDict, Weights]:
@@ -59,11 +76,20 @@ def read_weights(config: ConfigDict) -> tuple[ConfigDict, Weights]:
     def is_resized(name: str, shape: tuple[int, ...]) -> bool:
         return name in found and np.shape(found[name]) != shape
 
-    fitted = Weights(*transfer(_initialize(module, config, is_resized), weights))
+    params, report = transfer(_initialize(module, config, is_resized), weights)
+    fitted = Weights(params, report, _head(config, pretrained, report))
     if left := left_to_weights(config):
         values = ", ".join(f"{key} {filled.model[key]}" for key in left)
         say(f"as {pretrained.source} has it: {values}")
     return filled, fitted
+
+
+def _head(config: ConfigDict, pretrained: Pretrained, report: list[Row]) -> Head | None:
+    names = pretrained.class_names
+    if config.keep_head == "never" or names is None or pretrained.has_untrained_head:
+        return None
+    params = removed_head(report, pretrained.params, len(names))
+    return Head(params, tuple(names), pretrained.source) if params else None
 
 
 def _check_model(model: ConfigDict, pretrained: Pretrained) -> None:
@@ -106,15 +132,17 @@ def initial_state(prepared: Prepared, abstract: TrainState, weights: Weights | N
     if weights is None:
         params = _initialize(prepared.model, config)
     else:
-        new = {row.name for row in weights.report if row.action == "new"}
+        head = _kept_head(prepared, weights.head)
+        report = with_head(weights.report, head)
+        new = {row.name for row in report if row.action == "new"}
         fresh = _initialize(prepared.model, config, lambda name, _: name in new)
-        params = _replace(fresh, weights.params, new)
+        params = _replace(fresh, weights.params, new, head)
         shapes = {name: np.shape(x) for name, x in flatten_dict(params, sep="/").items()}
         if jax.process_index() == 0:
             print_report(
                 [
                     row._replace(shape=shapes[row.name]) if row.action == "new" else row
-                    for row in weights.report
+                    for row in report
                 ]
             )
     create = functools.partial(
@@ -126,9 +154,22 @@ def initial_state(prepared: Prepared, abstract: TrainState, weights: Weights | N
     return jax.jit(create, out_shardings=sharding)(placed)
 
 
-def _replace(fresh: Params, weights: Params, new: set[str]) -> Params:
-    """The fresh parameters that are new, and all others of the weights."""
-    flat, loaded = flatten_dict(fresh, sep="/"), flatten_dict(weights, sep="/")
+def _kept_head(prepared: Prepared, head: Head | None) -> dict[str, np.ndarray]:
+    """The part of a head for the classes of a run, in their order; empty if it lacks one."""
+    names = prepared.class_names
+    if head is None or names is None or prepared.model.config.num_classes != len(names):
+        return {}
+    labels = classes.match(len(head.class_names), head.class_names, names)
+    if labels is None:
+        say(f"the head is new: not all classes of the data are among those of {head.source}")
+        return {}
+    say(f"the head is kept: {len(labels)} of the {len(head.class_names)} classes of {head.source}")
+    return {name: array[..., list(labels)] for name, array in head.params.items()}
+
+
+def _replace(fresh: Params, weights: Params, new: set[str], head: dict[str, np.ndarray]) -> Params:
+    """The fresh parameters that are new, those of the head, and all others of the weights."""
+    flat, loaded = flatten_dict(fresh, sep="/"), flatten_dict(weights, sep="/") | head
     return unflatten_dict({k: x if k in new else loaded[k] for k, x in flat.items()}, sep="/")
 
 

@@ -1,18 +1,22 @@
 """Trains a model: `python -m vit_jax.main --config configs/b16.py`, or `vit-jax train`."""
 
+import argparse
 import functools
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vit_jax import command, processes, tensorflow_env
+from vit_jax.errors import UserError
 from vit_jax.printable import printable
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 _EPILOG = """examples:
+  %(prog)s --data photos/ --init B_16
   %(prog)s --config digits
   %(prog)s --config b16:pretrain,imagenet21k --workdir runs/b16
   %(prog)s --config b16:finetune,cifar10 --config.init_from=B_16 --config.batch_size=128
@@ -30,6 +34,17 @@ def build_parser(prog: str) -> command.Parser:
         prog=prog, description="Pre-trains or fine-tunes a model.", epilog=_EPILOG
     )
     command.add_config_flags(parser)
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="in place of --config: images to fine-tune on, a folder of folders of classes, or a "
+        "list; the rest is chosen to suit them, and said",
+    )
+    parser.add_argument(
+        "--init",
+        metavar="WEIGHTS",
+        help="with --data: what to begin with, as --config.init_from: a file, a run, B_16, hf:...",
+    )
     parser.add_argument(
         "--print_config",
         action="store_true",
@@ -62,26 +77,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the config that the flags name; returns the exit code."""
     parser = build_parser("python -m vit_jax.main")
     args, values = command.parse_config_flags(parser, argv)
+    if args.data is not None or args.init is not None:
+        return _train_on(args, values, parser)
     # With JAX they take a second to import: --help should not.
     from vit_jax import config_files
     from vit_jax.config import check_config
 
     loaded = config_files.load(args.config, values, parser)
-    several = (args.coordinator, args.num_processes, args.process_id)
-    processes.check_flags(*several)
+    processes.check_flags(*_several(args))
     check_config(loaded.config, may_lack=args.print_config)
     if args.print_config:
         print(config_files.explain(loaded))
         return 0
     workdir = args.workdir or config_files.default_workdir(loaded.name)
-    processes.join(*several, workdir)
+    processes.join(*_several(args), workdir)
     with processes.ending_together():
         _train(loaded.config, workdir, args.track, args.profile)
     return 0
 
 
+def _several(args: argparse.Namespace) -> tuple[str | None, int | None, int | None]:
+    return args.coordinator, args.num_processes, args.process_id
+
+
+def _train_on(args: argparse.Namespace, values: Sequence[str], parser: command.Parser) -> int:
+    """Runs what is chosen for the images of `--data` and the weights of `--init`."""
+    if args.data is None:
+        raise UserError("--init goes with --data; with --config it is --config.init_from=WEIGHTS")
+    if args.config is not None:
+        raise UserError("--data chooses a config, and --config names one: give one of them")
+    from vit_jax import config_files, own_images
+    from vit_jax.config import check_config
+    from vit_jax.terminal import say
+
+    processes.check_flags(*_several(args))
+    workdir = args.workdir or own_images.default_workdir(args.data)
+    processes.join(*_several(args), workdir)  # First: what is chosen depends on all devices.
+    with processes.ending_together():
+        loaded, lines = own_images.choose(args.data, args.init, values, workdir, parser)
+        check_config(loaded.config)
+        if args.print_config:
+            print(config_files.explain(loaded))
+            return 0
+        for line in lines:
+            say(line)
+        _train(loaded.config, workdir, args.track, args.profile)
+    return 0
+
+
 def _train(config: "ConfigDict", workdir: str, track: str, profile: str) -> None:
-    _check_weights(config.init_from, workdir)
+    _check_inputs(config.init_from, config.dataset.name, workdir)
     tensorflow_env.quiet()
     import jax
 
@@ -94,14 +139,19 @@ def _train(config: "ConfigDict", workdir: str, track: str, profile: str) -> None
     train.run_checked(config, workdir, train.Shown(track, profile))
 
 
-def _check_weights(init_from: str, workdir: str) -> None:
-    """Raises a UserError if a run is to begin with weights that are not there."""
+def _check_inputs(init_from: str, dataset: str, workdir: str) -> None:
+    """Raises a UserError if weights or files of images are not there, before either is read."""
     from vit_jax.checkpoints.pretrained import check_exists
     from vit_jax.checkpoints.training import saved_steps
 
     has_begun = saved_steps(pathlib.Path(workdir, "checkpoints"))
     if init_from and not has_begun:  # What has begun goes on without them.
         check_exists(init_from)
+    kind, _, path = dataset.partition(":")
+    if kind in ("folder", "list") and not os.path.exists(os.path.expanduser(path)):
+        raise UserError(
+            f"{kind} {path!r} does not exist: name the images with --config.dataset.name"
+        )
 
 
 def _hide_abandoned_writes(previous: Callable[[Any], Any], unraisable: Any) -> None:

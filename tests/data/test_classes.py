@@ -31,6 +31,9 @@ def test_numbers_are_ordered_by_value_and_other_names_as_text():
         (("0", "1", "10", "2"), ("0", "1", "2", "10"), (0, 1, 3, 2)),
         # Some of the classes.
         (("daisy", "iris", "rose"), ("Rose", "daisy"), (2, 0)),
+        # By a word of ImageNet's that no other class has.
+        (("n01440764", "n01443537", "n01484850"), ("great_white_shark", "Tench"), (2, 0)),
+        (("tench, Tinca tinca", "goldfish, Carassius auratus"), ("goldfish", "n01440764"), (1, 0)),
         # Names that differ in nothing but punctuation are told apart where they can be.
         (("c++", "c#"), ("c#", "c++"), (1, 0)),
         (("c++", "c#"), ("c++", "c#"), (0, 1)),
@@ -51,6 +54,9 @@ def test_classes_that_are_the_same(own, data, labels):
         # Which of the two?
         (("crane", "crane", "owl"), ("crane", "owl")),
         (("a", "b", "c"), ("A", "a!")),
+        (("crane, bird", "crane, machine"), ("crane",)),
+        (("crane, bird", "crane, machine"), ("bird", "Crane bird")),
+        (("?, bird", "b"), ("!",)),
         # Three digits need not be three of those ten classes.
         (tuple("0123456789"), ("0", "1", "2")),
         (("0", "1"), ("1", "2")),

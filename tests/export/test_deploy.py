@@ -155,6 +155,21 @@ def test_an_engine_becomes_a_second_model_with_all_its_profiles(directory, monke
     assert (model / "1/model.plan").read_bytes() == (root / "model.engine").read_bytes()
 
 
+def test_an_engine_of_trtexec_is_served_too_and_said_so(directory, capsys):
+    root = directory()
+    (root / "model.engine").write_bytes(b"built by the command of deploy/README.md")
+    model = write_deploy(root, batch="1,2:4:8") / "models/vit_tensorrt"
+    config = read_config(model / "config.pbtxt")
+    assert (config.platform, config.max_batch_size) == ("tensorrt_plan", 8)
+    assert list(config.instance_group[0].profile) == ["0", "1"]
+    assert (model / "1/model.plan").read_bytes() == (root / "model.engine").read_bytes()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "model.engine has no engine.json" in said and "1:1:1,2:4:8" in said
+    # The README goes on giving the commands of every version: which it was nobody knows.
+    assert "### TensorRT 8.6" in (root / "deploy/README.md").read_text()
+
+
 def test_a_fixed_batch_is_no_dynamic_one(directory):
     target = write_deploy(directory(batch=3))
     config = read_config(target / "models/vit_onnx/config.pbtxt")

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -13,7 +14,11 @@ from vit_jax.models.base import Grid, Resize
 from vit_jax.models.vit import DISTILLATION_HEAD, POOLING, num_class_tokens
 from vit_jax.printable import printable
 
-Action = Literal["loaded", "resized", "dropped", "new"]
+Action = Literal["loaded", "resized", "matched", "dropped", "new"]
+
+
+# Of masked patch prediction: its head and mask embedding.
+_OF_MASKED = {"patch_head", "mask_embedding"}
 
 
 class Row(NamedTuple):
@@ -90,6 +95,38 @@ def transfer(
     report = [Row(name, np.shape(params[name]), action) for name, action in actions.items()]
     report += [Row(name, np.shape(old[name]), "dropped") for name in sorted(dropped)]
     return unflatten_dict(params, sep="/"), report
+
+
+def removed_head(
+    report: Sequence[Row], pretrained_params: dict[str, Any], num_classes: int
+) -> dict[str, np.ndarray]:
+    """The head that `transfer` has removed, where it would do for the model as it is.
+
+    Args:
+        report: of `transfer`.
+        pretrained_params: likewise.
+        num_classes: of the pretrained model.
+
+    Returns:
+        Arrays by their flat names, with classes along the last axis; empty where the head's input
+        is another in the model: a hidden layer or a pooling came or went with it.
+    """
+    old = {name: np.asarray(x) for name, x in flatten_dict(pretrained_params, sep="/").items()}
+    new = {row.name for row in report if row.action == "new"}
+    dropped = {row.name for row in report if row.action == "dropped"}
+    of_masked = {name for name in new ^ dropped if name.split("/")[0] in _OF_MASKED}
+    if (new ^ dropped) - of_masked:
+        return {}
+    return {name: old[name] for name in new & dropped if old[name].shape[-1:] == (num_classes,)}
+
+
+def with_head(report: Sequence[Row], head: Mapping[str, np.ndarray]) -> list[Row]:
+    """The rows of `transfer` where arrays of the head were kept after all, by their flat names."""
+    rows = [row for row in report if not (row.name in head and row.action == "dropped")]
+    return [
+        row._replace(action="matched", shape=head[row.name].shape) if row.name in head else row
+        for row in rows
+    ]
 
 
 def check_fit(wanted: dict[str, Any], found: dict[str, Any]) -> None:

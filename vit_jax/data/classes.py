@@ -29,7 +29,8 @@ def match(
     Without names the i-th is the i-th. Names may be in another order, and those of the data set
     only some of the model's, unless they are numbers: 0 ... 9 of one data set need not be those of
     another with more. They are compared as they are, and if that finds nothing without case and
-    punctuation, ImageNet's WordNet ids by what they stand for.
+    punctuation, ImageNet's WordNet ids by what they stand for; if that does not either, by one of
+    the words of "tench, Tinca tinca" that no other class has.
 
     Args:
         num_classes: of the model.
@@ -47,7 +48,19 @@ def match(
             return tuple(range(num_classes))
         if all(Counter(own)[name] == 1 for name in other) and len(set(other)) == len(other):
             return tuple(map(own.index, other))
-    return None
+    return _by_synonym(class_names, data_names)
+
+
+def _by_synonym(class_names: Sequence[str], data_names: Sequence[str]) -> tuple[int, ...] | None:
+    owners: dict[str, set[int]] = {}
+    for index, name in enumerate(class_names):
+        for synonym in (name, *readable(name).split(",")):
+            owners.setdefault(comparable(synonym), set()).add(index)
+    owners.pop("", None)  # Of punctuation alone.
+    found = [owners.get(comparable(name), set()) for name in data_names]
+    if not all(len(owner) == 1 for owner in found) or len(set().union(*found)) < len(found):
+        return None
+    return tuple(index for owner in found for index in owner)
 
 
 def difference(

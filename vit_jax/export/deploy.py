@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from vit_jax.export.build_commands import (
     polygraphy_command,
     trtexec_command,
 )
-from vit_jax.export.engine import ENGINE, read_description
+from vit_jax.export.engine import DESCRIPTION, ENGINE, read_description
 from vit_jax.export.nvidia import numbers
 from vit_jax.export.onnx_file import OnnxFile, Tensor, read_class_names, read_onnx
 from vit_jax.export.precisions import PRECISIONS
@@ -48,8 +49,9 @@ def write_deploy(
     engine, `NAME_tensorrt`. The model files are hard links where that is possible.
 
     Args:
-        directory: with model.onnx and, if it was built, model.engine and engine.json.
-        batch: the batch sizes to serve, see `to_tensorrt.parse_batch`; an engine has its own.
+        directory: with model.onnx and, if it was built, model.engine. Without the engine.json that
+            `to_tensorrt` writes beside it, `batch` is what it was built for.
+        batch: the batch sizes to serve, see `to_tensorrt.parse_batch`; engine.json has its own.
         name: of the model in Triton.
         instances: copies of the model that each GPU runs at the same time.
         queue_delay_us: how long a request may wait for others to share its batch, in microseconds.
@@ -69,11 +71,14 @@ def write_deploy(
     onnx = read_onnx(directory / "model.onnx")
     _check_served(onnx)
     engine = directory / ENGINE
-    description = read_description(engine) if engine.is_file() else {}
+    has_engine = engine.is_file()
+    description = read_description(engine) if has_engine else {}
     built = tuple(Profile(p["min"], p["opt"], p["max"]) for p in description.get("profiles", ()))
     if description and not built:
         raise UserError(f"{engine} has no profiles in its engine.json: build the engine again")
     asked = _fixed_batch(onnx) or parse_batch(batch)
+    if has_engine and not description:
+        print(printable(_unknown_engine(engine, asked)), file=sys.stderr)
     target = directory / "deploy"
     queue = {"instances": instances, "queue_delay_us": queue_delay_us}
     with atomic_folder(target, replace=True) as new:
@@ -81,12 +86,22 @@ def write_deploy(
         files = [directory / file for file in onnx.sha256]
         config = triton_config(f"{name}_onnx", "onnxruntime_onnx", onnx, asked, **queue)
         _write_model(models / f"{name}_onnx", config, onnx, files)
-        if description:
-            config = triton_config(f"{name}_tensorrt", "tensorrt_plan", onnx, built, **queue)
+        if has_engine:
+            shapes = built or asked
+            config = triton_config(f"{name}_tensorrt", "tensorrt_plan", onnx, shapes, **queue)
             _write_model(models / f"{name}_tensorrt", config, onnx, [engine], "model.plan")
         text = _readme(onnx, description, built or asked, name)
         (new / "README.md").write_text(text, encoding="utf-8")
     return target
+
+
+def _unknown_engine(engine: Path, asked: tuple[Profile, ...]) -> str:
+    """Says what is taken for granted of an engine that trtexec or polygraphy has built."""
+    text = ",".join(f"{profile.min}:{profile.opt}:{profile.max}" for profile in asked)
+    return (
+        f"{engine} has no {DESCRIPTION} beside it, as another builder leaves it: it is served for "
+        f"batches of {text}, for which it must have been built; else say which by --batch"
+    )
 
 
 def _check_served(onnx: OnnxFile) -> None:

@@ -54,6 +54,12 @@ class Forward:
         return lambda images: np.asarray(apply(params, images))
 
 
+def _name(source: Path) -> str:
+    """The name of weights; of a run's step with the run's, as `flowers/best/40`."""
+    parts = 3 if source.name.isdecimal() else 1
+    return "/".join(source.absolute().parts[-parts:])
+
+
 def make_forward(
     pretrained: Pretrained, *, outputs: str = "logits", include_preprocessing: bool = False
 ) -> Forward:
@@ -99,7 +105,7 @@ def make_forward(
         "architecture": config["architecture"],
         "model": json.dumps(config),
         "loss": pretrained.loss,
-        "source": Path(pretrained.source).name,
+        "source": _name(Path(pretrained.source)),
         "pixels": "uint8" if include_preprocessing else "preprocessed",
     }
     if pretrained.class_names is not None and outputs != "features":

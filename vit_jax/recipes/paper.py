@@ -336,6 +336,9 @@ def base(model: str, dataset: str) -> ConfigDict:
             "accumulate_steps": 1,
             "duration": "",
             "init_from": "",
+            # Whether the weights' head stays where it knows the classes of the data: never, as the
+            # paper's (Section 3.2 removes it), or auto.
+            "keep_head": "never",
             "objective": "classification",  # or masked_patches
             # Of masked patch prediction: the share of patches to corrupt, and what is predicted of
             # them: mean_color, downsized or pixels.

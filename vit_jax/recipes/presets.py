@@ -20,6 +20,7 @@ crop that is resized bilinearly is rounded to 8 bits, not cut down to them; posi
 are learned start with a standard deviation of 0.02, not of 1 / sqrt(width).
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -99,6 +100,8 @@ BIT_HYPERRULE = {
     "medium": HyperRule(10_000, 500, (0.3, 0.6, 0.9), "mixup(0.1)"),
     "large": HyperRule(20_000, 500, (0.3, 0.6, 0.9), "mixup(0.1)"),
 }
+# The number of training images up to which a data set is of a size.
+_BELOW = {"small": 20_000, "medium": 500_000, "large": math.inf}
 # VTAB's tasks, which have 1,000 images, are small too.
 _SIZES = {
     "cifar10": "medium",
@@ -252,6 +255,11 @@ def bit_hyperrule(model: str, dataset: str) -> ConfigDict:
 def knows_size(dataset: str) -> bool:
     """Tells whether `bit_hyperrule` knows the number of training images of a data set."""
     return vtab.is_vtab(dataset) or table_name(dataset) in _SIZES
+
+
+def size_of(num_images: int) -> str:
+    """The size of a data set by BiT's rule, a key of `BIT_HYPERRULE`."""
+    return next(size for size, most in _BELOW.items() if num_images < most)
 
 
 def _of_size(size: str) -> Callable[[ConfigDict], None]:
