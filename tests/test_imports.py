@@ -19,6 +19,7 @@ LAYERS = (
         "interruption",
         "signals",
         "tensorflow_env",
+        "webpage",
         "xla_flags",
     ),
     ("last_words", "processes"),
