@@ -6,8 +6,6 @@ from experiments.runner.scales import SCALES
 from experiments.runner.setting import Setting
 from vit_jax import recipes
 
-HOSTILE = "<script>alert('|')</script>\x1b[2J\n# forged"
-
 
 def make_run(name):
     return Run(name, recipes.get_config("ViT-B/32", "finetune,cifar10"))

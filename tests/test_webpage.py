@@ -4,8 +4,7 @@ import pytest
 
 from vit_jax import webpage
 
-from .handmade import HOSTILE
-from .webpages import Page
+from .webpages import HOSTILE, Page
 
 
 @pytest.fixture

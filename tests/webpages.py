@@ -2,6 +2,8 @@
 
 import html.parser
 
+HOSTILE = "<script>alert('|')</script>\x1b[2J\n# forged"
+
 
 class Page(html.parser.HTMLParser):
     """A page as a browser reads it: its elements with attributes, its text, its table."""

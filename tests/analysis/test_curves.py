@@ -9,7 +9,7 @@ from scipy.signal import lfilter
 from vit_jax.analysis import curves, plots
 from vit_jax.errors import UserError
 
-from ..handmade import HOSTILE
+from ..webpages import HOSTILE
 
 STEPS = 60
 

@@ -14,8 +14,7 @@ from vit_jax.analysis import captions, intermediates
 from vit_jax.analysis.curves import Curve, Panel
 from vit_jax.errors import UserError
 
-from ..handmade import HOSTILE
-from ..webpages import Page
+from ..webpages import HOSTILE, Page
 from .test_main import MODEL, write_checkpoint
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from vit_jax.analysis import plots
 
-from ..handmade import HOSTILE
+from ..webpages import HOSTILE
 
 
 def test_a_block_of_the_heat_map_is_a_patch_to_the_pixel():

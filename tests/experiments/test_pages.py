@@ -5,8 +5,8 @@ import pytest
 
 from experiments.runner import pages, tables
 
-from ..handmade import HOSTILE, make_result, make_results
-from ..webpages import Page
+from ..handmade import make_result, make_results
+from ..webpages import HOSTILE, Page
 
 RESULTS = (
     make_result({"data": "JFT", "task": "Pets", "model": "B"}, [0.5, 0.6], paper=93.81),

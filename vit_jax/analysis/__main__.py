@@ -21,6 +21,7 @@ from vit_jax.printable import printable
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from vit_jax.analysis.curves import Panel
     from vit_jax.analysis.page import Page
     from vit_jax.checkpoints.pretrained import Pretrained
 
@@ -61,12 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = (args.analysis,)
     if args.analysis == "all":
         names = _OF_IMAGES + _OF_WEIGHTS + (_OF_RUNS if args.run else ())
+    panels = _read_panels(Path(args.run)) if "curves" in names else []
     output = _Output(Path(args.output), args.dpi, args.html)
     code, title, facts = 0, args.run, {"Run": args.run}
     if set(names) - set(_OF_RUNS):
         code, title, facts = _of_model(args, names, output)
-    if "curves" in names:
-        _curves(Path(args.run), args.smoothing, output)
+    if panels:
+        _curves(panels, args.smoothing, output)
     output.finish(title, facts)
     return code
 
@@ -138,10 +140,15 @@ class _Output:
             print(printable(str(self.page.write(self._directory, title, facts))), flush=True)
 
 
-def _curves(run: Path, smoothing: float | None, output: _Output) -> None:
+def _read_panels(run: Path) -> "list[Panel]":
+    from vit_jax.analysis import curves
+
+    return curves.read_panels(run)
+
+
+def _curves(panels: "list[Panel]", smoothing: float | None, output: _Output) -> None:
     from vit_jax.analysis import captions, curves, plots
 
-    panels = curves.read_panels(run)
     smoothing = curves.default_smoothing(panels) if smoothing is None else smoothing
     output.make()
     figure = plots.curves(panels, smoothing)
@@ -436,13 +443,18 @@ def _share(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to below 1")
 
 
+def _has_metrics(run: Path) -> bool:
+    metrics = run / "metrics.jsonl"
+    return metrics.is_file() and metrics.stat().st_size > 0
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = build_parser("python -m vit_jax.analysis").parse_args(argv)
     if args.analysis not in (*_OF_WEIGHTS, *_OF_RUNS) and not args.images:
         raise UserError(f"{args.analysis} looks at images: give some with --images")
     if args.analysis not in _OF_RUNS and not args.checkpoint:
         raise UserError(f"{args.analysis} looks at a model: give it with --checkpoint")
-    if args.run is None and args.checkpoint and (Path(args.checkpoint) / "metrics.jsonl").is_file():
+    if args.run is None and args.checkpoint and _has_metrics(Path(args.checkpoint)):
         args.run = args.checkpoint
     if args.analysis in _OF_RUNS and not args.run:
         raise UserError("curves are of a run: give its workdir with --run")
