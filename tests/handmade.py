@@ -6,6 +6,8 @@ from experiments.runner.scales import SCALES
 from experiments.runner.setting import Setting
 from vit_jax import recipes
 
+from .webpages import HOSTILE as HOSTILE
+
 
 def make_run(name):
     return Run(name, recipes.get_config("ViT-B/32", "finetune,cifar10"))
