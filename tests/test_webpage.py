@@ -11,7 +11,8 @@ from .webpages import HOSTILE, Page
 def page(tmp_path):
     def write(title, *body):
         path = tmp_path / "page.html"
-        path.write_text(webpage.document(title, body, "b { color: red; }"), encoding="utf-8")
+        text = webpage.document(title, body, "b { color: red; }", self_contained=True)
+        path.write_text(text, encoding="utf-8")
         return path
 
     return write
@@ -32,4 +33,6 @@ def test_a_page_loads_nothing_and_says_with_what_it_was_made(page):
     read = Page(path)
     assert not (read.all("script") + read.all("link") + read.all("img"))
     assert "url(" not in path.read_text() and "@import" not in path.read_text()
+    (policy,) = (x["content"] for x in read.all("meta") if "http-equiv" in x)
+    assert policy.startswith("default-src 'none';")
     assert "Words Made on 2" in read.text and "jax" in read.text

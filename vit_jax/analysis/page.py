@@ -99,7 +99,8 @@ class Page:
         ]
         path = folder / PAGE
         with atomic_write(path) as temporary:
-            text = webpage.document(title, body, _STYLE.read_text(encoding="utf-8"))
+            style = _STYLE.read_text(encoding="utf-8")
+            text = webpage.document(title, body, style, self_contained=True)
             temporary.write_text(text, encoding="utf-8")
         return path
 

@@ -26,6 +26,7 @@ _BRIGHTEST = 0.97
 _HEAT, _HEAT_COLORS = 0.6, "inferno"
 _LONGEST_NAME = 44
 _TRAINING, _EVALUATION = "#0b6bcb", "#d55e00"
+_SVG_DPI = 160  # Of the pixels in it: a photograph keeps about as many as the model saw.
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 # Cells of a tile of many, at least, and the gap between two as a share of one.
 _TILE, _TILE_GAP = 12, 0.2
@@ -388,7 +389,7 @@ def to_svg(figure: Figure, name: str) -> str:
     buffer = io.StringIO()
     # Without a salt of its own a figure would be named after the moment it is drawn.
     with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
+        figure.savefig(buffer, format="svg", dpi=_SVG_DPI, transparent=True, metadata=_NO_METADATA)
     svg = buffer.getvalue()
     svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
