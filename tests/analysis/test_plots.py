@@ -37,7 +37,8 @@ def test_colors_mean_multiples_of_the_mean_in_all_heat_maps():
     assert bar.get_xlabel() == "times the mean of the patches"
     # Over a mid-gray as this image's the heat map has the very colors of the bar.
     place = np.unravel_index((abs(maps - maps.mean())).argmin(), maps.shape)
-    drawn = bar.collections[0].cmap(maps[place] / maps.mean() / highest)[:3]
+    (mesh,) = (x for x in bar.collections if x.get_array() is not None)
+    drawn = mesh.cmap(maps[place] / maps.mean() / highest)[:3]
     np.testing.assert_allclose(first[2 * place[0], 2 * place[1]], drawn, atol=0.01)
 
 
@@ -90,9 +91,11 @@ def test_figures_of_a_page_share_no_names_and_have_the_color_of_its_text():
         axes = figure.subplots()
         axes.plot([0, 1], marker="o", label=HOSTILE)
         axes.imshow(np.eye(3))
+        axes.legend(["entry"])
         axes.set_title(f"--><script>{HOSTILE}", parse_math=False)
         svg = plots.to_svg(figure, name)
         xml.etree.ElementTree.fromstring(svg)
+        assert not axes.get_legend().get_frame_on()  # White under letters of a dark page.
         assert "#000000" not in svg and "currentColor" in svg
         assert "script" not in svg and "<!--" not in svg
         ids = re.findall(r'\bid="(.*?)"', svg)

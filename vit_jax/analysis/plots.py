@@ -386,6 +386,9 @@ def to_svg(figure: Figure, name: str) -> str:
         figure: whose ground becomes transparent.
         name: of letters and digits, another for each figure of a page.
     """
+    for axes in figure.axes:
+        if legend := axes.get_legend():
+            legend.set_frame_on(False)  # Its ground is white, as its letters may be.
     buffer = io.StringIO()
     # Without a salt of its own a figure would be named after the moment it is drawn.
     with matplotlib.rc_context({"svg.hashsalt": name}):
