@@ -52,6 +52,7 @@ exit codes:
 # As many as rollout.png shows; rollout.npz has all.
 _SHOWN = 24
 _TOP = 5
+_LONGEST_LABEL = 36  # letters beside a probability, above an image
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -154,7 +155,7 @@ def _curves(panels: "list[Panel]", smoothing: float | None, output: _Output) -> 
     figure = plots.curves(panels, smoothing)
     lines = {f"{panel.name}_{kind}": each for panel in panels for kind, each in panel.curves()}
     output.save("curves", figure, **{name: np.stack(curve) for name, curve in lines.items()})
-    output.show("How it was trained", captions.of_curves(panels, smoothing), figure)
+    output.show("How it was trained", captions.of_curves(panels, smoothing), figure, wide=True)
 
 
 def _filters(pretrained: "Pretrained", output: _Output) -> None:
@@ -297,10 +298,15 @@ def _rollout(kept: _Kept, output: _Output) -> None:
 
 
 def _in_words(predictions: Sequence[Mapping[str, Any]]) -> str:
-    """The most probable class with its probability."""
+    """The most probable class with its probability; "" where no class is known."""
     from vit_jax.analysis.page import label_of
 
-    return "".join(f"{label_of(each)} {each['probability']:.1%}" for each in predictions[:1])
+    if not predictions:
+        return ""
+    label, probability = label_of(predictions[0]), predictions[0]["probability"]
+    if len(label) > _LONGEST_LABEL:
+        label = f"{label[: _LONGEST_LABEL - 1]}…"
+    return f"{label} {probability:.1%}"
 
 
 def _distance(

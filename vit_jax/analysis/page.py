@@ -52,7 +52,14 @@ class Page:
         return True
 
     def add(
-        self, title: str, caption: str, figure: "Figure", file: str = "", closed: bool = False
+        self,
+        title: str,
+        caption: str,
+        figure: "Figure",
+        *,
+        file: str = "",
+        closed: bool = False,
+        wide: bool = False,
     ) -> None:
         """Adds a picture.
 
@@ -62,6 +69,7 @@ class Page:
             figure: to draw.
             file: of the image that it is of; "" for one of the model.
             closed: whether one opens it first.
+            wide: whether one of the model stands alone in its row.
         """
         from vit_jax.analysis import plots
 
@@ -77,7 +85,8 @@ class Page:
             head = f"<summary>{webpage.text(title)}</summary>"
             picture = f"<details>{head}{picture}</details>"
         elif not file:
-            picture = f"<section><h2>{webpage.text(title)}</h2>{picture}</section>"
+            look = ' class="wide"' if wide else ""
+            picture = f"<section{look}><h2>{webpage.text(title)}</h2>{picture}</section>"
         (self.images[file] if file else self.of_model).append(picture)
 
     def write(self, folder: pathlib.Path, title: str, facts: Mapping[str, str]) -> pathlib.Path:

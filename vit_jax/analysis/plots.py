@@ -18,14 +18,15 @@ from vit_jax.analysis.attention import to_blocks
 from vit_jax.analysis.curves import Curve, Panel, smooth
 from vit_jax.printable import printable
 
-_DOT, _FAINT = "#0b6bcb", "#9aa5b1"
+# As far from white as from the ground of a dark page.
+_DOT, _FAINT = "#2a82da", "#9aa5b1"
 _PANEL = 1.45  # inches
 # A few patches that take all of the attention would leave the others in the dark.
 _BRIGHTEST = 0.97
 # How much of a heat map's color is its own; the rest is the photograph in shades of gray.
 _HEAT, _HEAT_COLORS = 0.6, "inferno"
 _LONGEST_NAME = 44
-_TRAINING, _EVALUATION = "#0b6bcb", "#d55e00"
+_TRAINING, _EVALUATION = _DOT, "#d55e00"
 _SVG_DPI = 160  # Of the pixels in it: a photograph keeps about as many as the model saw.
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 # Cells of a tile of many, at least, and the gap between two as a share of one.
@@ -152,7 +153,7 @@ def _caption(figure: Figure, lines: tuple[str, str], x: float, y: float) -> None
 
 
 def _shorten(text: str) -> str:
-    """A name of a file or class that fits above its image; of a long one the end tells most."""
+    """A name that fits above its image; of a long one the end tells most."""
     return text if len(text) <= _LONGEST_NAME else f"…{text[1 - _LONGEST_NAME :]}"
 
 
