@@ -25,7 +25,8 @@ setup(
     packages=[*find_packages(include=["vit_jax", "vit_jax.*"]), "vit_jax.configs"],
     package_dir={"vit_jax.configs": "configs"},
     package_data={
-        "vit_jax": ["py.typed"],
+        "vit_jax": ["py.typed", "webpage.css"],
+        "vit_jax.analysis": ["page.css"],
         "vit_jax.data": ["imagenet_classes.txt", "objectnet_classes.txt"],
     },
     entry_points={"console_scripts": ["vit-jax = vit_jax.cli:main"]},

@@ -6,7 +6,7 @@ from experiments.runner.scales import SCALES
 from experiments.runner.setting import Setting
 from vit_jax import recipes
 
-HOSTILE = "<script>alert('|')</script>\x1b[2J\n# forged"
+from .webpages import HOSTILE as HOSTILE
 
 
 def make_run(name):

@@ -20,6 +20,7 @@ LAYERS = (
         "signals",
         "tensorflow_env",
         "terminal",
+        "webpage",
         "xla_flags",
     ),
     ("last_words", "processes"),

@@ -21,8 +21,8 @@ from vit_jax.models import prediction_fields
 from vit_jax.preparation import Prepared
 from vit_jax.program import adapt, create_objective
 from vit_jax.recipes import name_of, sizes_of
-from vit_jax.reporting import say
 from vit_jax.state import Params, TrainState, create_state, init_params
+from vit_jax.terminal import say
 
 # Of what predictions depend on the weights decide all but what goes with the head.
 _OF_THE_HEAD = {"classifier", "distillation_token", "num_classes", "representation_size"}

@@ -10,7 +10,7 @@ from vit_jax.checkpoints.training import saved_steps
 from vit_jax.config import count_steps
 from vit_jax.errors import UserError
 from vit_jax.preparation import Prepared, schedule_of
-from vit_jax.reporting import say
+from vit_jax.terminal import say
 
 
 def is_longer(prepared: Prepared, before: str) -> bool:

@@ -29,11 +29,11 @@ from vit_jax.program import (
     run_objective,
     run_optimizer,
 )
-from vit_jax.reporting import say
 from vit_jax.sharding import Mesh, make_mesh
 from vit_jax.state import SCHEDULE_LENGTHS, TrainState, create_schedule
 from vit_jax.steps import Metrics, Objective
 from vit_jax.teacher import Teacher, load_teacher
+from vit_jax.terminal import say
 
 
 class Prepared(NamedTuple):

@@ -116,7 +116,7 @@ def embeddings_of(workdir: pathlib.Path, runs: list[pathlib.Path]) -> dict[str, 
 
     Returns:
         "variance", the share of it that the components hold, and mean similarities, see
-        `similarity_by_place`.
+        `vit_jax.analysis.embeddings.similarity_by_place`.
     """
     from vit_jax.analysis import embeddings
     from vit_jax.analysis.intermediates import position_embedding
@@ -128,23 +128,7 @@ def embeddings_of(workdir: pathlib.Path, runs: list[pathlib.Path]) -> dict[str, 
     positions = np.asarray(position_embedding(observed.model, params, images))
     similarity = embeddings.position_similarity(positions, observed.grid)
     save_arrays(workdir, components=components, similarity=similarity)
-    return {"variance": float(shares.sum()), **similarity_by_place(similarity)}
-
-
-def similarity_by_place(similarity: np.ndarray) -> dict[str, float]:
-    """Mean similarities: of neighbors, within a row or column, and of all others; those there are.
-
-    Args:
-        similarity: [rows, columns, rows, columns].
-    """
-    row, column, other_row, other_column = np.indices(similarity.shape)
-    down, across = abs(row - other_row), abs(column - other_column)
-    places = {
-        "neighbors": down + across == 1,
-        "line": (down == 0) != (across == 0),
-        "others": (down > 0) & (across > 0),
-    }
-    return {name: float(similarity[x].mean()) for name, x in places.items() if x.any()}
+    return {"variance": float(shares.sum()), **embeddings.similarity_by_place(similarity)}
 
 
 def distances_of(workdir: pathlib.Path, runs: list[pathlib.Path], images: int) -> dict[str, float]:

@@ -1,28 +1,25 @@
 """HTML to look at: a page for each experiment, and an index of them.
 
 A page loads nothing but its picture, which lies beside it, and runs no script. Whatever comes from
-files or from a user is escaped by `_text`.
+files or from a user is escaped by `webpage.text`.
 """
 
 import contextlib
 import csv
 import dataclasses
-import datetime
 import html
-import importlib.metadata
 import json
 import pathlib
-import platform
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import vit_jax
 from experiments.runner import graph, notes, tables
 from experiments.runner.outcomes import SECONDS_A_DAY, TASK_FILE
+from vit_jax import webpage
 from vit_jax.files import atomic_write
-from vit_jax.printable import printable
+from vit_jax.webpage import text as _text
 
 if TYPE_CHECKING:
     from experiments.runner.results import Results
@@ -32,7 +29,6 @@ INDEX = "index.html"
 PICTURE = "picture.png"
 RUNS = "runs"
 _STYLE = pathlib.Path(__file__).with_suffix(".css")
-_VERSIONS_OF = ("jax", "flax", "numpy")
 _FILES = {
     "table.md": "the table in Markdown",
     "table.csv": "in CSV",
@@ -131,33 +127,10 @@ def write_index(all_results: "Sequence[Results]", folder: pathlib.Path) -> pathl
 
 
 def _write(path: pathlib.Path, title: str, body: Iterable[str]) -> pathlib.Path:
-    today = datetime.datetime.now(datetime.UTC)
-    versions = [f"vit_jax {vit_jax.__version__}", f"Python {platform.python_version()}"]
-    versions += [f"{name} {importlib.metadata.version(name)}" for name in _VERSIONS_OF]
-    footer = f"Made on {today:%Y-%m-%d} with {', '.join(versions)}."
-    content = "\n".join(filter(None, body))
-    page = f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_text(title)}</title>
-<style>
-{_STYLE.read_text()}</style>
-</head>
-<body>
-{content}
-<footer>{_text(footer)}</footer>
-</body>
-</html>
-"""
+    page = webpage.document(title, body, _STYLE.read_text(encoding="utf-8"))
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
-
-
-def _text(text: str) -> str:
-    return html.escape(printable(text))
 
 
 def _overview(sentences: Iterable[str], facts: Mapping[str, str]) -> str:

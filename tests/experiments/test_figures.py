@@ -16,6 +16,7 @@ from experiments.runner.graph import collect
 from experiments.runner.results import Result, Results
 from experiments.runner.scales import SCALES
 from experiments.runner.setting import Setting
+from vit_jax.analysis import embeddings
 from vit_jax.checkpoints.pretrained import load_pretrained
 from vit_jax.config import check_config, count_steps
 
@@ -282,7 +283,7 @@ def test_embeddings_are_those_of_the_run(finished, tmp_path):
 def test_a_row_goes_beyond_its_neighbors():
     similarity = np.zeros((1, 3, 1, 3))
     similarity[0, 0, 0, 2] = similarity[0, 2, 0, 0] = 1
-    assert analyses.similarity_by_place(similarity) == {
+    assert embeddings.similarity_by_place(similarity) == {
         "neighbors": 0,
         "line": pytest.approx(1 / 3),
     }

@@ -1,49 +1,18 @@
 import datetime
-import html.parser
 import json
 
 import pytest
 
 from experiments.runner import pages, tables
 
-from ..handmade import HOSTILE, make_result, make_results
+from ..handmade import make_result, make_results
+from ..webpages import HOSTILE, Page
 
 RESULTS = (
     make_result({"data": "JFT", "task": "Pets", "model": "B"}, [0.5, 0.6], paper=93.81),
     make_result({"data": "JFT", "task": "VTAB", "model": "B"}, [0.25, None], ["run-2 has not run"]),
     make_result({"data": "I21k", "task": "VTAB", "model": "B"}, [None], ["run-3 failed: killed"]),
 )
-
-
-class Page(html.parser.HTMLParser):
-    """A page as a browser reads it: its elements with attributes, its text, its table."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.elements, self.words, self.rows, self.open = [], [], [], []
-        self.feed(path.read_text(encoding="utf-8"))
-        self.text = " ".join(self.words)
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.words += data.split()
-        if {"td", "th"} & set(self.open):
-            self.rows[-1][-1] = f"{self.rows[-1][-1]} {data}".strip()
-
-    def all(self, tag):
-        return [attributes for name, attributes in self.elements if name == tag]
 
 
 def test_a_page_shows_the_table_beside_the_paper_s_numbers(tmp_path):

@@ -12,7 +12,8 @@ from experiments.runner.results import Result, Results
 from experiments.runner.scales import SCALES
 from experiments.runner.setting import Setting
 
-from ..handmade import HOSTILE, make_result, make_results
+from ..handmade import make_result, make_results
+from ..webpages import HOSTILE
 
 
 def rows_of(markdown):

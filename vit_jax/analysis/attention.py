@@ -65,6 +65,19 @@ def to_mask(maps: Array, image_size: tuple[int, int]) -> jax.Array:
     return jax.image.resize(maps, (*maps.shape[:-2], *image_size), "bilinear")
 
 
+def to_blocks(maps: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+    """Enlarges maps of the patches to the image, [..., height, width]: a block for each patch.
+
+    Every pixel has the value of the patch that it lies in, as the model knows no finer place.
+
+    Args:
+        maps: [..., rows, columns].
+        image_size: height and width in pixels, multiples of rows and columns.
+    """
+    height, width = (size // count for size, count in zip(image_size, maps.shape[-2:], strict=True))
+    return maps.repeat(height, axis=-2).repeat(width, axis=-1)
+
+
 def patch_distances(grid: tuple[int, int], patch_size: int) -> np.ndarray:
     """Euclidean distance between the centers of any two patches in pixels, [patches, patches].
 

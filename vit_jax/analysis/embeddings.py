@@ -79,3 +79,19 @@ def position_similarity(embedding: np.ndarray, grid: tuple[int, int]) -> np.ndar
     lengths = np.linalg.norm(patches, axis=-1, keepdims=True)
     patches = patches / np.where(lengths, lengths, 1)
     return (patches @ patches.T).reshape(rows, columns, rows, columns)
+
+
+def similarity_by_place(similarity: np.ndarray) -> dict[str, float]:
+    """Mean similarities: of neighbors, within a row or column, and of all others; those there are.
+
+    Args:
+        similarity: [rows, columns, rows, columns].
+    """
+    row, column, other_row, other_column = np.indices(similarity.shape)
+    down, across = abs(row - other_row), abs(column - other_column)
+    places = {
+        "neighbors": down + across == 1,
+        "line": (down == 0) != (across == 0),
+        "others": (down > 0) & (across > 0),
+    }
+    return {name: float(similarity[x].mean()) for name, x in places.items() if x.any()}

@@ -36,16 +36,27 @@ def attention_weights(model: nn.Module, params: Mapping[str, Any], images: Array
     Raises:
         UserError: the model has no attention between all its patches, or images are no batch.
     """
+    return logits_and_attention(model, params, images)[1]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_and_attention(
+    model: nn.Module, params: Mapping[str, Any], images: Array
+) -> tuple[Array, Array]:
+    """Returns the logits, [batch, classes], and the attention weights, of one forward pass.
+
+    For arguments, the weights and what it raises, see `attention_weights`.
+    """
     _check_batch(images)
-    _, state = model.apply({"params": params}, images, mutable="intermediates")
+    logits, state = model.apply({"params": params}, images, mutable="intermediates")
 
     def sown(block: Mapping[str, Any]) -> tuple:
         return block["MultiHeadDotProductAttention_1"]["attention_weights"]
 
     if not isinstance(model, AxialVisionTransformer):
-        return _of_layers(state, sown).astype(jnp.float32)
+        return logits, _of_layers(state, sown).astype(jnp.float32)
     along = (_of_layers(state, lambda block, a=a: sown(block[a])) for a in ("row", "column"))
-    return _between_all(*along).astype(jnp.float32)
+    return logits, _between_all(*along).astype(jnp.float32)
 
 
 def _between_all(along_rows: Array, along_columns: Array) -> Array:
