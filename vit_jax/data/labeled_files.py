@@ -110,9 +110,9 @@ class MultiLabelExamples(FileExamples):
         """Returns the labels, int64 [files, classes]."""
         return np.array([self._ones(file.label) for file in self.files])
 
-    def _ones(self, label: Iterable[int]) -> np.ndarray:
+    def _ones(self, label: int | tuple[int, ...]) -> np.ndarray:
         ones = np.zeros(self.num_classes, np.int64)
-        ones[list(label)] = 1
+        ones[np.array(label, np.int64)] = 1
         return ones
 
 
