@@ -518,7 +518,7 @@ def test_a_config_of_before_evals_has_them():
     before["masking"]["target"] = "mean_color"
     for key in ("cache", "shuffle_buffer"):
         del before["dataset"][key]
-    before["dataset"]["workers"] = 0
+    before["dataset"] |= {"workers": 0, "holdout": 0.2, "broken": "refuse"}
     before["model"]["remat"] = "nothing"
     before["optimizer"]["lr_multipliers"] = ""
     before["schedule"] |= {"cooldown": "0 steps", "drops": [0.3, 0.6, 0.9]}
