@@ -536,7 +536,8 @@ def test_a_config_of_before_evals_has_them():
     before["masking"]["target"] = "mean_color"
     for key in ("cache", "shuffle_buffer"):
         del before["dataset"][key]
-    before["dataset"]["workers"] = 0
+    before["class_weights"] = ""
+    before["dataset"] |= {"workers": 0, "holdout": 0.2, "broken": "refuse", "sampling": ""}
     before["keep_head"] = "never"
     before["log_images"] = ""
     before["model"] |= {"remat": "nothing", **ADDED_MODEL_KEYS}

@@ -12,7 +12,7 @@ from .test_images import COLOR, encode
 
 PNG = encode(COLOR, "PNG")
 IMAGES = {"a.png": PNG, "b/b.png": PNG, "c.png": PNG[:40]}
-CSV = b"path,label,split\na.png,rose,train\nb/b.png,lily,val\n"
+CSV = b"path,label,split\na.png,rose,train\nb/b.png,rose,val\n"
 LABELS = b'path,labels\na.png,rose;lily\n"b/b.png",\n./a.png,rose;lily\n'
 OBJECTS = [{"path": "a.png", "label": "rose"}, {"path": "b/b.png", "label": 3}]
 PATHS = st.sampled_from(["a.png", "../a.png", "/dev/zero", "/proc/self/mem", "", ".", "b", "\0"])
