@@ -125,7 +125,11 @@ def test_per_class_accuracy_confusion_and_few_shots(checkpoint, data_dir, tmp_pa
     run_main(
         "--checkpoint", checkpoint.source, "--dataset", "digits", "--per_class",
         "--data_dir", data_dir, "--fewshot", "1,10", "--json", paths[0], "--confusion", paths[1],
+        "--report", str(tmp_path / "report"),
     )  # fmt: skip
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {
+        "report.html", "worst.png", "confusion.png", "per_class.csv",
+    }  # fmt: skip
     result = json.loads(pathlib.Path(paths[0]).read_text())
     header, *rows = csv.reader(pathlib.Path(paths[1]).read_text().splitlines())
     assert header[1:] == [row[0] for row in rows] == list("0123456789")

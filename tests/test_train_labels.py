@@ -44,24 +44,13 @@ def attributes(monkeypatch):
     return test_source
 
 
-@pytest.mark.usefixtures("attributes")
-def test_a_run_on_several_labels_is_decided_by_map_and_resumed(tiny_config, tmp_path, capsys):
-    config = tiny_config(
+@pytest.fixture
+def config(tiny_config):
+    """Six steps on several labels, mixed, weighted and in two parts."""
+    return tiny_config(
         loss="sigmoid", augment="mixup(0.2)", class_weights="balanced", accumulate_steps=2,
-        **{"model.num_classes": 7, "evals.val.every": "2 steps", "duration": "6 steps"},
+        **{"evals.val.every": "2 steps"},
     )  # fmt: skip
-    final = train.train(config, tmp_path / "run")
-    output = capsys.readouterr().out
-    assert "evaluated on 355 images of test: mAP 0." in output
-    assert f"best: mAP {final['best']['mAP']:.4f} at step" in output
-    scores = {r["step"]: r["eval_mAP"] for r in read_metrics(tmp_path / "run") if "eval_mAP" in r}
-    assert set(scores) == {2, 4, 6}
-    assert final["best"]["step"] == max(scores, key=scores.get)
-    assert final.keys() == {"step", "examples", "mAP", "f1_macro", "f1_micro", "loss", "best"}
-    with pytest.raises(KeyboardInterrupt):
-        train_until(config, tmp_path / "again", step=4)
-    train.train(config, tmp_path / "again")
-    assert_same_run(tmp_path / "run", tmp_path / "again", 6)
 
 
 @pytest.fixture(scope="module")
@@ -70,41 +59,63 @@ def workdir(tmp_path_factory):
 
 
 @pytest.fixture
-def trained(attributes, tiny_config, workdir):
-    """A run of some steps on the same, done once, and its test images."""
+def trained(attributes, config, workdir):
+    """A run of the config, done once, and its test images."""
     if not workdir.exists():
-        config = tiny_config(duration="40 steps", loss="sigmoid")
-        config.update_from_flattened_dict(
-            {"log_every": "40 steps", "evals.val.every": "0 steps", "checkpoint_every": "0 steps",
-             "ema_decay": 0.0}
-        )  # fmt: skip
         train.train(config, workdir)
     return workdir, attributes
 
 
-def probabilities(workdir, source):
-    model = VisionModel(load_pretrained(str(workdir)))
+def test_a_run_on_several_labels_is_decided_by_map_and_resumed(trained, config, tmp_path, capsys):
+    workdir, _ = trained
+    final = json.loads((workdir / "metrics.json").read_text())
+    assert final.keys() == {"step", "examples", "mAP", "f1_macro", "f1_micro", "loss", "best"}
+    scores = {r["step"]: r["eval_mAP"] for r in read_metrics(workdir) if "eval_mAP" in r}
+    assert set(scores) == {2, 4, 6}
+    assert final["best"]["step"] == max(scores, key=scores.get)
+    with pytest.raises(KeyboardInterrupt):
+        train_until(config, tmp_path / "again", step=4)
+    train.train(config, tmp_path / "again")
+    assert_same_run(workdir, tmp_path / "again", 6)
+    output = capsys.readouterr().out
+    assert "evaluated on 355 images of test: mAP 0." in output
+    assert f"best: mAP {final['best']['mAP']:.4f} at step" in output
+
+
+@pytest.fixture
+def weights(trained, tmp_path):
+    """The run's weights with a head that is sure of itself."""
+    pretrained = load_pretrained(str(trained[0]))
+    assert pretrained.multi_label
+    kernel = pretrained.params["head"]["kernel"]
+    random = np.random.default_rng(0).normal(0, 3, kernel.shape).astype(np.float32)
+    head = {"kernel": random, "bias": np.zeros(5, np.float32)}
+    params = pretrained.params | {"head": head}
+    path = tmp_path / "weights.npz"
+    save_pretrained(dataclasses.replace(pretrained, params=params), path, "official")
+    return path, trained[1]
+
+
+def probabilities(path, source):
+    model = VisionModel(load_pretrained(str(path)))
     images = np.stack([eval_view(example["image"], model.preprocessing) for example in source])
     return model, 1 / (1 + np.exp(-model.logits(images).astype(np.float64)))
 
 
-def test_the_command_scores_a_saved_model_as_scikit_learn_does(trained, tmp_path, capsys):
-    workdir, source = trained
-    flags = ["--checkpoint", str(workdir), "--dataset", "list:digits.csv"]
+def test_the_command_scores_a_saved_model_as_scikit_learn_does(weights, tmp_path, capsys):
+    path, source = weights
+    flags = ["--checkpoint", str(path), "--dataset", "list:digits.csv"]
     result, folder = tmp_path / "result.json", tmp_path / "report"
     evaluate.main([*flags, "--per_class", "--json", str(result), "--report", str(folder)])
     found = json.loads(result.read_text())
-    _, p = probabilities(workdir, source)
+    _, p = probabilities(path, source)
     labels = np.stack([example["label"] for example in source])
     of_classes = [metrics.average_precision_score(labels[:, i], p[:, i]) for i in range(4)]
-    assert found["mAP"] == pytest.approx(np.mean(of_classes), abs=1e-4)
-    assert found["mAP"] == pytest.approx(
-        json.loads((workdir / "metrics.json").read_text())["mAP"], abs=1e-4
-    )
+    assert found["mAP"] == pytest.approx(np.mean(of_classes), abs=1e-3)
     assert found["f1_micro"] == pytest.approx(metrics.f1_score(labels, p > 0.5, average="micro"))
     rows = found["per_class"]
     assert [row["name"] for row in rows] == list(NAMES)
-    assert [row["average_precision"] for row in rows[:4]] == pytest.approx(of_classes, abs=1e-4)
+    assert [row["average_precision"] for row in rows[:4]] == pytest.approx(of_classes, abs=1e-3)
     assert rows[4]["average_precision"] is None and rows[4]["examples"] == 0
     recall = metrics.recall_score(labels, p > 0.5, average=None, zero_division=0)
     assert [row["recall"] for row in rows[:4]] == pytest.approx(recall[:4])
@@ -115,9 +126,9 @@ def test_the_command_scores_a_saved_model_as_scikit_learn_does(trained, tmp_path
             evaluate.main([*flags, flag])
 
 
-def test_every_class_above_a_half_is_predicted(trained, tmp_path, capsys):
-    workdir, source = trained
-    model, p = probabilities(workdir, source)
+def test_every_class_above_a_half_is_predicted(weights, tmp_path, capsys):
+    path, source = weights
+    model, p = probabilities(path, source)
     assert model.pretrained.multi_label
     (tmp_path / "photos").mkdir()
     chosen = {  # One with several classes, one with none.
@@ -127,7 +138,7 @@ def test_every_class_above_a_half_is_predicted(trained, tmp_path, capsys):
     for name, index in chosen.items():
         (tmp_path / f"photos/{name}.png").write_bytes(source[index]["image"])
     (tmp_path / "photos/dark.png").write_bytes(png(np.zeros((8, 8), np.uint8)))
-    predict.main(["--checkpoint", str(workdir), "--json", str(tmp_path / "photos")])
+    predict.main(["--checkpoint", str(path), "--json", str(tmp_path / "photos")])
     found = {}
     for line in capsys.readouterr().out.splitlines():
         row = json.loads(line)
@@ -138,7 +149,7 @@ def test_every_class_above_a_half_is_predicted(trained, tmp_path, capsys):
         assert [n for _, n in predicted] == [n for _, n in reversed(expected)]
     assert len(found["several.png"]) > 1
     # As many as are asked for.
-    predict.main(["--checkpoint", str(workdir), "--topk=4", str(tmp_path / "photos/few.png")])
+    predict.main(["--checkpoint", str(path), "--topk=4", str(tmp_path / "photos/few.png")])
     assert len(capsys.readouterr().out.splitlines()) == 5
     assert len(model.predict(str(tmp_path / "photos"))[-1]) == len(found["several.png"])
     assert len(model.predict(str(tmp_path / "photos"), topk=3)[0]) == 3
@@ -180,8 +191,8 @@ def test_several_labels_are_refused_where_one_is_needed(tiny_config, tmp_path):
             train.train(tiny_config(**overrides), tmp_path / "run")
 
 
-@pytest.mark.usefixtures("attributes")
-def test_a_model_of_one_label_is_not_scored_on_several(finished):
+def test_a_model_of_one_label_is_not_scored_on_several(finished, attributes):
+    del attributes  # After the run, which has one label an image.
     with pytest.raises(UserError, match=r"the model was trained for one \(loss 'softmax'\)"):
         evaluate.main(["--checkpoint", str(finished), "--dataset", "list:digits.csv"])
 
