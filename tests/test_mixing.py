@@ -16,7 +16,7 @@ COUNT, HEIGHT, WIDTH = 4, 12, 20
 IMAGES = np.broadcast_to(np.arange(COUNT)[:, None, None, None] / 8, (COUNT, HEIGHT, WIDTH, 3))
 BATCH = {"image": jnp.float32(IMAGES), "label": jnp.array([2, 0, 1, 1])}
 BEFORE = [3, 0, 1, 2]
-KEYS = jax.random.split(jax.random.key(0), 1000)
+KEYS = jax.random.split(jax.random.key(0), 500)
 
 
 def over_keys(mix, batch=BATCH):
@@ -70,8 +70,8 @@ def test_cutmix_pastes_one_box_and_labels_have_the_shares_of_its_pixels():
     for _ in range(4000):
         box = rand_bbox(noise.beta(1, 1), noise.integers(WIDTH), noise.integers(HEIGHT), 20, 12)
         shares.append(1 - (box[2] - box[0]) * (box[3] - box[1]) / (WIDTH * HEIGHT))
-    assert own.mean() == pytest.approx(np.mean(shares), abs=0.03)
-    assert own.std() == pytest.approx(np.std(shares), abs=0.03)
+    assert own.mean() == pytest.approx(np.mean(shares), abs=0.05)
+    assert own.std() == pytest.approx(np.std(shares), abs=0.04)
 
 
 @pytest.mark.parametrize("mix", [mixup, cutmix])
@@ -104,7 +104,7 @@ def test_random_erasing_is_that_of_its_authors():
     mix = functools.partial(erase, probability=0.25)
     found = over_keys(mix, {"image": images})["image"].reshape(-1, 40, 40, 3)
     erased = found != 7
-    assert erased.any((1, 2, 3)).mean() == pytest.approx(0.25, abs=0.03)
+    assert erased.any((1, 2, 3)).mean() == pytest.approx(0.25, abs=0.05)
     boxes, values = [], []
     for mask, image in zip(erased[:400], found[:400], strict=True):
         if mask.any():
@@ -132,7 +132,7 @@ def test_each_batch_has_mixup_or_cutmix_with_equal_chance_after_erasing():
     options = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "num_classes": 3}
     found = over_keys(create_mix(**options, erase_probability=0.0))
     is_cut = np.isin(found["image"], IMAGES).all((1, 2, 3, 4))
-    assert is_cut.mean() == pytest.approx(0.5, abs=0.05)
+    assert is_cut.mean() == pytest.approx(0.5, abs=0.07)
     np.testing.assert_allclose(found["targets"].sum(-1), 1, atol=1e-6)
     all_three = create_mix(**options, erase_probability=1.0)(jax.random.key(1), BATCH)
     again = create_mix(**options, erase_probability=1.0)(jax.random.key(1), BATCH)
