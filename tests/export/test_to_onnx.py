@@ -24,6 +24,7 @@ TENSORRT_8_6 = {
     *("Add", "Concat", "Conv", "Div", "Erf", "Gather", "Gemm", "GlobalAveragePool"),
     *("InstanceNormalization", "LayerNormalization", "MatMul", "MaxPool", "Mean", "Mul", "Pad"),
     *("Pow", "ReduceMean", "Relu", "Reshape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt"),
+    *("Exp", "Neg", "Reciprocal"),  # As tf2onnx has a sigmoid.
     *("Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze"),
 }
 
