@@ -22,9 +22,10 @@ to_onnx = pytest.importorskip("vit_jax.export.to_onnx", reason=REASON, exc_type=
 # Of the operators that TensorRT 8.6's parser lists, those that a graph of this project may have.
 TENSORRT_8_6 = {
     *("Add", "Concat", "Conv", "Div", "Erf", "Gather", "Gemm", "GlobalAveragePool"),
-    *("InstanceNormalization", "LayerNormalization", "MatMul", "MaxPool", "Mul", "Pad", "Pow"),
-    *("ReduceMean", "Relu", "Reshape", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub"),
-    *("Tanh", "Transpose", "Unsqueeze"),
+    *("InstanceNormalization", "LayerNormalization", "MatMul", "MaxPool", "Mean", "Mul", "Pad"),
+    *("Pow", "ReduceMean", "Relu", "Reshape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt"),
+    *("Exp", "Neg", "Reciprocal"),  # As tf2onnx has a sigmoid.
+    *("Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze"),
 }
 
 

@@ -77,8 +77,10 @@ class PositionEmbedding(nn.Module):
         if not self.num_registers:
             return embedding
         first = self.num_class_tokens
-        none = jnp.zeros((1, self.num_registers, hidden_size), self.dtype)
-        return jnp.concatenate([embedding[:, :first], none, embedding[:, first:]], axis=1)
+        last = first + self.num_registers
+        # By padding, as the tokens are put before the patches: see `encoder.Encoder`.
+        of_class = jnp.pad(embedding[:, :first], ((0, 0), (0, tokens - first), (0, 0)))
+        return of_class + jnp.pad(embedding[:, first:], ((0, 0), (last, 0), (0, 0)))
 
     def _learned_2d(self, hidden_size: int) -> Array:
         rows, columns = self.grid
