@@ -56,17 +56,18 @@ class Screen:
 @pytest.fixture
 def screen(monkeypatch):
     screen = Screen(100)
-    monkeypatch.setattr(sys, "stdout", screen.stdout)
     monkeypatch.setenv("TERM", "xterm")
     yield screen
     screen.close()
 
 
-def report(folder, between=lambda step: None):
+def report(folder, stdout, between=lambda step: None):
     """Ten steps of a run, of which the fifth and the last are logged."""
     cost = reporting.Cost(batch_size=8, devices=1, flops=1e9)
-    reporter = reporting.Reporter(folder, 0, 10, reporting.Progress(), cost, lambda step: 0.1)
-    with contextlib.closing(reporter):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(stdout))
+        reporter = reporting.Reporter(folder, 0, 10, reporting.Progress(), cost, lambda step: 0.1)
+        stack.callback(reporter.close)
         for step in range(1, 11):
             metrics = {"loss": jnp.float32(1.0), "grad_norm": jnp.float32(1.0)}
             reporter.add(step, metrics)
@@ -83,7 +84,7 @@ def test_a_bar_stays_below_the_lines(screen, tmp_path):
             signals = types.SimpleNamespace(received=signal.SIGTERM)
             interruption.Stop(signals).say("saved step 7")
 
-    report(tmp_path, between)
+    report(tmp_path, screen.stdout, between)
     evaluated, saved, bar, end = screen.lines()
     assert (evaluated, saved, end) == ("evaluated: accuracy 0.5", "SIGTERM: saved step 7", "")
     assert re.fullmatch(r"step 10/10  loss 1\.0000  [\d,]+ images/s  ETA 0s  \|█+\|", bar)
@@ -97,7 +98,7 @@ def test_a_bar_fits_a_terminal_that_is_made_narrow(columns, screen, tmp_path):
             screen.text = ""
             screen.resize(columns)
 
-    report(tmp_path, between)
+    report(tmp_path, screen.stdout, between)
     drawn = [part.rstrip() for part in re.split(r"[\r\n]", screen.read())]
     assert "step 10/10"[:columns] in "".join(drawn)
     assert max(map(len, drawn)) <= columns
@@ -105,12 +106,12 @@ def test_a_bar_fits_a_terminal_that_is_made_narrow(columns, screen, tmp_path):
 
 def test_a_terminal_of_unknown_width_has_a_bar(screen, tmp_path):
     screen.resize(0)
-    report(tmp_path)
+    report(tmp_path, screen.stdout)
     assert re.search(r"step 10/10  loss 1\.0000 .* images/s", screen.lines()[-2])
 
 
 def test_a_bar_has_no_color(screen, tmp_path):
-    report(tmp_path)
+    report(tmp_path, screen.stdout)
     assert "\x1b[" not in screen.read()
 
 
@@ -119,13 +120,13 @@ def test_a_terminal_that_cannot_has_plain_lines(term, screen, tmp_path, monkeypa
     monkeypatch.delenv("TERM")
     if term:
         monkeypatch.setenv("TERM", term)
-    report(tmp_path)
+    report(tmp_path, screen.stdout)
     assert "\r" not in screen.read()
     assert [line.partition("  ")[0] for line in screen.lines()] == ["step 5/10", "step 10/10", ""]
 
 
 def test_no_terminal_has_plain_lines(capsys, tmp_path):
-    report(tmp_path)
+    report(tmp_path, sys.stdout)
     out, err = capsys.readouterr()
     assert re.fullmatch(r"(step \d+/10  loss 1\.0000  [\d,]+ images/s  ETA \d+s\n){2}", out)
     assert err == ""
