@@ -390,8 +390,17 @@ def unknown_key(key: str, valid: Iterable[str]) -> UserError:
         having.sort(key=lambda name: not name.endswith(last))
         hint = f"did you mean {' or '.join(f'config.{name}' for name in having)}?"
     else:
-        hint = f"valid are {', '.join(sorted(leaves.values()))}"
+        hint = f"valid are {_listed(leaves.values())}"
     return UserError(f"config.{key} is not a key that anything reads: {hint}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Names of keys, of many those of their sections alone."""
+    names = sorted(names)
+    if len(names) <= 20:
+        return ", ".join(names)
+    first = dict.fromkeys(re.sub(r"\..*", ".*", name) for name in names)
+    return f"{', '.join(first)}; --print_config shows all"
 
 
 def count_steps(duration: str, num_examples: int, batch_size: int) -> int:
