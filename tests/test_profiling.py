@@ -18,7 +18,8 @@ def traced(workdir):
     for path in sorted(workdir.glob("profile/plugins/profile/*/*.trace.json.gz")):
         assert list(path.parent.glob("*.xplane.pb"))  # What TensorBoard's plugin reads.
         events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-        steps = {x["args"]["step_num"] for x in events if x.get("name") == "train" and "args" in x}
+        arguments = [x.get("args", {}) for x in events if x.get("name") == "train"]
+        steps = {x["step_num"] for x in arguments if "step_num" in x}
         found.append(sorted(map(int, steps)))
     return found
 
