@@ -67,6 +67,7 @@ def test_an_official_npz_tells_its_architecture(tmp_path, params):
     expected = {"architecture": "vit", "num_classes": 3, "classifier": "token", **SIZES}
     expected |= {"representation_size": 0, "gelu": "tanh", "layer_norm_epsilon": 1e-6}
     expected |= {"position_embedding": "learned", "position_placement": "stem"}
+    expected |= {"layer_scale": 0.0, "num_registers": 0, "mlp": "gelu", "distillation_token": False}
     assert pretrained.model == expected
 
 
@@ -288,7 +289,7 @@ def test_an_info_file_says_what_the_file_cannot(tmp_path, params):
     [
         ("{", "is no readable JSON"),
         ("[]", r"is no readable JSON \(no object\)"),
-        ('{"names": []}', "'names' is none of class_names, loss, model, preprocessing"),
+        ('{"names": []}', "'names' is none of class_names, loss, model, multi_label, prep"),
         ('{"model": {"gleu": "erf"}}', "model.gleu is not a key"),
         ('{"model": {"num_heads": "2"}}', "model.num_heads is '2': it must be of type int"),
         ('{"model": {"architecture": "cnn"}}', "architecture 'cnn' is unknown"),
