@@ -519,7 +519,7 @@ def test_a_config_of_before_evals_has_them():
     before["masking"]["target"] = "mean_color"
     for key in ("cache", "shuffle_buffer"):
         del before["dataset"][key]
-    before["dataset"]["workers"] = 0
+    before["dataset"] |= {"workers": 0, "holdout": 0.2, "broken": "refuse"}
     before["keep_head"] = "never"
     before["model"]["remat"] = "nothing"
     before["optimizer"]["lr_multipliers"] = ""

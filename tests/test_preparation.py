@@ -1,9 +1,13 @@
+import csv
+import json
+from collections import Counter
+
 import numpy as np
 import PIL.Image
 import pytest
 from ml_collections import ConfigDict
 
-from vit_jax import recipes, train
+from vit_jax import evaluate, recipes, train
 from vit_jax.checkpoints.pretrained import load_pretrained
 from vit_jax.config import check_config, to_dict
 from vit_jax.data import classes
@@ -108,6 +112,74 @@ def test_a_subset_is_what_epochs_are_of(tiny_config, tmp_path, capsys):
     assert "577 training images, 2 steps of 32" in capsys.readouterr().out
     assert (final["step"], final["examples"]) == (2, 355)
     assert "stopped_early" not in final
+
+
+def make_images(folder, **counts):
+    """PNGs of 8 x 8 pixels, so many of each class, whose classes differ a little."""
+    rng = np.random.default_rng(0)
+    for value, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.clip(40 * value + rng.integers(0, 99, (8, 8, 3)), 0, 255)
+            PIL.Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i}.png")
+
+
+def test_a_run_on_a_folder_of_classes_keeps_to_the_split_that_it_wrote(
+    tiny_config, tmp_path, capsys
+):
+    data, stopped = tmp_path / "data", tmp_path / "stopped"
+    make_images(data, iris=10, lily=10, rose=20)
+    config = tiny_config(**{"dataset.name": f"folder:{data}", "dataset.holdout": 0.4})
+    train.train(config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train_until(config, stopped, step=3)
+    with (stopped / "split.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    held_out = {row["path"] for row in rows if row["split"] == "validation"}
+    assert Counter(path.split("/")[0] for path in held_out) == {"iris": 4, "lily": 4, "rose": 8}
+    assert len(rows) == 40 and all(row["path"].startswith(f"{row['class']}/") for row in rows)
+
+    PIL.Image.new("RGB", (8, 8)).save(data / "iris" / "new.png")
+    train.train(config, stopped)
+    told = capsys.readouterr().out
+    assert "it has no splits, so 24 images are to train on and 16 are held out" in told
+    assert "1 left out that the run began without" in told
+    assert_same_run(tmp_path / "whole", stopped, 6)
+
+    found = tmp_path / "found.json"
+    command = ["--checkpoint", str(stopped), "--dataset", f"folder:{data}", "--json", str(found)]
+    assert evaluate.main(command) == 0
+    assert "the images that the run held out are scored, 16" in capsys.readouterr().out
+    final = json.loads((stopped / "metrics.json").read_text())
+    scored = json.loads(found.read_text())
+    assert scored["examples"] == final["examples"] == 16
+    assert scored["accuracy"] == final["accuracy"]
+    assert scored["loss"] == pytest.approx(final["loss"], rel=1e-5)
+
+    (stopped / "metrics.json").unlink()
+    (data / min(held_out)).unlink()
+    with pytest.raises(UserError, match=f"split.csv are gone .{min(held_out)}.: restore them"):
+        train.train(config, stopped)
+    (stopped / "split.csv").unlink()
+    with pytest.raises(UserError, match=r"split.csv cannot be read: .*No such file"):
+        train.train(config, stopped)
+
+
+@pytest.mark.parametrize(
+    ("counts", "overrides", "message"),
+    [
+        ({"rose": 4}, {}, "has one class alone, 'rose'"),
+        ({"rose": 4, "iris": 4}, {"model.num_classes": 1}, "model.num_classes is 1 but folder:"),
+    ],
+)
+def test_a_folder_that_cannot_be_trained_on_leaves_no_workdir(
+    tiny_config, tmp_path, counts, overrides, message
+):
+    make_images(tmp_path / "data", **counts)
+    config = tiny_config(**{"dataset.name": f"folder:{tmp_path / 'data'}"}, **overrides)
+    with pytest.raises(UserError, match=message):
+        train.train(config, tmp_path / "runs/mine")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_more_than_the_training_images_are_refused(tiny_config, tmp_path):

@@ -288,10 +288,10 @@ class Setting:
     def _title(self, dataset: str) -> str:
         """The data set in the name of a run: the paper's, and the user's own."""
         name = self.datasets.get(dataset, "")
-        if not name.startswith("folder:"):
+        if not name.startswith(("folder:", "list:")):
             return _join(dataset, name)
-        # Other folders have the same last name.
-        path = str(pathlib.PurePath(name.removeprefix("folder:")))
+        # Others have the same last name.
+        path = str(pathlib.PurePath(name.partition(":")[2]))
         return _join(
             dataset, fewshot.short_name(name), hashlib.sha256(path.encode()).hexdigest()[:6]
         )

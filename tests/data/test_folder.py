@@ -227,7 +227,7 @@ def bare(image_folder):
 
 
 def relative(source, root):
-    return [path.removeprefix(f"{root}/") for path in ids(source)]
+    return [path.removeprefix(f"{root}/") for path in source.ids()]
 
 
 def test_a_folder_of_classes_is_divided_class_by_class(bare):
@@ -270,7 +270,7 @@ def test_slices_and_development_are_of_what_is_not_held_out(bare):
 def test_to_evaluate_alone_a_folder_without_splits_is_taken_whole(bare):
     source = open_evaluation(f"folder:{bare}")
     assert sorted(ids(source)) == sorted(map(str, bare.rglob("*.jpg")))
-    assert source.notes == (f"folder '{bare}': all images, of no split, are scored, 48",)
+    assert source.notes == (f"folder '{bare}': it has no splits, so all images are scored, 48",)
 
 
 def test_what_a_run_held_out_is_scored_of_its_folder_and_of_no_other(bare, image_folder):
@@ -284,6 +284,7 @@ def test_what_a_run_held_out_is_scored_of_its_folder_and_of_no_other(bare, image
         f"folder '{bare}': the images that the run held out are scored, 9",
         f"folder '{bare}': 2 left out that the run began without",
     )
+    (bare / "rose" / "new.png").unlink()
     for directory in ("aster", "lily"):
         (bare / directory).rename(image_folder.with_name(directory))
     assert open_evaluation(f"folder:{bare}", files=rules).num_examples == 22  # All that is there.

@@ -165,8 +165,8 @@ def read_folder(path):
     folder = open_folder(str(path))
     assert len(set(folder.class_names)) == len(folder.class_names)
     found = set(find_images([str(path)]))
-    for split in folder.split_names:
-        for file in folder.select(split):
+    for files in folder.splits.values():
+        for file in files:
             parts = file.path.removeprefix(f"{path}/").split("/")
             name = parts[-1]
             assert folder.class_names[file.label] == parts[folder.partition is None]

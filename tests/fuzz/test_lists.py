@@ -6,15 +6,14 @@ import os
 from hypothesis import strategies as st
 
 from vit_jax.data.listing import open_list
-from vit_jax.data.source import Source
 
 from .mutations import JSON, mutated, mutated_json
 from .test_images import COLOR, encode
 
 PNG = encode(COLOR, "PNG")
 IMAGES = {"a.png": PNG, "b/b.png": PNG, "c.png": PNG[:40]}
-CSV = b"path,label,split\na.png,rose,train\nb/b.png,lily,val\n"
-LABELS = b'path,labels\na.png,rose;lily\n"b/b.png",\n./c.png,rose\n'
+CSV = b"path,label,split\na.png,rose,train\nb/b.png,rose,val\n"
+LABELS = b'path,labels\na.png,rose;lily\n"b/b.png",\n./a.png,rose;lily\n'
 OBJECTS = [{"path": "a.png", "label": "rose"}, {"path": "b/b.png", "label": 3}]
 PATHS = st.sampled_from(["a.png", "../a.png", "/dev/zero", "/proc/self/mem", "", ".", "b", "\0"])
 
@@ -37,9 +36,7 @@ def read(folder):
     for split in found.split_names:
         if not found.splits[split]:
             continue
-        source = found.source(split)
-        assert isinstance(source, Source)
-        for example in source:
+        for example in found.source(split):
             assert example["image"].startswith(PNG[:8])
             if found.multi_label:
                 assert example["label"].shape == (len(found.class_names),)
@@ -50,8 +47,5 @@ def read(folder):
 def test_lists(fuzz):
     objects = "\n".join(map(json.dumps, OBJECTS)).encode()
     sound = [IMAGES | {"list.csv": CSV}, IMAGES | {"list.jsonl": objects}]
-    sound.append(
-        IMAGES
-        | {"list.csv": LABELS.replace(b"./c.png", b"a.png").replace(b"rose\n", b"rose;lily\n")}
-    )
+    sound.append(IMAGES | {"list.csv": LABELS})
     fuzz("lists", lists(), read, sound=sound)

@@ -119,12 +119,13 @@ def _scan(directory: Path, survey: Survey, prefix: str = "") -> dict[str, list[E
         if not _is_directory(entry):
             survey.pass_over(entry.name)
             continue
-        images = found[entry.name] = []
+        images, broken = [], len(survey.broken)
+        found[entry.name] = images
         for path in _files_below(entry.path, survey):
             name = path.removeprefix(f"{directory}/")
             if (size := _size(path, prefix + name, entry.name, survey)) is not None:
                 images.append(Entry(name, path, (entry.name,), size))
-        if not images:
+        if not images and (survey.skip or len(survey.broken) == broken):
             survey.empty.append(entry.path)
     if not found:
         survey.others.append(f"{directory} holds no classes: make one directory per class in it")

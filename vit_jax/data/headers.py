@@ -24,12 +24,11 @@ def measure(path: str | os.PathLike[str]) -> int | None:
     Raises:
         OSError: it cannot be opened.
     """
-    # A pipe would keep whoever opens it waiting.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # A pipe would keep whoever opens it waiting.
+        return None
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            return None
         head = os.read(descriptor, _LONGEST)
     finally:
         os.close(descriptor)

@@ -189,7 +189,8 @@ def in_hashed_order(
         return hashlib.sha256(entry.name.encode(errors="surrogateescape")).digest()
 
     def label(entry: Entry) -> int | tuple[int, ...]:
-        return tuple(map(index.get, entry.labels)) if multi_label else index[entry.labels[0]]
+        labels = tuple(index[name] for name in entry.labels)
+        return labels if multi_label else labels[0]
 
     return tuple(File(x.path, label(x), x.num_bytes) for x in sorted(entries, key=key))
 

@@ -70,14 +70,9 @@ def open_list(path: str, rules: FileRules = _DEFAULTS) -> LabeledFiles:
     entries = _entries(file.parent, lines, survey)
     partition = None
     if lines[0].split is None:
-        found, partition = divide(list(entries), rules, survey)
+        found, partition = divide(entries, rules, survey)
     else:
-        split_of = {line.path: line.split for line in lines}
-        found = {split: [] for split in dict.fromkeys(split_of.values())}
-        for entry in entries:
-            found[split_of[entry.name]].append(entry)
-        for split in found.keys() - {"train"}:
-            found[split] = without_cut_off(found[split], survey)
+        found = _by_split(entries, lines, survey)
     class_names = _class_names(found, survey)
     _check_classes(class_names, rules.least_classes, multi_label, survey)
     survey.check()
@@ -102,10 +97,8 @@ def _entries(directory: Path, lines: Sequence[Line], survey: Survey) -> list[Ent
             size, fault = measure(path), no_image(path)
         except (OSError, ValueError) as error:  # ValueError: no path has a NUL in it.
             reason = getattr(error, "strerror", None) or first_line(error)
-            size, fault = (
-                None,
-                f"{path}, line {line.number}, cannot be read: {reason}; mend the list",
-            )
+            fault = f"{path} of line {line.number} cannot be read ({reason}): mend that"
+            size = None
         if size is None:
             survey.broken[line.path] = Broken(fault, ";".join(line.labels))
         else:
@@ -132,8 +125,20 @@ def _without_repetitions(directory: Path, lines: Sequence[Line], survey: Survey)
             f"image ({listed(contradictions, 4)}): keep one of each"
         )
     if repeated:
-        survey.remarks.append(f"{repeated:,} lines repeat others and are passed over")
+        survey.remarks.append(f"{repeated:,} passed over that repeat other lines")
     return seen.values()
+
+
+def _by_split(
+    entries: Sequence[Entry], lines: Sequence[Line], survey: Survey
+) -> dict[str, list[Entry]]:
+    split_of = {line.path: line.split for line in lines if line.split}
+    found: dict[str, list[Entry]] = {split: [] for split in split_of.values()}
+    for entry in entries:
+        found[split_of[entry.name]].append(entry)
+    for split in found.keys() - {"train"}:
+        found[split] = without_cut_off(found[split], survey)
+    return found
 
 
 def _class_names(found: Mapping[str, Sequence[Entry]], survey: Survey) -> tuple[str, ...]:

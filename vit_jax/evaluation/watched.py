@@ -55,9 +55,10 @@ class Watched:
 
     def files_of(self, name: str) -> "FileRules":
         """What is done with the files of a data set; the run's own is divided as the run has it."""
-        from vit_jax.data.labeled_files import FileRules
+        from vit_jax.data.datasets import FileRules, is_of_files
 
-        partition = self.eval_source.partition if name == self.dataset else None
+        is_own = name == self.dataset and is_of_files(name)
+        partition = self.eval_source.partition if is_own else None
         return FileRules(broken=self.broken, partition=partition)
 
     def open(self, settings: Mapping[str, Any]) -> "Source":
