@@ -100,7 +100,7 @@ def test_a_bar_fits_a_terminal_that_is_made_narrow(columns, screen, tmp_path):
 
     report(tmp_path, screen.stdout, between)
     drawn = [part.rstrip() for part in re.split(r"[\r\n]", screen.read())]
-    assert "step 10/10"[:columns] in "".join(drawn)
+    assert "step 10/10"[: columns - 1] in "".join(drawn)
     assert max(map(len, drawn)) <= columns
 
 

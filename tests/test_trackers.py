@@ -47,7 +47,7 @@ def stand_in(monkeypatch):
         points, pictures, runs = [], [], []
 
     monkeypatch.setitem(trackers.TRACKERS, "mlflow", Fresh)
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: name)
     return Fresh
 
 
@@ -61,7 +61,7 @@ def stand_in(monkeypatch):
     ],
 )
 def test_a_tracker_that_is_not_there_is_told_in_a_line(text, message, monkeypatch):
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=message):
         parse_track(text)
 

@@ -4,7 +4,6 @@ A tracker works in a thread of its own. Whatever goes wrong in it, a network tha
 library that fails, is told in one line, and the training goes on without it.
 """
 
-import importlib.util
 import io
 import json
 import os
@@ -15,6 +14,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
+from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
 from flax.traverse_util import flatten_dict
@@ -90,7 +90,7 @@ def parse_track(text: str) -> Track:
         raise UserError(f"--track {brief(text)} is unknown: {hint}use {', '.join(names)}")
     if colon and not target:
         raise UserError(f"--track {brief(text)} is not understood: use {name}:{_PROJECT}")
-    if importlib.util.find_spec(name) is None:
+    if find_spec(name) is None:
         raise UserError(f"--track {name} needs a package that is not installed: pip install {name}")
     return Track(name, target)
 
