@@ -449,7 +449,7 @@ def test_an_image_counts_by_the_weight_of_its_class_in_training_only(loss):
     model, state, _ = setup()
     rng = jax.random.key(0)
     plain = classification(model, loss, 0.1)
-    weighted = classification(model, loss, 0.1, WEIGHTS)
+    weighted = classification(model, loss, 0.1, class_weights=WEIGHTS)
     expected = plain(state.params, BATCH, train=True, rng=rng)["loss"]
     found = weighted(state.params, BATCH, train=True, rng=rng)
     # As with scikit-learn's weights of samples, and Keras's class_weight.

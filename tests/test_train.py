@@ -154,7 +154,7 @@ def test_a_run_from_before_a_key_goes_on_with_what_it_did_then(tiny_config, tmp_
     saved = migrate(saved)
     config = tiny_config(**{"augment": "light1", key: ADDED_KEYS[key]})
     train._refuse_another_run(config, tmp_path, saved)
-    other = {str: "another", float: 0.5}.get(type(ADDED_KEYS[key]), [0.5])
+    other = {str: "another", float: 0.25, int: 7}.get(type(ADDED_KEYS[key]), [0.5])
     config.update_from_flattened_dict({key: other})
     line = f"{key}: {ADDED_KEYS[key]} in the checkpoint, {other} now"
     with pytest.raises(UserError, match=re.escape(line)):
