@@ -132,7 +132,7 @@ def test_broken_images_are_left_out_if_so_asked(images):
     source = open_evaluation(name, files=FileRules(broken="skip"))
     assert labels_of(source) == {0: "x", 2: "y"}
     assert source.notes[1].endswith("1 left out that are broken: gone.png")
-    assert source.partition.rows["gone.png"] == ("y", "broken")
+    assert source.partition.rows["gone.png"] == ("y", "broken", 0)
 
 
 @pytest.mark.parametrize(
