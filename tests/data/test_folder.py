@@ -265,6 +265,9 @@ def test_slices_and_development_are_of_what_is_not_held_out(bare):
     part, rest = open_dataset(name, development=True)
     assert ids(part) + ids(rest) == ids(train) and rest.num_examples == 4
     assert ids(open_evaluation(name, split="validation[50%:]")) == ids(held_out)[4:]
+    for split in ("train+validation", "validation[:50%]"):
+        message = refuse(bare, train_split=split)
+        assert f"train_split is '{split}' but folder '{bare}' has no splits" in message
 
 
 def test_to_evaluate_alone_a_folder_without_splits_is_taken_whole(bare):
