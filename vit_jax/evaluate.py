@@ -202,7 +202,9 @@ def _file_rules(args: argparse.Namespace) -> Any:
 
     of_files = datasets.is_of_files(args.dataset)
     partition = holdout.of_checkpoint(args.checkpoint) if of_files else None
-    return datasets.FileRules(broken=args.broken, partition=partition, must_fit=False)
+    return datasets.FileRules(
+        broken=args.broken, skip_flag="--broken skip", partition=partition, must_fit=False
+    )
 
 
 def _silence() -> None:

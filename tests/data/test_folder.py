@@ -1,5 +1,6 @@
 """Image folders: what is read, in which order, and what is refused."""
 
+import dataclasses
 import os
 from collections import Counter
 from pathlib import Path
@@ -186,6 +187,7 @@ def test_all_that_is_wrong_is_told_at_once(image_folder):
     assert f"(2) class 'iris' of {image_folder}/test is not in train" in message
     named = ", ".join(f"train/rose/broken{index:02}.png" for index in range(10))
     assert f"(3) 14 files are no images or are cut off ({named} and 4 more): mend or" in message
+    assert message.endswith("leave them out by dataset.broken=skip")
 
 
 def test_broken_files_are_left_out_if_so_asked_and_named(image_folder):
@@ -318,6 +320,9 @@ def test_what_is_left_of_what_a_run_held_out_is_scored(bare):
     assert sorted(ids(source)) == left
     name = gone.removeprefix(f"{bare}/")
     assert source.notes[1].endswith(f"1 of the run's images in split.csv are gone ({name})")
+    rules = dataclasses.replace(rules, broken="refuse", skip_flag="--broken skip")
+    with pytest.raises(UserError, match=r"is not an image .*; mend .* or leave it out by --broken skip$"):
+        open_evaluation(f"folder:{bare}", files=rules)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +338,9 @@ def test_a_division_of_which_a_file_is_gone_cannot_be_followed(bare, change, mes
     change(bare / "aster" / "1.jpg")
     for broken in ("refuse", "skip"):
         rules = FileRules(broken=broken, partition=train.partition)
-        assert message in refuse(bare, files=rules)
+        told = refuse(bare, files=rules)
+        assert message in told and told.endswith("in another --workdir")
+        assert "skip" not in told
 
 
 def test_what_was_broken_when_a_run_began_stays_left_out(bare):

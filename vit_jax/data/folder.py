@@ -55,7 +55,7 @@ def open_folder(path: str, rules: FileRules = _DEFAULTS) -> LabeledFiles:
             f"folder {path!r} does not exist: name one with a directory per class in it, or with "
             "train/, and test/ or validation/"
         )
-    survey = Survey(f"folder {path!r}", skip=rules.broken == "skip")
+    survey = Survey(f"folder {path!r}", rules.broken == "skip", rules.skip_flag)
     found = {directory: name for directory, name in SPLITS.items() if (root / directory).is_dir()}
     for name in found.values():
         same = [f"{directory}/" for directory, other in found.items() if other == name]

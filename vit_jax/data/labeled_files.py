@@ -26,6 +26,7 @@ class FileRules:
     Attributes:
         holdout: the share that is held out where the files are in no splits.
         broken: "refuse" files that should be images and are not, or "skip" them.
+        skip_flag: by which a user asks for the latter.
         least_classes: fewer are refused, unless an image may have several labels.
         partition: to follow in place of drawing one, where the files are in no splits.
         must_fit: whether `partition` is of a run that goes on: then each of its images must be as
@@ -34,6 +35,7 @@ class FileRules:
 
     holdout: float = 0.2
     broken: str = "refuse"
+    skip_flag: str = "dataset.broken=skip"
     least_classes: int = 1
     partition: Partition | None = None
     must_fit: bool = True
@@ -274,7 +276,7 @@ def _follow(
     rows = {name: row for name, row in partition.rows.items() if row.split != holdout.BROKEN}
     new = (found.keys() | survey.broken.keys()) - partition.rows.keys()
     if must_fit:  # An image that the run began with may not be left out of it.
-        survey.skip = False
+        survey.skip, survey.skip_flag = False, ""
     told = survey.others if must_fit else survey.remarks
     survey.broken = {name: x for name, x in survey.broken.items() if name in rows}
     if gone := [name for name in rows if name not in found and name not in survey.broken]:

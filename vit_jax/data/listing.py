@@ -64,7 +64,7 @@ def open_list(path: str, rules: FileRules = _DEFAULTS) -> LabeledFiles:
     Raises:
         UserError: the list cannot be read, or all that is wrong with its images, in one line.
     """
-    survey = Survey(f"list {path!r}", skip=rules.broken == "skip")
+    survey = Survey(f"list {path!r}", rules.broken == "skip", rules.skip_flag)
     file = Path(path).expanduser()
     lines, multi_label = read_list(file)
     entries = _entries(file.parent, lines, survey)

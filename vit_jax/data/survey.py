@@ -26,6 +26,7 @@ class Survey:
     Attributes:
         what: the data set, as messages name it.
         skip: leave broken files out, and tell of them in a note.
+        skip_flag: by which a user asks for that, "" where a run goes on, which needs them all.
         empty: classes without an image.
         unknown: classes to evaluate on that are not trained.
         broken: files that should be images, by their name in the data set.
@@ -38,6 +39,7 @@ class Survey:
 
     what: str
     skip: bool = False
+    skip_flag: str = "dataset.broken=skip"
     empty: list[str] = dataclasses.field(default_factory=list)
     unknown: list[str] = dataclasses.field(default_factory=list)
     broken: dict[str, Broken] = dataclasses.field(default_factory=dict)
@@ -77,13 +79,16 @@ class Survey:
         return found + self.others
 
     def _broken_ones(self) -> str:
+        they = "it" if len(self.broken) == 1 else "them"
+        if self.skip_flag:
+            way_out = f"mend or remove {they}, or leave {they} out by {self.skip_flag}"
+        else:
+            way_out = f"the run began with {they}: restore {they}, or begin in another --workdir"
         if len(self.broken) == 1:
             (only,) = self.broken.values()
-            return f"{only.fault}, or leave it out by dataset.broken=skip"
-        return (
-            f"{len(self.broken):,} files are no images or are cut off ({listed([*self.broken])}): "
-            "mend or remove them, or leave them out by dataset.broken=skip"
-        )
+            return f"{only.fault}; {way_out}"
+        named = listed([*self.broken])
+        return f"{len(self.broken):,} files are no images or are cut off ({named}): {way_out}"
 
     def notes(self) -> tuple[str, ...]:
         """The lines to tell a user who goes on."""
