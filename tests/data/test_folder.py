@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -206,6 +207,32 @@ def test_broken_files_are_left_out_if_so_asked_and_named(image_folder):
     assert message.startswith(f"class {image_folder}/test/aster is empty")
 
 
+def test_images_beside_the_splits_are_told_of(image_folder):
+    photo = min((image_folder / "test").rglob("*.jpg")).read_bytes()
+    for name, file in (("notes", "a.txt"), ("raw", "deep/a.jpg"), ("__MACOSX", "a.jpg")):
+        path = image_folder / name / file
+        path.parent.mkdir(parents=True)
+        path.write_bytes(photo)
+    train, _ = open_dataset(f"folder:{image_folder}")
+    assert train.num_examples == 40
+    told = "passed over are the images of raw/, beside train/, test/"
+    assert train.notes == (f"folder '{image_folder}': {told}",)
+
+
+def test_a_class_that_is_called_like_a_split_does_not_hide_the_others(image_folder):
+    root = image_folder.with_name("vehicles")
+    for name, other in (("bus", "aster"), ("train", "rose")):
+        (root / name).mkdir(parents=True)
+        for path in (image_folder / "train" / other).rglob("*.jpg"):
+            path.rename(root / name / path.name)
+    with pytest.raises(UserError) as error:
+        open_evaluation(f"folder:{root}")
+    assert (
+        "train/ would be a split and has no classes in it, and beside it are bus/: if it is a "
+        in str(error.value)
+    )
+
+
 def test_one_class_is_refused_where_there_must_be_two(image_folder):
     for split in ("train", "test"):
         (image_folder / split / "rose").rename(image_folder / f"{split} rose")
@@ -244,6 +271,18 @@ def test_a_folder_of_classes_is_divided_class_by_class(bare):
         assert train.class_names[example["label"]] == name
     begin = f"folder '{bare}': it has no splits, so 39 images are to train on and 9"
     assert train.notes[0].startswith(begin)
+
+
+def test_classes_of_one_image_each_can_be_scored_but_not_divided(bare):
+    for path in bare.rglob("*.jpg"):
+        if path.stem != "1":
+            path.unlink()
+    for directory in ("lone", "lily"):
+        shutil.rmtree(bare / directory)
+    assert open_evaluation(f"folder:{bare}").num_examples == 2
+    message = refuse(bare)
+    assert f"folder '{bare}' has no splits and none of its images can be held out" in message
+    assert "for which a class must have two: add images, or divide them yourself" in message
 
 
 def test_a_division_depends_on_names_alone_and_other_shares_nest(bare):
@@ -321,7 +360,7 @@ def test_what_is_left_of_what_a_run_held_out_is_scored(bare):
     name = gone.removeprefix(f"{bare}/")
     assert source.notes[1].endswith(f"1 of the run's images in split.csv are gone ({name})")
     rules = dataclasses.replace(rules, broken="refuse", skip_flag="--broken skip")
-    with pytest.raises(UserError, match=r"is not an image .*; mend .* or leave it out by --broken skip$"):
+    with pytest.raises(UserError, match=r"is not an image .*, or leave it out by --broken skip$"):
         open_evaluation(f"folder:{bare}", files=rules)
 
 

@@ -1,7 +1,7 @@
 """A folder of images as a data set: one directory per class, in train/ and test/ or directly."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from vit_jax.data import classes
@@ -16,7 +16,7 @@ from vit_jax.data.labeled_files import (
     in_hashed_order,
     without_cut_off,
 )
-from vit_jax.data.survey import Broken, Survey
+from vit_jax.data.survey import Broken, Survey, listed
 from vit_jax.errors import UserError, first_line
 
 PREFIX = "folder:"
@@ -63,6 +63,7 @@ def open_folder(path: str, rules: FileRules = _DEFAULTS) -> LabeledFiles:
             raise UserError(f"folder {path!r} has both {' and '.join(same)}: keep one of them")
     partition = None
     if found:
+        _look_beside(root, found, survey)
         class_names, entries = _of_splits(root, found, survey)
     else:
         images = [x for part in _scan(root, survey).values() for x in part]
@@ -83,6 +84,37 @@ def open_folder(path: str, rules: FileRules = _DEFAULTS) -> LabeledFiles:
         partition=partition,
         notes=survey.notes(),
     )
+
+
+def _look_beside(root: Path, found: Collection[str], survey: Survey) -> None:
+    """Tells of images beside the splits: those of classes, one of which is called like a split."""
+    beside = [
+        f"{entry.name}/"
+        for entry in _listed(str(root))
+        if entry.name not in found and _is_directory(entry) and _has_images(entry.path)
+    ]
+    if not beside:
+        return
+    splits = [f"{name}/" for name in found]
+    mistaken = [x for x in splits if not any(map(_is_directory, _listed(str(root / x))))]
+    if mistaken:
+        survey.others.append(
+            f"{listed(mistaken, 4)} would be a split and has no classes in it, and beside it are "
+            f"{listed(beside, 4)}: if it is a class, rename it or move all classes into train/; "
+            "if it is a split, make one directory per class in it"
+        )
+    else:
+        survey.remarks.append(
+            f"passed over are the images of {listed(beside, 4)}, beside {listed(splits)}"
+        )
+
+
+def _has_images(directory: str) -> bool:
+    try:
+        paths = _files_below(directory, Survey(directory))
+        return any(os.path.splitext(path)[1].lower() in SUFFIXES for path in paths)
+    except UserError:  # It may not be read, nor need it be.
+        return False
 
 
 def _of_splits(

@@ -147,13 +147,21 @@ class LabeledFiles:
         """Returns the files of `split`, in the syntax of TFDS ("train[:98%]+validation").
 
         Raises:
-            UserError: if train is asked for and there is none.
+            UserError: if train is asked for and there is none, or what is held out and that is
+                nothing.
             ValueError: if `split` is malformed, names no split of this data set or selects nothing.
         """
         if "train" not in self.splits and re.search(r"\btrain\b", split):
             raise UserError(
                 f"{self.what} has no train/, only {', '.join(self.splits)}: one directory "
                 "per class is expected in train/"
+            )
+        nothing_held_out = self.partition is not None and not self.splits[holdout.HELD_OUT]
+        if nothing_held_out and re.fullmatch(r"validation(\[.*\])?", split):
+            raise UserError(
+                f"{self.what} has no splits and none of its images can be held out to evaluate on, "
+                "for which a class must have two: add images, or divide them yourself into train "
+                "and test"
             )
         sizes = {name: len(files) for name, files in self.splits.items()}
         parts = splits.slices(split, sizes)

@@ -80,13 +80,12 @@ class Survey:
 
     def _broken_ones(self) -> str:
         they = "it" if len(self.broken) == 1 else "them"
-        if self.skip_flag:
-            way_out = f"mend or remove {they}, or leave {they} out by {self.skip_flag}"
-        else:
-            way_out = f"the run began with {they}: restore {they}, or begin in another --workdir"
+        restore = f"the run began with {they}: restore {they}, or begin in another --workdir"
+        leave_out = f"or leave {they} out by {self.skip_flag}"
         if len(self.broken) == 1:
             (only,) = self.broken.values()
-            return f"{only.fault}; {way_out}"
+            return f"{only.fault}, {leave_out}" if self.skip_flag else f"{only.fault}; {restore}"
+        way_out = f"mend or remove them, {leave_out}" if self.skip_flag else restore
         named = listed([*self.broken])
         return f"{len(self.broken):,} files are no images or are cut off ({named}): {way_out}"
 
