@@ -390,4 +390,4 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path):
     )
     assert code == 2
     assert output.startswith("error: ") and output.count("\n") == 1
-    assert "has no train/" in output
+    assert "holds no classes: make one directory per class in it" in output
