@@ -15,7 +15,8 @@ def lines(path):
 def test_a_resumed_run_drops_what_was_written_after_its_checkpoint_and_what_is_no_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     no_lines = '5\n[]\n{"a": 1}\n'
-    path.write_text(no_lines + '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
+    cut_off = '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo'
+    path.write_text(no_lines + cut_off)
     writer = writers.JsonlWriter(path, last_step=1)
     writer.write_scalars(2, {"loss": 2.5})
     writer.close()
