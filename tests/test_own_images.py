@@ -124,6 +124,9 @@ def test_the_same_command_goes_on_with_what_was_chosen_first(
     again = choose(photos, weights, tmp_path, "--config.seed=3")
     assert to_dict(again.loaded.config) == to_dict(begun)
     assert "run began with" in again.lines[0]
+    monkeypatch.chdir(photos.parent)
+    for path in (f"{photos}/", "my photos", "../" + photos.parent.name + "/my photos//"):
+        assert choose(path, weights, tmp_path).loaded.config.dataset.name == f"folder:{photos}"
     # Other weights are another run.
     with pytest.raises(UserError, match="does not exist"):
         choose(photos, tmp_path / "other.npz", tmp_path)

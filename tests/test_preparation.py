@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -161,6 +162,13 @@ def test_a_run_on_a_folder_of_classes_keeps_to_the_split_that_it_wrote(
     (data / min(held_out)).unlink()
     with pytest.raises(UserError, match=f"split.csv are gone .{min(held_out)}.: restore them"):
         train.train(config, stopped)
+    data.rename(tmp_path / "images")
+    for split in ("train", "test"):
+        shutil.copytree(tmp_path / "images", data / split)
+    with pytest.raises(UserError, match="the run divided .* itself, which has splits of its own"):
+        train.train(config, stopped)
+    shutil.rmtree(data)
+    (tmp_path / "images").rename(data)
     (stopped / "split.csv").unlink()
     with pytest.raises(UserError, match=r"split.csv cannot be read: .*No such file"):
         train.train(config, stopped)

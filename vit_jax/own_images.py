@@ -102,8 +102,8 @@ def _begun(workdir: str, dataset: str, init: str) -> str | None:
     path = Path(workdir, "config.json")
     try:
         saved = json.loads(path.read_text())
-        same = (saved["dataset"]["name"], saved["init_from"]) == (dataset, init)
-    except (OSError, ValueError, LookupError, TypeError):
+        same = saved["init_from"] == init and datasets.is_same(saved["dataset"]["name"], dataset)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
     return str(path) if same else None
 

@@ -208,6 +208,11 @@ def _open_sources(
         files=files,
     )
     if goes_on and train_source.partition is not files.partition:
+        if files.partition is not None:
+            raise UserError(
+                f"{split_file} says that the run divided {data.name} itself, which has splits of "
+                "its own now, such as train/: take these away, or begin anew in another --workdir"
+            )
         holdout.read(split_file)  # It is gone: this says so.
     for note in train_source.notes:
         say(note)

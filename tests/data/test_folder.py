@@ -265,6 +265,9 @@ def test_slices_and_development_are_of_what_is_not_held_out(bare):
     part, rest = open_dataset(name, development=True)
     assert ids(part) + ids(rest) == ids(train) and rest.num_examples == 4
     assert ids(open_evaluation(name, split="validation[50%:]")) == ids(held_out)[4:]
+    for split in ("train+validation", "validation[:50%]"):
+        message = refuse(bare, train_split=split)
+        assert f"train_split is '{split}' but folder '{bare}' has no splits" in message
 
 
 def test_to_evaluate_alone_a_folder_without_splits_is_taken_whole(bare):
@@ -290,6 +293,33 @@ def test_what_a_run_held_out_is_scored_of_its_folder_and_of_no_other(bare, image
     assert open_evaluation(f"folder:{bare}", files=rules).num_examples == 22  # All that is there.
 
 
+def test_images_of_the_same_names_are_not_for_that_the_run_s(bare):
+    train, _ = open_dataset(f"folder:{bare}")
+    rules = FileRules(partition=train.partition, must_fit=False)
+    photo = Image.fromarray(np.zeros((9, 9, 3), np.uint8))
+    for path in bare.rglob("*.jpg"):
+        photo.save(path, "JPEG")
+    source = open_evaluation(f"folder:{bare}", files=rules)
+    assert source.num_examples == 48
+    assert "named as the images in the run's split.csv but of other sizes" in source.notes[1]
+    for path in (bare / "aster").iterdir():  # 28 of 48 names are there, which is no reason either.
+        path.unlink()
+    (bare / "aster").rmdir()
+    assert open_evaluation(f"folder:{bare}", files=rules).num_examples == 28
+
+
+def test_what_is_left_of_what_a_run_held_out_is_scored(bare):
+    train, held_out = open_dataset(f"folder:{bare}")
+    gone, broken, *left = sorted(ids(held_out))
+    Path(gone).unlink()
+    Path(broken).write_bytes(b"")
+    rules = FileRules(broken="skip", partition=train.partition, must_fit=False)
+    source = open_evaluation(f"folder:{bare}", files=rules)
+    assert sorted(ids(source)) == left
+    name = gone.removeprefix(f"{bare}/")
+    assert source.notes[1].endswith(f"1 of the run's images in split.csv are gone ({name})")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -311,7 +341,7 @@ def test_what_was_broken_when_a_run_began_stays_left_out(bare):
     broken.write_bytes(b"")
     rules = FileRules(broken="skip")
     train, _ = open_dataset(f"folder:{bare}", files=rules)
-    assert train.partition.rows["rose/broken.jpg"] == ("rose", "broken")
+    assert train.partition.rows["rose/broken.jpg"] == ("rose", "broken", 0)
     broken.write_bytes((bare / "rose" / "1.jpg").read_bytes())
     again, _ = open_dataset(f"folder:{bare}", files=FileRules(partition=train.partition))
     assert ids(again) == ids(train)

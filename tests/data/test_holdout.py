@@ -37,9 +37,9 @@ def test_new_images_hardly_move_the_others():
 
 
 ROWS = {
-    "a/1.jpg": Row("a", "train"),
-    'a/with, "all"\nof it.jpg': Row("a", "validation"),
-    os.fsdecode(b"b/\xff.png"): Row("b;c", "broken"),
+    "a/1.jpg": Row("a", "train", 1234),
+    'a/with, "all"\nof it.jpg': Row("a", "validation", 2**40),
+    os.fsdecode(b"b/\xff.png"): Row("b;c", "broken", 0),
 }
 
 
@@ -47,10 +47,11 @@ def test_a_partition_is_read_as_it_was_written(tmp_path):
     holdout.record(Partition(ROWS), tmp_path)
     assert holdout.read(tmp_path / "split.csv") == Partition(ROWS)
     text = (tmp_path / "split.csv").read_text(errors="surrogateescape")
-    assert text.splitlines()[:2] == ["path,class,split", "a/1.jpg,a,train"]
+    assert text.splitlines()[:2] == ["path,class,split,bytes", "a/1.jpg,a,train,1234"]
     with open(tmp_path / "split.csv", errors="surrogateescape", newline="") as file:
-        found = {row["path"]: (row["class"], row["split"]) for row in csv.DictReader(file)}
-    assert found == ROWS
+        columns = ("class", "split", "bytes")
+        found = {row["path"]: tuple(row[x] for x in columns) for row in csv.DictReader(file)}
+    assert found == {name: tuple(map(str, row)) for name, row in ROWS.items()}
     assert os.listdir(tmp_path) == ["split.csv"]
     holdout.record(None, tmp_path)  # A failed start of another data set.
     assert not os.listdir(tmp_path)
@@ -59,11 +60,12 @@ def test_a_partition_is_read_as_it_was_written(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "its first line is not path,class,split"),
-        (b"path,label\na,b\n", "its first line is not path,class,split"),
-        (b"path,class,split\na.jpg,a\n", r"line 2 is \['a.jpg', 'a'\]"),
-        (b"path,class,split\na.jpg,a,\x1b[2J\n", r"line 2 is \['a.jpg', 'a', '.x1b\[2J'\]"),
-        (b'path,class,split\n"a.jpg,a,train\n', "unexpected end of data"),
+        (b"", "its first line is not path,class,split,bytes"),
+        (b"path,label\na,b\n", "its first line is not path,class,split,bytes"),
+        (b"path,class,split,bytes\na.jpg,a\n", r"line 2 is \['a.jpg', 'a'\]"),
+        (b"path,class,split,bytes\na.jpg,a,\x1b[2J,1\n", r"line 2 is \['a.jpg', 'a', '.x1b\[2J'"),
+        (b"path,class,split,bytes\na.jpg,a,train,x\n", "invalid literal for int"),
+        (b'path,class,split,bytes\n"a.jpg,a,train,1\n', "unexpected end of data"),
         (None, "No such file"),
     ],
 )
@@ -86,8 +88,13 @@ def test_the_partition_of_a_checkpoint_is_that_of_its_run(tmp_path, part):
     assert holdout.of_checkpoint("B_16") is None
 
 
-@pytest.mark.parametrize(("there", "fits"), [(4, True), (2, True), (1, False), (0, False)])
-def test_a_partition_fits_what_has_half_of_its_images(there, fits):
-    partition = Partition({f"{i}.jpg": Row("a", "train") for i in range(4)})
-    names = [*(f"{i}.jpg" for i in range(there)), *(f"new{i}.jpg" for i in range(100))]
-    assert partition.fits(names) == fits
+@pytest.mark.parametrize(
+    ("there", "larger", "fits"),
+    [(4, 0, True), (4, 2, True), (4, 3, False), (2, 0, True), (2, 1, False), (0, 0, False)],
+)
+def test_a_partition_fits_what_has_half_of_its_images(there, larger, fits):
+    rows = {f"{i}.jpg": Row("a", "train", 10 + i) for i in range(4)}
+    partition = Partition(rows | {f"{i}.png": Row("a", "broken", 0) for i in range(9)})
+    sizes = {f"{i}.jpg": 10 + i + (i < larger) for i in range(there)}
+    assert partition.fits(sizes | {f"new{i}.jpg": 10 for i in range(100)}) == fits
+    assert partition.fits_by_name(sizes) == (there >= 2)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,10 +105,22 @@ def test_the_rarest_label_decides_where_an_image_is_divided(images):
 
 
 def test_lines_that_repeat_others_count_once(images):
-    name = write(images, "path,label\na.png,x\n./a.png,x\nc.png,y\n")
-    source = open_evaluation(name)
-    assert labels_of(source) == {0: "x", 2: "y"}
-    assert source.notes[1].endswith("1 passed over that repeat other lines")
+    (images / "link.png").symlink_to("a.png")
+    others = [
+        "./a.png",
+        images / "a.png",
+        f"../{images.name}/a.png",
+        "link.png",
+        images / "in/../a.png",
+    ]
+    text = "".join(f"{path},x\n" for path in others)
+    for directory in (images, Path(os.path.relpath(images))):
+        name = write(directory, f"path,label\na.png,x\n{text}c.png,y\n")
+        source = open_evaluation(name)
+        assert labels_of(source) == {0: "x", 2: "y"}
+        assert source.notes[1].endswith("5 passed over that repeat other lines")
+    (images / "list.csv").write_text(f"path,label\na.png,x\n{images}/a.png,y\n")
+    assert "1 lines contradict others" in refuse(name)
 
 
 def test_what_is_wrong_with_images_is_told_at_once(images):
@@ -132,7 +145,7 @@ def test_broken_images_are_left_out_if_so_asked(images):
     source = open_evaluation(name, files=FileRules(broken="skip"))
     assert labels_of(source) == {0: "x", 2: "y"}
     assert source.notes[1].endswith("1 left out that are broken: gone.png")
-    assert source.partition.rows["gone.png"] == ("y", "broken")
+    assert source.partition.rows["gone.png"] == ("y", "broken", 0)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +202,8 @@ def test_a_list_without_bounds_is_not_read(images):
 
 def test_a_path_names_a_folder_or_a_list(images):
     (images / "list.CSV").write_text("")
-    assert name_of(str(images)) == f"folder:{images}"
+    assert name_of(str(images)) == name_of(f"{images}//") == f"folder:{images}"
+    assert name_of("/") == "folder:/"
     assert name_of(f"{images}/list.CSV") == f"list:{images}/list.CSV"
     for path in ("a.png", "nowhere", "nowhere.csv"):
         with pytest.raises(UserError, match=f"'{images}/{path}' is no data set: give a folder"):

@@ -1,6 +1,7 @@
 """The evaluators of a run, and how one is added."""
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -166,6 +167,29 @@ def test_another_data_set_is_scored_by_the_names_of_its_classes(watched, tmp_pat
     run = Watched(**{**vars(run), "class_names": ("cat", "dog")})
     with pytest.raises(UserError, match="has 2 classes that are not all among the 2 of digits"):
         run.open(complete({"type": "objective", "dataset": f"folder:{tmp_path}"}))
+
+
+def test_the_folder_of_a_run_is_its_own_however_it_is_written(watched, tmp_path, monkeypatch):
+    for name, count in (("cat", 5), ("dog", 5)):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for i in range(count):
+            PIL.Image.new("L", (8, 8)).save(tmp_path / "pets" / name / f"{i}.png")
+    (tmp_path / "link").symlink_to("pets")
+    train, held_out = datasets.open_dataset(f"folder:{tmp_path}/pets")
+    monkeypatch.chdir(tmp_path)
+    changes = {"class_names": train.class_names, "eval_source": held_out}
+    for own in (f"folder:{tmp_path}/pets", "folder:pets"):
+        told: list[str] = []
+        changes |= {"dataset": own, "report": told.append}
+        run = Watched(**{**vars(watched[0]), **changes})
+        for name in ("pets", "pets/", "./pets", f"{tmp_path}/pets", "link"):
+            source = run.open(complete({"type": "objective", "dataset": f"folder:{name}"}))
+            assert [os.path.realpath(x) for x in source.ids()] == held_out.ids()
+            assert told.pop().endswith("the images that the run held out are scored, 2")
+        (tmp_path / "pets/.list.csv").write_text("path,label\ncat/0.png,cat\n")  # In that folder.
+        source = run.open(complete({"type": "objective", "dataset": "list:pets/.list.csv"}))
+        assert told.pop().endswith("it has no splits, so all images are scored, 1")
+        assert not told
 
 
 def test_a_data_set_named_by_itself_has_its_usual_split(watched):

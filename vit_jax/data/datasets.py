@@ -2,19 +2,21 @@
 
 import dataclasses
 import os
+import re
 from typing import NamedTuple, Protocol
 
 from vit_jax.data import digits, folder, listing, vtab
 from vit_jax.data.labeled_files import FileRules, LabeledFiles
 from vit_jax.data.source import Source, check_splits, relabel
 from vit_jax.data.tfds_datasets import RealDataset, TfdsDataset, VtabDataset
-from vit_jax.errors import UserError, first_line
+from vit_jax.errors import UserError, brief, first_line
 
 __all__ = [
     "FileRules",
     "Source",
     "default_splits",
     "is_of_files",
+    "is_same",
     "name_of",
     "open_dataset",
     "open_evaluation",
@@ -50,7 +52,7 @@ def name_of(path: str) -> str:
         UserError: there is neither a folder nor a list.
     """
     if os.path.isdir(os.path.expanduser(path)):
-        return folder.PREFIX + path
+        return folder.PREFIX + (path.rstrip("/") or "/")
     if path.lower().endswith(listing.SUFFIXES) and os.path.isfile(os.path.expanduser(path)):
         return listing.PREFIX + path
     raise UserError(
@@ -62,6 +64,16 @@ def name_of(path: str) -> str:
 def is_of_files(name: str) -> bool:
     """Tells whether a data set is a folder or list of image files, whose `FileRules` count."""
     return name.startswith((folder.PREFIX, listing.PREFIX))
+
+
+def is_same(name: str, other: str) -> bool:
+    """Tells whether two names are of one data set: a path may be written in several ways."""
+    return name == other or (is_of_files(name) and _resolved(name) == _resolved(other))
+
+
+def _resolved(name: str) -> tuple[str, str]:
+    kind, _, path = name.partition(":")
+    return kind, os.path.realpath(os.path.expanduser(path))
 
 
 def open_dataset(
@@ -89,13 +101,20 @@ def open_dataset(
 
     Raises:
         UserError: if the data set is unknown, not prepared or not one of labeled images, or if a
-            split does not exist or is empty.
+            split does not exist or is empty, or images that are held out would be trained on.
     """
     check_splits(train_split=train_split, eval_split=eval_split, development=development)
     dataset = _open(name, data_dir, files)
     default_train, default_eval = _default_splits(dataset, name, development)
+    divided = _divided(dataset)
+    if divided and re.search(r"\bvalidation\b", train_split):
+        raise UserError(
+            f"train_split is {brief(train_split)} but {divided.what} has no splits, and validation "
+            "is what is held out to evaluate on: leave it out of train_split, or hold out less by "
+            "dataset.holdout"
+        )
     train = _open_split(dataset, name, train_split or default_train)
-    if divided := _divided(dataset):
+    if divided:
         sizes = [f"{len(divided.splits[split]):,}" for split in ("train", "validation")]
         note = f"it has no splits, so {sizes[0]} images are to train on and {sizes[1]} are held out"
         train = _with_note(train, divided, note)

@@ -3,7 +3,7 @@
 import csv
 import dataclasses
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,16 +12,20 @@ from vit_jax.files import atomic_write
 
 FILE = "split.csv"
 TRAIN, HELD_OUT, BROKEN = "train", "validation", "broken"
-_COLUMNS = ("path", "class", "split")
+_COLUMNS = ("path", "class", "split", "bytes")
 # A file's name may have bytes that are no text.
 _TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
 
 
 class Row(NamedTuple):
-    """Of an image, its class (several are joined by ";") and `TRAIN`, `HELD_OUT` or `BROKEN`."""
+    """Of an image, its class (several are joined by ";"), `TRAIN`, `HELD_OUT` or `BROKEN`.
+
+    And its size in bytes, 0 if it is broken.
+    """
 
     class_name: str
     split: str
+    num_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +38,25 @@ class Partition:
 
     rows: Mapping[str, Row]
 
-    def fits(self, names: Collection[str]) -> bool:
-        """Tells whether it is of a data set: at least half of its images are there."""
-        there = sum(name in self.rows for name in set(names))
-        return 2 * there >= len(self.rows) > 0
+    def fits(self, sizes: Mapping[str, int]) -> bool:
+        """Tells whether it is of a data set: at least half of its images are there, as large.
+
+        Names alone do not tell: images of any data set may be 000.png and so on.
+
+        Args:
+            sizes: in bytes, by the image's path.
+        """
+        return self._has_half(sizes.get(name) == row.num_bytes for name, row in self._images())
+
+    def fits_by_name(self, names: Collection[str]) -> bool:
+        """Tells whether at least half of its images have a name among these."""
+        return self._has_half(name in names for name, _ in self._images())
+
+    def _images(self) -> list[tuple[str, Row]]:
+        return [(name, row) for name, row in self.rows.items() if row.split != BROKEN]
+
+    def _has_half(self, found: Iterable[bool]) -> bool:
+        return 2 * sum(found) >= len(self._images()) > 0
 
     def write(self, workdir: Path) -> None:
         """Writes `split.csv`, whole or not at all.
@@ -66,7 +85,7 @@ def read(path: Path) -> Partition:
             for line in lines:
                 if len(line) != len(_COLUMNS) or line[2] not in (TRAIN, HELD_OUT, BROKEN):
                     raise ValueError(f"line {lines.line_num} is {brief(line)}")
-                rows[line[0]] = Row(*line[1:])
+                rows[line[0]] = Row(line[1], line[2], int(line[3]))
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(
             f"{path} cannot be read: {first_line(error)}; it says which images the run holds out: "

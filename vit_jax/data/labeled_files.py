@@ -28,7 +28,8 @@ class FileRules:
         broken: "refuse" files that should be images and are not, or "skip" them.
         least_classes: fewer are refused, unless an image may have several labels.
         partition: to follow in place of drawing one, where the files are in no splits.
-        must_fit: whether `partition` is of these files, or is followed only if it fits them.
+        must_fit: whether `partition` is of a run that goes on: then each of its images must be as
+            it was. Else it is followed only if it fits, as far as the images are there.
     """
 
     holdout: float = 0.2
@@ -239,15 +240,20 @@ def divide(
     Returns:
         The images of both, and the partition to write down, `rules.partition` if that is followed.
     """
-    given = rules.partition
-    if given is not None and (rules.must_fit or given.fits([x.name for x in entries])):
-        return _follow(given, entries, survey), given
+    given, sizes = rules.partition, {x.name: x.num_bytes for x in entries}
+    if given is not None and (rules.must_fit or given.fits(sizes)):
+        return _follow(given, entries, survey, rules.must_fit), given
+    if given is not None and given.fits_by_name(sizes):
+        survey.remarks.append(
+            f"named as the images in the run's {holdout.FILE} but of other sizes, so they count "
+            "as other images"
+        )
     chosen = holdout.draw(_strata(entries), rules.holdout)
     held_out = without_cut_off([x for x in entries if x.name in chosen], survey)
     train = [x for x in entries if x.name not in chosen]
-    rows = {name: Row(x.class_name, holdout.BROKEN) for name, x in survey.broken.items()}
-    rows |= {x.name: Row(x.class_name, holdout.TRAIN) for x in train}
-    rows |= {x.name: Row(x.class_name, holdout.HELD_OUT) for x in held_out}
+    rows = {name: Row(x.class_name, holdout.BROKEN, 0) for name, x in survey.broken.items()}
+    rows |= {x.name: Row(x.class_name, holdout.TRAIN, x.num_bytes) for x in train}
+    rows |= {x.name: Row(x.class_name, holdout.HELD_OUT, x.num_bytes) for x in held_out}
     return {holdout.TRAIN: train, holdout.HELD_OUT: held_out}, Partition(rows)
 
 
@@ -262,24 +268,27 @@ def _strata(entries: Sequence[Entry]) -> Collection[Sequence[str]]:
 
 
 def _follow(
-    partition: Partition, entries: Sequence[Entry], survey: Survey
+    partition: Partition, entries: Sequence[Entry], survey: Survey, must_fit: bool
 ) -> dict[str, list[Entry]]:
     found = {entry.name: entry for entry in entries}
     rows = {name: row for name, row in partition.rows.items() if row.split != holdout.BROKEN}
     new = (found.keys() | survey.broken.keys()) - partition.rows.keys()
-    # An image that the run began with may not be left out of it.
-    survey.skip = False
+    if must_fit:  # An image that the run began with may not be left out of it.
+        survey.skip = False
+    told = survey.others if must_fit else survey.remarks
     survey.broken = {name: x for name, x in survey.broken.items() if name in rows}
     if gone := [name for name in rows if name not in found and name not in survey.broken]:
-        survey.others.append(
-            f"{len(gone):,} of the run's images in {holdout.FILE} are gone ({listed(gone)}): "
-            "restore them, or begin anew in another --workdir"
+        way_out = ": restore them, or begin anew in another --workdir" if must_fit else ""
+        told.append(
+            f"{len(gone):,} of the run's images in {holdout.FILE} are gone "
+            f"({listed(gone)}){way_out}"
         )
     there = [(found[name], row) for name, row in rows.items() if name in found]
     if other := [entry.name for entry, row in there if entry.class_name != row.class_name]:
-        survey.others.append(
+        way_out = ": change them back, or begin anew in another --workdir" if must_fit else ""
+        told.append(
             f"{len(other):,} of the images have another class than in the run's {holdout.FILE} "
-            f"({listed(other)}): change them back, or begin anew in another --workdir"
+            f"({listed(other)}){way_out}"
         )
     if new:
         survey.remarks.append(f"{len(new):,} left out that the run began without")

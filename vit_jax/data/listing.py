@@ -110,7 +110,7 @@ def _without_repetitions(directory: Path, lines: Sequence[Line], survey: Survey)
     seen: dict[str, Line] = {}
     repeated, contradictions = 0, []
     for line in lines:
-        first = seen.setdefault(os.path.normpath(os.path.join(directory, line.path)), line)
+        first = seen.setdefault(_identity(os.path.join(directory, line.path)), line)
         if first is line:
             continue
         if (first.labels, first.split) == (line.labels, line.split):
@@ -127,6 +127,14 @@ def _without_repetitions(directory: Path, lines: Sequence[Line], survey: Survey)
     if repeated:
         survey.remarks.append(f"{repeated:,} passed over that repeat other lines")
     return seen.values()
+
+
+def _identity(path: str) -> str:
+    """One text for all the ways to name a file: relative, absolute, by links."""
+    try:
+        return os.path.realpath(path)
+    except (OSError, ValueError):  # No path has a NUL in it.
+        return path
 
 
 def _by_split(

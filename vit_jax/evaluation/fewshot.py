@@ -254,6 +254,7 @@ def create(settings: Mapping[str, Any], watched: Watched) -> Callable[[Any], dic
         eval_split=settings["split"],
         files=watched.files_of(settings["dataset"]),
     )
+    watched.tell(train)
     accuracies = create_fewshot(
         watched.trunk,
         train,

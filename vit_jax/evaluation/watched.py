@@ -55,9 +55,9 @@ class Watched:
 
     def files_of(self, name: str) -> "FileRules":
         """What is done with the files of a data set; the run's own is divided as the run has it."""
-        from vit_jax.data.datasets import FileRules, is_of_files
+        from vit_jax.data.datasets import FileRules, is_of_files, is_same
 
-        is_own = name == self.dataset and is_of_files(name)
+        is_own = is_of_files(name) and is_same(name, self.dataset)
         partition = self.eval_source.partition if is_own else None
         return FileRules(broken=self.broken, partition=partition)
 
@@ -80,7 +80,14 @@ class Watched:
         source = datasets.open_evaluation(
             name, data_dir=data_dir, split=settings["split"], files=self.files_of(name)
         )
+        self.tell(source)
         return source if self.class_names is None else self.label(source)
+
+    def tell(self, source: "Source") -> None:
+        """Reports what a user should be told of a data set, if that of the run did not say it."""
+        for note in source.notes:
+            if note not in self.eval_source.notes:
+                self.report(note)
 
     def label(self, source: "Source") -> "Source":
         """Gives a source the labels of the run's head, by the names of the classes.
