@@ -185,7 +185,9 @@ def _features(
     fingerprints = _fingerprints(pretrained, sources, args)
     if os.path.exists(args.features):
         rows, classes = _rows(sources, args), len(sources.train.class_names)
-        splits = feature_file.read_features(args.features, fingerprints, rows, classes)
+        splits = feature_file.read_features(
+            args.features, fingerprints, rows, _width(pretrained), classes
+        )
         print(printable(f"features  read from {args.features}"), flush=True)
         return splits
     splits = _compute(pretrained, sources, args, mesh)
