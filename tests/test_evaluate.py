@@ -175,6 +175,13 @@ def test_a_head_for_other_classes_is_refused_but_few_shots_need_none(data_dir, t
     arguments = ["--checkpoint", path, "--dataset", "digits", "--data_dir", data_dir]
     with pytest.raises(UserError, match="has 7 classes and the data set 10"):
         run_main(*arguments)
+    for asked in (
+        ["--per_class"],
+        ["--confusion", f"{tmp_path}/a.csv"],
+        ["--report", f"{tmp_path}"],
+    ):
+        with pytest.raises(UserError, match="has 7 classes and the data set 10"):
+            run_main(*arguments, "--fewshot", "1", *asked)
     run_main(*arguments, "--fewshot", "1")
     lines = capsys.readouterr().out.splitlines()
     assert "has 7 classes and the data set 10" in lines[0]
@@ -182,7 +189,8 @@ def test_a_head_for_other_classes_is_refused_but_few_shots_need_none(data_dir, t
 
 
 def test_few_shots_are_scored_on_images_that_they_do_not_learn_from(tmp_path, monkeypatch, capsys):
-    def create(model, train, test, **_):
+    def create(*arguments, **_):
+        _, train, test = arguments
         assert train.num_examples == 8 and test.num_examples == 2
         assert not set(train.ids()) & set(test.ids())
         return lambda params: {1: [0.25, 0.75]}

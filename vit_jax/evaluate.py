@@ -15,7 +15,7 @@ from vit_jax import command, tensorflow_env
 from vit_jax.checkpoints import flags
 from vit_jax.errors import UserError
 from vit_jax.files import atomic_write, write_json
-from vit_jax.printable import printable
+from vit_jax.printable import csv_cell, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -223,7 +223,7 @@ def _evaluate_classes(
     try:
         labeled, labels = checkpoint.label(source, args)
     except UserError as error:
-        if not args.fewshot:
+        if not args.fewshot or args.per_class or args.confusion or args.report:
             raise
         print(f"the head is left out: {error}")
         return {}
@@ -437,10 +437,11 @@ def _write_confusion(path: str, matrix: "np.ndarray", class_names: Sequence[str]
             with temporary.open("wb") as file:
                 np.savez_compressed(file, confusion=matrix, class_names=np.array(class_names))
             return
-        with temporary.open("w", newline="") as file:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["true \\ predicted", *class_names])
-            rows = zip(class_names, matrix.tolist(), strict=True)
+            names = [csv_cell(name) for name in class_names]
+            writer.writerow(["true \\ predicted", *names])
+            rows = zip(names, matrix.tolist(), strict=True)
             writer.writerows([name, *row] for name, row in rows)
 
 
