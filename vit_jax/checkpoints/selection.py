@@ -18,7 +18,7 @@ def select_classes(pretrained: Pretrained, labels: Sequence[int]) -> Pretrained:
         labels: of its classes, each once, in the order that they are to have.
     """
     model = {**pretrained.model, "num_classes": len(labels)}
-    heads = (f"{ARCHITECTURES[model['architecture']].head}/", f"{DISTILLATION_HEAD}/")
+    heads = (f"{ARCHITECTURES[pretrained.model['architecture']].head}/", f"{DISTILLATION_HEAD}/")
     params = {
         name: array[..., list(labels)] if name.startswith(heads) else array
         for name, array in flatten_dict(pretrained.params, sep="/").items()
