@@ -63,7 +63,7 @@ def test_version(vit_jax_command):
     [
         (["trian"], "command 'trian' is unknown: did you mean train?"),
         (["anlayze", "--help"], "command 'anlayze' is unknown: did you mean analyze?"),
-        (["xyz"], "command 'xyz' is unknown: use train, evaluate, predict"),
+        (["xyz"], "command 'xyz' is unknown: use train, probe, evaluate"),
         (["predict", "--chekpoint", "a.npz", "b.png"], "--chekpoint: did you mean --checkpoint?"),
         (["predict", "--topq=3"], "unrecognized arguments: --topq: did you mean --topk?"),
         (["train", "--confg", "digits"], "unrecognized arguments: --confg: did you mean"),

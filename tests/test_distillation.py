@@ -170,6 +170,29 @@ def test_classes_without_names_are_taken_by_their_numbers():
     np.testing.assert_array_equal(teacher.teacher_columns(made(None), ["a", "b", "c"]), [0, 1, 2])
 
 
+@pytest.mark.parametrize(
+    ("class_names", "data_names", "columns"),
+    [
+        (("Iris", "Rose", "daisy"), ["daisy", "iris"], [2, 0]),
+        (("n01440764", "n01443537", "n01484850"), ["goldfish", "tench"], [1, 0]),
+        (("crane", "iris", "crane"), ["crane", "iris", "crane"], [0, 1, 2]),
+    ],
+)
+def test_classes_are_the_same_where_they_are_for_predictions(class_names, data_names, columns):
+    found = teacher.teacher_columns(made(class_names), data_names)
+    np.testing.assert_array_equal(found, columns)
+
+
+@pytest.mark.parametrize(
+    ("class_names", "data_names"),
+    [(("0", "1", "2"), ["0", "1"]), (("crane", "iris", "crane"), ["crane", "iris"])],
+)
+def test_names_that_do_not_tell_a_class_are_refused(class_names, data_names):
+    message = "large.npz has 3 classes, the data set 2, and names that are numbers or several"
+    with pytest.raises(UserError, match=message):
+        teacher.teacher_columns(made(class_names), data_names)
+
+
 def test_a_teacher_that_is_not_there_is_told_before_anything_is_opened(tiny_config, tmp_path):
     config = tiny_config(**{"dataset.name": "none_such", "distillation.teacher": "/nowhere.npz"})
     with pytest.raises(UserError, match="^distillation.teacher: /nowhere.npz does not exist: give"):

@@ -18,6 +18,7 @@ from vit_jax.checkpoints.save import save_pretrained
 from vit_jax.data import datasets
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
+from vit_jax.evaluation import fewshot
 from vit_jax.models import create_model
 
 from . import prepared
@@ -66,6 +67,16 @@ def save_random(path, class_names, num_classes=10):
     pretrained = Pretrained(params, model, Preprocessing(8), names, "softmax", str(path))
     save_pretrained(pretrained, str(path), "official")
     return pretrained
+
+
+def write_folder(path, images):
+    """Writes so many random images of 8 x 8 pixels of each class."""
+    rng = np.random.default_rng(0)
+    for name, count in images.items():
+        (path / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 256, (8, 8, 3), np.uint8)
+            PIL.Image.fromarray(pixels).save(path / name / f"{i}.png")
 
 
 def run_main(*arguments):
@@ -164,10 +175,35 @@ def test_a_head_for_other_classes_is_refused_but_few_shots_need_none(data_dir, t
     arguments = ["--checkpoint", path, "--dataset", "digits", "--data_dir", data_dir]
     with pytest.raises(UserError, match="has 7 classes and the data set 10"):
         run_main(*arguments)
+    for asked in (
+        ["--per_class"],
+        ["--confusion", f"{tmp_path}/a.csv"],
+        ["--report", f"{tmp_path}"],
+    ):
+        with pytest.raises(UserError, match="has 7 classes and the data set 10"):
+            run_main(*arguments, "--fewshot", "1", *asked)
     run_main(*arguments, "--fewshot", "1")
     lines = capsys.readouterr().out.splitlines()
     assert "has 7 classes and the data set 10" in lines[0]
     assert lines[1].startswith("1-shot accuracy")
+
+
+def test_few_shots_are_scored_on_images_that_they_do_not_learn_from(tmp_path, monkeypatch, capsys):
+    def create(*arguments, **_):
+        _, train, test = arguments
+        assert train.num_examples == 8 and test.num_examples == 2
+        assert not set(train.ids()) & set(test.ids())
+        return lambda params: {1: [0.25, 0.75]}
+
+    monkeypatch.setattr(fewshot, "create_fewshot", create)
+    save_random(tmp_path / "weights.npz", "ab", num_classes=2)
+    write_folder(tmp_path / "data", {"a": 5, "b": 5})
+    arguments = ["--checkpoint", f"{tmp_path}/weights.npz", "--dataset", f"folder:{tmp_path}/data"]
+    run_main(*arguments, "--fewshot", "1", "--json", f"{tmp_path}/result.json")
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["examples"], result["split"]) == (10, "train+validation")
+    assert result["fewshot_split"] == "validation"
+    assert "learned from train, 8 images, and scored on validation, 2\n" in capsys.readouterr().out
 
 
 def test_a_head_of_zeros_scores_nothing(data_dir, tmp_path):
@@ -390,4 +426,4 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path):
     )
     assert code == 2
     assert output.startswith("error: ") and output.count("\n") == 1
-    assert "has no train/" in output
+    assert "holds no classes: make one directory per class in it" in output

@@ -66,6 +66,16 @@ def test_a_run_whose_past_would_have_been_another_is_left_as_it_is(
     assert {path: path.read_bytes() for path in run.glob("*.json*")} == before
 
 
+def test_a_run_that_patience_ended_is_not_made_longer(tiny_config, tmp_path):
+    options = {"patience": 1, "evals.val.every": "1 step", "schedule.base_lr": 1e-30, **RSQRT}
+    run = tmp_path / "run"
+    assert train.train(tiny_config(duration="8 steps", **options), run)["stopped_early"]
+    before = (run / "metrics.json").read_text()
+    with pytest.raises(UserError, match="was ended by patience 1, not by its duration"):
+        train.train(tiny_config(duration="16 steps", **options), run)
+    assert (run / "metrics.json").read_text() == before
+
+
 def test_in_its_warm_up_a_run_of_any_schedule_may_be_made_longer(tiny_config, tmp_path, finished):
     with pytest.raises(KeyboardInterrupt):
         train_until(tiny_config(duration="4 steps"), tmp_path / "run", step=3)

@@ -145,8 +145,13 @@ def test_the_same_command_goes_on_with_what_was_chosen_first(
             "--config.init_from and --config.dataset.name are what --init and --data say",
         ),
         (["--data", "{photos}", "--init", "{weights}", "--config.seeds=1"], "mean config.seed?"),
+        *[
+            (["--data", "{photos}", "--init", "{weights}", f"--config.{key}={value}"],
+             f"config.{key} is {value}: it must")
+            for key, value in (("batch_size", "0"), ("batch_size", "-4"), ("dataset.holdout", 7.0))
+        ],
     ],
-)
+)  # fmt: skip
 def test_a_mistake_is_told_before_anything_is_written(photos, weights, tmp_path, flags, message):
     flags = [flag.format(photos=photos, weights=weights) for flag in flags]
     with pytest.raises(UserError, match=re.escape(message)):

@@ -51,7 +51,8 @@ def test_every_config_key_is_read(tiny_config, masked_config, tmp_path, monkeypa
     everything = {"augment": "light2", "dataset.subset": "50%", "patience": 1}
     everything |= {"evals.fewshot.dataset": "digits"}
     everything |= {"evals.fewshot.data_dir": tiny_config().dataset.data_dir}
-    tuned = short(tiny_config, init_from=str(tmp_path / "pretrain"))
+    weights = str(tmp_path / "pretrain")
+    tuned = short(tiny_config, init_from=weights, **{"distillation.teacher": weights})
     tuned.optimizer = recipes.finetune("ViT-B/16", "cifar10").optimizer
     configs = {
         "pretrain": short(tiny_config, **everything),

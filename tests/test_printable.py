@@ -14,7 +14,7 @@ import vit_jax
 from vit_jax import cli, command
 from vit_jax.errors import UserError
 from vit_jax.models import create_model
-from vit_jax.printable import printable, table_cell
+from vit_jax.printable import csv_cell, printable, table_cell
 from vit_jax.runner import markdown
 
 # Clears the screen, renames the window, begins a line, writes to the left, and clears again.
@@ -36,6 +36,12 @@ MODEL = {
 )  # fmt: skip
 def test_only_what_cannot_be_seen_is_escaped(text, shown):
     assert printable(text) == shown == printable(shown)
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", " =1", "\t=1"])
+def test_no_cell_of_a_spreadsheet_becomes_a_formula(text):
+    assert csv_cell(text) == f"'{printable(text)}"
+    assert csv_cell(f"a{text}") == printable(f"a{text}")
 
 
 def test_a_cell_does_not_end_before_its_text():

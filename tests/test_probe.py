@@ -15,7 +15,7 @@ from vit_jax.checkpoints.save import save_pretrained
 from vit_jax.data import datasets, digits
 from vit_jax.errors import UserError
 
-from .test_evaluate import save_random
+from .test_evaluate import save_random, write_folder
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,27 @@ def save_other(weights, path):
     params = {**pretrained.params, "cls": pretrained.params["cls"] * 1.0001}
     save_pretrained(dataclasses.replace(pretrained, params=params), path, "official")
     return path
+
+
+def test_what_the_probe_learned_from_is_not_scored_later(tmp_path, weights, capsys):
+    write_folder(tmp_path / "data", {"a": 5, "b": 5})
+    arguments = [f"--data={tmp_path}/data", f"--init={weights}", f"--output={tmp_path}/probe"]
+    (tmp_path / "data/a/bad.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="bad.png"):
+        probe.main([*arguments, "--C=1"])
+    capsys.readouterr()
+    probe.main([*arguments, "--C=1", "--broken=skip"])
+    printed = capsys.readouterr().out
+    assert "it has no splits, so 8 images are to train on and 2 are held out" in printed
+    assert "bad.png" in printed
+    assert "chosen" not in printed  # C was given.
+    result = json.loads((tmp_path / "probe/probe.json").read_text())
+    evaluate.main(
+        [f"--checkpoint={tmp_path}/probe", f"--dataset=folder:{tmp_path}/data", "--broken=skip"]
+    )
+    printed = capsys.readouterr().out
+    assert "the images that the run held out are scored, 2" in printed
+    assert f"{result['test']['accuracy']:.4f}" in printed
 
 
 def test_what_is_interrupted_leaves_nothing(tmp_path, weights, monkeypatch):

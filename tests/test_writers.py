@@ -12,9 +12,11 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_resumed_run_drops_what_was_written_after_its_checkpoint(tmp_path):
+def test_a_resumed_run_drops_what_was_written_after_its_checkpoint_and_what_is_no_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
+    no_lines = '5\n[]\n{"a": 1}\n'
+    cut_off = '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo'
+    path.write_text(no_lines + cut_off)
     writer = writers.JsonlWriter(path, last_step=1)
     writer.write_scalars(2, {"loss": 2.5})
     writer.close()

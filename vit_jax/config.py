@@ -114,11 +114,7 @@ def check_config(config: ConfigDict, *, may_lack: bool = False) -> None:
     if may_lack:
         config = _without_required(config)
     config = complete_sections(config)
-    check_keys(config)
-    for section, rules in _rules(config).items():
-        values = _section(config, section)
-        for key in sorted(rules.keys() & values.keys()):  # An evaluator has defaults.
-            _check_given(f"{section}.{key}".lstrip("."), values[key], rules[key])
+    check_values(config)
     _check_evals(config.evals)
     _check_model(config.model, config.dataset.image_size)
     _check_objective(config)
@@ -128,6 +124,19 @@ def check_config(config: ConfigDict, *, may_lack: bool = False) -> None:
     _check_splits(config.dataset)
     _check_durations(config)
     _check_end(config.schedule)
+
+
+def check_values(config: ConfigDict) -> None:
+    """Checks each key and value of a config by its own rule, and not how they go together.
+
+    Raises:
+        UserError: as `check_config` does.
+    """
+    check_keys(config)
+    for section, rules in _rules(config).items():
+        values = _section(config, section)
+        for key in sorted(rules.keys() & values.keys()):  # An evaluator has defaults.
+            _check_given(f"{section}.{key}".lstrip("."), values[key], rules[key])
 
 
 def check_keys(config: ConfigDict) -> None:

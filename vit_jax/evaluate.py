@@ -15,7 +15,7 @@ from vit_jax import command, tensorflow_env
 from vit_jax.checkpoints import flags
 from vit_jax.errors import UserError
 from vit_jax.files import atomic_write, write_json
-from vit_jax.printable import printable
+from vit_jax.printable import csv_cell, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluate = _evaluate_several_labels if source.multi_label else _evaluate_classes
         result |= {"split": source.split} | evaluate(checkpoint, source, args)
         if args.fewshot:
-            result["fewshot"] = _evaluate_fewshot(checkpoint, source, args)
+            result |= _evaluate_fewshot(checkpoint, args)
     if args.json:
         write_json(pathlib.Path(args.json), result)
     return 0
@@ -225,7 +225,7 @@ def _evaluate_classes(
     try:
         labeled, labels = checkpoint.label(source, args)
     except UserError as error:
-        if not args.fewshot:
+        if not args.fewshot or args.per_class or args.confusion or args.report:
             raise
         print(f"the head is left out: {error}")
         return {}
@@ -340,15 +340,20 @@ def _evaluate_objectnet(args: argparse.Namespace) -> dict[str, Any]:
     return {"split": source.split, "classes": found, "passed_over": passed_over} | result
 
 
-def _evaluate_fewshot(
-    checkpoint: _Checkpoint, test: Any, args: argparse.Namespace
-) -> dict[str, Any]:
+def _evaluate_fewshot(checkpoint: _Checkpoint, args: argparse.Namespace) -> dict[str, Any]:
     from vit_jax.data import datasets
     from vit_jax.evaluation.fewshot import create_fewshot
 
-    train, _ = datasets.open_dataset(
-        args.dataset, data_dir=args.data_dir, eval_split=test.split, files=_file_rules(args)
+    # Of images without splits those held out: all, which the head is scored on, are learned from.
+    train, test = datasets.open_dataset(
+        args.dataset, data_dir=args.data_dir, eval_split=args.split, files=_file_rules(args)
     )
+    if train.partition is not None:
+        print(
+            f"few-shot: learned from {train.split}, {train.num_examples:,} images, and scored on "
+            f"{test.split}, {test.num_examples:,}",
+            flush=True,
+        )
     evaluator = create_fewshot(
         checkpoint.model,
         train,
@@ -358,13 +363,13 @@ def _evaluate_fewshot(
         batch_size=checkpoint.batch_size,
         mesh=checkpoint.mesh,
     )
-    result = {}
+    result: dict[str, Any] = {}
     for number, accuracies in evaluator(checkpoint.params).items():
         mean = statistics.fmean(accuracies)
         result[str(number)] = {"accuracy": mean, "seeds": accuracies}
         seeds = ", ".join(f"{accuracy:.4f}" for accuracy in accuracies)
         print(f"{f'{number}-shot accuracy':20}{mean:10.4f}   of seeds {seeds}")
-    return result
+    return {"fewshot": result, "fewshot_split": test.split}
 
 
 def _print_rows(result: dict[str, Any]) -> None:
@@ -434,10 +439,11 @@ def _write_confusion(path: str, matrix: "np.ndarray", class_names: Sequence[str]
             with temporary.open("wb") as file:
                 np.savez_compressed(file, confusion=matrix, class_names=np.array(class_names))
             return
-        with temporary.open("w", newline="") as file:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["true \\ predicted", *class_names])
-            rows = zip(class_names, matrix.tolist(), strict=True)
+            names = [csv_cell(name) for name in class_names]
+            writer.writerow(["true \\ predicted", *names])
+            rows = zip(names, matrix.tolist(), strict=True)
             writer.writerows([name, *row] for name, row in rows)
 
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from vit_jax.checkpoints.pretrained import Pretrained, fold_normalization, load_pretrained
 from vit_jax.checkpoints.transfer import Row, print_report, removed_head, transfer, with_head
-from vit_jax.config import left_to_weights, take_from_weights
+from vit_jax.config import ADDED_MODEL_KEYS, left_to_weights, take_from_weights
 from vit_jax.data import classes
 from vit_jax.errors import UserError
 from vit_jax.models import prediction_fields
@@ -79,7 +79,10 @@ def read_weights(config: ConfigDict) -> tuple[ConfigDict, Weights]:
     params, report = transfer(_initialize(module, config, is_resized), weights)
     fitted = Weights(params, report, _head(config, pretrained, report))
     if left := left_to_weights(config):
-        values = ", ".join(f"{key} {filled.model[key]}" for key in left)
+        told = {key: filled.model[key] for key in left}
+        # Parts that most models do not have are told of those that have them.
+        told = {key: x for key, x in told.items() if x != ADDED_MODEL_KEYS.get(key)}
+        values = ", ".join(f"{key} {x}" for key, x in told.items())
         say(f"as {pretrained.source} has it: {values}")
     return filled, fitted
 

@@ -1,6 +1,8 @@
 """A run that is made longer: `duration` may grow where the past would have been the same."""
 
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +12,11 @@ from vit_jax.checkpoints.training import saved_steps
 from vit_jax.config import count_steps
 from vit_jax.errors import UserError
 from vit_jax.preparation import Prepared, schedule_of
+from vit_jax.reporting import Progress
 from vit_jax.terminal import say
 
 
-def is_longer(prepared: Prepared, before: str) -> bool:
+def is_longer(prepared: Prepared, before: str, progress: Mapping[str, Any]) -> bool:
     """Tells whether a run goes on to a later end than the one that it had.
 
     It may where every step until now had the learning rate that it would have had in a run of the
@@ -24,9 +27,11 @@ def is_longer(prepared: Prepared, before: str) -> bool:
     Args:
         prepared: the run, with its new duration.
         before: the duration that it had.
+        progress: that was saved, the fields of `Progress`.
 
     Raises:
-        UserError: the new duration is shorter, or the past would have been another.
+        UserError: the new duration is shorter, or the past would have been another; or it was not
+            its duration that ended the run.
     """
     config, workdir, total_steps = prepared.config, prepared.workdir, prepared.total_steps
     earlier = count_steps(before, prepared.train_source.num_examples, config.batch_size)
@@ -37,6 +42,12 @@ def is_longer(prepared: Prepared, before: str) -> bool:
             f"{workdir} holds a run of {earlier:,} steps, and duration {config.duration!r} is "
             f"{total_steps:,}: a run can be made longer, not shorter; choose another --workdir, or "
             "change it back"
+        )
+    if Progress(**progress).is_out_of_patience(config.patience):
+        raise UserError(
+            f"{workdir} was ended by patience {config.patience}, not by its duration: change it "
+            f"back, and to train its weights for longer start --config.init_from={workdir} in "
+            "another --workdir"
         )
     done = max(saved_steps(workdir / "checkpoints"), default=0)
     if (same := _same_steps(prepared, earlier, done)) < done:

@@ -147,6 +147,8 @@ def _check_inputs(init_from: str, dataset: str, workdir: str) -> None:
     has_begun = saved_steps(pathlib.Path(workdir, "checkpoints"))
     if init_from and not has_begun:  # What has begun goes on without them.
         check_exists(init_from)
+    if pathlib.Path(workdir, "metrics.json").exists():  # A finished run needs no images.
+        return
     kind, _, path = dataset.partition(":")
     if kind in ("folder", "list") and not os.path.exists(os.path.expanduser(path)):
         raise UserError(

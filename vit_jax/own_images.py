@@ -15,7 +15,7 @@ import jax
 
 from vit_jax import command, config_files, recipes
 from vit_jax.checkpoints.pretrained import Pretrained, check_exists, load_pretrained
-from vit_jax.config import count_steps
+from vit_jax.config import check_values, count_steps
 from vit_jax.config_files import Loaded
 from vit_jax.data import datasets
 from vit_jax.data.subset import take_subset
@@ -75,6 +75,7 @@ def choose(
     model = _name(pretrained)
     given = [f"--config.init_from={init}", *argv]
     loaded = config_files.load(f"vit:{model},own,{dataset}", given, parser)
+    check_values(loaded.config)  # Choosing computes with them.
     if (loaded.config.init_from, loaded.config.dataset.name) != (init, dataset):
         raise UserError(
             "--config.init_from and --config.dataset.name are what --init and --data say: leave "

@@ -25,6 +25,14 @@ def table_cell(text: str) -> str:
     return printable(text).replace("|", r"\|")
 
 
+def csv_cell(text: str) -> str:
+    """Makes a text safe as a cell that a spreadsheet opens, which takes `=1+1` for a formula.
+
+    What would be one has an apostrophe before it, as such programs write it themselves.
+    """
+    return printable(f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) else text)
+
+
 def _can_be_seen(character: str) -> bool:
     return character.isprintable() or (
         character in _JOINERS or unicodedata.category(character) == "Zs"

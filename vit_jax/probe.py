@@ -68,6 +68,12 @@ def build_parser(prog: str = "python -m vit_jax.probe") -> command.Parser:
     parser.add_argument("--split", default="", help="to score, in TFDS syntax [validation or test]")
     parser.add_argument("--data_dir", default="", help="where TFDS looks [its default]")
     parser.add_argument(
+        "--broken",
+        choices=["refuse", "skip"],
+        default="refuse",
+        help="of a folder or list, files that should be images and are not [refuse]",
+    )
+    parser.add_argument(
         "--batch_size", type=command.positive, default=128, metavar="N", help="at a time [128]"
     )
     return parser
@@ -137,8 +143,13 @@ def _open(args: argparse.Namespace) -> _Sources:
     from vit_jax.data import datasets
 
     train, test = datasets.open_dataset(
-        _dataset_name(args.data), data_dir=args.data_dir, eval_split=args.split
+        _dataset_name(args.data),
+        data_dir=args.data_dir,
+        eval_split=args.split,
+        files=datasets.FileRules(broken=args.broken),
     )
+    for note in train.notes:
+        print(printable(note), flush=True)
     if train.multi_label:
         raise UserError(
             f"{args.data} has several labels an image, and a probe learns one: fine-tune with "
@@ -174,7 +185,9 @@ def _features(
     fingerprints = _fingerprints(pretrained, sources, args)
     if os.path.exists(args.features):
         rows, classes = _rows(sources, args), len(sources.train.class_names)
-        splits = feature_file.read_features(args.features, fingerprints, rows, classes)
+        splits = feature_file.read_features(
+            args.features, fingerprints, rows, _width(pretrained), classes
+        )
         print(printable(f"features  read from {args.features}"), flush=True)
         return splits
     splits = _compute(pretrained, sources, args, mesh)
@@ -312,7 +325,8 @@ def _print_result(probe: "Probe", test: "Score", seconds: dict[str, float]) -> N
     print(f"accuracy  {probe.train.accuracy:.4f} of the images learned from")
     if probe.tried:
         held_out = probe.tried[probe.c].accuracy
-        print(f"          {held_out:.4f} of the fifth of them held out while C was chosen")
+        why = "while C was chosen" if len(probe.tried) > 1 else "from a first head with this C"
+        print(f"          {held_out:.4f} of the fifth of them held out {why}")
     print(f"          {test.accuracy:.4f} of the images to score", flush=True)
 
 
@@ -346,11 +360,13 @@ def _write(
 ) -> None:
     from vit_jax.checkpoints.heads import replace_head
     from vit_jax.checkpoints.save import write_official
+    from vit_jax.data import holdout
 
     model = replace_head(pretrained, *probe.head, sources.train.class_names)
     make_folder(path.absolute().parent)
     with atomic_folder(path) as folder:
         write_official(model, folder)
+        holdout.record(sources.train.partition, folder)  # By which `evaluate` scores the others.
         write_json(folder / "probe.json", result)
     print(printable(f"written   {path}: vit-jax predict --checkpoint {path} IMAGE"), flush=True)
 

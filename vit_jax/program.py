@@ -77,8 +77,9 @@ def create_objective(
         )
     num_classes = config.model.num_classes or num_classes
     model = create_model(config.model, num_classes=num_classes)
-    teaching = dict(config.distillation)
-    distillation = Distillation(**teaching) if teaching.pop("teacher") else None
+    teaching, distillation = config.distillation, None
+    if teaching.teacher:
+        distillation = Distillation(teaching.kind, teaching.alpha, teaching.temperature)
     weights = None if class_weights is None else class_weights(num_classes)
     objective = classification(
         model, config.loss, config.label_smoothing, distillation=distillation, class_weights=weights

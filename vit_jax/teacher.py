@@ -10,6 +10,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_jax.checkpoints.pretrained import Pretrained, check_exists, load_pretrained
+from vit_jax.data import classes
+from vit_jax.data.imagenet import comparable
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError, shortlist
 from vit_jax.models import create_model
@@ -92,25 +94,31 @@ def load_teacher(
 def teacher_columns(pretrained: Pretrained, class_names: Sequence[str]) -> np.ndarray:
     """Which of a teacher's logits are those of the classes of a data set, in their order.
 
-    By name where the names of its classes are known, else by number.
+    By name where the names of its classes are known, else by number, see `classes.match`.
 
     Raises:
         UserError: it does not know them all, or has another number of classes.
     """
-    if pretrained.class_names is None:
-        if pretrained.model["num_classes"] != len(class_names):
-            raise UserError(
-                f"{pretrained.source} has {pretrained.model['num_classes']} classes without names, "
-                f"the data set {len(class_names)}: choose a teacher of the same classes"
-            )
-        return np.arange(len(class_names))
-    columns = {name: index for index, name in enumerate(pretrained.class_names)}
-    if unknown := [printable(name) for name in class_names if name not in columns]:
+    num_classes, names = pretrained.model["num_classes"], pretrained.class_names
+    found = classes.match(num_classes, names, class_names)
+    if found is not None:
+        return np.array(found)
+    if names is None:
+        raise UserError(
+            f"{pretrained.source} has {num_classes} classes without names, "
+            f"the data set {len(class_names)}: choose a teacher of the same classes"
+        )
+    known = set(map(comparable, names))
+    if unknown := [printable(name) for name in class_names if comparable(name) not in known]:
         raise UserError(
             f"{pretrained.source} does not know {len(unknown)} of the {len(class_names)} classes "
             f"of the data set ({shortlist(unknown)}): choose a teacher that was trained on them"
         )
-    return np.array([columns[name] for name in class_names])
+    raise UserError(
+        f"{pretrained.source} has {num_classes} classes, the data set {len(class_names)}, and "
+        "names that are numbers or several classes' do not tell which are the same: choose a "
+        "teacher of the same classes"
+    )
 
 
 def _normalization(preprocessing: Preprocessing) -> Callable[[jax.Array], jax.Array]:

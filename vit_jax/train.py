@@ -136,7 +136,7 @@ def run_checked(
         prepared = prepare(config, workdir, saved_names, goes_on=saved is not None)
         check_steps(traced, prepared.total_steps)
         check_pictures(prepared)
-        if is_longer(prepared, before):
+        if is_longer(prepared, before, (saved or {}).get("progress", {})):
             reopen(workdir)
         elif finished.exists():  # The same number of steps in other words.
             return _read_finished(finished)
@@ -304,13 +304,13 @@ def _loop(run: Run, state: TrainState, progress: Progress) -> int:
             _evaluate(run, step, state, progress)
     first = step
     while step < total_steps and not progress.is_out_of_patience(patience):
-        run.profile.begin(step + 1, state)
         with _keeping(run, step, state, functools.partial(_present_metadata, run, progress)):
             batch = next(run.batches)
         if step == first:  # Before the step takes the memory of the state.
             with run.reporter.paused():
                 pictures = run.pictures.inputs(state.rng, step, batch)
                 run.reporter.show(step + 1, pictures)
+        run.profile.begin(step + 1, state)
         state, metrics = run.step(state, batch)
         step += 1
         run.profile.end(step, metrics)

@@ -94,6 +94,8 @@ def _parse(text: str) -> Line | None:
         record = json.loads(text)
     except ValueError:  # The last line of a run that was killed while writing it.
         return None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return None  # Nobody but an editor wrote it.
     return Line(record.pop("step"), record)
 
 

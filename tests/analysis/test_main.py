@@ -137,6 +137,20 @@ def test_all_writes_every_picture_and_its_numbers(checkpoint, photos, expected, 
         np.testing.assert_allclose(found["distance"], each.mean(axis=0), rtol=1e-4)
 
 
+def test_all_goes_on_without_curves_that_nobody_asked_for(monkeypatch, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("garbage\n")
+    monkeypatch.setattr(command_line, "_of_model", lambda *_: (0, "", {}))
+    arguments = ["all", "--checkpoint", f"{run}", "--images", "a.png", "--output", f"{tmp_path}/o"]
+    assert command_line.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("curves are left out: ") and printed.count("\n") == 1
+    for asked in ([*arguments, "--run", f"{run}"], ["curves", *arguments[1:]]):
+        with pytest.raises(UserError):
+            command_line.main(asked)
+
+
 def test_filters_and_positions_need_no_images(checkpoint, run_main):
     code, _, errors, output = run_main("filters", checkpoint)
     assert (code, errors) == (0, "")

@@ -24,8 +24,8 @@ def splits():
     }
 
 
-def read(path, prints=PRINTS, rows=ROWS, num_classes=6):
-    return read_features(path, prints, rows, num_classes)
+def read(path, prints=PRINTS, rows=ROWS, width=3, num_classes=6):
+    return read_features(path, prints, rows, width, num_classes)
 
 
 def test_they_are_read_to_the_bit_and_numpy_opens_them(tmp_path):
@@ -47,6 +47,7 @@ def test_they_are_read_to_the_bit_and_numpy_opens_them(tmp_path):
         ({"prints": {**PRINTS, "images": b"\x01" * 32}}, "holds features of other images: name"),
         ({"prints": dict.fromkeys(PRINTS, b"\x01" * 32)}, "of other weights and images: name"),
         ({"rows": {"train": 6, "test": 3}}, "has no whole features of test: remove it"),
+        ({"width": 4}, "has no whole features of train: remove it"),
         ({"num_classes": 5}, "has no whole features of train: remove it"),
         ({"prints": {"weights": PRINTS["weights"]}}, "holds no features of `probe`"),
     ],

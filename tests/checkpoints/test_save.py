@@ -32,6 +32,10 @@ MODEL = {
     "layer_norm_epsilon": 1e-5,
     "position_embedding": "learned",
     "position_placement": "stem",
+    "layer_scale": 0.0,
+    "num_registers": 0,
+    "mlp": "gelu",
+    "distillation_token": False,
 }
 
 

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = (args.analysis,)
     if args.analysis == "all":
         names = _OF_IMAGES + _OF_WEIGHTS + (_OF_RUNS if args.run else ())
-    panels = _read_panels(Path(args.run)) if "curves" in names else []
+    panels = _read_panels(Path(args.run), args.curves_wanted) if "curves" in names else []
     output = _Output(Path(args.output), args.dpi, args.html)
     code, title, facts = 0, args.run, {"Run": args.run}
     if set(names) - set(_OF_RUNS):
@@ -141,10 +141,17 @@ class _Output:
             print(printable(str(self.page.write(self._directory, title, facts))), flush=True)
 
 
-def _read_panels(run: Path) -> "list[Panel]":
+def _read_panels(run: Path, wanted: bool) -> "list[Panel]":
+    """The curves of a run; none, and a line that says why, where nobody has asked for them."""
     from vit_jax.analysis import curves
 
-    return curves.read_panels(run)
+    try:
+        return curves.read_panels(run)
+    except UserError as error:
+        if wanted:
+            raise
+        print(printable(f"curves are left out: {error}"), flush=True)
+        return []
 
 
 def _curves(panels: "list[Panel]", smoothing: float | None, output: _Output) -> None:
@@ -460,6 +467,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"{args.analysis} looks at images: give some with --images")
     if args.analysis not in _OF_RUNS and not args.checkpoint:
         raise UserError(f"{args.analysis} looks at a model: give it with --checkpoint")
+    args.curves_wanted = args.run is not None or args.analysis in _OF_RUNS
     if args.run is None and args.checkpoint and _has_metrics(Path(args.checkpoint)):
         args.run = args.checkpoint
     if args.analysis in _OF_RUNS and not args.run:

@@ -72,6 +72,7 @@ def read_features(
     path: str | os.PathLike[str],
     fingerprints: Fingerprints,
     rows: Mapping[str, int],
+    width: int,
     num_classes: int,
 ) -> dict[str, Features]:
     """Reads features that were written for the same weights, preprocessing and images.
@@ -80,6 +81,7 @@ def read_features(
         path: of the file.
         fingerprints: of now.
         rows: of each of `SPLITS`.
+        width: how many features an image has.
         num_classes: what labels are below.
 
     Raises:
@@ -100,7 +102,7 @@ def read_features(
             f"{path} holds features of other {' and '.join(other)}: name another file, or remove "
             "it to compute them anew"
         )
-    return {name: _checked(path, arrays, name, rows[name], num_classes) for name in SPLITS}
+    return {name: _checked(path, arrays, name, (rows[name], width), num_classes) for name in SPLITS}
 
 
 def _numbers(digest: bytes) -> np.ndarray:
@@ -111,11 +113,11 @@ def _checked(
     path: str | os.PathLike[str],
     arrays: Mapping[str, np.ndarray],
     name: str,
-    rows: int,
+    shape: tuple[int, int],
     num_classes: int,
 ) -> Features:
     values, labels = arrays[f"{name}/features"], arrays[f"{name}/labels"]
-    fits = values.ndim == 2 and labels.shape == (len(values),) == (rows,)
+    fits = values.shape == shape and labels.shape == shape[:1]
     if not fits or not np.isin(labels, np.arange(num_classes)).all():
         raise UserError(f"{path} has no whole features of {name}: remove it to compute them anew")
     return Features(values, labels.astype(np.int32))

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax.checkpoints.pretrained import Pretrained, abstract_params
+from vit_jax.checkpoints.pretrained import Pretrained
+from vit_jax.models import ARCHITECTURES
+from vit_jax.models.vit import DISTILLATION_HEAD
 
 
 def select_classes(pretrained: Pretrained, labels: Sequence[int]) -> Pretrained:
@@ -16,9 +18,9 @@ def select_classes(pretrained: Pretrained, labels: Sequence[int]) -> Pretrained:
         labels: of its classes, each once, in the order that they are to have.
     """
     model = {**pretrained.model, "num_classes": len(labels)}
-    shapes = flatten_dict(abstract_params(model, pretrained.preprocessing.image_size), sep="/")
+    heads = (f"{ARCHITECTURES[pretrained.model['architecture']].head}/", f"{DISTILLATION_HEAD}/")
     params = {
-        name: array if array.shape == shapes[name].shape else array[..., list(labels)]
+        name: array[..., list(labels)] if name.startswith(heads) else array
         for name, array in flatten_dict(pretrained.params, sep="/").items()
     }
     names = pretrained.class_names

@@ -19,7 +19,7 @@ from vit_jax.data.protocols import Preprocessing
 from vit_jax.evaluation import pictures
 from vit_jax.evaluation.per_class import confused_classes, confusion_among, most_confused
 from vit_jax.files import atomic_files
-from vit_jax.printable import printable
+from vit_jax.printable import csv_cell, printable
 
 if TYPE_CHECKING:
     from vit_jax.data.source import Source
@@ -159,6 +159,8 @@ def _seen(source: "Source", index: int, preprocessing: Preprocessing) -> tuple[n
 def write(folder: pathlib.Path, report: Report) -> list[pathlib.Path]:
     """Writes report.html, worst.png, per_class.csv and, where there is one, confusion.png.
 
+    They take the place of an earlier report, of whose pictures none stays.
+
     Returns:
         Their paths.
 
@@ -177,7 +179,10 @@ def write(folder: pathlib.Path, report: Report) -> list[pathlib.Path]:
             figure.savefig(new / "confusion.png", dpi=_DPI)
             confusion = (new / "confusion.png").read_bytes()
         (new / "report.html").write_text(_page(report, confusion), "utf-8")
-        return [folder / path.name for path in sorted(new.iterdir())]
+        written = [folder / path.name for path in sorted(new.iterdir())]
+    if confusion is None:
+        (folder / "confusion.png").unlink(missing_ok=True)
+    return written
 
 
 def _shown(image: WorstImage) -> pictures.Shown:
@@ -190,7 +195,7 @@ def _write_per_class(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> N
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerows({**row, "name": printable(row["name"])} for row in rows)
+        writer.writerows({**row, "name": csv_cell(row["name"])} for row in rows)
 
 
 _STYLE = """
