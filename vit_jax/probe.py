@@ -146,7 +146,7 @@ def _open(args: argparse.Namespace) -> _Sources:
         _dataset_name(args.data),
         data_dir=args.data_dir,
         eval_split=args.split,
-        files=datasets.FileRules(broken=args.broken),
+        files=datasets.FileRules(broken=args.broken, skip_flag="--broken skip"),
     )
     for note in train.notes:
         print(printable(note), flush=True)
