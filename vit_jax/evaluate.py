@@ -164,7 +164,7 @@ class _Checkpoint:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     args = parse_arguments(argv)
-    _silence()
+    tensorflow_env.silence()
     command.keep_programs()
     from vit_jax.data import datasets, objectnet
 
@@ -203,15 +203,6 @@ def _file_rules(args: argparse.Namespace) -> Any:
     of_files = datasets.is_of_files(args.dataset)
     partition = holdout.of_checkpoint(args.checkpoint) if of_files else None
     return datasets.FileRules(broken=args.broken, partition=partition, must_fit=False)
-
-
-def _silence() -> None:
-    """Before TensorFlow is imported: it greets, and libraries log what they raise as well."""
-    import absl.logging
-
-    tensorflow_env.quiet()
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)
-    absl.logging.set_verbosity(absl.logging.FATAL)
 
 
 def _evaluate_classes(
