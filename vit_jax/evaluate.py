@@ -164,7 +164,7 @@ class _Checkpoint:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     args = parse_arguments(argv)
-    _silence()
+    tensorflow_env.silence()
     command.keep_programs()
     from vit_jax.data import datasets, objectnet
 
@@ -205,15 +205,6 @@ def _file_rules(args: argparse.Namespace) -> Any:
     return datasets.FileRules(
         broken=args.broken, skip_flag="--broken skip", partition=partition, must_fit=False
     )
-
-
-def _silence() -> None:
-    """Before TensorFlow is imported: it greets, and libraries log what they raise as well."""
-    import absl.logging
-
-    tensorflow_env.quiet()
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)
-    absl.logging.set_verbosity(absl.logging.FATAL)
 
 
 def _evaluate_classes(

@@ -17,6 +17,7 @@ from vit_jax.data.protocols import evaluation
 from vit_jax.data.source import Source
 from vit_jax.errors import UserError
 from vit_jax.evaluation import metrics
+from vit_jax.evaluation.per_class import readable_confusion
 from vit_jax.models.vit import ViTConfig
 from vit_jax.preparation import Prepared
 from vit_jax.program import batch_mix
@@ -30,7 +31,6 @@ Picture = tuple[str, bytes]  # its name, and it as a PNG
 
 _INPUTS = 18  # of the first batch
 _WATCHED = 6  # of the images of evaluation, spread over them
-_CLASSES = 30  # of which a confusion matrix can be read
 
 
 def check_pictures(prepared: Prepared) -> frozenset[str]:
@@ -120,14 +120,10 @@ class Pictures:
         )
         if jax.process_index() != 0:
             return []
-        from vit_jax.evaluation import per_class
         from vit_jax.evaluation.pictures import confusion_matrix  # With matplotlib.
 
-        labels, predicted, count = found.labels, found.predicted, found.num_classes
-        chosen = per_class.confused_classes(labels, predicted, count, _CLASSES)
-        counts = per_class.confusion_among(labels, predicted, chosen)
-        images = np.bincount(labels, minlength=count)[chosen]
-        figure = confusion_matrix(counts, images, [words(i, names) for i in chosen], count)
+        of_all = [words(i, names) for i in range(found.num_classes)]
+        figure = confusion_matrix(*readable_confusion(found.labels, found.predicted, of_all))
         return [("eval/confusion", _png(figure))]
 
     def _sheet(

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import logging
 import os
 import time
 from collections.abc import Sequence
@@ -112,7 +111,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     args = parse_arguments(argv)
-    _silence()
+    tensorflow_env.silence()
     command.keep_programs()
     sources = _open(args)
     pretrained = flags.load(args)
@@ -129,14 +128,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = _describe(args, sources, probe, test, seconds)
         _write(Path(args.output), pretrained, sources, probe, result)
     return 0
-
-
-def _silence() -> None:
-    import absl.logging
-
-    tensorflow_env.quiet()
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)
-    absl.logging.set_verbosity(absl.logging.FATAL)
 
 
 def _open(args: argparse.Namespace) -> _Sources:
@@ -168,10 +159,14 @@ def _open(args: argparse.Namespace) -> _Sources:
 
 
 def _dataset_name(data: str) -> str:
-    """The name of a data set, which may be given as the path of a folder or list."""
-    path = os.path.expanduser(data)
-    kind = "folder:" if os.path.isdir(path) else "list:" if os.path.isfile(path) else ""
-    return kind + data
+    """The name of a data set, which may be given as the path of a folder or list.
+
+    That of a folder that is called like a data set begins with "./".
+    """
+    from vit_jax.data import datasets
+
+    is_path = not datasets.is_known(data) and os.path.exists(os.path.expanduser(data))
+    return datasets.name_of(data) if is_path else data
 
 
 def _features(

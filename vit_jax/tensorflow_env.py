@@ -1,5 +1,6 @@
 """TensorFlow's settings that must be made before it is imported."""
 
+import logging
 import os
 
 
@@ -11,3 +12,12 @@ def quiet() -> None:
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+
+def silence() -> None:
+    """Does as `quiet`, and keeps libraries from logging what they raise as well."""
+    import absl.logging
+
+    quiet()
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    absl.logging.set_verbosity(absl.logging.FATAL)

@@ -13,7 +13,6 @@ import numpy as np
 
 from vit_jax import command
 from vit_jax.checkpoints import flags
-from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 from vit_jax.files import atomic_write, make_folder
 from vit_jax.printable import printable
@@ -226,7 +225,7 @@ def _analyze_images(
             image = _Image(
                 file,
                 stem if seen[stem] == 1 else f"{stem}_{seen[stem]}",
-                _to_pixels(batch[index], pretrained.preprocessing),
+                pretrained.preprocessing.to_pixels(batch[index]),
                 top(row["logits"], pretrained.class_names, pretrained.loss, _TOP)
                 if knows_classes
                 else [],
@@ -392,12 +391,6 @@ def _intermediates(
     if shown:
         options = {"file": image.file, "closed": True}
         output.show("The patches after every layer", captions.of_layers(), figure, **options)
-
-
-def _to_pixels(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """Returns the model's input as pixels in [0, 1] again."""
-    mean, std = (np.array(x, np.float32) for x in (preprocessing.mean, preprocessing.std))
-    return np.clip(image * std + mean, 0, 1)
 
 
 def build_parser(prog: str) -> command.Parser:

@@ -15,6 +15,7 @@ __all__ = [
     "FileRules",
     "Source",
     "default_splits",
+    "is_known",
     "is_of_files",
     "is_same",
     "name_of",
@@ -59,6 +60,12 @@ def name_of(path: str) -> str:
         f"{path!r} is no data set: give a folder with a directory of images for each class, or a "
         "list of images and labels that ends in .csv or .jsonl"
     )
+
+
+def is_known(name: str) -> bool:
+    """Tells whether a name is that of a data set here, whatever lies at a path of that name."""
+    kind = name.startswith((folder.PREFIX, listing.PREFIX)) or vtab.is_vtab(name)
+    return kind or name == digits.NAME or (name.split(":")[0].split("/")[0] in _SPLITS)
 
 
 def is_of_files(name: str) -> bool:

@@ -136,9 +136,13 @@ def draw(strata: Collection[Sequence[str]], share: float) -> set[str]:
     """
     held_out = set()
     for names in strata:
-        count = min(max(round(share * len(names)), 1), len(names) - 1)
-        held_out.update(sorted(names, key=_rank)[:count])
+        held_out.update(sorted(names, key=_rank)[: number(len(names), share)])
     return held_out
+
+
+def number(images: int, share: float) -> int:
+    """How many images to hold out: that share, rounded, but of two or more neither none nor all."""
+    return min(max(round(share * images), 1), images - 1)
 
 
 def _rank(name: str) -> bytes:

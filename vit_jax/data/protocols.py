@@ -132,6 +132,11 @@ class Preprocessing:
         if not min(self.std) >= 1e-6:  # An image has 256 levels, of which 1/255 is one.
             raise UserError(f"std {brief(self.std)} is not positive, of at least 1e-6")
 
+    def to_pixels(self, inputs: np.ndarray) -> np.ndarray:
+        """Turns inputs of a model [..., 3] to pixels again, float32 in [0, 1]."""
+        mean, std = (np.array(x, np.float32) for x in (self.mean, self.std))
+        return np.clip(inputs * std + mean, 0, 1)
+
     def _check_kernel(self):
         if (self.interpolation == "area") != (self.resize == "big_vision"):
             raise UserError(

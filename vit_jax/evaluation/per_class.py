@@ -1,8 +1,11 @@
 """How well each class is told: precision, recall, F1, and which classes are taken for another."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+_READABLE = 30  # classes of a confusion matrix
 
 
 class ClassScores(NamedTuple):
@@ -101,3 +104,19 @@ def confusion_among(labels: np.ndarray, predicted: np.ndarray, chosen: np.ndarra
     places = (np.searchsorted(chosen, x[both]) for x in (labels, predicted))
     np.add.at(matrix, tuple(places), 1)
     return matrix
+
+
+def readable_confusion(
+    labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, list[str], int]:
+    """The arguments of `pictures.confusion_matrix`, of as many classes as can be read.
+
+    Args:
+        labels: int [images].
+        predicted: likewise.
+        names: of all classes.
+    """
+    chosen = confused_classes(labels, predicted, len(names), _READABLE)
+    counts = confusion_among(labels, predicted, chosen)
+    images = np.bincount(labels, minlength=len(names))[chosen]
+    return counts, images, [names[i] for i in chosen], len(names)

@@ -21,6 +21,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from vit_jax.data import holdout
 from vit_jax.evaluation.features import moments
 from vit_jax.sharding import Mesh
 
@@ -176,8 +177,7 @@ def hold_out(labels: np.ndarray, share: float = HELD_OUT, seed: int = 0) -> np.n
     rng = np.random.default_rng(seed)
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
-        count = min(max(round(share * len(members)), 1), len(members) - 1)
-        held_out[members[:count]] = True
+        held_out[members[: holdout.number(len(members), share)]] = True
     return held_out
 
 

@@ -3,7 +3,6 @@
 import base64
 import csv
 import dataclasses
-import html
 import io
 import pathlib
 import warnings
@@ -13,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from vit_jax import webpage
 from vit_jax.data import imagenet
 from vit_jax.data.preprocess import eval_view
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.evaluation import pictures
-from vit_jax.evaluation.per_class import confused_classes, confusion_among, most_confused
+from vit_jax.evaluation.per_class import most_confused, readable_confusion
 from vit_jax.files import atomic_files
-from vit_jax.printable import csv_cell, printable
+from vit_jax.printable import csv_cell
 
 if TYPE_CHECKING:
     from vit_jax.data.source import Source
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 _WORST = 36  # images of highest loss that are shown
 _CONFUSED = 20  # pairs of classes that are listed
-_MOST_CLASSES = 30  # of which a confusion matrix can be read
 _SIDE = 192  # pixels of a shown image, at most
 _DPI = 110
 
@@ -94,10 +93,7 @@ def of_classes(
         UserError: an image cannot be read any more.
     """
     names = _readable(source)
-    images = np.bincount(found.labels, minlength=found.num_classes)
-    chosen = confused_classes(found.labels, found.predicted, found.num_classes, _MOST_CLASSES)
-    counts = confusion_among(found.labels, found.predicted, chosen)
-    confusion = (counts, images[chosen], [names[i] for i in chosen], found.num_classes)
+    confusion = readable_confusion(found.labels, found.predicted, names)
 
     def words(index: int) -> tuple[str, str]:
         predicted = f"{names[found.predicted[index]]}, {found.confidences[index]:.0%}"
@@ -150,8 +146,7 @@ def _seen(source: "Source", index: int, preprocessing: Preprocessing) -> tuple[n
     """What the model sees of an image, in at most 192 pixels a side, and its name."""
     example = source[index]
     view = eval_view(example["image"], preprocessing, border=source.border, turn=source.turn)
-    mean, std = (np.array(x, np.float32) for x in (preprocessing.mean, preprocessing.std))
-    image = Image.fromarray(np.uint8(np.clip(view * std + mean, 0, 1) * 255 + 0.5))
+    image = Image.fromarray(np.uint8(np.rint(preprocessing.to_pixels(view) * 255)))
     image.thumbnail((_SIDE, _SIDE))
     return np.asarray(image), example["id"]
 
@@ -199,51 +194,39 @@ def _write_per_class(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> N
 
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --page: #ffffff; --line: #d0d4d9; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --page: #15181c; --line: #3a4048; } }
-body { color: var(--ink); background: var(--page); font: 15px/1.45 system-ui, sans-serif;
-  max-width: 76rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.3rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-table { border-collapse: collapse; } td, th { padding: .15rem .8rem .15rem 0; text-align: left;
-  border-bottom: 1px solid var(--line); } td.n, th.n { text-align: right; }
 .sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: 1rem; }
-figure { margin: 0; font-size: .85rem; } figure img { width: 100%; display: block; }
-img.tiny { image-rendering: pixelated; } img.chart { max-width: 100%; background: #ffffff; }
+figure { margin: 0; font-size: 0.85rem; overflow-wrap: anywhere; }
 figcaption b { font-weight: 600; }
+figure img { width: 100%; display: block; } img.tiny { image-rendering: pixelated; }
+tbody th { overflow-wrap: anywhere; }
 """
 
 
 def _page(report: Report, confusion: bytes | None) -> str:
-    parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width">',
-        # What a file is called may try to be a script: nothing but this style and data is loaded.
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">",
-        f"<title>{_text(report.title)}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>{_text(report.title)}</h1>",
+    body = [
+        f"<h1>{webpage.text(report.title)}</h1>",
         _table(["", ""], [[name.replace("_", " "), x] for name, x in report.scalars.items()]),
         f"<h2>The {len(report.worst)} images of highest loss</h2>",
-        '<div class="sheet">',
-        *map(_figure, report.worst),
-        "</div>",
+        f'<div class="sheet">{"".join(map(_figure, report.worst))}</div>',
     ]
     if report.confused:
         rows = [list(row) for row in report.confused]
-        parts += ["<h2>Confused most</h2>", _table(["is", "taken for", "images"], rows)]
+        body += ["<h2>Confused most</h2>", _table(["is", "taken for", "images"], rows)]
     if confusion is not None:
-        parts.append(
-            f'<h2>Confusion matrix</h2><img class="chart" alt="images by true and predicted class" '
-            f'src="{_data("png", confusion)}">'
-        )
+        body += ["<h2>Confusion matrix</h2>", _chart(confusion)]
     header = [column.replace("_", " ") for column in report.per_class[0]]
     rows = [
         list({**row, "name": imagenet.readable(row["name"])}.values())
         for row in sorted(report.per_class, key=_f1)
     ]
-    parts += ["<h2>Classes, that of the lowest F1 first</h2>", _table(header, rows)]
-    return "\n".join([*parts, "</body></html>\n"])
+    body += ["<h2>Classes, that of the lowest F1 first</h2>", _table(header, rows)]
+    # What a file is called may try to be a script: nothing is loaded from elsewhere, none runs.
+    return webpage.document(report.title, body, _STYLE, self_contained=True)
+
+
+def _chart(content: bytes) -> str:
+    words = "images by true and predicted class"
+    return f'<div class="picture"><img alt="{words}" src="{_data("png", content)}"></div>'
 
 
 def _f1(row: Mapping[str, Any]) -> float:
@@ -255,11 +238,11 @@ def _figure(image: WorstImage) -> str:
     format = "png" if tiny else "jpeg"
     buffer = io.BytesIO()
     Image.fromarray(image.pixels).save(buffer, format, quality=85)
+    truth, predicted, name = map(webpage.text, (image.truth, image.predicted, image.name))
     return (
         f'<figure><img class="{"tiny" if tiny else "photo"}" alt="" '
-        f'src="{_data(format, buffer.getvalue())}"><figcaption>is <b>{_text(image.truth)}</b><br>'
-        f"taken for <b>{_text(image.predicted)}</b><br>loss {image.loss:.2f}<br>"
-        f"{_text(image.name)}</figcaption></figure>"
+        f'src="{_data(format, buffer.getvalue())}"><figcaption>is <b>{truth}</b><br>'
+        f"taken for <b>{predicted}</b><br>loss {image.loss:.2f}<br>{name}</figcaption></figure>"
     )
 
 
@@ -269,25 +252,18 @@ def _data(format: str, content: bytes) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     numeric = [bool(rows) and not isinstance(x, str) for x in (rows[0] if rows else header)]
-    lines = ["<table>"]
-    if any(header):
-        lines.append(f"<tr>{''.join(map(_heading, header, numeric))}</tr>")
+    head = "".join(map(_heading, header, numeric)) if any(header) else ""
+    lines = [f"<thead><tr>{head}</tr></thead>" if head else "", "<tbody>"]
     lines += [f"<tr>{''.join(map(_cell, row, numeric))}</tr>" for row in rows]
-    return "\n".join([*lines, "</table>"])
+    return "\n".join(['<div class="table"><table>', *lines, "</tbody></table></div>"])
 
 
 def _heading(name: str, numeric: bool) -> str:
-    return f"<th{_class(numeric)}>{_text(name)}</th>"
+    kind = ' class="number"' if numeric else ""
+    return f"<th{kind}>{webpage.text(name)}</th>"
 
 
 def _cell(value: Any, numeric: bool) -> str:
     shown = "-" if value is None else f"{value:.4f}" if isinstance(value, float) else f"{value}"
-    return f"<td{_class(numeric)}>{_text(shown)}</td>"
-
-
-def _class(numeric: bool) -> str:
-    return ' class="n"' if numeric else ""
-
-
-def _text(text: str) -> str:
-    return html.escape(printable(text))
+    tag = "td" if numeric else "th"  # As on every page names are headings, aligned to the left.
+    return f"<{tag}>{webpage.text(shown)}</{tag}>"

@@ -116,9 +116,7 @@ def synthetic_images(number: int, preprocessing: Preprocessing) -> np.ndarray:
 
 def as_pixels(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     """The nearest uint8 pixels of normalized images, for models that take these."""
-    std, mean = (np.asarray(x, np.float32) for x in (preprocessing.std, preprocessing.mean))
-    pixels = (images * std + mean) * 255
-    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+    return np.rint(preprocessing.to_pixels(images) * 255).astype(np.uint8)
 
 
 def in_batches(predict: Predict, images: np.ndarray, batch_size: int = 16) -> np.ndarray:
