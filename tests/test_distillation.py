@@ -8,14 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import config_dict
 
 from vit_jax import steps, teacher, train
 from vit_jax.checkpoints.pretrained import Pretrained, abstract_params, load_pretrained
+from vit_jax.config import check_config, take_from_weights
 from vit_jax.data.protocols import evaluation
 from vit_jax.distillation import Distillation
 from vit_jax.errors import UserError
 from vit_jax.models import create_model, prediction_defaults
 from vit_jax.preparation import prepare, train_batches
+from vit_jax.program import create_objective
 from vit_jax.sharding import make_mesh
 from vit_jax.state import create_optimizer, create_state
 
@@ -204,6 +207,18 @@ def test_a_student_with_more_classes_than_the_data_is_refused(tiny_config, tmp_p
     overrides = {"distillation.teacher": str(finished), "model.num_classes": 12}
     with pytest.raises(UserError, match="model.num_classes is 12 but digits has 10 classes, and a"):
         prepare(tiny_config(**overrides), tmp_path, None)
+
+
+@pytest.mark.parametrize("of_weights", [{}, {"distillation_token": True}])
+def test_a_head_that_learns_from_labels_alone_needs_a_share_of_the_loss(tiny_config, of_weights):
+    config = tiny_config(**{"distillation.teacher": "B_16", "distillation.alpha": 1.0})
+    config.model.representation_size = 0
+    check_config(config)
+    config.model.distillation_token = not of_weights or config_dict.placeholder(bool)
+    with pytest.raises(UserError, match="config.distillation.alpha is 1, but with a distillation_"):
+        if not of_weights:
+            check_config(config)
+        create_objective(take_from_weights(config, of_weights), num_classes=10)
 
 
 def test_a_run_learns_from_a_teacher_that_is_in_no_checkpoint(tiny_config, tmp_path, finished):

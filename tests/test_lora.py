@@ -154,6 +154,13 @@ def test_what_the_user_says_of_a_parameter_goes_before_what_lora_freezes(tiny_co
     assert flat["pre_logits/kernel"] == flat[f"lora/{BLOCK}/MlpBlock_3/Dense_1/b"] == 1
 
 
+def test_learning_rates_that_leave_lora_nothing_to_freeze_are_refused(tiny_config):
+    config = tiny_config(**{"lora.rank": 2, "optimizer.lr_multipliers": "head/.*=1,.*=0.1"})
+    message = "'head/.*=1,.*=0.1' gives every parameter a rate, so LoRA freezes nothing: name fewer"
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_multipliers(config)
+
+
 @pytest.mark.parametrize(
     ("model", "changes", "message"),
     [

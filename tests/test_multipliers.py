@@ -304,6 +304,14 @@ def test_a_pattern_of_what_weights_may_have_is_left_to_them(tiny_config, pattern
     check_multipliers(config)
 
 
+def test_what_weights_may_have_is_known_where_they_cannot_have_all_of_it(tiny_config):
+    config = tiny_config(**{"optimizer.lr_multipliers": ".*/LayerScale_0/scale=0"})
+    config.model.classifier = "gap"  # Without a place for registers and a distillation token.
+    for key, kind in (("layer_scale", float), ("num_registers", int), ("distillation_token", bool)):
+        config.model[key] = config_dict.placeholder(kind)
+    check_multipliers(config)
+
+
 @pytest.mark.slow
 def test_a_run_with_frozen_parameters_resumes_bit_for_bit(tiny_config, tmp_path):
     config = tiny_config(

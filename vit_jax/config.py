@@ -118,7 +118,7 @@ def check_config(config: ConfigDict, *, may_lack: bool = False) -> None:
     _check_evals(config.evals)
     _check_model(config.model, config.dataset.image_size)
     _check_objective(config)
-    _check_teaching(config)
+    check_teaching(config)
     if not may_lack:
         _check_adapters(config)
     _check_splits(config.dataset)
@@ -357,7 +357,12 @@ def _check_objective(config: ConfigDict) -> None:
         )
 
 
-def _check_teaching(config: ConfigDict) -> None:
+def check_teaching(config: ConfigDict) -> None:
+    """Checks that a model can learn all that it is for from its teacher, if it has one.
+
+    Raises:
+        UserError: it is to learn something else than classes, or one of its heads learns nothing.
+    """
     if not config.distillation.teacher:
         return
     for key, needed in (("objective", "classification"), ("loss", "softmax")):
@@ -366,6 +371,11 @@ def _check_teaching(config: ConfigDict) -> None:
                 f"config.{key} is {config[key]!r}, but a teacher's classes are learned with "
                 f"{needed}: set --config.{key}={needed}, or leave config.distillation.teacher out"
             )
+    if config.distillation.alpha == 1 and config.model.get("distillation_token"):
+        raise UserError(
+            "config.distillation.alpha is 1, but with a distillation_token only labels teach the "
+            "other head, and they count for nothing then: set --config.distillation.alpha=0.5"
+        )
 
 
 def _check_adapters(config: ConfigDict) -> None:

@@ -6,7 +6,7 @@ described (see `vit_jax.plan`).
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import flax.linen as nn
@@ -19,13 +19,13 @@ from ml_collections import ConfigDict
 
 from vit_jax import lora
 from vit_jax.analysis import flops
-from vit_jax.config import left_to_weights, take_from_weights
+from vit_jax.config import check_teaching, left_to_weights, take_from_weights
 from vit_jax.data.augmentation import parse_augment
 from vit_jax.distillation import Distillation
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, brief
 from vit_jax.mixing import Mix, create_mix
 from vit_jax.models import create_model, masked, prediction_defaults
-from vit_jax.multipliers import multipliers
+from vit_jax.multipliers import multipliers, parse_multipliers
 from vit_jax.sharding import AnyMesh, batch_sharding, gathering, state_sharding
 from vit_jax.state import Params, TrainState, create_optimizer, init_params, init_train_state
 from vit_jax.steps import (
@@ -62,7 +62,7 @@ def create_objective(
         class_weights: float32 weights of the model's classes, from their number; None for none.
 
     Raises:
-        UserError: the model has fewer classes than the data set.
+        UserError: the model has fewer classes than the data set, or as `check_teaching` does.
     """
     size = config.dataset.image_size
     if config.objective == "masked_patches":
@@ -77,6 +77,7 @@ def create_objective(
         )
     num_classes = config.model.num_classes or num_classes
     model = create_model(config.model, num_classes=num_classes)
+    check_teaching(config)  # What came from weights is known now.
     teaching, distillation = config.distillation, None
     if teaching.teacher:
         distillation = Distillation(teaching.kind, teaching.alpha, teaching.temperature)
@@ -94,7 +95,10 @@ _OTHER_PARAMETERS = (
     {"position_embedding": "2d"},
     {"position_placement": "layers"},
     {"position_embedding": "2d", "position_placement": "layers"},
-    {"layer_scale": 1.0, "num_registers": 1, "mlp": "swiglu", "distillation_token": True},
+    {"layer_scale": 1.0},
+    {"num_registers": 1},
+    {"mlp": "swiglu"},
+    {"distillation_token": True},
 )
 
 
@@ -111,6 +115,8 @@ def check_multipliers(config: ConfigDict) -> None:
         return
     defaults = prediction_defaults(config.model.architecture)
     found = flatten_dict(_parameters(config, defaults))
+    if config.lora.rank:
+        _check_frozen(config, ["/".join(path) for path in found])
     try:
         multipliers(unflatten_dict(found), text, decay)
         return
@@ -121,6 +127,18 @@ def check_multipliers(config: ConfigDict) -> None:
         with contextlib.suppress(UserError):  # Not every model may have it.
             found |= flatten_dict(_parameters(config, defaults | other))
     multipliers(unflatten_dict(found), text, decay)
+
+
+def _check_frozen(config: ConfigDict, names: Sequence[str]) -> None:
+    """Refuses learning rates under which LoRA would freeze none of the model's parameters."""
+    (frozen,) = parse_multipliers(lora.FROZEN)
+    given = [each.pattern for each in parse_multipliers(config.optimizer.lr_multipliers)]
+    held = filter(frozen.pattern.fullmatch, names)
+    if all(any(pattern.fullmatch(name) for pattern in given) for name in held):
+        raise UserError(
+            f"optimizer.lr_multipliers {brief(config.optimizer.lr_multipliers)} gives every "
+            "parameter a rate, so LoRA freezes nothing: name fewer, or set --config.lora.rank=0"
+        )
 
 
 def _parameters(config: ConfigDict, of_weights: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -138,6 +139,24 @@ def test_new_class_names_in_a_folder_that_we_wrote_are_seen(tmp_path, format):
     # What nobody changed is as the info file says it.
     assert after.loss == "sigmoid" and not after.preprocessing.antialias
     assert after.model == before.model | {"gelu": "tanh"}
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+@pytest.mark.parametrize("keeps_info", [False, True])
+def test_one_label_of_a_sigmoid_does_not_become_several(tmp_path, multi_label, keeps_info):
+    folder, ours = converted(tmp_path, "huggingface")
+    if multi_label:
+        shutil.rmtree(folder)
+        save_pretrained(dataclasses.replace(ours, multi_label=True), folder, "huggingface")
+    if not keeps_info:
+        (folder / "vit_jax.json").unlink()
+    assert load_pretrained(folder).multi_label == multi_label
+    config = json.loads((folder / "config.json").read_text())
+    assert ("problem_type" in config) == multi_label
+    if keeps_info:  # As it was written for either before.
+        config["problem_type"] = "multi_label_classification"
+        (folder / "config.json").write_text(json.dumps(config))
+        assert load_pretrained(folder).multi_label == multi_label
 
 
 def test_another_resampling_in_a_folder_that_we_wrote_is_seen(tmp_path):

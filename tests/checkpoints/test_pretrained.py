@@ -10,7 +10,12 @@ from flax.traverse_util import flatten_dict
 
 from vit_jax.checkpoints.layouts import POSITIONS
 from vit_jax.checkpoints.model_info import ModelInfo, info_path
-from vit_jax.checkpoints.pretrained import fit_params, fold_normalization, load_pretrained
+from vit_jax.checkpoints.pretrained import (
+    Pretrained,
+    fit_params,
+    fold_normalization,
+    load_pretrained,
+)
 from vit_jax.checkpoints.save import save_pretrained
 from vit_jax.checkpoints.training import CheckpointStore
 from vit_jax.config import to_dict
@@ -448,3 +453,11 @@ def test_parameters_are_fitted_to_a_model_without_initializing_it(params):
     assert_equal_trees(fitted["embedding"], params["embedding"])
     with pytest.raises(UserError, match="head/kernel has shape"):
         fit_params(module, 16, params, keep_head=True)
+
+
+@pytest.mark.parametrize("trained", [0.0, 1.0])
+def test_a_model_with_two_heads_knows_classes_if_one_does(trained):
+    head = {"kernel": np.zeros((16, 3)), "bias": np.zeros(3)}
+    params = {"head": head, "head_dist": {**head, "kernel": np.full((16, 3), trained)}}
+    found = Pretrained(params, {"architecture": "vit"}, evaluation("bit", 8), None, "softmax", "")
+    assert found.has_untrained_head == (trained == 0)

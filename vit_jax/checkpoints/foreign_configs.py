@@ -124,12 +124,14 @@ def merge_info(
 
     unchanged = {key: x for key, x in from_info_file.model.items() if key not in shapes}
     changed = dict(from_folder.model.items() - as_written.model.items())
+    # Older folders name the sigmoid's problem of one label that of several.
+    of_labels = from_info_file if from_folder.loss in (None, from_info_file.loss) else from_folder
     return ModelInfo(
         unchanged | changed,
         newer("preprocessing"),
         newer("class_names"),
         from_folder.loss or from_info_file.loss,
-        newer("multi_label"),
+        of_labels.multi_label,
     )
 
 

@@ -305,7 +305,7 @@ def _config(info: ModelInfo, image_size: int) -> dict[str, Any]:
         names = [imagenet.readable(name) for name in info.class_names or unnamed]
         config["id2label"] = {str(i): name for i, name in enumerate(names)}
         config["label2id"] = {name: i for i, name in enumerate(names)}
-        if info.loss == "sigmoid":
+        if info.multi_label:  # Theirs for the sigmoid of one label is no other than the softmax's.
             config["problem_type"] = "multi_label_classification"
     return config
 

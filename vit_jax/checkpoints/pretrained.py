@@ -29,7 +29,7 @@ from vit_jax.data import imagenet
 from vit_jax.data.protocols import Preprocessing, evaluation
 from vit_jax.errors import UserError, first_line, shortlist
 from vit_jax.models import masked
-from vit_jax.models.vit import POSITIONS, num_class_tokens
+from vit_jax.models.vit import DISTILLATION_HEAD, POSITIONS, num_class_tokens
 from vit_jax.printable import printable
 
 _ACCEPTED = (
@@ -67,12 +67,13 @@ class Pretrained:
 
     @property
     def has_untrained_head(self) -> bool:
-        """Tells whether the head is as initialized here: all classes are equally probable."""
+        """Tells whether every head is as initialized here: all classes are equally probable."""
         flat = flatten_dict(self.params, sep="/")
-        head = models.family_of(self.model["architecture"]).head
-        if f"{head}/kernel" not in flat:
-            return False
-        return bool(not flat[f"{head}/kernel"].any() and np.ptp(flat[f"{head}/bias"]) == 0)
+        names = (models.family_of(self.model["architecture"]).head, DISTILLATION_HEAD)
+        heads = [name for name in names if f"{name}/kernel" in flat]
+        return bool(heads) and all(
+            not flat[f"{name}/kernel"].any() and np.ptp(flat[f"{name}/bias"]) == 0 for name in heads
+        )
 
     def check_head(self) -> None:
         """Raises a UserError if there is no head that knows classes, with the way out."""
