@@ -199,7 +199,7 @@ def _is_directory(entry: os.DirEntry[str]) -> bool:
 
 
 def _listed(directory: str) -> list[os.DirEntry[str]]:
-    """What is in a directory and not hidden, by name."""
+    """The entries of a directory that are not hidden, by name."""
     try:
         with os.scandir(directory) as entries:
             found = [x for x in entries if not x.name.startswith(".") and x.name != _NOT_OF_A_USER]

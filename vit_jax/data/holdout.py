@@ -18,7 +18,7 @@ _TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newl
 
 
 class Row(NamedTuple):
-    """Of an image, its class (several are joined by ";"), `TRAIN`, `HELD_OUT` or `BROKEN`.
+    """The class of an image (several are joined by ";"), and `TRAIN`, `HELD_OUT` or `BROKEN`.
 
     And its size in bytes, 0 if it is broken.
     """
@@ -30,7 +30,7 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """How the images of a data set were divided.
+    """The division of the images of a data set.
 
     Attributes:
         rows: by the image's path, relative to the data set.

@@ -21,7 +21,7 @@ from vit_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class FileRules:
-    """What is done with image files that lie there as people have them.
+    """Rules for image files that lie there as people have them.
 
     Attributes:
         holdout: the share that is held out where the files are in no splits.

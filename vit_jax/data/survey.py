@@ -1,4 +1,4 @@
-"""What opening a data set of files finds beside its images, told at once."""
+"""Faults and oddities that opening a data set of files finds, told at once."""
 
 import dataclasses
 import os

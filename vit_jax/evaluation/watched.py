@@ -54,7 +54,7 @@ class Watched:
     broken: str = "refuse"
 
     def files_of(self, name: str) -> "FileRules":
-        """What is done with the files of a data set; the run's own is divided as the run has it."""
+        """Rules for the files of a data set; the run's own is divided as the run has it."""
         from vit_jax.data.datasets import FileRules, is_of_files, is_same
 
         is_own = is_of_files(name) and is_same(name, self.dataset)
