@@ -1,7 +1,6 @@
 """The page, pictures and table of an evaluation, of names that are anything."""
 
 import csv
-import html.parser
 import io
 
 import numpy as np
@@ -15,21 +14,7 @@ from vit_jax.evaluation.multilabel import MultiLabelMetrics
 
 from ..handmade import HOSTILE
 from ..sources import tiny_source
-
-
-class Page(html.parser.HTMLParser):
-    """The tags of a page with their attributes, and its text."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.text = [], ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.text += data
+from ..webpages import Page
 
 
 def source_of(labels, names):
@@ -76,10 +61,14 @@ def test_a_report_shows_the_worst_images_first_and_no_name_does_harm(tmp_path, n
     assert [image.pixels.max() for image in made.worst] == worst.tolist()
     assert [image.loss for image in made.worst] == sorted(losses, reverse=True)[:36]
     text = (tmp_path / "report/report.html").read_text("utf-8")
-    page = Page(text)
-    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "form"}
-    assert not [key for _, attributes in page.tags for key in attributes if key.startswith("on")]
-    images = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
+    page = Page(tmp_path / "report/report.html")
+    policy = {each.get("http-equiv"): each.get("content") for each in page.all("meta")}
+    assert policy["Content-Security-Policy"].startswith("default-src 'none'; img-src data:;")
+    assert not {tag for tag, _ in page.elements} & {"script", "link", "iframe", "object", "form"}
+    assert not [
+        key for _, attributes in page.elements for key in attributes if key.startswith("on")
+    ]
+    images = [attributes["src"] for attributes in page.all("img")]
     assert len(images) == 37 and all(x.startswith("data:image/") for x in images)
     assert "\x1b" not in text and "<script>alert" not in text
     assert "<script>alert('|')</script>\\x1b[2J\\n# forged" in page.text  # It is shown.
