@@ -3,6 +3,7 @@ import json
 import math
 import re
 import shutil
+from unittest import mock
 
 import jax
 import numpy as np
@@ -260,18 +261,19 @@ def test_the_head_is_kept_for_the_classes_that_it_knows(
 
 
 @pytest.mark.parametrize(
-    ("names", "model", "overrides"),
+    ("names", "model", "overrides", "reason"),
     [
-        (NAMED, {}, {"keep_head": "never"}),
-        (("iris", "tulip", "daisy"), {}, {}),
-        (None, {}, {}),
+        (NAMED, {}, {"keep_head": "never"}, None),
+        (("iris", "tulip", "daisy"), {}, {}, "not all classes of the data are among those of"),
+        (None, {}, {}, "w.npz has none whose classes are known by name"),
         # The head of another input: behind a hidden layer, or of another pooling.
-        (NAMED, {"representation_size": 16}, {}),
-        (NAMED, {"classifier": "gap"}, {"model.classifier": "token"}),
+        (NAMED, {"representation_size": 16}, {}, "w.npz is behind another pooling or a hidden"),
+        (NAMED, {"classifier": "gap"}, {"model.classifier": "token"}, "is behind another pooling"),
+        (NAMED, {}, {"model.num_classes": 4}, "it has 4 classes, and the data 3"),
     ],
 )
 def test_a_head_that_would_mean_something_else_is_not_kept(
-    flowers, tmp_path, monkeypatch, capsys, names, model, overrides
+    flowers, tmp_path, monkeypatch, capsys, names, model, overrides, reason
 ):
     named_weights(tmp_path / "w.npz", names or tuple("abc"), **model)
     if names is None:
@@ -279,7 +281,10 @@ def test_a_head_that_would_mean_something_else_is_not_kept(
     config = of_folder(flowers, tmp_path / "w.npz", **overrides)
     state = started(config, tmp_path / "run", monkeypatch)
     assert not np.any(state.params["head"]["kernel"])
-    assert "the head is kept" not in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "the head is kept" not in output
+    assert re.findall("the head is new: .*", output) == ([mock.ANY] if reason else [])
+    assert (reason or "") in output
 
 
 def test_finetuning_without_weights_has_the_models_defaults(data_dir, tmp_path, monkeypatch):

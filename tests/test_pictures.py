@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from vit_jax import pictures, steps, train
 from vit_jax.analysis.attention import on_patches, rollout, to_mask
 from vit_jax.analysis.intermediates import attention_weights
+from vit_jax.data.source import Source
 from vit_jax.errors import UserError
 from vit_jax.models.vit import ViTConfig
 from vit_jax.pictures import check_pictures, words
@@ -102,6 +103,10 @@ def test_a_label_in_words(label, text):
     assert words(label, None) == ""
 
 
+def labeled(*labels):
+    return Source("own", "test", ("cat", "dog"), 0, [{"label": label} for label in labels])
+
+
 @pytest.mark.parametrize(
     ("log_images", "changes", "message"),
     [
@@ -112,6 +117,7 @@ def test_a_label_in_words(label, text):
             {"train_source": SimpleNamespace(multi_label=True)},
             "config.log_images asks for confusion, but an image has several labels: leave conf",
         ),
+        ("confusion", {"eval_source": labeled(0, -1)}, "confusion, but images of evaluation have"),
     ],
 )
 def test_a_picture_that_a_run_cannot_have_is_told_in_a_line(log_images, changes, message):
@@ -120,6 +126,7 @@ def test_a_picture_that_a_run_cannot_have_is_told_in_a_line(log_images, changes,
         "model": SimpleNamespace(config=ViTConfig.__new__(ViTConfig)),
         "class_names": ["cat", "dog"],
         "train_source": SimpleNamespace(multi_label=False),
+        "eval_source": labeled(0, 1),
     }
     assert check_pictures(SimpleNamespace(**run)) == set(log_images.split(","))
     with pytest.raises(UserError, match=message):

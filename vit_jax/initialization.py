@@ -18,6 +18,7 @@ from vit_jax.config import ADDED_MODEL_KEYS, left_to_weights, take_from_weights
 from vit_jax.data import classes
 from vit_jax.errors import UserError
 from vit_jax.models import prediction_fields
+from vit_jax.models.base import without_list
 from vit_jax.preparation import Prepared
 from vit_jax.program import adapt, create_objective
 from vit_jax.recipes import name_of, sizes_of
@@ -88,17 +89,23 @@ def read_weights(config: ConfigDict) -> tuple[ConfigDict, Weights]:
 
 
 def _head(config: ConfigDict, pretrained: Pretrained, report: list[Row]) -> Head | None:
-    names = pretrained.class_names
-    if config.keep_head == "never" or names is None or pretrained.has_untrained_head:
+    if config.keep_head == "never" or config.objective == "masked_patches":
+        return None
+    names, source = pretrained.class_names, pretrained.source
+    if names is None or pretrained.has_untrained_head:
+        say(f"the head is new: {source} has none whose classes are known by name")
         return None
     params = removed_head(report, pretrained.params, len(names))
-    return Head(params, tuple(names), pretrained.source) if params else None
+    if not params:
+        say(f"the head is new: that of {source} is behind another pooling or a hidden layer")
+        return None
+    return Head(params, tuple(names), source)
 
 
 def _check_model(model: ConfigDict, pretrained: Pretrained) -> None:
     _check_size(model, pretrained)
     for key in sorted(prediction_fields(model.to_dict()).keys() - _OF_THE_HEAD):
-        wanted, found = (_plain(x.get(key)) for x in (model, pretrained.model))
+        wanted, found = (without_list(x.get(key)) for x in (model, pretrained.model))
         if wanted is not None and wanted != found:
             known = f"--config.model.{key}={found}" if key != "architecture" else "its own config"
             raise UserError(
@@ -110,17 +117,16 @@ def _check_model(model: ConfigDict, pretrained: Pretrained) -> None:
 def _check_size(model: ConfigDict, pretrained: Pretrained) -> None:
     """Refuses weights of another size by the name of their model, where it has one."""
     named = name_of(pretrained.model)
-    if named is None or sum(_plain(model.get(key)) != x for key, x in sizes_of(named).items()) < 2:
+    if (
+        named is None
+        or sum(without_list(model.get(key)) != x for key, x in sizes_of(named).items()) < 2
+    ):
         return
     of_config = name_of(model.to_dict())
     raise UserError(
         f"{pretrained.source} is a {named} but the config's model is "
         f"{f'a {of_config}' if of_config else 'of other sizes'}: use --config vit:{named},..."
     )
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def initial_state(prepared: Prepared, abstract: TrainState, weights: Weights | None) -> TrainState:
@@ -160,7 +166,10 @@ def initial_state(prepared: Prepared, abstract: TrainState, weights: Weights | N
 def _kept_head(prepared: Prepared, head: Head | None) -> dict[str, np.ndarray]:
     """The part of a head for the classes of a run, in their order; empty if it lacks one."""
     names = prepared.class_names
-    if head is None or names is None or prepared.model.config.num_classes != len(names):
+    if head is None or names is None:
+        return {}
+    if (num_classes := prepared.model.config.num_classes) != len(names):
+        say(f"the head is new: it has {num_classes} classes, and the data {len(names)}")
         return {}
     labels = classes.match(len(head.class_names), head.class_names, names)
     if labels is None:

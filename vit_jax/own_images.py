@@ -21,6 +21,7 @@ from vit_jax.data import datasets
 from vit_jax.data.subset import take_subset
 from vit_jax.errors import UserError
 from vit_jax.models import describe, model_config, prediction_fields
+from vit_jax.models.base import without_list
 from vit_jax.recipes import LEFT_TO_WEIGHTS, own
 
 # Of the model's fields what fine-tuning decides: the head is the data's, without a hidden layer.
@@ -123,14 +124,11 @@ def _of_weights(loaded: Loaded, pretrained: Pretrained) -> list[own.Choice]:
     """The fields in which the model of the weights differs from the one of its name."""
     model = prediction_fields(loaded.config.model.to_dict())
     return [
-        own.Choice(f"model.{key}", _plain(pretrained.model[key]), "as the weights have it")
+        own.Choice(f"model.{key}", without_list(pretrained.model[key]), "as the weights have it")
         for key in model.keys() - _OF_THE_RUN
-        if key in pretrained.model and _plain(pretrained.model[key]) != _plain(model[key])
+        if key in pretrained.model
+        and without_list(pretrained.model[key]) != without_list(model[key])
     ]
-
-
-def _plain(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _open(loaded: Loaded) -> datasets.Source:

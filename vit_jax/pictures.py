@@ -47,7 +47,15 @@ def check_pictures(prepared: Prepared) -> frozenset[str]:
             raise _none_of(name, "the objective predicts no classes")
     if "confusion" in wanted and prepared.train_source.multi_label:
         raise _none_of("confusion", "an image has several labels")
+    if "confusion" in wanted and not _is_labeled(prepared.eval_source):
+        raise _none_of("confusion", "images of evaluation have no label (-1)")
     return wanted
+
+
+def _is_labeled(source: Source) -> bool:
+    """Tells by a hundred of its images, as a split usually has labels for all or for none."""
+    chosen = np.unique(np.linspace(0, source.num_examples - 1, 100).astype(int))
+    return bool(source.select(chosen).labels().min() >= 0)
 
 
 def _none_of(name: str, reason: str) -> UserError:

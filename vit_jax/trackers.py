@@ -103,7 +103,7 @@ class Tracking:
         workdir: of the run.
         config: of the run.
         again: lines that an earlier part of the run has written, which this one writes again:
-            where the tracker has them already, they are left out.
+            where the tracker has their scalars already, these are left out.
     """
 
     def __init__(
@@ -133,10 +133,8 @@ class Tracking:
             self._tasks.put(lambda tracker: tracker.write_scalars(step, new))
 
     def write_picture(self, step: int, name: str, png: bytes) -> None:
-        """Hands on a picture; those of a step come after its scalars."""
-        kind = name.partition("/")[0]
-        sent = any(at == step and tag.startswith(f"{kind}/") for at, tag in self._sent)
-        if not sent and not self._is_over.is_set():
+        """Hands on a picture, again if need be: no line tells that an earlier part has sent it."""
+        if not self._is_over.is_set():
             self._tasks.put(lambda tracker: tracker.write_picture(step, name, png))
 
     def close(self) -> None:

@@ -46,6 +46,11 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def without_list(value: Any) -> Any:
+    """A value of a config that compares: a tuple is a list in JSON."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 def type_problem(value: Any, kind: type) -> str | None:
     """Says whether a value is of another type than `kind`, or a number that is not finite."""
     alike = {float: (int, float), tuple: (tuple, list)}  # JSON has no tuples.
