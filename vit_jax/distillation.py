@@ -10,7 +10,7 @@ KINDS = ("hard", "soft")
 
 
 class Distillation(NamedTuple):
-    """How a model learns from a teacher.
+    """The way in which a model learns from a teacher.
 
     Attributes:
         kind: "hard", from the class that the teacher predicts, or "soft", from its probabilities.

@@ -62,7 +62,7 @@ def is_longer(prepared: Prepared, before: str, progress: Mapping[str, Any]) -> b
 
 
 def _same_steps(prepared: Prepared, earlier: int, done: int) -> int:
-    """How many of the steps done have the same learning rate in a run of either length."""
+    """Counts the first steps done that have the same learning rate in a run of either length."""
     count = jnp.arange(done)
     schedules = (
         schedule_of(prepared.config, steps, prepared.train_source)

@@ -18,7 +18,7 @@ Mix = Callable[[jax.Array, Batch], Batch]
 def create_mix(
     *, mixup_alpha: float, cutmix_alpha: float, erase_probability: float, num_classes: int
 ) -> Mix | None:
-    """What a step does to its batch, from a key and the batch; None for nothing.
+    """The change that a step makes to its batch, from a key and the batch; None for none.
 
     Images are erased first, then mixed. Where there are both mixup and CutMix, each batch has one
     of the two with equal chance, as in timm.
@@ -119,7 +119,7 @@ def cutmix(rng: jax.Array, batch: Batch, alpha: float, num_classes: int) -> Batc
 
 
 def cut(share: jax.Array, center: jax.Array, side: int) -> tuple[jax.Array, jax.Array]:
-    """Where the box of CutMix begins and ends along an axis, clipped to the image.
+    """The ends of the box of CutMix along an axis, clipped to the image.
 
     Args:
         share: of the image that its own pixels should have.

@@ -98,7 +98,7 @@ class Pictures:
         return self._sheet("train/inputs", images, lines, f"The first images of step {step + 1}")
 
     def evaluated(self, params: Any) -> list[Picture]:
-        """What the parameters look at and confuse, of the images of evaluation."""
+        """Pictures of what the parameters look at and confuse, of the images of evaluation."""
         found = []
         if "attention" in self._wanted:
             found += self._attention(params)

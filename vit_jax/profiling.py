@@ -38,7 +38,7 @@ def check_steps(steps: range, total_steps: int) -> None:
 
 
 class Profile:
-    """What is traced of a run; outside of its steps nothing waits for a device.
+    """The trace of a run; outside of its steps nothing waits for a device.
 
     As they begin and end all that has been started is waited for, so that the trace holds whole
     steps. Of several processes the first traces itself.

@@ -233,7 +233,7 @@ def abstract_batch(
 
 
 def batch_mix(config: ConfigDict, num_classes: int) -> Mix | None:
-    """What a step of a config's run does to its batch on the device, see `mixing.create_mix`."""
+    """The change that a step makes to its batch on the device, see `mixing.create_mix`."""
     augmentation = parse_augment(config.augment)
     return create_mix(
         mixup_alpha=augmentation.mixup_alpha,

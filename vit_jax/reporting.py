@@ -249,7 +249,7 @@ class Live:
 
 
 class _Files:
-    """What a run writes: metrics.jsonl, and the same for TensorBoard and for a tracker.
+    """Writes what a run finds: metrics.jsonl, and the same for TensorBoard and for a tracker.
 
     Args:
         workdir: of the run.

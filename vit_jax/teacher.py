@@ -92,7 +92,7 @@ def load_teacher(
 
 
 def teacher_columns(pretrained: Pretrained, class_names: Sequence[str]) -> np.ndarray:
-    """Which of a teacher's logits are those of the classes of a data set, in their order.
+    """The columns of a teacher's logits that are those of a data set's classes, in their order.
 
     By name where the names of its classes are known, else by number, see `classes.match`.
 

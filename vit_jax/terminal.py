@@ -1,4 +1,4 @@
-"""What a run shows while it goes: lines and, at the foot of a terminal, a bar."""
+"""Lines that a run shows while it goes, and a bar at the foot of a terminal."""
 
 import os
 import sys

@@ -159,7 +159,7 @@ class Tracking:
 
 
 def _identities(workdir: pathlib.Path) -> dict[str, str]:
-    """What `_remember` has written; a file that is damaged is none."""
+    """Reads what `_remember` has written; a file that is damaged is none."""
     try:
         found = json.loads((workdir / _IDENTITIES).read_text())
         return {str(name): str(x) for name, x in found.items()}

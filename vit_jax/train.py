@@ -64,7 +64,7 @@ RESUMABLE_CHANGES = {
 
 
 class Shown(NamedTuple):
-    """What is shown of a run beyond its config; nothing that it finds depends on it.
+    """Ways to show a run, beyond its config; nothing that it finds depends on them.
 
     Attributes:
         track: as `trackers.parse_track` reads it.

@@ -250,7 +250,7 @@ class _Image(NamedTuple):
 
 
 class _Kept:
-    """What is left of every image for the pictures of all."""
+    """The parts of every image that are left for the pictures of all."""
 
     def __init__(self) -> None:
         self.files: list[str] = []

@@ -41,7 +41,7 @@ class Panel(NamedTuple):
     evaluation: Curve | None
 
     def curves(self) -> list[tuple[str, Curve]]:
-        """Those that there are, with "training" or "evaluation" before each."""
+        """The scalars that there are, with "training" or "evaluation" before each."""
         pairs = (("training", self.training), ("evaluation", self.evaluation))
         return [(kind, curve) for kind, curve in pairs if curve]
 

@@ -161,7 +161,7 @@ def facts_of(pretrained: "Pretrained", given: str) -> dict[str, str]:
 
 
 def _hash(source: str, arrays: Mapping[str, Any]) -> tuple[str, str]:
-    """What a hash is of, and the hash: of the file as `sha256sum` has it where there is one."""
+    """A hash and what it is of: of the file as `sha256sum` has it where there is one."""
     if pathlib.Path(source).is_file():
         with open(source, "rb") as file:
             return "SHA-256", hashlib.file_digest(file, "sha256").hexdigest()

@@ -141,7 +141,7 @@ def draw(strata: Collection[Sequence[str]], share: float) -> set[str]:
 
 
 def number(images: int, share: float) -> int:
-    """How many images to hold out: that share, rounded, but of two or more neither none nor all."""
+    """The number of images to hold out: that share, but of two or more neither none nor all."""
     return min(max(round(share * images), 1), images - 1)
 
 

@@ -1,4 +1,4 @@
-"""How well each class is told: precision, recall, F1, and which classes are taken for another."""
+"""Precision, recall and F1 of each class, and the classes that are taken for another."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -143,7 +143,7 @@ def _worst(
 
 
 def _seen(source: "Source", index: int, preprocessing: Preprocessing) -> tuple[np.ndarray, str]:
-    """What the model sees of an image, in at most 192 pixels a side, and its name."""
+    """An image as the model sees it, in at most 192 pixels a side, and its name."""
     example = source[index]
     view = eval_view(example["image"], preprocessing, border=source.border, turn=source.turn)
     image = Image.fromarray(np.uint8(np.rint(preprocessing.to_pixels(view) * 255)))
