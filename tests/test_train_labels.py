@@ -181,6 +181,10 @@ def test_weights_in_any_format_know_that_labels_are_several(trained, tmp_path, n
 def test_several_labels_are_refused_where_one_is_needed(tiny_config, tmp_path):
     for overrides, message in (
         ({}, "loss is 'softmax' but digits has several labels an image, .*config.loss=sigmoid$"),
+        (
+            {"distillation.teacher": str(tmp_path)},
+            "config.loss=sigmoid, and leave config.distillation.teacher out$",
+        ),
         ({"loss": "sigmoid", "dataset.sampling": "balanced"}, "an image of digits has several la"),
         (
             {"loss": "sigmoid", "evals.fewshot.dataset": "digits"},

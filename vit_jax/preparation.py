@@ -168,9 +168,10 @@ def _open_teacher(
 
 def _check_loss(config: ConfigDict, source: datasets.Source) -> None:
     if source.multi_label and config.objective == "classification" and config.loss != "sigmoid":
+        alone = ", and leave config.distillation.teacher out" if config.distillation.teacher else ""
         raise UserError(
             f"loss is {config.loss!r} but {source.name} has several labels an image, of which the "
-            "softmax allows one: set --config.loss=sigmoid"
+            f"softmax allows one: set --config.loss=sigmoid{alone}"
         )
 
 
