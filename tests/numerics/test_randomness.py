@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 from vit_jax.data.pipeline import train_batches
+from vit_jax.mixing import mixup
 from vit_jax.models import create_model
 from vit_jax.models.dropout import Dropout
 from vit_jax.models.masked import draw_corruption
-from vit_jax.mixing import mixup
 
 from ..sources import tiny_source
 
