@@ -85,6 +85,21 @@ def add_config_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_image_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of a command that goes through the images of a data set once."""
+    parser.add_argument("--split", default="", help="to score, in TFDS syntax [validation or test]")
+    parser.add_argument("--data_dir", default="", help="where TFDS looks [its default]")
+    parser.add_argument(
+        "--broken",
+        choices=["refuse", "skip"],
+        default="refuse",
+        help="of a folder or list, files that should be images and are not [refuse]",
+    )
+    parser.add_argument(
+        "--batch_size", type=positive, default=128, metavar="N", help="at a time [128]"
+    )
+
+
 def parse_config_flags(
     parser: Parser, argv: Sequence[str] | None = None
 ) -> tuple[argparse.Namespace, list[str]]:

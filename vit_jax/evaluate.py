@@ -38,17 +38,7 @@ def build_parser(prog: str = "python -m vit_jax.evaluate") -> command.Parser:
         metavar="D",
         help="a TFDS name, folder:PATH, list:PATH, digits, imagenet2012_real, or objectnet:PATH",
     )
-    parser.add_argument("--split", default="", help="in TFDS syntax [validation or test]")
-    parser.add_argument("--data_dir", default="", help="where TFDS looks [its default]")
-    parser.add_argument(
-        "--broken",
-        choices=["refuse", "skip"],
-        default="refuse",
-        help="of a folder or list, files that should be images and are not [refuse]",
-    )
-    parser.add_argument(
-        "--batch_size", type=command.positive, default=128, metavar="N", help="at a time [128]"
-    )
+    command.add_image_flags(parser)
     parser.add_argument(
         "--per_class",
         action="store_true",

@@ -22,6 +22,7 @@ from vit_jax.data.subset import take_subset
 from vit_jax.errors import UserError
 from vit_jax.models import describe, model_config, prediction_fields
 from vit_jax.models.base import without_list
+from vit_jax.preparation import open_images
 from vit_jax.recipes import LEFT_TO_WEIGHTS, own
 
 # Of the model's fields what fine-tuning decides: the head is the data's, without a hidden layer.
@@ -83,7 +84,9 @@ def choose(
             "them out"
         )
     _apply(loaded, _of_weights(loaded, pretrained))
-    source = _open(loaded)
+    data = loaded.config.dataset
+    source, _ = open_images(data, least_classes=2)
+    source = take_subset(source, data.subset, data.subset_seed)
     choices = _choices(loaded, pretrained, source.num_examples)
     if source.multi_label:
         choices.append(own.Choice("loss", "sigmoid", "an image may have several labels"))
@@ -129,19 +132,6 @@ def _of_weights(loaded: Loaded, pretrained: Pretrained) -> list[own.Choice]:
         if key in pretrained.model
         and without_list(pretrained.model[key]) != without_list(model[key])
     ]
-
-
-def _open(loaded: Loaded) -> datasets.Source:
-    data = loaded.config.dataset
-    source, _ = datasets.open_dataset(
-        data.name,
-        data_dir=data.data_dir,
-        train_split=data.train_split,
-        eval_split=data.eval_split,
-        development=data.development,
-        files=datasets.FileRules(holdout=data.holdout, broken=data.broken, least_classes=2),
-    )
-    return take_subset(source, data.subset, data.subset_seed)
 
 
 def _choices(loaded: Loaded, pretrained: Pretrained, num_images: int) -> list[own.Choice]:

@@ -13,7 +13,6 @@ from vit_jax.analysis.attention import on_patches, rollout, to_mask
 from vit_jax.analysis.intermediates import attention_weights
 from vit_jax.config_rules import parse_pictures
 from vit_jax.data.pipeline import eval_batches
-from vit_jax.data.protocols import evaluation
 from vit_jax.data.source import Source
 from vit_jax.errors import UserError
 from vit_jax.evaluation import metrics
@@ -81,7 +80,7 @@ class Pictures:
             self._look = _looking(prepared)
         if "confusion" in self._wanted:
             self._apply = metrics.make_apply_fn(prepared.model, prepared.mesh)
-            self._batches = _batches(prepared, prepared.eval_source)
+            self._batches = prepared.watched.batches(prepared.eval_source)
 
     def inputs(self, rng: jax.Array, step: int, batch: dict[str, jax.Array]) -> list[Picture]:
         """The first images of a batch as the model sees them in training, with their labels.
@@ -206,28 +205,16 @@ def _watched(prepared: Prepared) -> tuple[jax.Array, np.ndarray]:
     """A few images of evaluation, whole on every process, and their labels."""
     source = prepared.eval_source
     chosen = np.unique(np.linspace(0, source.num_examples - 1, _WATCHED).astype(int))
-    data = prepared.config.dataset
     (batch,) = eval_batches(
         source.select(chosen),
         batch_size=len(chosen),
-        preprocessing=evaluation(data.protocol, data.image_size, data.jpeg_dct),
+        preprocessing=prepared.watched.preprocessing,
     )
     images = batch["image"]
     place = jax.make_array_from_callback(
         images.shape, _whole(prepared.mesh), lambda index: images[index]
     )
     return place, batch["label"]
-
-
-def _batches(prepared: Prepared, source: Source) -> metrics.Batches:
-    config, data = prepared.config, prepared.config.dataset
-    return eval_batches(
-        source,
-        batch_size=config.batch_size // config.accumulate_steps,
-        preprocessing=evaluation(data.protocol, data.image_size, data.jpeg_dct),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
 
 
 def _whole(mesh: Mesh) -> NamedSharding:

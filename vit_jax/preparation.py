@@ -90,6 +90,26 @@ class Prepared(NamedTuple):
         """Tells whether the model is trained to predict any number of classes of an image."""
         return self.predicts_classes and self.train_source.multi_label
 
+    @property
+    def watched(self) -> Watched:
+        """The run as its evaluators see it."""
+        config, data = self.config, self.config.dataset
+        return Watched(
+            model=self.model,
+            trunk=create_model(config.model, num_classes=0),
+            objective=self.objective,
+            loss=config.loss,
+            class_names=self.class_names,
+            dataset=data.name,
+            data_dir=data.data_dir,
+            broken=data.broken,
+            eval_source=self.eval_source,
+            preprocessing=evaluation(data.protocol, data.image_size, data.jpeg_dct),
+            batch_size=config.batch_size // config.accumulate_steps,
+            mesh=self.mesh,
+            report=say,
+        )
+
 
 def prepare(
     config: ConfigDict,
@@ -142,7 +162,8 @@ def prepare(
         checkpoint_every=count(config.checkpoint_every),
         teacher=_open_teacher(config, train_source, model, mesh),
     )
-    return prepared._replace(evaluators=_create_evaluators(prepared, eval_source, count))
+    evaluators = create_evaluators(config.evals.to_dict(), prepared.watched, count)
+    return prepared._replace(evaluators=evaluators)
 
 
 def _open_teacher(
@@ -187,6 +208,34 @@ def schedule_of(
     return create_schedule(total_steps=total_steps, **keys)
 
 
+def open_images(
+    data: ConfigDict, least_classes: int, partition: holdout.Partition | None = None
+) -> tuple[datasets.Source, datasets.Source]:
+    """Opens the images that a config's section `dataset` names, to train and to evaluate on.
+
+    Args:
+        data: the section.
+        least_classes: see `data.labeled_files.FileRules`.
+        partition: likewise.
+
+    Raises:
+        UserError: as `datasets.open_dataset` does.
+    """
+    return datasets.open_dataset(
+        data.name,
+        data_dir=data.data_dir,
+        train_split=data.train_split,
+        eval_split=data.eval_split,
+        development=data.development,
+        files=datasets.FileRules(
+            holdout=data.holdout,
+            broken=data.broken,
+            least_classes=least_classes,
+            partition=partition,
+        ),
+    )
+
+
 def _open_sources(
     config: ConfigDict, workdir: pathlib.Path, saved_names: Sequence[str] | None, goes_on: bool
 ) -> tuple[datasets.Source, datasets.Source]:
@@ -194,22 +243,10 @@ def _open_sources(
     split_file = workdir / holdout.FILE
     # A single class is learned without a word: the loss is 0. A run of before goes on with it.
     tells_apart = config.objective == "classification" and not goes_on
-    files = datasets.FileRules(
-        holdout=data.holdout,
-        broken=data.broken,
-        least_classes=2 if tells_apart else 1,
-        partition=holdout.read(split_file) if goes_on and split_file.exists() else None,
-    )
-    train_source, eval_source = datasets.open_dataset(
-        data.name,
-        data_dir=data.data_dir,
-        train_split=data.train_split,
-        eval_split=data.eval_split,
-        development=data.development,
-        files=files,
-    )
-    if goes_on and train_source.partition is not files.partition:
-        if files.partition is not None:
+    partition = holdout.read(split_file) if goes_on and split_file.exists() else None
+    train_source, eval_source = open_images(data, 2 if tells_apart else 1, partition)
+    if goes_on and train_source.partition is not partition:
+        if partition is not None:
             raise UserError(
                 f"{split_file} says that the run divided {data.name} itself, which has splits of "
                 "its own now, such as train/: take these away, or begin anew in another --workdir"
@@ -236,28 +273,6 @@ def _with_labels(
         )
     labels = [saved_names.index(name) for name in source.class_names]
     return datasets.relabel(source, labels, saved_names)
-
-
-def _create_evaluators(
-    prepared: Prepared, eval_source: datasets.Source, count: Callable[[str], int]
-) -> list[Evaluator]:
-    config, data = prepared.config, prepared.config.dataset
-    watched = Watched(
-        model=prepared.model,
-        trunk=create_model(config.model, num_classes=0),
-        objective=prepared.objective,
-        loss=config.loss,
-        class_names=prepared.class_names,
-        dataset=data.name,
-        data_dir=data.data_dir,
-        broken=data.broken,
-        eval_source=eval_source,
-        preprocessing=evaluation(data.protocol, data.image_size, data.jpeg_dct),
-        batch_size=config.batch_size // config.accumulate_steps,
-        mesh=prepared.mesh,
-        report=say,
-    )
-    return create_evaluators(config.evals.to_dict(), watched, count)
 
 
 def compile_train_step(

@@ -64,17 +64,7 @@ def build_parser(prog: str = "python -m vit_jax.probe") -> command.Parser:
         metavar="C",
         help="inverse L2 regularization, as in scikit-learn [chosen between 1e-6 and 1e6]",
     )
-    parser.add_argument("--split", default="", help="to score, in TFDS syntax [validation or test]")
-    parser.add_argument("--data_dir", default="", help="where TFDS looks [its default]")
-    parser.add_argument(
-        "--broken",
-        choices=["refuse", "skip"],
-        default="refuse",
-        help="of a folder or list, files that should be images and are not [refuse]",
-    )
-    parser.add_argument(
-        "--batch_size", type=command.positive, default=128, metavar="N", help="at a time [128]"
-    )
+    command.add_image_flags(parser)
     return parser
 
 

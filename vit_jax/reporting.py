@@ -273,7 +273,7 @@ class _Files:
             for line in self._lines.kept:
                 self._events.write_scalars(step, tags(line.scalars))
         self._tracking = None
-        if track.name != "tensorboard":
+        if track != TENSORBOARD:
             self._tracking = Tracking(track, workdir, config, self._lines.dropped)
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
@@ -329,7 +329,7 @@ class Reporter:
             else None
         )
         self._live = Live(step, total_steps) if self._files and can_draw() else None
-        self._window = Window(progress.window, self._show if self._live else lambda *_: None)
+        self._window = Window(progress.window, self._show)
         self._stopwatch = Stopwatch(progress.seconds)
         self._logged = step  # The lap's first step is the next.
         self._total_steps = total_steps
@@ -352,12 +352,14 @@ class Reporter:
             say(progress_line(step, self._total_steps, scalars, left))
 
     def _show(self, step: int, metrics: dict[str, float]) -> None:
+        if not self._live:
+            return
+
         def costs(steps_per_second: float) -> dict[str, float]:
             speed = steps_per_second * self._cost.batch_size
             return {"images_per_second": speed, **self._mfu(speed)}
 
-        if self._live:
-            self._live.show(step, metrics, self._stopwatch.total(), costs)
+        self._live.show(step, metrics, self._stopwatch.total(), costs)
 
     def _costs(self, step: int, steps: int, seconds: float) -> dict[str, float]:
         batch_size, devices, needed = self._cost

@@ -36,7 +36,7 @@ from vit_jax.interruption import Stop, full_disk, making_workdir, only_run, stop
 from vit_jax.longer import is_longer, reopen
 from vit_jax.lora import merge
 from vit_jax.models import prediction_defaults
-from vit_jax.pictures import Pictures, check_pictures
+from vit_jax.pictures import Pictures
 from vit_jax.preparation import Prepared, compile_train_step, prepare, train_batches
 from vit_jax.profiling import Profile, check_steps, parse_steps
 from vit_jax.program import abstract_state, check_multipliers, state_initializer
@@ -135,7 +135,7 @@ def run_checked(
         saved_names = (saved or {}).get("class_names")
         prepared = prepare(config, workdir, saved_names, goes_on=saved is not None)
         check_steps(traced, prepared.total_steps)
-        check_pictures(prepared)
+        pictures = Pictures(prepared)
         if is_longer(prepared, before, (saved or {}).get("progress", {})):
             reopen(workdir)
         elif finished.exists():  # The same number of steps in other words.
@@ -148,7 +148,7 @@ def run_checked(
                     holdout.record(prepared.train_source.partition, workdir)
             state, progress = _start(prepared, store, weights)
             del weights  # They need not stay in memory while the run goes.
-            final = _finish(prepared, state, progress, store, stop, track, traced)
+            final = _finish(prepared, state, progress, store, stop, track, traced, pictures)
         if jax.process_index() == 0:
             write_json(finished, final)
     return final
@@ -242,6 +242,7 @@ def _finish(
     stop: Stop,
     track: Track,
     traced: range,
+    pictures: Pictures,
 ) -> dict[str, Any]:
     """Takes the steps that are left; returns what metrics.json is to hold."""
     config, step = prepared.config, int(state.step)
@@ -276,7 +277,7 @@ def _finish(
             store=store,
             stop=stop,
             profile=profile,
-            pictures=Pictures(prepared),
+            pictures=pictures,
         )
         step = _loop(run, state, progress)
         store.wait()
