@@ -663,7 +663,8 @@ def test_a_config_json_of_other_sections_is_refused(tmp_path, key, value, messag
 MODEL = {
     "num_classes": (3, 4), "patch_size": (4, 2), "hidden_size": (8, 16), "num_layers": (2, 3),
     "mlp_dim": (8, 12), "num_heads": (2, 4), "classifier": ("gap", "token"),
-    "representation_size": (0, 5), "dropout_rate": (0.0, 0.1), "attention_dropout_rate": (0.0, 0.1),
+    "representation_size": (0, 5), "dropout_rate": (0.1, 0.0), "attention_dropout_rate": (0.0, 0.1),
+    "dropout_after": ("activation", "dense"),
     "stochastic_depth": (0.0, 0.1), "position_embedding": ("learned", "none"),
     "position_placement": ("stem", "layers"), "gelu": ("tanh", "erf"),
     "layer_norm_epsilon": (1e-6, 1e-5), "head_bias_init": (0.0, -10.0),

@@ -178,6 +178,7 @@ DEFAULTS = {
     "model.gelu": "tanh",
     "model.layer_norm_epsilon": 1e-6,
     "model.layer_scale": 0.0,
+    "model.dropout_after": "activation",
     "model.mlp": "gelu",
     "model.num_registers": 0,
     "model.position_placement": "stem",

@@ -75,6 +75,7 @@ ADDED_MODEL_KEYS = {
     "distillation_token": False,
     "layer_scale": 0.0,
     "mlp": "gelu",
+    "dropout_after": "activation",
     "num_registers": 0,
 }
 # Keys that are gone, and why nothing takes their place.

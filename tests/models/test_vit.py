@@ -325,6 +325,29 @@ def test_dropout_is_where_the_paper_has_it():
     assert active_dropouts() == []
 
 
+@pytest.mark.parametrize("place", ["activation", "dense"])
+def test_the_first_dropout_of_the_mlp_stands_where_it_is_told(place):
+    model = create_model(TINY, dropout_rate=0.1, dropout_after=place, remat="nothing")
+    found = {}
+
+    def record(call, args, kwargs, context):
+        if context.module.path[-2:-1] == ("MlpBlock_3",):
+            found.setdefault(context.module.name, (args[0], y := call(*args, **kwargs)))
+            return y
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+        model.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, IMAGES, train=True)
+    (_, hidden), (dropped, kept) = found["Dense_0"], found["Dropout_0"]
+    second = found["Dense_1"][0]
+    if place == "dense":
+        np.testing.assert_array_equal(dropped, hidden)
+        np.testing.assert_array_equal(second, nn.gelu(kept))
+    else:
+        np.testing.assert_array_equal(dropped, nn.gelu(hidden))
+        np.testing.assert_array_equal(second, kept)
+
+
 def test_dropout_is_off_unless_training():
     model = create_model(TINY, dropout_rate=0.5, attention_dropout_rate=0.5)
     params = {"params": random_params(model)}

@@ -60,8 +60,9 @@ class EncoderConfig(ModelConfig):
         classifier: "token" (class token), "gap" (mean over the patches, Appendix D.3) or "map" (a
             learned query attends to the patches, see `vit.AttentionPooling`).
         dropout_rate: after every dense layer except the q, k, v projections, and after adding the
-            position embeddings (Appendix B.1). As in the published code, the head has none and the
-            MLP's first dropout comes after its GELU.
+            position embeddings (Appendix B.1). As in the published code, the head has none.
+        dropout_after: what the MLP's first dropout comes after: its "activation", as in the
+            published code, or its "dense" layer, as the words of Appendix B.1 are.
         attention_dropout_rate: dropout of the attention weights; the paper has none.
         stochastic_depth: rate at which the last layer's two residual branches are each left out for
             an image in training; from the first layer, 0, it grows linearly. The paper has none.
@@ -91,6 +92,7 @@ class EncoderConfig(ModelConfig):
     num_heads: int = option(check=at_least(1))
     classifier: str = option("token", choices=("token", "gap", "map"))
     dropout_rate: float = option(0.0, check=fraction, training_only=True)
+    dropout_after: str = option("activation", choices=("activation", "dense"), training_only=True)
     attention_dropout_rate: float = option(0.0, check=fraction, training_only=True)
     stochastic_depth: float = option(0.0, check=fraction, training_only=True)
     position_embedding: str = option("learned", choices=POSITION_EMBEDDINGS)
@@ -245,11 +247,14 @@ class MlpBlock(nn.Module):
         """Maps x [batch, tokens, hidden_size] to the same shape."""
         config = self.config
         hidden = self._dense(config.mlp_dim, "Dense_0")(x)
+        if config.dropout_after == "dense":
+            hidden = Dropout(config.dropout_rate)(hidden, deterministic)
         if config.mlp == "swiglu":
             x = nn.silu(self._dense(config.mlp_dim, "Gate")(x)) * hidden
         else:
             x = GELU[config.gelu](hidden)
-        x = Dropout(config.dropout_rate)(x, deterministic)
+        if config.dropout_after == "activation":
+            x = Dropout(config.dropout_rate)(x, deterministic)
         x = self._dense(config.hidden_size, "Dense_1")(x)
         return Dropout(config.dropout_rate)(x, deterministic)
 
