@@ -17,14 +17,8 @@ from ml_collections import ConfigDict
 
 from vit_jax.analysis import flops
 from vit_jax.checkpoints.training import CheckpointStore, config_differences, latest_metadata
-from vit_jax.config import (
-    check_config,
-    complete_evals,
-    complete_sections,
-    migrate,
-    take_from_weights,
-    to_dict,
-)
+from vit_jax.config import check_config, complete_evals, take_from_weights, to_dict
+from vit_jax.config_migration import complete_sections, migrate
 from vit_jax.data import holdout
 from vit_jax.data.augmentation import parse_augment
 from vit_jax.data.pipeline import INPUT_VERSION
