@@ -31,6 +31,7 @@ LAYERS = (
     ("recipes", "config", "config_migration", "config_rules"),
     ("analysis", "checkpoints"),
     ("config_files", "doctor", "export", "inference", "provenance"),
+    ("analysis.of_images",),
     ("teacher",),
     ("writers",),
     ("trackers", "profiling"),
