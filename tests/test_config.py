@@ -14,19 +14,15 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from vit_jax import models
-from vit_jax.config import (
+from vit_jax.config import check_config, count_steps, read_config, to_dict, unknown_key
+from vit_jax.config_files import load
+from vit_jax.config_migration import (
     ADDED_KEYS,
     ADDED_MODEL_KEYS,
     MOVED_KEYS,
-    check_config,
     complete_sections,
-    count_steps,
     migrate,
-    read_config,
-    to_dict,
-    unknown_key,
 )
-from vit_jax.config_files import load
 from vit_jax.config_rules import RULES, check_value, model_rules
 from vit_jax.errors import UserError
 from vit_jax.models.base import option

@@ -223,7 +223,9 @@ def test_a_head_that_learns_from_labels_alone_needs_a_share_of_the_loss(tiny_con
 
 def test_a_run_learns_from_a_teacher_that_is_in_no_checkpoint(tiny_config, tmp_path, finished):
     config = tiny_config(**{"duration": "3 steps", "distillation.kind": "soft"})
-    config.distillation.teacher = str(finished)
+    path = tmp_path / "teacher"
+    path.symlink_to(finished)
+    config.distillation.teacher = str(path)
     train.train(config, tmp_path / "run")
     prepared = prepare(config, tmp_path, None)
     batch = next(train_batches(prepared, 0))
@@ -238,6 +240,12 @@ def test_a_run_learns_from_a_teacher_that_is_in_no_checkpoint(tiny_config, tmp_p
     assert read_losses(tmp_path / "run")[0] == pytest.approx(expected, rel=1e-5)
     saved = read_arrays(tmp_path / "run", 3)
     assert saved.keys() == read_arrays(finished, 6).keys()
+    # Under the same path lies another teacher when the run is to go on.
+    path.unlink()
+    path.symlink_to(tmp_path / "run")
+    (tmp_path / "run/metrics.json").unlink()
+    with pytest.raises(UserError, match="run that learned from other weights than those that are"):
+        train.train(config, tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -15,7 +15,8 @@ import pytest
 from vit_jax import program, reporting, train
 from vit_jax.checkpoints import integrity
 from vit_jax.checkpoints.pretrained import load_pretrained
-from vit_jax.config import ADDED_KEYS, migrate, read_config, to_dict
+from vit_jax.config import read_config, to_dict
+from vit_jax.config_migration import ADDED_KEYS, migrate
 from vit_jax.data import datasets, pipeline
 from vit_jax.data.pipeline import INPUT_VERSION
 from vit_jax.data.protocols import evaluation

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from vit_jax.checkpoints.pretrained import load_pretrained
+from vit_jax import train
+from vit_jax.checkpoints.pretrained import abstract_params, load_pretrained
 from vit_jax.models import create_model
 from vit_jax.recipes import ADAFACTOR
 
-from .runs import WIDE, checkpoint_steps, read_losses, read_metrics
+from .runs import WIDE, checkpoint_steps, read_arrays, read_losses, read_metrics
 
 
 def forget_after(workdir, step):
@@ -77,6 +78,33 @@ def test_what_came_with_scaling_vits_is_the_same_on_two_devices(
         # for rounding, of which Adafactor, whose epsilon is 1e-30, makes steps of full length.
         if not name.endswith("key/bias"):
             np.testing.assert_allclose(two[name], one[name], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_adapters_and_a_teacher_give_the_losses_of_one_device(
+    tiny_config, finished, tmp_path, command, run
+):
+    """LoRA's adapters beside the parameters that FSDP splits, and a teacher that is whole."""
+    config = tiny_config(sharding="fsdp", duration="3 steps", **WIDE)
+    shapes = flatten_dict(abstract_params({**config.model, "num_classes": 10}, 8), sep="/")
+    draw = np.random.default_rng(0).normal
+    base = {name: np.float32(draw(0, 0.1, x.shape)) for name, x in shapes.items()}
+    np.savez(tmp_path / "base.npz", **base)
+    config.init_from, config.lora.rank = str(tmp_path / "base.npz"), 2
+    config.lora.targets = "query,key,value,out,mlp"
+    config.distillation.update({"teacher": str(finished), "kind": "soft", "alpha": 0.7})
+    code, output = run(command(config, tmp_path / "four"), 4)
+    assert code == 0, output
+    assert "on 4 cpu device(s)" in output
+    train.train(config, tmp_path / "one")
+    one, four = (read_losses(tmp_path / name) for name in ("one", "four"))
+    np.testing.assert_allclose(four, one, atol=1e-5)
+    before, after = (read_arrays(tmp_path / name, 3) for name in ("one", "four"))
+    trained = [name for name in before if name.startswith("['params']['lora']")]
+    assert len(trained) == 12
+    for name in trained:
+        assert np.abs(before[name]).max() > 1e-3
+        np.testing.assert_allclose(after[name], before[name], atol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 A config is an `ml_collections.ConfigDict` that describes a whole run; `vit_jax.recipes` makes them.
 """
 
-import dataclasses
 import functools
 import json
 import pathlib
@@ -11,10 +10,17 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_dict
 
 from vit_jax import recipes
+from vit_jax.config_migration import (
+    MOVED_KEYS,
+    REMOVED_KEYS,
+    complete_sections,
+    migrate,
+    of_kind,
+)
 from vit_jax.config_rules import (
     MOST_STEPS,
     RULES,
@@ -29,9 +35,8 @@ from vit_jax.data.augmentation import parse_augment
 from vit_jax.data.source import check_splits
 from vit_jax.errors import UserError, brief, brief_name, first_line, nearest
 from vit_jax.evaluation import registry
-from vit_jax.models import ARCHITECTURES, describe, vit
+from vit_jax.models import describe, vit
 from vit_jax.state import (
-    DROPS,
     ENDING_DECAYS,
     OPTIMIZERS,
     SCHEDULE_LENGTHS,
@@ -44,58 +49,6 @@ _LEFT_TO_WEIGHTS = {f"model.{key}" for key in recipes.LEFT_TO_WEIGHTS}
 _NAMED = {"model": "architecture", "optimizer": "name"}
 # Of an image's forward pass: 200 times those of ViT-22B at 224 pixels, two seconds of an H100.
 MOST_MULTIPLY_ADDS = 1e15
-
-# Keys that configs did not have from the beginning, and what runs did without them: the value that
-# a saved config without the key has.
-ADDED_KEYS = {
-    "augment_contrast": "pil",
-    "class_weights": "",
-    "dataset.broken": "refuse",
-    "dataset.holdout": 0.2,
-    "dataset.jpeg_dct": "accurate",
-    "dataset.sampling": "",
-    "dataset.workers": 0,
-    "distillation.alpha": 0.5,
-    "distillation.kind": "hard",
-    "distillation.teacher": "",
-    "distillation.temperature": 3.0,
-    "keep_head": "never",
-    "log_images": "",
-    "lora.alpha": 8.0,
-    "lora.rank": 0,
-    "lora.targets": "query,value",
-    "optimizer.layer_decay": 1.0,
-    "optimizer.lr_multipliers": "",
-    "schedule.cooldown": "0 steps",
-    "schedule.drops": list(DROPS),
-    "schedule.timescale": "10000 steps",
-}
-# The same of `config.model`, for the architectures that have them.
-ADDED_MODEL_KEYS = {
-    "distillation_token": False,
-    "layer_scale": 0.0,
-    "mlp": "gelu",
-    "dropout_after": "activation",
-    "num_registers": 0,
-}
-# Keys that are gone, and why nothing takes their place.
-REMOVED_KEYS = {
-    "dataset.cache": "images are read in any order, and the system keeps in memory what fits",
-    "dataset.shuffle_buffer": "every epoch is shuffled as a whole",
-}
-# Keys that have moved.
-MOVED_KEYS = {
-    "eval_every": "evals.val.every",
-    "fewshot.dataset": "evals.fewshot.dataset",
-    "fewshot.data_dir": "evals.fewshot.data_dir",
-    "fewshot.shots": "evals.fewshot.shots",
-    "fewshot.every": "evals.fewshot.every",
-}
-# Values that were once called otherwise.
-RENAMED_VALUES: dict[str, dict[Any, str]] = {
-    "masking.target": {"mean_colour": "mean_color"},
-    "model.remat": {False: "nothing", True: "everything"},
-}
 
 
 def check_config(config: ConfigDict, *, may_lack: bool = False) -> None:
@@ -461,37 +414,6 @@ def take_from_weights(config: ConfigDict, model: Mapping[str, Any]) -> ConfigDic
     return filled
 
 
-# Sections that a config file may replace as a whole, such as by `recipes.ADAFACTOR`.
-_REPLACED = ("optimizer", "schedule")
-
-
-def complete_sections(config: ConfigDict) -> ConfigDict:
-    """A config whose optimizer and schedule have the keys that were added to these.
-
-    A config file that replaces a section as a whole, written before, does what it did then.
-    """
-    missing = [
-        key
-        for key in ADDED_KEYS
-        if (section := key.partition(".")[0]) in _REPLACED
-        and isinstance(values := config.get(section), ConfigDict)
-        and key.partition(".")[2] not in values
-    ]
-    if not missing:
-        return config
-    filled = config.copy_and_resolve_references()
-    for key in missing:
-        section, _, name = key.partition(".")
-        with filled[section].unlocked():
-            filled[section][name] = _of_kind(ADDED_KEYS[key], RULES[key])
-    return filled
-
-
-def _of_kind(value: Any, rule: Rule) -> Any:
-    """A value as a flag can replace it: JSON has lists for tuples."""
-    return tuple(value) if rule.kind is tuple and isinstance(value, list) else value
-
-
 def complete_evals(config: ConfigDict) -> ConfigDict:
     """A config whose evaluators have all their keys, see `evaluation.registry`."""
     complete = _complete_evals(config)
@@ -511,38 +433,11 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json())
 
 
-def migrate(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved config as it would be written today.
-
-    See `ADDED_KEYS`, `REMOVED_KEYS`, `MOVED_KEYS` and `RENAMED_VALUES`.
-    """
-    values = flatten_dict(dict(saved), keep_empty_nodes=True, sep=".")
-    for key, renamed in RENAMED_VALUES.items():
-        if key in values:
-            values[key] = renamed.get(values[key], values[key])
-    if "eval_every" in values:
-        for name, kind in (("val", "objective"), ("fewshot", "fewshot")):
-            defaults = registry.complete({"type": kind})
-            values |= {f"evals.{name}.{key}": value for key, value in defaults.items()}
-    for key, moved in MOVED_KEYS.items():
-        if key in values:
-            values[moved] = values.pop(key)
-    for key in REMOVED_KEYS:
-        values.pop(key, None)
-    return unflatten_dict(ADDED_KEYS | _added_model_keys(values) | values, sep=".")
-
-
-def _added_model_keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    family = ARCHITECTURES.get(str(values.get("model.architecture")))
-    fields = {field.name for field in dataclasses.fields(family)} if family else set()
-    return {f"model.{key}": x for key, x in ADDED_MODEL_KEYS.items() if key in fields}
-
-
 def _restore_tuples(config: ConfigDict) -> None:
     for path, rules in _rules(config).items():
         section = _section(config, path)
         for key in section.keys() & rules.keys():
-            if (value := _of_kind(section[key], rules[key])) is not section[key]:
+            if (value := of_kind(section[key], rules[key])) is not section[key]:
                 del section[key]  # A ConfigDict would make a list of it again.
                 section[key] = value
 

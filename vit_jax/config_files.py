@@ -20,6 +20,7 @@ from flax.traverse_util import empty_node, flatten_dict
 from ml_collections import ConfigDict, config_flags
 
 from vit_jax import command, config, provenance, recipes
+from vit_jax.config_migration import complete_sections
 from vit_jax.config_rules import text_problem
 from vit_jax.errors import UserError, brief, brief_name, first_line, nearest
 from vit_jax.evaluation import registry
@@ -187,7 +188,7 @@ def _read(path: pathlib.Path, spec: str | None) -> ConfigDict:
         raise UserError(
             f"config {path} makes {brief(made)}: its get_config must return the ConfigDict of a run"
         )
-    return config.complete_sections(made)
+    return complete_sections(made)
 
 
 def _sources(loaded: ConfigDict, name: str, recorded: Sequence[recipes.Recorded]) -> dict[str, str]:

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from vit_jax.checkpoints.pretrained import Pretrained, fold_normalization, load_pretrained
 from vit_jax.checkpoints.transfer import Row, print_report, removed_head, transfer, with_head
-from vit_jax.config import ADDED_MODEL_KEYS, left_to_weights, take_from_weights
+from vit_jax.config import left_to_weights, take_from_weights
+from vit_jax.config_migration import ADDED_MODEL_KEYS
 from vit_jax.data import classes
 from vit_jax.errors import UserError
 from vit_jax.models import prediction_fields

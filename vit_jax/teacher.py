@@ -2,19 +2,22 @@
 
 import contextlib
 from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
+from vit_jax.checkpoints.feature_file import fingerprint_params
 from vit_jax.checkpoints.pretrained import Pretrained, check_exists, load_pretrained
 from vit_jax.data import classes
 from vit_jax.data.imagenet import comparable
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError, shortlist
-from vit_jax.models import create_model
+from vit_jax.models import create_model, family_of
 from vit_jax.printable import printable
 from vit_jax.sharding import Mesh
 from vit_jax.steps import pixels_to_inputs
@@ -27,10 +30,12 @@ class Teacher(NamedTuple):
         params: of the model, whole on every device.
         logits: from the parameters and images as `steps.train_step` has them to the logits of the
             classes of the data set, [batch, classes].
+        fingerprint: of the weights, whatever their path and format.
     """
 
     params: Any
     logits: Callable[[Any, jax.Array], jax.Array]
+    fingerprint: str
 
 
 def check_teacher(path: str) -> None:
@@ -88,7 +93,36 @@ def load_teacher(
     def place(x: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(x.shape, whole, lambda index: x[index])
 
-    return Teacher(jax.tree.map(place, pretrained.params), logits)
+    return Teacher(jax.tree.map(place, pretrained.params), logits, _fingerprint(pretrained))
+
+
+def _fingerprint(pretrained: Pretrained) -> str:
+    """A digest of all arrays but those that are fitted to the size of images.
+
+    Their rounding is the machine's, and a run may go on on another.
+    """
+    resized = family_of(pretrained.model["architecture"]).resizers
+    arrays = flatten_dict(pretrained.params, sep="/")
+    kept = {name: x for name, x in arrays.items() if name.rpartition("/")[2] not in resized}
+    return fingerprint_params(kept).hex()
+
+
+def check_same_teacher(teacher: Teacher | None, before: str | None, workdir: Path) -> None:
+    """Checks that a run goes on with the teacher that it began with.
+
+    Args:
+        teacher: of now.
+        before: the fingerprint in its checkpoint; None where none was noted.
+        workdir: of the run.
+
+    Raises:
+        UserError: it is another one.
+    """
+    if teacher and before and before != teacher.fingerprint:
+        raise UserError(
+            f"{workdir} holds a run that learned from other weights than those that are at "
+            "config.distillation.teacher now: bring them back, or choose another --workdir"
+        )
 
 
 def teacher_columns(pretrained: Pretrained, class_names: Sequence[str]) -> np.ndarray:

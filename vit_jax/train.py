@@ -17,14 +17,8 @@ from ml_collections import ConfigDict
 
 from vit_jax.analysis import flops
 from vit_jax.checkpoints.training import CheckpointStore, config_differences, latest_metadata
-from vit_jax.config import (
-    check_config,
-    complete_evals,
-    complete_sections,
-    migrate,
-    take_from_weights,
-    to_dict,
-)
+from vit_jax.config import check_config, complete_evals, take_from_weights, to_dict
+from vit_jax.config_migration import complete_sections, migrate
 from vit_jax.data import holdout
 from vit_jax.data.augmentation import parse_augment
 from vit_jax.data.pipeline import INPUT_VERSION
@@ -44,7 +38,7 @@ from vit_jax.reporting import Cost, Progress, Reporter, deciding_scalar
 from vit_jax.sharding import to_devices
 from vit_jax.state import TrainState
 from vit_jax.steps import Batch, Metrics
-from vit_jax.teacher import check_teacher
+from vit_jax.teacher import check_same_teacher, check_teacher
 from vit_jax.terminal import say
 from vit_jax.trackers import Track, parse_track
 
@@ -134,6 +128,7 @@ def run_checked(
         config = take_from_weights(config, prediction_defaults(config.model.architecture))
         saved_names = (saved or {}).get("class_names")
         prepared = prepare(config, workdir, saved_names, goes_on=saved is not None)
+        check_same_teacher(prepared.teacher, (saved or {}).get("teacher"), workdir)
         check_steps(traced, prepared.total_steps)
         pictures = Pictures(prepared)
         if is_longer(prepared, before, (saved or {}).get("progress", {})):
@@ -273,6 +268,7 @@ def _finish(
                 "class_names": prepared.class_names,
                 "multi_label": prepared.multi_label,
                 "input": INPUT_VERSION,
+                "teacher": prepared.teacher and prepared.teacher.fingerprint,
             },
             store=store,
             stop=stop,

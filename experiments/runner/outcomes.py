@@ -192,13 +192,8 @@ def read(path: pathlib.Path) -> dict[str, Any]:
 
 def _differences(run: Run, saved: dict[str, Any]) -> list[str]:
     """Where the config of a finished run is another, but for what other runs decide."""
-    from vit_jax.config import (
-        complete_evals,
-        complete_sections,
-        migrate,
-        take_from_weights,
-        to_dict,
-    )
+    from vit_jax.config import complete_evals, take_from_weights, to_dict
+    from vit_jax.config_migration import complete_sections, migrate
 
     saved = migrate(saved)
     config = complete_evals(complete_sections(run.config))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from experiments.runner import notes
 from vit_jax import runner
-from vit_jax.printable import printable
+from vit_jax.printable import csv_cell, printable
 
 if TYPE_CHECKING:
     from experiments.runner.results import Result, Results
@@ -192,14 +192,14 @@ def csv(results: "Results") -> str:
     The columns are the experiment, the scale, the labels, then "metric", "mean", "sd" (over
     "seeds", those that are there, of "seeds_asked"), "paper", "paper_sd",
     "reference" (what these are, if they are not the paper's), "x", "paper_x" and "unit": "%" or "".
-    What is missing is empty.
+    What is missing is empty; a text that a spreadsheet would take for a formula is marked as text.
     """
     labels = list(dict.fromkeys(name for x in results.found for name in x.measurement.labels))
     file = io.StringIO()
     writer = csv_module.writer(file, lineterminator="\n")
     writer.writerow(["experiment", "scale", *labels, *_COLUMNS])
     for result in results.found:
-        own = [printable(result.measurement.labels.get(name, "")) for name in labels]
+        own = [csv_cell(result.measurement.labels.get(name, "")) for name in labels]
         about = [results.experiment.name, results.setting.scale.name, *own]
         writer.writerow([*about, *_values(result, results.experiment.reference)])
     return file.getvalue()
@@ -209,7 +209,7 @@ def _values(result: "Result", reference: str) -> list[object]:
     """What stands in `_COLUMNS`."""
     measurement, factor = result.measurement, 100 if result.measurement.percent else 1
     return [
-        printable(measurement.metric),
+        csv_cell(measurement.metric),
         *(None if value is None else factor * value for value in (result.mean, result.sd)),
         sum(value is not None for value in result.values),
         len(result.values),

@@ -1,5 +1,6 @@
 """The command on tiny weights and images that the tests write."""
 
+import json
 import pathlib
 import subprocess
 import sys
@@ -145,7 +146,7 @@ def test_all_goes_on_without_curves_that_nobody_asked_for(monkeypatch, tmp_path,
     arguments = ["all", "--checkpoint", f"{run}", "--images", "a.png", "--output", f"{tmp_path}/o"]
     assert command_line.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("curves are left out: ") and printed.count("\n") == 1
+    assert printed.startswith("without curves: ") and printed.count("\n") == 1
     for asked in ([*arguments, "--run", f"{run}"], ["curves", *arguments[1:]]):
         with pytest.raises(UserError):
             command_line.main(asked)
@@ -179,6 +180,39 @@ def test_hybrids_and_models_without_a_class_token_too(model, grid, photos, run_m
         side = 32 / grid[0]
         assert np.all(found["distance"] < side * (grid[0] - 1) * 2**0.5)
         assert np.all(found["distance"] > side / 20)
+
+
+RESNET = {"architecture": "resnet", "resnet_layers": (1, 1, 1, 1), "num_classes": 7}
+NO_POSITIONS = {**MODEL, "classifier": "map", "position_embedding": "none"}
+
+
+@pytest.mark.parametrize(
+    ("model", "without"),
+    [
+        (RESNET, ["attention", "rollout", "distance", "intermediates", "positions"]),
+        (NO_POSITIONS, ["positions"]),
+    ],
+    ids=["resnet", "no positions"],
+)
+def test_all_leaves_out_what_a_model_has_not_and_says_why(model, without, photos, tmp_path, capsys):
+    weights = write_checkpoint(tmp_path / "other.npz", model, image_size=32)
+    info = {"model": model, "preprocessing": {"image_size": 32}}
+    (tmp_path / "other.npz.json").write_text(json.dumps(info))
+    output = tmp_path / "made"
+    flags = ["--checkpoint", str(weights), "--output", str(output), "--dpi", "60", "--html"]
+    with pytest.raises(UserError, match="this model has no position embedding"):
+        command_line.main(["positions", *flags])
+    assert not output.exists()
+    assert command_line.main(["all", *flags, "--images", str(photos / "a.png")]) == 0
+    printed, errors = capsys.readouterr()
+    assert errors == ""
+    lines = [line for line in printed.splitlines() if not line.startswith(str(output))]
+    assert [line.partition(": this model has no ")[0] for line in lines] == [
+        f"without {name}" for name in without
+    ]
+    pictures = {"attention_a", "rollout", "distance", "intermediates_a", "filters", "positions"}
+    drawn = {name for name in pictures if name.partition("_")[0] not in without}
+    assert {path.stem for path in output.iterdir()} == drawn | {"index"}
 
 
 def test_nothing_readable_is_exit_code_2(checkpoint, photos, run_main):

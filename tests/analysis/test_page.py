@@ -12,6 +12,7 @@ import vit_jax
 from vit_jax.analysis import __main__ as command_line
 from vit_jax.analysis import captions, intermediates
 from vit_jax.analysis.curves import Curve, Panel
+from vit_jax.analysis.output import Output
 from vit_jax.errors import UserError
 
 from ..webpages import HOSTILE, Page
@@ -57,14 +58,14 @@ def test_attention_lies_where_it_was_drawn_after_resize_and_crop(
         return jnp.zeros((len(images), 7)), weights[:, None, None]
 
     figures = {}
-    save = command_line._Output.save
+    save = Output.save
 
     def keep(self, name, figure, **arrays):
         figures[name] = figure
         save(self, name, figure, **arrays)
 
     monkeypatch.setattr(intermediates, "logits_and_attention", look_at_bright_patches)
-    monkeypatch.setattr(command_line._Output, "save", keep)
+    monkeypatch.setattr(Output, "save", keep)
     flags = ("--checkpoint", checkpoint, "--images", photo)
     assert analyze("rollout", tmp_path / "out", *flags) == 0
     white = np.zeros((32, 32), bool)

@@ -112,6 +112,13 @@ def test_csv_has_a_row_for_each_measurement_in_the_unit_that_is_shown():
     assert "\x1b" not in second["task"] and "\n" not in second["task"]
 
 
+def test_csv_has_no_formulas_and_its_numbers_are_numbers():
+    results = make_results(make_result({"task": "=1+1", "model": "a-b"}, [-2.0], metric="@SUM(A1)"))
+    (row,) = csv.DictReader(io.StringIO(tables.csv(results)))
+    assert [row[key] for key in ("task", "model", "metric")] == ["'=1+1", "a-b", "'@SUM(A1)"]
+    assert float(row["mean"]) == -200
+
+
 def caption_of(module, **seeds):
     setting = Setting(SCALES["smoke"], **{"seeds": 1, **seeds})
     found = [Result(x, (0.5,) * len(x.sources)) for x in module.EXPERIMENT.measure(setting)]

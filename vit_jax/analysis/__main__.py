@@ -4,24 +4,21 @@ import argparse
 import contextlib
 import logging
 import warnings
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vit_jax import command
+from vit_jax.analysis.output import Output
 from vit_jax.checkpoints import flags
 from vit_jax.errors import UserError
-from vit_jax.files import atomic_write, make_folder
 from vit_jax.printable import printable
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from vit_jax.analysis.curves import Panel
-    from vit_jax.analysis.page import Page
     from vit_jax.checkpoints.pretrained import Pretrained
 
 _OF_IMAGES = ("attention", "rollout", "distance", "intermediates")
@@ -48,11 +45,6 @@ exit codes:
   1  some images could not be read; each is one line on stderr, the others were done
   2  none could be read, or a flag or the checkpoint is wrong"""
 
-# As many as rollout.png shows; rollout.npz has all.
-_SHOWN = 24
-_TOP = 5
-_LONGEST_LABEL = 36  # letters beside a probability, above an image
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
@@ -63,10 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.analysis == "all":
         names = _OF_IMAGES + _OF_WEIGHTS + (_OF_RUNS if args.run else ())
     panels = _read_panels(Path(args.run), args.curves_wanted) if "curves" in names else []
-    output = _Output(Path(args.output), args.dpi, args.html)
+    output = Output(Path(args.output), args.dpi, args.html)
     code, title, facts = 0, args.run, {"Run": args.run}
-    if set(names) - set(_OF_RUNS):
-        code, title, facts = _of_model(args, names, output)
+    if of_model := [name for name in names if name not in _OF_RUNS]:
+        code, title, facts = _of_model(args, of_model, output)
     if panels:
         _curves(panels, args.smoothing, output)
     output.finish(title, facts)
@@ -74,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _of_model(
-    args: argparse.Namespace, names: Sequence[str], output: "_Output"
+    args: argparse.Namespace, names: Sequence[str], output: Output
 ) -> tuple[int, str, dict[str, str]]:
     """The analyses of a model; returns the exit code, and what the page says of the model."""
     command.keep_programs()
@@ -82,6 +74,7 @@ def _of_model(
 
     files = find_images(args.images)
     pretrained = flags.load(args)
+    names = _of_this(pretrained, names, asked=args.analysis)
     output.make()
     if "filters" in names:
         _filters(pretrained, output)
@@ -90,7 +83,9 @@ def _of_model(
     of_images = [name for name in names if name in _OF_IMAGES]
     code = 0
     if of_images:
-        done = _analyze_images(pretrained, files, args.batch_size, of_images, output)
+        from vit_jax.analysis.of_images import analyze_images
+
+        done = analyze_images(pretrained, files, args.batch_size, of_images, output)
         code = 0 if done == len(files) else 1 if done else 2
     if output.page is None:
         return code, "", {}
@@ -100,44 +95,38 @@ def _of_model(
     return code, title, page.facts_of(pretrained, args.checkpoint)
 
 
-class _Output:
-    """Writes a figure and its arrays, each whole or not at all, and says so.
+def _of_this(pretrained: "Pretrained", names: Sequence[str], asked: str) -> list[str]:
+    """The analyses that a model has something for; of `all`, a line says why of each other."""
+    found = []
+    for name in names:
+        try:
+            _check(name, pretrained)
+            found.append(name)
+        except UserError as error:
+            if asked != "all":
+                raise
+            _leave_out(name, error)
+    return found
 
-    Attributes:
-        page: that gathers the pictures; None unless it is asked for.
-    """
 
-    def __init__(self, directory: Path, dpi: int, html: bool):
-        self._directory, self._dpi = directory, dpi
-        self.page: Page | None = None
-        if html:
-            from vit_jax.analysis import page
+def _check(name: str, pretrained: "Pretrained") -> None:
+    """Traces what an analysis begins with, and computes nothing."""
+    import jax
 
-            self.page = page.Page()
+    from vit_jax.analysis import embeddings, intermediates
+    from vit_jax.models import create_model
 
-    def make(self) -> None:
-        """Makes the directory."""
-        make_folder(self._directory)
+    if name == "filters":
+        embeddings.rgb_filters(pretrained.params)
+        return
+    side = pretrained.preprocessing.image_size
+    images = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
+    begin = intermediates.position_embedding if name == "positions" else intermediates.layer_tokens
+    jax.eval_shape(partial(begin, create_model(pretrained.model)), pretrained.params, images)
 
-    def save(self, name: str, figure: "Figure", **arrays: Any) -> None:
-        """Writes NAME.png and NAME.npz."""
-        png, npz = (self._directory / f"{name}.{suffix}" for suffix in ("png", "npz"))
-        with atomic_write(npz) as temporary, temporary.open("wb") as file:
-            np.savez(file, **arrays)
-        with atomic_write(png) as temporary:
-            figure.savefig(temporary, format="png", dpi=self._dpi)
-        for path in (png, npz):
-            print(printable(str(path)), flush=True)
 
-    def show(self, title: str, caption: str, figure: "Figure", **options: Any) -> None:
-        """Adds a picture to the page, see `Page.add`."""
-        if self.page is not None:
-            self.page.add(title, caption, figure, **options)
-
-    def finish(self, title: str, facts: Mapping[str, str]) -> None:
-        """Writes the page, unless there is nothing to see."""
-        if self.page is not None and (self.page.images or self.page.of_model):
-            print(printable(str(self.page.write(self._directory, title, facts))), flush=True)
+def _leave_out(name: str, error: UserError) -> None:
+    print(printable(f"without {name}: {error}"), flush=True)
 
 
 def _read_panels(run: Path, wanted: bool) -> "list[Panel]":
@@ -149,11 +138,11 @@ def _read_panels(run: Path, wanted: bool) -> "list[Panel]":
     except UserError as error:
         if wanted:
             raise
-        print(printable(f"curves are left out: {error}"), flush=True)
+        _leave_out("curves", error)
         return []
 
 
-def _curves(panels: "list[Panel]", smoothing: float | None, output: _Output) -> None:
+def _curves(panels: "list[Panel]", smoothing: float | None, output: Output) -> None:
     from vit_jax.analysis import captions, curves, plots
 
     smoothing = curves.default_smoothing(panels) if smoothing is None else smoothing
@@ -164,7 +153,7 @@ def _curves(panels: "list[Panel]", smoothing: float | None, output: _Output) -> 
     output.show("How it was trained", captions.of_curves(panels, smoothing), figure, wide=True)
 
 
-def _filters(pretrained: "Pretrained", output: _Output) -> None:
+def _filters(pretrained: "Pretrained", output: Output) -> None:
     from vit_jax.analysis import captions, embeddings, plots
 
     kernel = embeddings.rgb_filters(pretrained.params)
@@ -174,223 +163,22 @@ def _filters(pretrained: "Pretrained", output: _Output) -> None:
     output.show("Filters", captions.of_filters(len(components), shares.sum()), figure)
 
 
-def _positions(pretrained: "Pretrained", output: _Output) -> None:
+def _positions(pretrained: "Pretrained", output: Output) -> None:
     import jax
 
     from vit_jax.analysis import captions, embeddings, plots
     from vit_jax.analysis.intermediates import position_embedding
+    from vit_jax.analysis.of_images import grid_of
     from vit_jax.models import create_model
 
     size = pretrained.preprocessing.image_size
     images = np.zeros((1, size, size, 3), np.float32)
     embed = jax.jit(position_embedding, static_argnums=0)
     embedding = embed(create_model(pretrained.model), pretrained.params, images)
-    similarity = embeddings.position_similarity(embedding, _grid(pretrained)[0])
+    similarity = embeddings.position_similarity(embedding, grid_of(pretrained)[0])
     figure = plots.similarity_grid(similarity)
     output.save("positions", figure, similarity=similarity)
     output.show("Position embeddings", captions.of_positions(similarity), figure)
-
-
-def _grid(pretrained: "Pretrained") -> tuple[tuple[int, int], int]:
-    """Rows and columns of patches, and the side of one in pixels."""
-    from vit_jax.models import create_model
-
-    side = create_model(pretrained.model).downsampling
-    count = pretrained.preprocessing.image_size // side
-    return (count, count), side
-
-
-def _analyze_images(
-    pretrained: "Pretrained",
-    files: Sequence[str],
-    batch_size: int,
-    names: Sequence[str],
-    output: _Output,
-) -> int:
-    """The analyses that run the model, all in one pass; returns how many images it had."""
-    from vit_jax.data.image_files import read_batches
-    from vit_jax.inference import top
-
-    grid, side = _grid(pretrained)
-    observe = _observer(pretrained, names, grid, side)
-    knows_classes = pretrained.model["num_classes"] and not pretrained.has_untrained_head
-    seen: Counter[str] = Counter()
-    kept = _Kept()
-    for found, batch in read_batches(files, pretrained.preprocessing, batch_size, command.report):
-        # Only as many rows leave the device as there are images.
-        observed = {name: np.asarray(x[: len(found)]) for name, x in observe(batch).items()}
-        for index, file in enumerate(found):
-            row = {name: x[index] for name, x in observed.items()}
-            seen[stem := Path(file).stem] += 1
-            image = _Image(
-                file,
-                stem if seen[stem] == 1 else f"{stem}_{seen[stem]}",
-                pretrained.preprocessing.to_pixels(batch[index]),
-                top(row["logits"], pretrained.class_names, pretrained.loss, _TOP)
-                if knows_classes
-                else [],
-            )
-            kept.keep(image, row)
-            _analyze_image(image, row, grid, side, output)
-    if kept.files and "rollout" in names:
-        _rollout(kept, output)
-    if kept.files and "distance" in names:
-        num_tokens = observed["num_tokens"][0]
-        _distance(kept, grid, side, num_tokens, output)
-    return len(kept.files)
-
-
-class _Image(NamedTuple):
-    """An image, the name of its own files, its pixels [height, width, 3], and its classes."""
-
-    file: str
-    name: str
-    pixels: np.ndarray
-    predictions: list[dict[str, Any]]
-
-
-class _Kept:
-    """The parts of every image that are left for the pictures of all."""
-
-    def __init__(self) -> None:
-        self.files: list[str] = []
-        self.shown: list[_Image] = []
-        self.rollout: list[np.ndarray] = []
-        self.distance: list[np.ndarray] = []
-
-    def keep(self, image: _Image, row: Mapping[str, np.ndarray]) -> None:
-        """Takes what is needed of an image and of what was observed of it."""
-        self.files.append(image.file)
-        if len(self.shown) < _SHOWN:
-            self.shown.append(image)
-        for name in ("rollout", "distance"):
-            if name in row:
-                getattr(self, name).append(row[name])
-
-
-def _analyze_image(
-    image: _Image,
-    row: Mapping[str, np.ndarray],
-    grid: tuple[int, int],
-    side: int,
-    output: _Output,
-) -> None:
-    """Draws what one image has of its own."""
-    page = output.page
-    shown = page is not None and page.begin(image.file, image.predictions)
-    if shown and "rollout" in row:
-        from vit_jax.analysis import captions, plots
-
-        figure = plots.rollouts(image.pixels[None], row["rollout"][None])
-        caption = captions.of_rollout(row["rollout"], side)
-        output.show("Attention rollout", caption, figure, file=image.file)
-    if "attention" in row:
-        _attention(image, row["attention"], grid, output, shown)
-    if "intermediates" in row:
-        _intermediates(image, row["intermediates"], grid, output, shown)
-
-
-def _rollout(kept: _Kept, output: _Output) -> None:
-    import jax.numpy as jnp
-
-    from vit_jax.analysis import plots
-    from vit_jax.analysis.attention import to_mask
-
-    maps, pixels = np.stack(kept.rollout), np.stack([image.pixels for image in kept.shown])
-    lines = [(Path(image.file).name, _in_words(image.predictions)) for image in kept.shown]
-    figure = plots.rollouts(pixels, maps[: len(pixels)], lines)
-    masks = np.asarray(to_mask(jnp.asarray(maps), pixels.shape[1:3]))
-    output.save("rollout", figure, files=np.array(kept.files), rollout=maps, mask=masks)
-
-
-def _in_words(predictions: Sequence[Mapping[str, Any]]) -> str:
-    """The most probable class with its probability; "" where no class is known."""
-    from vit_jax.analysis.page import label_of
-
-    if not predictions:
-        return ""
-    label, probability = label_of(predictions[0]), predictions[0]["probability"]
-    if len(label) > _LONGEST_LABEL:
-        label = f"{label[: _LONGEST_LABEL - 1]}…"
-    return f"{label} {probability:.1%}"
-
-
-def _distance(
-    kept: _Kept, grid: tuple[int, int], side: int, num_tokens: int, output: _Output
-) -> None:
-    from vit_jax.analysis import captions, plots
-    from vit_jax.analysis.attention import uniform_distance
-
-    each = np.stack(kept.distance)
-    mean = each.astype(np.float64).mean(axis=0)
-    uniform = uniform_distance(grid, side, num_tokens)
-    figure = plots.attention_distances(mean, uniform, len(each))
-    arrays = {"distance": mean, "distance_of_images": each, "uniform": uniform}
-    output.save("distance", figure, files=np.array(kept.files), **arrays)
-    output.show("Attention distance", captions.of_distances(mean, uniform), figure)
-
-
-def _observer(
-    pretrained: "Pretrained", names: Sequence[str], grid: tuple[int, int], side: int
-) -> Callable[[np.ndarray], dict[str, Any]]:
-    """A function from a batch of images to what the analyses need of it, [batch, ...] each."""
-    import jax
-    import jax.numpy as jnp
-
-    from vit_jax.analysis.attention import attention_distance, on_patches, rollout
-    from vit_jax.analysis.intermediates import layer_tokens, logits_and_attention
-    from vit_jax.models import create_model
-
-    # Without scan_layers, a layer's attention weights need not outlive what is made of them.
-    model = create_model(pretrained.model)
-    of_weights = {
-        "attention": lambda weights: weights,
-        "rollout": lambda weights: on_patches(rollout(weights), grid),
-        "distance": lambda weights: attention_distance(weights, grid, side),
-    }
-
-    def observe(params: Any, images: jax.Array) -> dict[str, jax.Array]:
-        logits, weights = logits_and_attention(model, params, images)
-        observed = {name: of_weights[name](weights) for name in names if name in of_weights}
-        observed |= {"logits": logits, "num_tokens": jnp.full(len(images), weights.shape[-1])}
-        if "intermediates" in names:
-            observed["intermediates"] = layer_tokens(model, params, images)
-        return observed
-
-    compiled, params = jax.jit(observe), jax.device_put(pretrained.params)
-    return lambda images: compiled(params, images)
-
-
-def _attention(
-    image: _Image, weights: np.ndarray, grid: tuple[int, int], output: _Output, shown: bool
-) -> None:
-    import jax.numpy as jnp
-
-    from vit_jax.analysis import captions, plots
-    from vit_jax.analysis.attention import on_patches
-
-    maps = np.asarray(on_patches(jnp.asarray(weights), grid))
-    has_class_token = weights.shape[-1] > grid[0] * grid[1]
-    who = "the class token" if has_class_token else "the mean of the patches"
-    figure = plots.head_maps(image.pixels, maps, f"Attention of {who} to every patch")
-    output.save(f"attention_{image.name}", figure, image=np.array(image.file), weights=weights)
-    if shown:
-        options = {"file": image.file, "closed": True}
-        output.show("Every head of every layer", captions.of_heads(who), figure, **options)
-
-
-def _intermediates(
-    image: _Image, tokens: np.ndarray, grid: tuple[int, int], output: _Output, shown: bool
-) -> None:
-    from vit_jax.analysis import captions, plots
-
-    patches = tokens[:, -grid[0] * grid[1] :].reshape(len(tokens), *grid, -1)
-    title = "Patches after every layer: the first three principal components as colors"
-    figure = plots.layer_colors(image.pixels, patches, title)
-    output.save(f"intermediates_{image.name}", figure, image=np.array(image.file), tokens=tokens)
-    if shown:
-        options = {"file": image.file, "closed": True}
-        output.show("The patches after every layer", captions.of_layers(), figure, **options)
 
 
 def build_parser(prog: str) -> command.Parser:

@@ -136,7 +136,7 @@ def _names(values: Any) -> tuple[str, ...]:
 
 def _info_from_config(config: dict[str, Any], names: tuple[str, ...] | None) -> ModelInfo:
     # Here because it takes the optimizers along, which no other weights need.
-    from vit_jax.config import migrate
+    from vit_jax.config_migration import migrate
 
     config = migrate(config)
     data, model = config["dataset"], prediction_fields(config["model"])
