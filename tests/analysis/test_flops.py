@@ -90,7 +90,6 @@ def products(jaxpr):
 @pytest.mark.parametrize(
     ("name", "position_embedding", "image_size"),
     [
-        ("AxialResNet50", None, 224),
         ("AxialResNet50", None, "64x96"),
         ("Axial-ViT-B/16", "learned", 224),
         ("Axial-ViT-B/32", "relative", "96x224"),

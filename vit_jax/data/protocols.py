@@ -35,10 +35,10 @@ Evaluation has a rule of resizing of its own, which travels with the weights:
 
 All but box resize the image to whole pixels in 8 bits and then cut out the center.
 
-Where a view is no square, what is resized whole, or inception crops, is resized to its height and
-width: a crop's aspect ratio stays one of the image, as in timm and big_vision. What keeps the
-aspect ratio is resized until it just covers the view enlarged by 1 / center_crop, of which the
-center is the view; so do timm (`ResizeKeepRatio`), and for squares all others.
+Where a view is no square, whole images and inception crops are resized to its height and width: a
+crop's aspect ratio stays one of the image, as in timm. What keeps its aspect ratio is resized until
+it just covers the view enlarged by 1 / center_crop, of which the center is the view: as timm does
+it (`ResizeKeepRatio`), and everybody for squares.
 """
 
 import dataclasses
