@@ -60,7 +60,7 @@ def test_a_transformers_model_of_images_that_are_no_squares_agrees_both_ways(tmp
     ours, again = transformers_round_trip(tmp_path, transformer(size), processor)
     assert ours.preprocessing.image_size == "16x40" and again.config.image_size == size
     cropped = dataclasses.replace(ours.preprocessing, center_crop=0.875)
-    with pytest.raises(UserError, match="image_size is 16x40, but Hugging Face's processors crop"):
+    with pytest.raises(UserError, match="image_size is 16x40, but what Hugging Face's processors"):
         save_pretrained(
             dataclasses.replace(ours, preprocessing=cropped), tmp_path / "no", "huggingface"
         )

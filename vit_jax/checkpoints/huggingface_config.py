@@ -308,8 +308,8 @@ def _check_rectangle(preprocessing: Preprocessing, kind: str) -> None:
         )
     if preprocessing.center_crop is not None:
         raise UserError(
-            f"image_size is {size}, but Hugging Face's processors crop it to the shorter side of "
-            "images and not to both: use --format timm or official"
+            f"image_size is {size}, but what Hugging Face's processors crop is a square here: use "
+            "--format timm or official"
         )
 
 
