@@ -72,7 +72,7 @@ def image_size(text: str) -> ImageSize:
     """The type of a flag that is the size of images: 224, or 224x320, height and width."""
     size = int(text) if text.isdecimal() else text
     if problem := size_problem(size):
-        raise argparse.ArgumentTypeError(problem)
+        raise argparse.ArgumentTypeError(problem.removeprefix("is "))
     return size
 
 

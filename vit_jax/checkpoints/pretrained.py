@@ -340,10 +340,17 @@ def _read_weights(path: Path, overrides: dict[str, Any]) -> tuple[Arrays, ModelI
     if num_heads is None:
         keys = ("hidden_size", "num_layers", "mlp_dim")
         num_heads = infer.usual_num_heads(**{key: sizes[key] for key in keys})
-    official = layouts.to_official(arrays, format, num_heads)
+    official = layouts.to_official(arrays, format, num_heads, _patches(info, sizes))
     if format == "huggingface" and info.preprocessing is not None and sizes.get("layer_scale"):
         official = _fitted_to_view(official, info.preprocessing.image_size, sizes, image_size)
     return official, info
+
+
+def _patches(info: ModelInfo, model: dict[str, Any]) -> int | None:
+    """The number of patches of an image that is known to be no square, None of any other."""
+    if info.preprocessing is None or isinstance(info.preprocessing.image_size, int):
+        return None
+    return math.prod(grid_of(models.create_model(model), info.preprocessing.image_size))
 
 
 def _fitted_to_view(
