@@ -139,7 +139,9 @@ def start():
     processes = []
 
     def start_process(command: list[str], devices: int = 1, **options) -> subprocess.Popen:
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        flags = (
+            f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        )
         environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
         processes.append(
             subprocess.Popen(

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from vit_jax import signals
 from vit_jax.errors import UserError, nearest
 from vit_jax.files import cache_dir
+from vit_jax.image_size import ImageSize, size_problem
 from vit_jax.printable import printable
 
 # Each of the random numbers of an initialization takes about as long to compile, in seconds.
@@ -65,6 +66,14 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def image_size(text: str) -> ImageSize:
+    """The type of a flag that is the size of images: 224, or 224x320, height and width."""
+    size = int(text) if text.isdecimal() else text
+    if problem := size_problem(size):
+        raise argparse.ArgumentTypeError(problem.removeprefix("is "))
+    return size
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:

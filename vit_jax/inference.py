@@ -16,6 +16,7 @@ from vit_jax.data.images import open_image, preprocess
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import one_ahead
+from vit_jax.image_size import in_words, sides
 from vit_jax.models import create_model, model_keys
 from vit_jax.printable import printable
 
@@ -34,7 +35,7 @@ _ATTENTION_BATCH_SIZE = 8
 
 _GIVE = (
     "give a path, a PIL image, uint8 pixels [height, width, 3] or [n, height, width, 3], a list of "
-    "these, or what is preprocessed already as float32 [n, {size}, {size}, 3]"
+    "these, or what is preprocessed already as float32 [n, {}, {}, 3]"
 )
 
 
@@ -70,7 +71,7 @@ class VisionModel:
     - a PIL image
     - uint8 pixels, [height, width, 3] or [n, height, width, 3], RGB
     - a list of these
-    - floats [n, image_size, image_size, 3], which are fed to the model as they are
+    - floats [n, height, width, 3] of the model's image_size, which are fed to the model as they are
 
     All but the last are resized, cropped and scaled as the model's evaluation does. Results have a
     row for every image, also where there is one; they are NumPy arrays in float32.
@@ -156,7 +157,7 @@ class VisionModel:
         return self._map(self._features, images)
 
     def attention(self, images: Images) -> np.ndarray:
-        """Returns what the model looks at, [n, image_size, image_size], in [0, 1].
+        """Returns what the model looks at, [n, height, width], in [0, 1].
 
         That is attention rollout (Appendix D.8) of the class token, or of the mean of the patches
         where there is none, enlarged to the image that the model saw; each map's maximum is 1
@@ -198,7 +199,7 @@ class VisionModel:
         )
         return (
             f"<VisionModel {printable(self.pretrained.source)}: {config['architecture']}, {shape}, "
-            f"{count / 1e6:.1f}M parameters, images of {size} x {size}>"
+            f"{count / 1e6:.1f}M parameters, images of {in_words(size)}>"
         )
 
     # What runs on the device: a method is compiled for few shapes, the parameters sent once.
@@ -222,12 +223,13 @@ class VisionModel:
         from vit_jax.analysis.attention import on_patches, rollout, to_mask
         from vit_jax.analysis.intermediates import attention_weights
 
-        model, size = create_model(self.config), self.preprocessing.image_size
+        model = create_model(self.config)
 
         def apply(params: Any, images: jax.Array) -> jax.Array:
             weights = attention_weights(model, params, images)
-            side = size // model.downsampling
-            return to_mask(on_patches(rollout(weights), (side, side)), (size, size))
+            height, width = images.shape[1:3]
+            grid = height // model.downsampling, width // model.downsampling
+            return to_mask(on_patches(rollout(weights), grid), (height, width))
 
         return jax.jit(apply)
 
@@ -300,8 +302,7 @@ class VisionModel:
         return np.asarray(image)
 
     def _check_preprocessed(self, images: np.ndarray) -> np.ndarray:
-        size = self.preprocessing.image_size
-        if images.ndim != 4 or images.shape[1:] != (size, size, 3):
+        if images.ndim != 4 or images.shape[1:] != (*sides(self.preprocessing.image_size), 3):
             raise UserError(f"images are {images.dtype} {list(images.shape)}: {self._give}")
         mean, std = (np.array(x) for x in (self.preprocessing.mean, self.preprocessing.std))
         lowest, highest = (-mean / std).min(), ((1 - mean) / std).max()
@@ -316,7 +317,7 @@ class VisionModel:
 
     @property
     def _give(self) -> str:
-        return _GIVE.format(size=self.preprocessing.image_size)
+        return _GIVE.format(*sides(self.preprocessing.image_size))
 
 
 # The classes that are shown of an image unless another number is asked for.

@@ -22,6 +22,7 @@ from vit_jax.analysis.output import Output
 from vit_jax.analysis.page import label_of
 from vit_jax.checkpoints.pretrained import Pretrained
 from vit_jax.data.image_files import read_batches
+from vit_jax.image_size import sides
 from vit_jax.inference import top
 from vit_jax.models import create_model
 
@@ -34,8 +35,8 @@ _LONGEST_LABEL = 36  # letters beside a probability, above an image
 def grid_of(pretrained: Pretrained) -> tuple[tuple[int, int], int]:
     """Rows and columns of patches, and the side of one in pixels."""
     side = create_model(pretrained.model).downsampling
-    count = pretrained.preprocessing.image_size // side
-    return (count, count), side
+    height, width = sides(pretrained.preprocessing.image_size)
+    return (height // side, width // side), side
 
 
 def analyze_images(

@@ -32,9 +32,10 @@ def add_flags(
     )
     group.add_argument(
         "--image_size",
-        type=command.positive,
+        type=command.image_size,
         metavar="PIXELS",
-        help="side of the input; position embeddings are interpolated [the checkpoint's]",
+        help="side of the input, or HEIGHTxWIDTH; position embeddings are interpolated [the "
+        "checkpoint's]",
     )
     unknown = "where the checkpoint does not say"
     group.add_argument("--num_heads", type=command.positive, metavar="N", help=unknown)

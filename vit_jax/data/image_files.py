@@ -46,10 +46,9 @@ def read_batches(
         report: is called for every image that cannot be read; unless it raises, the others follow.
 
     Yields:
-        The files that could be read, at least one, and [batch_size, image_size, image_size, 3] in
+        The files that could be read, at least one, and [batch_size, height, width, 3] in
         float32, whose rows beyond these files are 0.
     """
-    size = preprocessing.image_size
     batch_size = min(batch_size, len(files))
 
     def read(file: str) -> np.ndarray | UserError:
@@ -75,7 +74,7 @@ def read_batches(
                 else:
                     found.append((file, image))
             if found:
-                batch = np.zeros((batch_size, size, size, 3), np.float32)
+                batch = np.zeros((batch_size, *found[0][1].shape), np.float32)
                 batch[: len(found)] = [image for _, image in found]
                 yield [file for file, _ in found], batch
     finally:

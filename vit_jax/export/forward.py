@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vit_jax import models
 from vit_jax.checkpoints.pretrained import Pretrained, abstract_params
 from vit_jax.errors import UserError
+from vit_jax.image_size import sides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +114,7 @@ def make_forward(
     return Forward(
         apply=apply,
         params=params,
-        image_shape=(preprocessing.image_size, preprocessing.image_size, 3),
+        image_shape=(*sides(preprocessing.image_size), 3),
         image_dtype="uint8" if include_preprocessing else "float32",
         output_name=outputs,
         num_layers=config.get("num_layers", 0),
