@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from vit_jax.data.augmentation import CONTRASTS, parse_augment
 from vit_jax.data.class_weights import CLASS_WEIGHTS
 from vit_jax.data.order import SAMPLINGS
-from vit_jax.data.protocols import JPEG_DCTS, MAX_IMAGE_SIZE, PROTOCOLS
+from vit_jax.data.protocols import JPEG_DCTS, MAX_CHANNELS, MAX_IMAGE_SIZE, PROTOCOLS
 from vit_jax.data.subset import parse_subset
 from vit_jax.distillation import KINDS
 from vit_jax.errors import UserError, brief, first_line
@@ -277,6 +277,7 @@ RULES: dict[str, Rule] = {
     ),
     "dataset.broken": _one_of(BROKEN, "skip"),
     "dataset.image_size": _between(int, 1, MAX_IMAGE_SIZE, 224, "the largest image that is fed"),
+    "dataset.channels": _between(int, 1, MAX_CHANNELS, 3, "more than cameras have"),
     "dataset.protocol": _one_of(PROTOCOLS, "big_vision"),
     "dataset.jpeg_dct": _one_of(JPEG_DCTS, "accurate"),
     "dataset.random_crop": _yes_or_no(True),

@@ -249,8 +249,8 @@ def _width(pretrained: "Pretrained") -> int:
 
     from vit_jax.models import create_model
 
-    size = pretrained.preprocessing.image_size
-    image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+    size, channels = pretrained.preprocessing.image_size, pretrained.preprocessing.channels
+    image = jax.ShapeDtypeStruct((1, size, size, channels), np.float32)
     model = create_model(pretrained.model).without_head()
     return jax.eval_shape(model.apply, {"params": pretrained.params}, image).shape[-1]
 

@@ -48,7 +48,14 @@ def _naming_the_key() -> Generator[None]:
 
 
 def load_teacher(
-    path: str, *, class_names: Sequence[str], image_size: int, dtype: str, kind: str, mesh: Mesh
+    path: str,
+    *,
+    class_names: Sequence[str],
+    image_size: int,
+    channels: int = 3,
+    dtype: str,
+    kind: str,
+    mesh: Mesh,
 ) -> Teacher:
     """Reads a teacher from any format of weights.
 
@@ -59,6 +66,7 @@ def load_teacher(
         path: see `load_pretrained`.
         class_names: of the data set, in the order of the labels.
         image_size: of the run.
+        channels: likewise.
         dtype: of the computation.
         kind: see `distillation.Distillation`.
         mesh: the devices.
@@ -69,6 +77,11 @@ def load_teacher(
     with _naming_the_key():
         pretrained = load_pretrained(path, image_size=image_size)
         pretrained.check_head()
+        if pretrained.preprocessing.channels != channels:
+            raise UserError(
+                f"{pretrained.source} is for images of {pretrained.preprocessing.channels} "
+                f"channels and dataset.channels is {channels}: choose a teacher for the same"
+            )
         columns = teacher_columns(pretrained, class_names)
         if kind == "soft" and pretrained.loss != "softmax":
             raise UserError(

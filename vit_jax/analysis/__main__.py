@@ -181,8 +181,8 @@ def _positions(pretrained: "Pretrained", output: _Output) -> None:
     from vit_jax.analysis.intermediates import position_embedding
     from vit_jax.models import create_model
 
-    size = pretrained.preprocessing.image_size
-    images = np.zeros((1, size, size, 3), np.float32)
+    size, channels = pretrained.preprocessing.image_size, pretrained.preprocessing.channels
+    images = np.zeros((1, size, size, channels), np.float32)
     embed = jax.jit(position_embedding, static_argnums=0)
     embedding = embed(create_model(pretrained.model), pretrained.params, images)
     similarity = embeddings.position_similarity(embedding, _grid(pretrained)[0])
@@ -225,7 +225,7 @@ def _analyze_images(
             image = _Image(
                 file,
                 stem if seen[stem] == 1 else f"{stem}_{seen[stem]}",
-                pretrained.preprocessing.to_pixels(batch[index]),
+                pretrained.preprocessing.to_picture(batch[index]),
                 top(row["logits"], pretrained.class_names, pretrained.loss, _TOP)
                 if knows_classes
                 else [],

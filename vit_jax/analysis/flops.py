@@ -26,7 +26,9 @@ PEAK_FLOPS = {
 }
 
 
-def multiply_adds(model: Mapping[str, Any], image_size: int, num_classes: int) -> int:
+def multiply_adds(
+    model: Mapping[str, Any], image_size: int, num_classes: int, channels: int = 3
+) -> int:
     """Multiply-adds of one image's forward pass, matrix products and convolutions only.
 
     A convolution's products with the zeros around the image are not counted. XLA counts so, and the
@@ -37,8 +39,9 @@ def multiply_adds(model: Mapping[str, Any], image_size: int, num_classes: int) -
         model: the `model` section of a config.
         image_size: side of the image in pixels.
         num_classes: width of the head.
+        channels: of the image.
     """
-    return describe(model, num_classes=num_classes).multiply_adds(image_size)
+    return describe(model, num_classes=num_classes).multiply_adds(image_size, channels)
 
 
 def train_flops(multiply_adds: int) -> int:

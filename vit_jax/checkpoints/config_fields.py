@@ -137,7 +137,7 @@ def height_and_width(size: Any, field: str) -> tuple[int, int]:
 
 
 def channels(values: Any) -> tuple[Any, ...]:
-    """Reads a number for each of red, green and blue; `Preprocessing` checks that they are."""
+    """Reads a number for each channel; `Preprocessing` checks that they are."""
     return tuple(values)
 
 

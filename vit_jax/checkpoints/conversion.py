@@ -43,8 +43,8 @@ def convert(source: Pretrained, path: str, format: str) -> tuple[float, float]:
 
 
 def _logits(pretrained: Pretrained) -> np.ndarray:
-    size = pretrained.preprocessing.image_size
-    images = np.random.default_rng(0).uniform(-1, 1, (NUM_IMAGES, size, size, 3))
+    size, channels = pretrained.preprocessing.image_size, pretrained.preprocessing.channels
+    images = np.random.default_rng(0).uniform(-1, 1, (NUM_IMAGES, size, size, channels))
     model = models.create_model(pretrained.model)
     return np.asarray(jax.jit(model.apply)({"params": pretrained.params}, np.float32(images)))
 

@@ -35,7 +35,6 @@ MARKS = ("model_type",)
 # What has one value in the paper's model; null counts as that value.
 FIXED = {
     "auto_map": {},
-    "num_channels": 3,
     "pooler_act": "tanh",
     "pruned_heads": {},
     "qkv_bias": True,
@@ -49,6 +48,7 @@ READ = (
 SHAPES = {
     "hidden_size": "hidden_size",
     "intermediate_size": "mlp_dim",
+    "num_channels": "channels",
     "num_hidden_layers": "num_layers",
     "patch_size": "patch_size",
 }
@@ -265,7 +265,7 @@ def config_files(info: ModelInfo) -> dict[str, dict[str, Any]]:
     """Returns the JSON files of a folder, by name, of a model of which all is known."""
     preprocessing = info.require_preprocessing()
     return {
-        "config.json": _config(info, preprocessing.image_size),
+        "config.json": _config(info, preprocessing),
         "preprocessor_config.json": _processor(preprocessing),
     }
 
@@ -283,7 +283,7 @@ _CLASSIFIERS = {
 }
 
 
-def _config(info: ModelInfo, image_size: int) -> dict[str, Any]:
+def _config(info: ModelInfo, preprocessing: Preprocessing) -> dict[str, Any]:
     model, kind = info.model, model_type(info.model)
     names = _CLASSIFIERS if model["num_classes"] else _CLASSES
     config = {
@@ -292,10 +292,10 @@ def _config(info: ModelInfo, image_size: int) -> dict[str, Any]:
         "dtype": "float32",
         "hidden_act": "gelu" if model["gelu"] == "erf" else "gelu_pytorch_tanh",
         "hidden_size": model["hidden_size"],
-        "image_size": image_size,
+        "image_size": preprocessing.image_size,
         "layer_norm_eps": model["layer_norm_epsilon"],
         "num_attention_heads": model["num_heads"],
-        "num_channels": 3,
+        "num_channels": preprocessing.channels,
         "num_hidden_layers": model["num_layers"],
         "patch_size": model["patch_size"],
         **_beside(model, kind),

@@ -6,9 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from vit_jax.data import array_images
 from vit_jax.data.images import SUFFIXES, open_image, preprocess
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
+
+_SEARCHED = SUFFIXES | {array_images.SUFFIX}
 
 
 def find_images(paths: Iterable[str]) -> list[str]:
@@ -25,7 +28,7 @@ def find_images(paths: Iterable[str]) -> list[str]:
             found += [
                 os.path.join(directory, name)
                 for name in names
-                if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+                if not name.startswith(".") and os.path.splitext(name)[1].lower() in _SEARCHED
             ]
         files += sorted(found) or [path]
     return files
@@ -46,17 +49,17 @@ def read_batches(
         report: is called for every image that cannot be read; unless it raises, the others follow.
 
     Yields:
-        The files that could be read, at least one, and [batch_size, image_size, image_size, 3] in
-        float32, whose rows beyond these files are 0.
+        The files that could be read, at least one, and [batch_size, image_size, image_size,
+        channels] in float32, whose rows beyond these files are 0.
     """
-    size = preprocessing.image_size
+    size, channels = preprocessing.image_size, preprocessing.channels
     batch_size = min(batch_size, len(files))
 
     def read(file: str) -> np.ndarray | UserError:
         try:
             if os.path.isdir(file):
                 raise UserError(f"{file} holds no image")
-            with open_image(file, jpeg_dct=preprocessing.jpeg_dct) as image:
+            with open_image(file, jpeg_dct=preprocessing.jpeg_dct, channels=channels) as image:
                 return preprocess(image, preprocessing)
         except UserError as error:
             return error
@@ -75,7 +78,7 @@ def read_batches(
                 else:
                     found.append((file, image))
             if found:
-                batch = np.zeros((batch_size, size, size, 3), np.float32)
+                batch = np.zeros((batch_size, size, size, channels), np.float32)
                 batch[: len(found)] = [image for _, image in found]
                 yield [file for file, _ in found], batch
     finally:

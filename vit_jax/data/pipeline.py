@@ -42,6 +42,7 @@ def train_batches(
     *,
     batch_size: int,
     image_size: int,
+    channels: int = 3,
     protocol: str,
     random_crop: bool,
     random_flip: bool,
@@ -65,6 +66,7 @@ def train_batches(
         batch_size: of the global batch. Process p owns the p-th of `process_count` equal runs of
             its rows, and reads no others.
         image_size: in pixels.
+        channels: of an image.
         protocol: one of `protocols.PROTOCOLS`.
         random_crop: crop as the protocol does in training, not as in evaluation.
         random_flip: mirror every other image.
@@ -80,18 +82,19 @@ def train_batches(
         process_count: of all processes.
 
     Returns:
-        Dicts of "image" (uint8 [rows, image_size, image_size, 3]) and "label" (int32 [rows], of
-        several labels an image float32 [rows, classes]), rows = batch_size / process_count.
+        Dicts of "image" (uint8 [rows, image_size, image_size, channels]) and "label" (int32 [rows],
+        of several labels an image float32 [rows, classes]), rows = batch_size / process_count.
 
     Raises:
         UserError: if `batch_size` cannot be divided or `protocol` is unknown; while iterating, if
             an image is broken, with its name.
     """
     rows = _rows_per_process(batch_size, process_count)
-    evaluation(protocol, image_size, jpeg_dct)  # Checks all three.
+    evaluation(protocol, image_size, jpeg_dct, channels)  # Checks all.
     view = functools.partial(
         train_view,
         image_size=image_size,
+        channels=channels,
         protocol=protocol,
         jpeg_dct=jpeg_dct,
         random_crop=random_crop,
@@ -240,10 +243,10 @@ class _EvalImages:
 
     def nothing(self) -> Batch:
         """A batch of no image."""
-        size = self.preprocessing.image_size
+        size, channels = self.preprocessing.image_size, self.preprocessing.channels
         label_shape = np.shape(self.source[0]["label"])
         return {
-            "image": np.zeros((0, size, size, 3), np.float32),
+            "image": np.zeros((0, size, size, channels), np.float32),
             "label": np.zeros((0, *label_shape), self.label_dtype),
         }
 

@@ -31,7 +31,7 @@ class Reference:
     """The outputs of Flax for some images in float32.
 
     Attributes:
-        images: [n, height, width, 3], of the type of the model's input.
+        images: [n, height, width, channels], of the type of the model's input.
         outputs: float32 [n, outputs].
         labels: [n], the true classes, or None.
         data: where the images are from.
@@ -56,7 +56,7 @@ def read_images(
         number: how many images to read, at most.
 
     Returns:
-        float32 [n, image_size, image_size, 3], and labels [n] or None.
+        float32 [n, image_size, image_size, channels], and labels [n] or None.
 
     Raises:
         UserError: there are no images, or one is damaged.
@@ -66,7 +66,9 @@ def read_images(
     from vit_jax.data.images import open_image, preprocess
 
     def read(file: str) -> np.ndarray:
-        with open_image(file, jpeg_dct=preprocessing.jpeg_dct) as image:
+        with open_image(
+            file, jpeg_dct=preprocessing.jpeg_dct, channels=preprocessing.channels
+        ) as image:
             return preprocess(image, preprocessing)
 
     files = find_images([directory])
@@ -85,7 +87,7 @@ def read_dataset(
     """Reads images of a `vit_jax.data.datasets.Source`, evenly spread over it.
 
     Returns:
-        float32 [n, image_size, image_size, 3] and labels [n], n at most `number`.
+        float32 [n, image_size, image_size, channels] and labels [n], n at most `number`.
 
     Raises:
         UserError: an image is damaged.
@@ -103,11 +105,11 @@ def synthetic_images(number: int, preprocessing: Preprocessing) -> np.ndarray:
     """Colored blotches, as smooth as photographs are, the same each time.
 
     Returns:
-        float32 [number, image_size, image_size, 3] with the channel statistics of the model.
+        float32 [number, image_size, image_size, channels] with the channel statistics of the model.
     """
-    size = preprocessing.image_size
+    size, channels = preprocessing.image_size, preprocessing.channels
     generator = np.random.default_rng(0)
-    coarse = generator.uniform(size=(number, 8, 8, 3))
+    coarse = generator.uniform(size=(number, 8, 8, channels))
     position = np.linspace(0, 7, size)
     weights = np.maximum(0, 1 - np.abs(position[:, None] - np.arange(8)))  # [size, 8], linear
     pixels = np.einsum("yi,xj,nijc->nyxc", weights, weights, coarse)

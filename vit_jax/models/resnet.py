@@ -321,6 +321,7 @@ def convolution(side: int, features: int, stride: int, same: bool = True) -> tup
 def multiply_adds(
     layers: Sequence[int],
     image_size: int,
+    channels: int = 3,
     *,
     root_width: int = ROOT_WIDTH,
     same: bool = True,
@@ -331,12 +332,13 @@ def multiply_adds(
     Args:
         layers: units of each stage.
         image_size: side of the image in pixels.
+        channels: of the image.
         root_width: channels of the root.
         same: the root's padding, see `convolve`.
         mix: of the units.
     """
     taps, side = convolve(image_size, 7, 2, same)
-    total = taps * 3 * root_width
+    total = taps * channels * root_width
     side, channels = -(-side // 2), root_width
     for s, num_units in enumerate(layers):
         features = root_width * 2**s

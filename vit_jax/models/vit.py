@@ -80,6 +80,7 @@ class ViTConfig(EncoderConfig):
     )
     landmark = "embedding/kernel"
     formats = ("official", "timm", "huggingface")
+    stem = "embedding/kernel"
     embeds_pixels = True
     has_patch_embeddings = True
     resizers = RESIZERS
@@ -146,9 +147,9 @@ class ViTConfig(EncoderConfig):
             "num_heads": hidden_size // HEAD_SIZE,
         }
 
-    def multiply_adds(self, image_size: int) -> int:
+    def multiply_adds(self, image_size: int, channels: int = 3) -> int:
         """The multiply-adds of the patch embedding, the layers and the head."""
-        stem, side, channels = self.stem_multiply_adds(image_size)
+        stem, side, channels = self.stem_multiply_adds(image_size, channels)
         patches = (side // self.patch_size) ** 2
         embedding = patches * channels * self.patch_size**2 * self.hidden_size
         layers = self.num_layers * self.layer_multiply_adds(side // self.patch_size)
@@ -165,9 +166,9 @@ class ViTConfig(EncoderConfig):
         mlp = self._mlp_products * width * self.mlp_dim
         return keys_and_values + 2 * width * width + mlp + 2 * patches * width
 
-    def stem_multiply_adds(self, image_size: int) -> tuple[int, int, int]:
+    def stem_multiply_adds(self, image_size: int, channels: int) -> tuple[int, int, int]:
         """Returns the stem's multiply-adds, and the side and channels that patches are cut from."""
-        return 0, image_size, 3
+        return 0, image_size, channels
 
     def layer_multiply_adds(self, side: int) -> int:
         """The multiply-adds of a layer for a square of side * side patches."""

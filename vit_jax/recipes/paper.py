@@ -407,6 +407,7 @@ def _dataset(name: str) -> dict[str, Any]:
         "holdout": 0.2,
         "broken": "refuse",  # files that should be images and are not, or "skip" them
         "image_size": 0,
+        "channels": 3,
         "protocol": "",
         # Of decoding JPEG: accurate, as PIL, or fast, TensorFlow's default, which Google's
         # checkpoints saw. They are about a gray level apart.
