@@ -67,7 +67,7 @@ CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
         ("timm", CONFIG, "model_args.mlp_ratio", float("inf"), "mlp_ratio is inf: it must be a fi"),
         ("timm", CONFIG, "model_args.num_heads", True, "num_heads is True: it must be a whole num"),
         ("timm", CONFIG, "model_args.num_classes", 4, "num_classes is 4, but by the shapes of the"),
-        ("timm", CONFIG, "model_args.in_chans", 4, "in_chans is 4, but by the shapes of the weights"),
+        ("timm", CONFIG, "model_args.in_chans", 4, "in_chans is 4, but by the shapes of the weig"),
         ("timm", CONFIG, "model_args.patch_size", 16, "patch_size is 16, but by the shapes of th"),
         ("timm", CONFIG, "model_args.img_size", 10**6, "image_size 1000000 is no whole number"),
         ("timm", CONFIG, "num_features", 8, "num_features is 8, but by the shapes of the weights"),
