@@ -163,6 +163,7 @@ def test_a_missing_key_raises():
             "config.augment_contrast 'mean' is unknown: use augreg or pil",
         ),
         ("dataset", "jpeg_dct", "best", "config.dataset.jpeg_dct 'best' is unknown: use accurate"),
+        ("dataset", "channels", 0, "config.dataset.channels is 0: it must be at least 1"),
         ("dataset", "subset", "half", "dataset.subset 'half' is not understood: use a number of"),
         ("dataset", "holdout", 1.0, "config.dataset.holdout is 1.0: it must be above 0 and below"),
         ("dataset", "broken", "mend", "config.dataset.broken 'mend' is unknown: use refuse or sk"),

@@ -194,7 +194,8 @@ SGD = {"optimizer.momentum": 0.9, "optimizer.decay": "all"}
 # Keys of ours that say how a run computes, where its data lie, or what it is not: theirs have no
 # counterpart, or it changes nothing that is learned.
 OURS_ALONE = {
-    "class_weights", "dataset.broken", "dataset.data_dir", "dataset.development",
+    "class_weights", "dataset.broken", "dataset.channels", "dataset.data_dir",
+    "dataset.development",
     "dataset.holdout", "dataset.sampling",
     "dataset.jpeg_dct", "dataset.subset", "dataset.subset_seed", "dataset.workers",
     "distillation.alpha", "distillation.kind", "distillation.teacher", "distillation.temperature",

@@ -73,6 +73,7 @@ def check_config(config: ConfigDict, *, may_lack: bool = False) -> None:
     _check_evals(config.evals)
     _check_model(config.model, config.dataset.image_size)
     _check_objective(config)
+    _check_channels(config)
     check_teaching(config)
     if not may_lack:
         _check_adapters(config)
@@ -232,6 +233,23 @@ def _check_splits(data: ConfigDict) -> None:
         )
     except UserError as error:
         raise UserError(f"config.dataset: {error}") from error
+
+
+def _check_channels(config: ConfigDict) -> None:
+    """Refuses what is of red, green and blue where images have other channels."""
+    channels = config.dataset.channels
+    if channels == 3:
+        return
+    if config.objective == "masked_patches":
+        raise UserError(
+            f"config.dataset.channels is {channels}, but objective masked_patches predicts the "
+            "colors of RGB images: set --config.dataset.channels=3"
+        )
+    if parse_augment(config.augment).num_operations:
+        raise UserError(
+            f"config.augment is {config.augment!r}, but RandAugment's operations are of RGB images "
+            f"and config.dataset.channels is {channels}: use mixup, cutmix and erase, or none"
+        )
 
 
 def _check_durations(config: ConfigDict) -> None:

@@ -18,6 +18,7 @@ ADDED_KEYS = {
     "augment_contrast": "pil",
     "class_weights": "",
     "dataset.broken": "refuse",
+    "dataset.channels": 3,
     "dataset.holdout": 0.2,
     "dataset.jpeg_dct": "accurate",
     "dataset.sampling": "",

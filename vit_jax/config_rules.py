@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from vit_jax.data.augmentation import CONTRASTS, parse_augment
 from vit_jax.data.class_weights import CLASS_WEIGHTS
 from vit_jax.data.order import SAMPLINGS
-from vit_jax.data.protocols import JPEG_DCTS, PROTOCOLS
+from vit_jax.data.protocols import JPEG_DCTS, MAX_CHANNELS, PROTOCOLS
 from vit_jax.data.subset import parse_subset
 from vit_jax.distillation import KINDS
 from vit_jax.errors import UserError, brief, first_line
@@ -279,6 +279,7 @@ RULES: dict[str, Rule] = {
     ),
     "dataset.broken": _one_of(BROKEN, "skip"),
     "dataset.image_size": Rule(ImageSize, size_problem, 224),
+    "dataset.channels": _between(int, 1, MAX_CHANNELS, 3, "more than cameras have"),
     "dataset.protocol": _one_of(PROTOCOLS, "big_vision"),
     "dataset.jpeg_dct": _one_of(JPEG_DCTS, "accurate"),
     "dataset.random_crop": _yes_or_no(True),

@@ -12,11 +12,11 @@ from PIL import Image, ImageOps
 from vit_jax.checkpoints.pretrained import Pretrained, load_pretrained
 from vit_jax.data import imagenet
 from vit_jax.data.image_files import find_images, read_batches
-from vit_jax.data.images import open_image, preprocess
+from vit_jax.data.images import check_channels, convert, open_image, preprocess
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import one_ahead
-from vit_jax.image_size import in_words, sides
+from vit_jax.image_size import in_words
 from vit_jax.models import create_model, model_keys
 from vit_jax.printable import printable
 
@@ -34,8 +34,8 @@ Images = (
 _ATTENTION_BATCH_SIZE = 8
 
 _GIVE = (
-    "give a path, a PIL image, uint8 pixels [height, width, 3] or [n, height, width, 3], a list of "
-    "these, or what is preprocessed already as float32 [n, {}, {}, 3]"
+    "give a path, a PIL image, uint8 pixels [height, width, {2}] or [n, height, width, {2}], a "
+    "list of these, or what is preprocessed already as float32 [n, {0}, {1}, {2}]"
 )
 
 
@@ -69,9 +69,10 @@ class VisionModel:
 
     - a path, of an image or of a folder, which stands for the images below it, sorted
     - a PIL image
-    - uint8 pixels, [height, width, 3] or [n, height, width, 3], RGB
+    - uint8 pixels, [height, width, 3] or [n, height, width, 3], RGB; of a model for images of
+      other channels with as many
     - a list of these
-    - floats [n, height, width, 3] of the model's image_size, which are fed to the model as they are
+    - floats [n, height, width, channels] of the model's image_size, fed to the model as they are
 
     All but the last are resized, cropped and scaled as the model's evaluation does. Results have a
     row for every image, also where there is one; they are NumPy arrays in float32.
@@ -266,7 +267,10 @@ class VisionModel:
 
     def _preprocess(self, image: "str | np.ndarray") -> np.ndarray:
         if isinstance(image, str):
-            with open_image(image, jpeg_dct=self.preprocessing.jpeg_dct) as pixels:
+            preprocessing = self.preprocessing
+            with open_image(
+                image, jpeg_dct=preprocessing.jpeg_dct, channels=preprocessing.channels
+            ) as pixels:
                 return preprocess(pixels, self.preprocessing)
         return preprocess(image, self.preprocessing)
 
@@ -287,7 +291,7 @@ class VisionModel:
             if isinstance(image, str | os.PathLike):
                 found += find_images([os.fspath(image)])
             elif isinstance(image, Image.Image):
-                found.append(_pixels_of(image))
+                found.append(_pixels_of(image, self.preprocessing.channels))
             else:
                 found.append(self._check_pixels(image, (3,)))
         return found
@@ -295,14 +299,15 @@ class VisionModel:
     def _check_pixels(self, image: Any, dimensions: tuple[int, ...]) -> np.ndarray:
         if not isinstance(image, np.ndarray | jax.Array):
             raise UserError(f"an image is of type {type(image).__name__}: {self._give}")
-        if image.dtype != np.uint8 or image.ndim not in dimensions or image.shape[-1] != 3:
+        channels = self.preprocessing.channels
+        if image.dtype != np.uint8 or image.ndim not in dimensions or image.shape[-1] != channels:
             raise UserError(f"an image is {image.dtype} {list(image.shape)}: {self._give}")
         if 0 in image.shape[-3:]:
             raise UserError(f"an image of {list(image.shape)} has no pixels: {self._give}")
         return np.asarray(image)
 
     def _check_preprocessed(self, images: np.ndarray) -> np.ndarray:
-        if images.ndim != 4 or images.shape[1:] != (*sides(self.preprocessing.image_size), 3):
+        if images.ndim != 4 or images.shape[1:] != self.preprocessing.image_shape:
             raise UserError(f"images are {images.dtype} {list(images.shape)}: {self._give}")
         mean, std = (np.array(x) for x in (self.preprocessing.mean, self.preprocessing.std))
         lowest, highest = (-mean / std).min(), ((1 - mean) / std).max()
@@ -317,7 +322,7 @@ class VisionModel:
 
     @property
     def _give(self) -> str:
-        return _GIVE.format(*sides(self.preprocessing.image_size))
+        return _GIVE.format(*self.preprocessing.image_shape)
 
 
 # The classes that are shown of an image unless another number is asked for.
@@ -384,10 +389,11 @@ def _pad(batch: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([batch, np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)])
 
 
-def _pixels_of(image: Image.Image) -> np.ndarray:
+def _pixels_of(image: Image.Image, channels: int) -> np.ndarray:
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
         raise UserError(
             f"a PIL image has mode {image.mode}, whose range is unknown: give its path, or convert "
             "it to RGB"
         )
-    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    check_channels(image, "a PIL image", channels)
+    return convert(ImageOps.exif_transpose(image), channels)

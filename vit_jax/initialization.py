@@ -13,12 +13,19 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from ml_collections import ConfigDict
 
 from vit_jax.checkpoints.pretrained import Pretrained, fold_normalization, grid_of, load_pretrained
-from vit_jax.checkpoints.transfer import Row, print_report, removed_head, transfer, with_head
+from vit_jax.checkpoints.transfer import (
+    Row,
+    input_kernel,
+    print_report,
+    removed_head,
+    transfer,
+    with_head,
+)
 from vit_jax.config import left_to_weights, take_from_weights
 from vit_jax.config_migration import ADDED_MODEL_KEYS
 from vit_jax.data import classes
 from vit_jax.errors import UserError
-from vit_jax.models import prediction_fields
+from vit_jax.models import family_of, prediction_fields
 from vit_jax.models.base import without_list
 from vit_jax.preparation import Prepared
 from vit_jax.program import adapt, create_objective
@@ -71,6 +78,7 @@ def read_weights(config: ConfigDict) -> tuple[ConfigDict, Weights]:
     _check_model(config.model, pretrained)
     filled = take_from_weights(config, pretrained.model)
     weights = {**fold_normalization(pretrained), **pretrained.masked}
+    weights = _for_channels(weights, pretrained, config.dataset.channels)
     # Only the data set tells how many classes the head has, and weights do not fill the head.
     module, *_ = create_objective(filled, num_classes=1)
     found = flatten_dict(weights, sep="/")
@@ -92,6 +100,26 @@ def read_weights(config: ConfigDict) -> tuple[ConfigDict, Weights]:
         values = ", ".join(f"{key} {x}" for key, x in told.items())
         say(f"as {pretrained.source} has it: {values}")
     return filled, fitted
+
+
+def _for_channels(params: Params, pretrained: Pretrained, channels: int) -> Params:
+    """The parameters for images of so many channels; tells of it where they were of others."""
+    found = pretrained.preprocessing.channels
+    if channels == found:
+        return params
+    if found != 3:
+        raise UserError(
+            f"dataset.channels is {channels} but {pretrained.source} was trained with {found}: set "
+            f"--config.dataset.channels={found}, only weights of RGB are for other channels too"
+        )
+    stem = family_of(pretrained.model["architecture"]).stem
+    flat = flatten_dict(params, sep="/")
+    flat[stem] = input_kernel(flat[stem], channels)
+    change = (
+        "summed to 1" if channels == 1 else f"repeated to {channels} and scaled by 3/{channels}"
+    )
+    say(f"the RGB channels of {stem} of {pretrained.source} are {change}")
+    return unflatten_dict(flat, sep="/")
 
 
 def _head(config: ConfigDict, pretrained: Pretrained, report: list[Row]) -> Head | None:
@@ -212,8 +240,9 @@ def _initialize(
         config: of the run.
         is_wanted: of a parameter's name and shape.
     """
+    size, channels = config.dataset.image_size, config.dataset.channels
     init = functools.partial(
-        init_params, model, seed=config.seed, image_size=config.dataset.image_size
+        init_params, model, seed=config.seed, image_size=size, channels=channels
     )
     traced, shapes = jax.make_jaxpr(init, return_shape=True)()
     flat = flatten_dict(shapes, sep="/")

@@ -126,7 +126,9 @@ def _name(pretrained: Pretrained) -> str:
 def _of_weights(loaded: Loaded, pretrained: Pretrained) -> list[own.Choice]:
     """The fields in which the model of the weights differs from the one of its name."""
     model = prediction_fields(loaded.config.model.to_dict())
-    return [
+    channels = pretrained.preprocessing.channels
+    of_images = [own.Choice("dataset.channels", channels, "as the weights have it")]
+    return of_images * (channels != 3) + [
         own.Choice(f"model.{key}", without_list(pretrained.model[key]), "as the weights have it")
         for key in model.keys() - _OF_THE_RUN
         if key in pretrained.model

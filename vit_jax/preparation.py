@@ -15,6 +15,7 @@ from vit_jax.config import count_steps
 from vit_jax.data import datasets, holdout, pipeline
 from vit_jax.data.augmentation import parse_augment
 from vit_jax.data.class_weights import balanced_weights
+from vit_jax.data.images import read_image
 from vit_jax.data.order import Order, create_order
 from vit_jax.data.protocols import evaluation
 from vit_jax.data.subset import take_subset
@@ -104,7 +105,7 @@ class Prepared(NamedTuple):
             data_dir=data.data_dir,
             broken=data.broken,
             eval_source=self.eval_source,
-            preprocessing=evaluation(data.protocol, data.image_size, data.jpeg_dct),
+            preprocessing=evaluation(data.protocol, data.image_size, data.jpeg_dct, data.channels),
             batch_size=config.batch_size // config.accumulate_steps,
             mesh=self.mesh,
             report=say,
@@ -181,6 +182,7 @@ def _open_teacher(
         settings.teacher,
         class_names=names,
         image_size=config.dataset.image_size,
+        channels=config.dataset.channels,
         dtype=config.model.dtype,
         kind=settings.kind,
         mesh=mesh,
@@ -219,9 +221,9 @@ def open_images(
         partition: likewise.
 
     Raises:
-        UserError: as `datasets.open_dataset` does.
+        UserError: as `datasets.open_dataset` does, or the first image has other channels.
     """
-    return datasets.open_dataset(
+    train, evaluated = datasets.open_dataset(
         data.name,
         data_dir=data.data_dir,
         train_split=data.train_split,
@@ -234,6 +236,10 @@ def open_images(
             partition=partition,
         ),
     )
+    if data.channels != 3:  # Else the first image would be read when all is compiled.
+        example = train[0]
+        read_image(example["id"], example["image"], channels=data.channels)
+    return train, evaluated
 
 
 def _open_sources(
@@ -308,6 +314,7 @@ def train_batches(prepared: Prepared, first_step: int) -> Iterator[dict[str, np.
         prepared.train_source,
         batch_size=config.batch_size,
         image_size=data.image_size,
+        channels=data.channels,
         protocol=data.protocol,
         jpeg_dct=data.jpeg_dct,
         random_crop=data.random_crop,

@@ -12,7 +12,6 @@ from vit_jax import command, tensorflow_env
 from vit_jax.checkpoints import flags
 from vit_jax.errors import UserError
 from vit_jax.files import atomic_folder, make_folder, write_json
-from vit_jax.image_size import sides
 from vit_jax.printable import printable
 
 if TYPE_CHECKING:
@@ -250,8 +249,7 @@ def _width(pretrained: "Pretrained") -> int:
 
     from vit_jax.models import create_model
 
-    size = sides(pretrained.preprocessing.image_size)
-    image = jax.ShapeDtypeStruct((1, *size, 3), np.float32)
+    image = jax.ShapeDtypeStruct((1, *pretrained.preprocessing.image_shape), np.float32)
     model = create_model(pretrained.model).without_head()
     return jax.eval_shape(model.apply, {"params": pretrained.params}, image).shape[-1]
 

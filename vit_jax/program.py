@@ -65,7 +65,7 @@ def create_objective(
     Raises:
         UserError: the model has fewer classes than the data set, or as `check_teaching` does.
     """
-    size = config.dataset.image_size
+    size, channels = config.dataset.image_size, config.dataset.channels
     if config.objective == "masked_patches":
         rate, target = config.masking.rate, config.masking.target
         model = masked.predictor(create_model(config.model), target)
@@ -86,7 +86,7 @@ def create_objective(
     objective = classification(
         model, config.loss, config.label_smoothing, distillation=distillation, class_weights=weights
     )
-    return model, objective, flops.multiply_adds(config.model, size, num_classes)
+    return model, objective, flops.multiply_adds(config.model, size, num_classes, channels)
 
 
 # What weights may have in place of a model's defaults, with parameters that these have not.
@@ -145,8 +145,9 @@ def _check_frozen(config: ConfigDict, names: Sequence[str]) -> None:
 def _parameters(config: ConfigDict, of_weights: Mapping[str, Any]) -> dict[str, Any]:
     """The shapes of the parameters; only the data set tells the number of classes."""
     model, *_ = create_objective(take_from_weights(config, of_weights), num_classes=1)
-    size = config.dataset.image_size
-    return jax.eval_shape(lambda: adapt(config, init_params(model, seed=0, image_size=size)))
+    size, channels = config.dataset.image_size, config.dataset.channels
+    init = functools.partial(init_params, model, seed=0, image_size=size, channels=channels)
+    return jax.eval_shape(lambda: adapt(config, init()))
 
 
 def lr_multipliers(config: ConfigDict) -> str:
@@ -196,6 +197,7 @@ def state_initializer(
         optimizer,
         seed=config.seed,
         image_size=config.dataset.image_size,
+        channels=config.dataset.channels,
         average=config.ema_decay > 0,
         adapt=functools.partial(adapt, config),
     )
@@ -222,8 +224,8 @@ def abstract_batch(
         several_labels: the classes of the data set where an image has any number of labels; 0 where
             it has one.
     """
-    rows = batch_sharding(mesh)
-    images = (config.batch_size, *sides(config.dataset.image_size), 3)
+    rows, (height, width) = batch_sharding(mesh), sides(config.dataset.image_size)
+    images = (config.batch_size, height, width, config.dataset.channels)
     labels, dtype = (config.batch_size,), jnp.int32
     if several_labels:
         labels, dtype = (config.batch_size, several_labels), jnp.float32

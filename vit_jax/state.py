@@ -271,15 +271,16 @@ def create_optimizer(
     return OPTIMIZERS[config.pop("name")](schedule, **config)
 
 
-def init_params(model: nn.Module, *, seed: int, image_size: ImageSize) -> Params:
+def init_params(model: nn.Module, *, seed: int, image_size: ImageSize, channels: int = 3) -> Params:
     """Fresh parameters; traceable.
 
     Args:
-        model: maps images [batch, height, width, 3] to logits.
+        model: maps images [batch, height, width, channels] to logits.
         seed: of the run.
         image_size: of the images.
+        channels: of an image.
     """
-    images = jnp.zeros((1, *sides(image_size), 3))
+    images = jnp.zeros((1, *sides(image_size), channels))
     return model.init(_keys(seed)[0], images)["params"]
 
 
@@ -310,6 +311,7 @@ def init_train_state(
     *,
     seed: int,
     image_size: ImageSize,
+    channels: int = 3,
     average: bool,
     adapt: Callable[[Params], Params] = lambda params: params,
 ) -> TrainState:
@@ -317,7 +319,7 @@ def init_train_state(
 
     The parameters of the state are what `adapt` makes of those of the model.
     """
-    params = adapt(init_params(model, seed=seed, image_size=image_size))
+    params = adapt(init_params(model, seed=seed, image_size=image_size, channels=channels))
     return create_state(params, optimizer, seed=seed, average=average)
 
 

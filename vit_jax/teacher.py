@@ -58,6 +58,7 @@ def load_teacher(
     *,
     class_names: Sequence[str],
     image_size: ImageSize,
+    channels: int = 3,
     dtype: str,
     kind: str,
     mesh: Mesh,
@@ -71,6 +72,7 @@ def load_teacher(
         path: see `load_pretrained`.
         class_names: of the data set, in the order of the labels.
         image_size: of the run.
+        channels: likewise.
         dtype: of the computation.
         kind: see `distillation.Distillation`.
         mesh: the devices.
@@ -81,6 +83,11 @@ def load_teacher(
     with _naming_the_key():
         pretrained = load_pretrained(path, image_size=image_size)
         pretrained.check_head()
+        if pretrained.preprocessing.channels != channels:
+            raise UserError(
+                f"{pretrained.source} is for images of {pretrained.preprocessing.channels} "
+                f"channels and dataset.channels is {channels}: choose a teacher for the same"
+            )
         columns = teacher_columns(pretrained, class_names)
         if kind == "soft" and pretrained.loss != "softmax":
             raise UserError(

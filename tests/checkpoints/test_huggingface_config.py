@@ -197,7 +197,7 @@ def test_every_field_of_the_processors_that_are_read_is_known(name):
         ({"qkv_bias": False}, "qkv_bias is False: only models with True"),
         ({"hidden_act": "relu"}, "hidden_act 'relu' is none of"),
         ({"pooler_act": "relu"}, "pooler_act is 'relu'"),
-        ({"num_channels": 1}, "num_channels is 1"),
+        ({"num_channels": 1}, "num_channels is 1, but by the shapes of the weights 3"),
         ({"problem_type": "regression"}, "problem_type 'regression' is none of"),
         ({"residual_scale": 0.5}, "residual_scale is 0.5, and nothing is known of this field"),
     ],

@@ -212,7 +212,6 @@ NOT_READ = {
     "pre_norm": ({"pre_norm": True}, "a norm before its layers"),
     "activation": ({"act_layer": "quick_gelu"}, "act_layer 'quick_gelu' is none of"),
     "norm": ({"norm_layer": "rmsnorm"}, "norm_layer is 'rmsnorm': only models with 'layernorm'"),
-    "channels": ({"in_chans": 4}, "in_chans is 4: only models with 3 are read"),
 }
 
 

@@ -274,7 +274,7 @@ def test_mean_and_std_are_those_of_pixels_from_0_to_1():
         ({"squash": "yes"}, "squash 'yes' is none of False, True"),
         ({"jpeg_dct": "best"}, "jpeg_dct 'best' is none of accurate, fast"),
         ({"std": (0.5, 0.0, 0.5)}, "is not positive"),
-        ({"mean": (0.5,)}, "is not three numbers"),
+        ({"mean": (0.5,)}, "are not a number for each of 1 to 512 channels"),
     ],
 )
 def test_a_preprocessing_out_of_range_is_refused(wrong, message):

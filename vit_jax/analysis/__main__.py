@@ -15,7 +15,6 @@ from vit_jax import command
 from vit_jax.analysis.output import Output
 from vit_jax.checkpoints import flags
 from vit_jax.errors import UserError
-from vit_jax.image_size import sides
 from vit_jax.printable import printable
 
 if TYPE_CHECKING:
@@ -172,7 +171,7 @@ def _positions(pretrained: "Pretrained", output: Output) -> None:
     from vit_jax.analysis.of_images import grid_of
     from vit_jax.models import create_model
 
-    images = np.zeros((1, *sides(pretrained.preprocessing.image_size), 3), np.float32)
+    images = np.zeros((1, *pretrained.preprocessing.image_shape), np.float32)
     embed = jax.jit(position_embedding, static_argnums=0)
     embedding = embed(create_model(pretrained.model), pretrained.params, images)
     similarity = embeddings.position_similarity(embedding, grid_of(pretrained)[0])

@@ -7,6 +7,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from vit_jax.errors import UserError
+from vit_jax.models import ARCHITECTURES
 from vit_jax.models.resnet import standardize, standardize_bit
 
 
@@ -14,7 +15,8 @@ def rgb_filters(params: Mapping[str, Any]) -> np.ndarray:
     """The filters that see the image, [height, width, 3, filters].
 
     Those of the patch embedding; of a hybrid, which embeds the patches of a feature map, or a
-    ResNet those of the first convolution, standardized as it uses them.
+    ResNet those of the first convolution, standardized as it uses them. Of images of other channels
+    they are of the first three, or of the first alone as gray.
 
     Args:
         params: of a model.
@@ -22,13 +24,17 @@ def rgb_filters(params: Mapping[str, Any]) -> np.ndarray:
     Raises:
         UserError: there are none.
     """
-    for name, kernel in flatten_dict(params, sep="/").items():
-        if kernel.ndim == 4 and kernel.shape[2] == 3:
-            if name == "embedding/kernel":
-                return np.asarray(kernel)
-            # Only a hybrid has an embedding beside it; the other ResNets are standardized as BiT.
-            return np.asarray((standardize if "embedding" in params else standardize_bit)(kernel))
-    raise UserError("this model has no filters of three channels")
+    flat = flatten_dict(params, sep="/")
+    # A hybrid, which has the embedding beside its first convolution, comes before it in the order.
+    stems = sorted({family.stem for family in ARCHITECTURES.values()} & flat.keys())
+    if not stems:
+        raise UserError("this model has no filters that see the image")
+    kernel = flat[stems[0]]
+    if stems[0] != "embedding/kernel":
+        # Only a hybrid has an embedding beside it; the other ResNets are standardized as BiT.
+        kernel = (standardize if "embedding" in params else standardize_bit)(kernel)
+    shown = [0, 1, 2] if kernel.shape[2] >= 3 else [0, 0, 0]
+    return np.asarray(kernel)[:, :, shown]
 
 
 def principal_filters(kernel: np.ndarray, count: int = 28) -> tuple[np.ndarray, np.ndarray]:

@@ -27,7 +27,9 @@ PEAK_FLOPS = {
 }
 
 
-def multiply_adds(model: Mapping[str, Any], image_size: ImageSize, num_classes: int) -> int:
+def multiply_adds(
+    model: Mapping[str, Any], image_size: ImageSize, num_classes: int, channels: int = 3
+) -> int:
     """Multiply-adds of one image's forward pass, matrix products and convolutions only.
 
     A convolution's products with the zeros around the image are not counted. XLA counts so, and the
@@ -38,8 +40,9 @@ def multiply_adds(model: Mapping[str, Any], image_size: ImageSize, num_classes: 
         model: the `model` section of a config.
         image_size: of the image.
         num_classes: width of the head.
+        channels: of the image.
     """
-    return describe(model, num_classes=num_classes).multiply_adds(image_size)
+    return describe(model, num_classes=num_classes).multiply_adds(image_size, channels)
 
 
 def train_flops(multiply_adds: int) -> int:

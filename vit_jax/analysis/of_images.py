@@ -61,7 +61,7 @@ def analyze_images(
             image = _Image(
                 file,
                 stem if seen[stem] == 1 else f"{stem}_{seen[stem]}",
-                pretrained.preprocessing.to_pixels(batch[index]),
+                pretrained.preprocessing.to_picture(batch[index]),
                 top(row["logits"], pretrained.class_names, pretrained.loss, _TOP)
                 if knows_classes
                 else [],

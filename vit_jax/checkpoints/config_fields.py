@@ -143,7 +143,7 @@ def read_size(size: Any, field: str) -> ImageSize:
 
 
 def channels(values: Any) -> tuple[Any, ...]:
-    """Reads a number for each of red, green and blue; `Preprocessing` checks that they are."""
+    """Reads a number for each channel; `Preprocessing` checks that they are."""
     return tuple(values)
 
 

@@ -10,7 +10,6 @@ from vit_jax import models
 from vit_jax.checkpoints.pretrained import Pretrained, load_pretrained
 from vit_jax.checkpoints.save import save_pretrained
 from vit_jax.errors import UserError
-from vit_jax.image_size import sides
 
 NUM_IMAGES = 2  # on which the logits are compared
 
@@ -44,8 +43,8 @@ def convert(source: Pretrained, path: str, format: str) -> tuple[float, float]:
 
 
 def _logits(pretrained: Pretrained) -> np.ndarray:
-    size = sides(pretrained.preprocessing.image_size)
-    images = np.random.default_rng(0).uniform(-1, 1, (NUM_IMAGES, *size, 3))
+    shape = (NUM_IMAGES, *pretrained.preprocessing.image_shape)
+    images = np.random.default_rng(0).uniform(-1, 1, shape)
     model = models.create_model(pretrained.model)
     return np.asarray(jax.jit(model.apply)({"params": pretrained.params}, np.float32(images)))
 

@@ -37,7 +37,6 @@ MARKS = ("model_type",)
 # What has one value in the paper's model; null counts as that value.
 FIXED = {
     "auto_map": {},
-    "num_channels": 3,
     "pooler_act": "tanh",
     "pruned_heads": {},
     "qkv_bias": True,
@@ -51,6 +50,7 @@ READ = (
 SHAPES = {
     "hidden_size": "hidden_size",
     "intermediate_size": "mlp_dim",
+    "num_channels": "channels",
     "num_hidden_layers": "num_layers",
     "patch_size": "patch_size",
 }
@@ -293,7 +293,7 @@ def config_files(info: ModelInfo) -> dict[str, dict[str, Any]]:
     if not isinstance(preprocessing.image_size, int):
         _check_rectangle(preprocessing, model_type(info.model))
     return {
-        "config.json": _config(info, preprocessing.image_size),
+        "config.json": _config(info, preprocessing),
         "preprocessor_config.json": _processor(preprocessing),
     }
 
@@ -326,8 +326,9 @@ _CLASSIFIERS = {
 }
 
 
-def _config(info: ModelInfo, image_size: ImageSize) -> dict[str, Any]:
+def _config(info: ModelInfo, preprocessing: Preprocessing) -> dict[str, Any]:
     model, kind = info.model, model_type(info.model)
+    size = preprocessing.image_size
     names = _CLASSIFIERS if model["num_classes"] else _CLASSES
     config = {
         "architectures": [names.get(kind, _CLASSES[kind])],
@@ -335,10 +336,10 @@ def _config(info: ModelInfo, image_size: ImageSize) -> dict[str, Any]:
         "dtype": "float32",
         "hidden_act": "gelu" if model["gelu"] == "erf" else "gelu_pytorch_tanh",
         "hidden_size": model["hidden_size"],
-        "image_size": image_size if isinstance(image_size, int) else list(sides(image_size)),
+        "image_size": size if isinstance(size, int) else list(sides(size)),
         "layer_norm_eps": model["layer_norm_epsilon"],
         "num_attention_heads": model["num_heads"],
-        "num_channels": 3,
+        "num_channels": preprocessing.channels,
         "num_hidden_layers": model["num_layers"],
         "patch_size": model["patch_size"],
         **_beside(model, kind),

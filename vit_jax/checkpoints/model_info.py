@@ -143,7 +143,7 @@ def _info_from_config(config: dict[str, Any], names: tuple[str, ...] | None) -> 
     check_fields({key: x for key, x in model.items() if x is not None})
     return ModelInfo(
         model,
-        evaluation(data["protocol"], data["image_size"], data["jpeg_dct"]),
+        evaluation(data["protocol"], data["image_size"], data["jpeg_dct"], data["channels"]),
         names,
         config["loss"],
     )

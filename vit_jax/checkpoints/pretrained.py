@@ -166,7 +166,8 @@ def fit_params(
     Raises:
         UserError: parameters are missing, misshapen or left over; it lists them.
     """
-    shapes = _param_shapes(module, image_size)
+    channels = type(module.config).channels(flatten_dict(params, sep="/"))
+    shapes = _param_shapes(module, image_size, channels)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     grids = {"pretrained_grid": grid_of(module, old_size), "grid": grid_of(module, image_size)}
     fitted, _ = transfer(zeros, params, keep_head=keep_head, **grids)
@@ -208,15 +209,18 @@ def fold_normalization(pretrained: Pretrained) -> dict[str, Any]:
     return {**pretrained.params, "embedding": embedding}
 
 
-def abstract_params(model: dict[str, Any], image_size: ImageSize) -> dict[str, Any]:
+def abstract_params(
+    model: dict[str, Any], image_size: ImageSize, channels: int = 3
+) -> dict[str, Any]:
     """Returns the parameter tree of a model for images of a size, as shapes and dtypes."""
     # Traced once for all layers, whose parameters have the same names and shapes then.
     scan = {"scan_layers"} & models.model_keys(model["architecture"])
-    return _param_shapes(models.create_model(model, **dict.fromkeys(scan, True)), image_size)
+    module = models.create_model(model, **dict.fromkeys(scan, True))
+    return _param_shapes(module, image_size, channels)
 
 
-def _param_shapes(module: nn.Module, image_size: ImageSize) -> dict[str, Any]:
-    images = jax.ShapeDtypeStruct((1, *sides(image_size), 3), np.float32)
+def _param_shapes(module: nn.Module, image_size: ImageSize, channels: int) -> dict[str, Any]:
+    images = jax.ShapeDtypeStruct((1, *sides(image_size), channels), np.float32)
     key = jax.ShapeDtypeStruct((2,), np.uint32)  # A real key would be computed.
     return jax.eval_shape(module.init, key, images)["params"]
 
@@ -328,7 +332,8 @@ def _read_weights(path: Path, overrides: dict[str, Any]) -> tuple[Arrays, ModelI
     image_size: ImageSize = 0  # Of the official format the info file alone may tell it.
     if format != "official":
         image_size = models.describe(sizes).image_size(official)
-    info = foreign_configs.read_info(path, format, sizes, image_size)
+    channels = models.family_of(sizes["architecture"]).channels(official)
+    info = foreign_configs.read_info(path, format, {**sizes, "channels": channels}, image_size)
     if info.class_names is None and sizes["num_classes"] == 1000:
         info = dataclasses.replace(info, class_names=tuple(imagenet.classes()))
     if format == "official":
@@ -395,10 +400,12 @@ def _assemble(
 ) -> Pretrained:
     """Makes a model of arrays, checking that they are one whole model."""
     model = _complete_model(info.model, overrides, infer.infer_model(arrays))
+    channels = models.family_of(model["architecture"]).channels(arrays)
     preprocessing = info.preprocessing or _default_preprocessing(arrays, model)
+    preprocessing = preprocessing.with_channels(channels)
     params = unflatten_dict(arrays, sep="/")
     of_masked = {name: params.pop(name) for name in masked.PARAMETERS if name in params}
-    check_fit(abstract_params(model, preprocessing.image_size), params)
+    check_fit(abstract_params(model, preprocessing.image_size, channels), params)
     names = info.class_names
     if names is not None and len(names) != model["num_classes"]:
         raise UserError(

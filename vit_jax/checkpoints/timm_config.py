@@ -38,7 +38,6 @@ FIXED = {
     "embed_layer": None,
     "embed_norm_layer": None,
     "final_norm": True,
-    "in_chans": 3,
     "mlp_layer": None,
     "pool_include_prefix": False,
     "pos_embed": "learn",
@@ -54,7 +53,7 @@ READ = (
     "reg_tokens",
 )
 # What shapes tell, by its name here; the others in their own form.
-SHAPES = {"depth": "num_layers", "embed_dim": "hidden_size"}
+SHAPES = {"depth": "num_layers", "embed_dim": "hidden_size", "in_chans": "channels"}
 OTHER_SHAPES = (
     *("class_token", "fc_norm", "mlp_ratio", "no_embed_class", "num_classes", "patch_size"),
 )
@@ -305,6 +304,8 @@ def config_files(info: ModelInfo) -> dict[str, dict[str, Any]]:
         "num_classes": model["num_classes"],
         "patch_size": model["patch_size"],
     }
+    if view.channels != 3:
+        arguments["in_chans"] = view.channels
     if pool != "token":
         arguments |= {"class_token": False, "fc_norm": False, "global_pool": pool}
     if model.get("layer_scale"):
@@ -332,7 +333,7 @@ def _pretrained_cfg(view: Preprocessing, num_classes: int) -> dict[str, Any]:
         "crop_mode": "squash" if view.center_crop is None or view.squash else "center",
         "crop_pct": _crop_pct(view),
         "first_conv": "patch_embed.proj",
-        "input_size": [3, *sides(view.image_size)],
+        "input_size": [view.channels, *sides(view.image_size)],
         "interpolation": pil_interpolation(view),
         "mean": list(view.mean),
         "num_classes": num_classes,

@@ -129,6 +129,24 @@ def with_head(report: Sequence[Row], head: Mapping[str, np.ndarray]) -> list[Row
     ]
 
 
+def input_kernel(kernel: np.ndarray, channels: int) -> np.ndarray:
+    """The kernel on an RGB image as one on an image of another number of channels.
+
+    timm's rule, `adapt_input_conv`: for one channel the sum of the three; for others their
+    repetition, scaled by 3 / channels.
+
+    Args:
+        kernel: [height, width, 3, features].
+        channels: not 3.
+
+    Returns:
+        [height, width, channels, features].
+    """
+    if channels == 1:
+        return kernel.sum(axis=2, keepdims=True)
+    return kernel[:, :, np.arange(channels) % 3] * np.float32(3 / channels)
+
+
 def check_fit(wanted: dict[str, Any], found: dict[str, Any]) -> None:
     """Checks that parameters are those of a model.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from PIL import Image
 
+from vit_jax.data import array_images
 from vit_jax.data.images import FORMATS, read_image
 from vit_jax.errors import UserError
 
@@ -29,11 +30,12 @@ def measure(path: str | os.PathLike[str]) -> int | None:
         return None
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        head = os.read(descriptor, _LONGEST)
+        head = os.read(descriptor, array_images.LONGEST_HEADER)
     finally:
         os.close(descriptor)
     # PIL answers with a sentence where it was built without a format that it recognizes.
-    return status.st_size if any(accept(head) is True for accept in _accepts()) else None
+    known = any(accept(head[:_LONGEST]) is True for accept in _accepts())
+    return status.st_size if known or array_images.is_image(head) else None
 
 
 @functools.cache

@@ -6,9 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from vit_jax.data import array_images
 from vit_jax.data.images import SUFFIXES, open_image, preprocess
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
+
+_SEARCHED = SUFFIXES | {array_images.SUFFIX}
 
 
 def find_images(paths: Iterable[str]) -> list[str]:
@@ -25,7 +28,7 @@ def find_images(paths: Iterable[str]) -> list[str]:
             found += [
                 os.path.join(directory, name)
                 for name in names
-                if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+                if not name.startswith(".") and os.path.splitext(name)[1].lower() in _SEARCHED
             ]
         files += sorted(found) or [path]
     return files
@@ -46,16 +49,17 @@ def read_batches(
         report: is called for every image that cannot be read; unless it raises, the others follow.
 
     Yields:
-        The files that could be read, at least one, and [batch_size, height, width, 3] in
+        The files that could be read, at least one, and [batch_size, height, width, channels] in
         float32, whose rows beyond these files are 0.
     """
     batch_size = min(batch_size, len(files))
+    dct, channels = preprocessing.jpeg_dct, preprocessing.channels
 
     def read(file: str) -> np.ndarray | UserError:
         try:
             if os.path.isdir(file):
                 raise UserError(f"{file} holds no image")
-            with open_image(file, jpeg_dct=preprocessing.jpeg_dct) as image:
+            with open_image(file, jpeg_dct=dct, channels=channels) as image:
                 return preprocess(image, preprocessing)
         except UserError as error:
             return error

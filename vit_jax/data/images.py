@@ -13,11 +13,13 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Generator
+from typing import BinaryIO
 
 import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from vit_jax.data import array_images
 from vit_jax.data.protocols import Preprocessing, eval_box
 from vit_jax.data.resampling import resize_and_crop, sample_box
 from vit_jax.errors import UserError
@@ -41,7 +43,10 @@ MAX_SIDE = 2**20
 # What `open_image` holds at a time: the largest image, or one of 16 megapixels for every core.
 PIXELS_AT_A_TIME = max(MAX_PIXELS, 2**24 * (os.cpu_count() or 1))
 
-# What is converted to RGB at a time: PIL's copies would take 10 bytes a pixel of the whole.
+# The modes that PIL converts to, by their channels.
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+
+# What is converted at a time: PIL's copies would take 10 bytes a pixel of the whole.
 _TILE = 2**20
 
 # glibc gives memory back at once above 32 MiB. PIL's blocks have 16, which each thread would keep.
@@ -72,27 +77,32 @@ def read_image(
     jpeg_dct: str = "accurate",
     *,
     turn: bool = True,
+    channels: int = 3,
 ) -> np.ndarray:
-    """Returns an image as it is meant to be seen, uint8 [height, width, 3], RGB.
+    """Returns an image as it is meant to be seen, uint8 [height, width, channels], RGB of three.
 
     Gray becomes RGB, palettes and CMYK are converted, of 16 bits the high byte is kept, of an
     animation the first frame. Transparency is dropped and the color beneath it shown; in a GIF
-    there is none beneath, and black is shown.
+    there is none beneath, and black is shown. One channel is the luma of these colors (ITU-R 601).
+
+    Of another number of channels an image must have as many: gray with alpha or RGBA, the pages of
+    a TIFF of gray images, or an array.
 
     Args:
-        path: of a file in one of `FORMATS`, recognized by its content; only a name where `encoded`
-            is given.
+        path: of a file in one of `FORMATS`, recognized by its content, or of an array, see
+            `array_images`; only a name where `encoded` is given.
         encoded: the content, where it has been read already.
         jpeg_dct: one of `protocols.JPEG_DCTS`. JPEGs in CMYK, and damaged ones, are decoded with
             the accurate transform in either case.
         turn: whether the image is turned as its EXIF orientation says.
+        channels: of the result.
 
     Raises:
         UserError: there is no such file, it is no image of these formats, is damaged or truncated,
-            has more than `MAX_PIXELS` pixels, a side of more than `MAX_SIDE` or values of unknown
-            range (floats, 32-bit integers).
+            has more than `MAX_PIXELS` pixels, a side of more than `MAX_SIDE`, values of unknown
+            range (floats, 32-bit integers) or other channels.
     """
-    return _read(path, encoded, jpeg_dct, turn, lambda _: None)
+    return _read(path, encoded, jpeg_dct, turn, channels, lambda _: None)
 
 
 @contextlib.contextmanager
@@ -102,6 +112,7 @@ def open_image(
     jpeg_dct: str = "accurate",
     *,
     turn: bool = True,
+    channels: int = 3,
 ) -> Generator[np.ndarray]:
     """Yields what `read_image` returns; all threads together hold `PIXELS_AT_A_TIME` at most.
 
@@ -119,7 +130,7 @@ def open_image(
                 stack.enter_context(_room.taken(pixels))
                 admitted.append(pixels)
 
-        yield _read(path, encoded, jpeg_dct, turn, admit)
+        yield _read(path, encoded, jpeg_dct, turn, channels, admit)
 
 
 class _Room:
@@ -153,6 +164,7 @@ def _read(
     encoded: bytes | None,
     jpeg_dct: str,
     turn: bool,
+    channels: int,
     admit: Callable[[int], None],
 ) -> np.ndarray:
     """Reads as `read_image`; calls `admit` with the number of pixels before it decodes them."""
@@ -162,16 +174,21 @@ def _read(
     try:
         if encoded is None:
             with open(path, "rb") as file:
-                if file.read(len(_JPEG)) == _JPEG:
-                    file.seek(0)
+                start = file.read(len(array_images.MAGIC))
+                file.seek(0)
+                if start == array_images.MAGIC:
+                    return _read_array(file, path, channels, admit)
+                if start.startswith(_JPEG):
                     encoded = file.read()
-        if encoded is not None:
+        elif encoded.startswith(array_images.MAGIC):
+            return _read_array(io.BytesIO(encoded), path, channels, admit)
+        if encoded is not None and channels in (1, 3):
             pixels = _decode_jpeg(encoded, jpeg_dct, turn, admit)
             if pixels is not None:
-                return pixels
+                return pixels if channels == 3 else _luma(pixels)
         Image.preinit()
         with Image.open(path if encoded is None else io.BytesIO(encoded), formats=FORMATS) as image:
-            return _to_rgb(image, path, turn, admit)
+            return _to_pixels(image, path, turn, channels, admit)
     except UserError:
         raise
     except Image.DecompressionBombError as error:
@@ -191,10 +208,10 @@ def _read(
 
 
 def preprocess(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """Returns what evaluation sees of an image, float32 [height, width, 3].
+    """Returns what evaluation sees of an image, float32 [height, width, channels].
 
     Args:
-        image: uint8 [height, width, 3].
+        image: uint8 [height, width, channels].
         preprocessing: of the model.
     """
     if preprocessing.resize == "box":
@@ -209,9 +226,9 @@ def preprocess(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
         np.tile(np.array([255 * x for x in values], np.float32), width)
         for values in (preprocessing.mean, preprocessing.std)
     )
-    normalized = pixels.reshape(height, width * 3) - mean
+    normalized = pixels.reshape(height, -1) - mean
     normalized /= std
-    return normalized.reshape(height, width, 3)
+    return normalized.reshape(pixels.shape)
 
 
 def _decode_jpeg(
@@ -248,23 +265,122 @@ def _has_metadata(jpeg: bytes) -> bool:
     return True
 
 
-def _to_rgb(
-    image: Image.Image, path: str | os.PathLike[str], turn: bool, admit: Callable[[int], None]
+def _to_pixels(
+    image: Image.Image,
+    path: str | os.PathLike[str],
+    turn: bool,
+    channels: int,
+    admit: Callable[[int], None],
+) -> np.ndarray:
+    """The pixels of an image, or of all pages of a TIFF where these are its channels."""
+    if channels in (1, 3) or image.format != "TIFF" or not _has_page(image, 1):
+        return _page_to_pixels(image, path, turn, channels, admit)
+    if _has_page(image, channels):
+        raise UserError(f"{path} has more than {channels} pages, the channels: take some out")
+    pages = []
+    for page in range(channels):
+        if not _has_page(image, page):
+            raise _other_channels(path, page, channels)
+        if _bands(image) != 1:
+            raise UserError(f"{path} has pages that are not gray: save each channel as a gray one")
+        if not pages:
+            _check_values(image.height, image.width, channels, path)
+            admit(image.height * image.width * channels // 3)
+        pages.append(_page_to_pixels(image, path, turn, 1, lambda _: None))
+        if pages[-1].shape != pages[0].shape:
+            raise UserError(f"{path} has pages of several sizes: save them in one")
+    return np.concatenate(pages, axis=-1)
+
+
+def _has_page(image: Image.Image, page: int) -> bool:
+    """Goes to a page if it is there."""
+    try:
+        image.seek(page)
+    except EOFError:
+        return False
+    return True
+
+
+def _read_array(
+    file: BinaryIO, path: str | os.PathLike[str], channels: int, admit: Callable[[int], None]
+) -> np.ndarray:
+    def check(height: int, width: int, found: int) -> None:
+        _check_size(width, height, path)
+        _check_values(height, width, found, path)
+        if found != channels and (found, channels) not in ((1, 3), (3, 1)):
+            raise _other_channels(path, found, channels)
+        admit(height * width * found // 3)
+
+    pixels = array_images.read_array(file, path, check)
+    if pixels.shape[-1] == channels:
+        return pixels
+    return _luma(pixels) if channels == 1 else np.repeat(pixels, channels, axis=-1)
+
+
+def _bands(image: Image.Image) -> int:
+    """The channels of an image, before any is made of others."""
+    if image.mode in ("1", "L") or image.mode.startswith("I;16"):
+        return 1
+    if image.mode in ("LA", "La"):
+        return 2
+    is_transparent = image.mode == "P" and "transparency" in image.info
+    return 4 if is_transparent or image.mode in ("PA", "RGBA", "RGBa") else 3
+
+
+def check_channels(image: Image.Image, path: str | os.PathLike[str], channels: int) -> None:
+    """Checks that an image has so many channels; gray and RGB are made of any.
+
+    Raises:
+        UserError: it has others.
+    """
+    if channels not in (1, 3) and _bands(image) != channels:
+        raise _other_channels(path, _bands(image), channels)
+
+
+def convert(image: Image.Image, channels: int) -> np.ndarray:
+    """The pixels of an image of 8 bits, uint8 [height, width, channels], see `check_channels`."""
+    pixels = np.asarray(image.convert(_MODES[channels]))
+    return pixels.reshape(image.height, image.width, channels)
+
+
+def _other_channels(path: str | os.PathLike[str], found: int, channels: int) -> UserError:
+    return UserError(
+        f"{path} has {found} channel{'s' * (found != 1)}, and {channels} are wanted: give images "
+        f"of {channels}, or train with --config.dataset.channels={found}"
+    )
+
+
+def _luma(rgb: np.ndarray) -> np.ndarray:
+    """PIL's "L" of an image, uint8 [height, width, 1]: 0.299 R + 0.587 G + 0.114 B (ITU-R 601)."""
+    gray = np.empty((*rgb.shape[:2], 1), np.uint8)
+    for left, top, right, bottom in _tiles(rgb.shape[1], rgb.shape[0]):
+        tile = Image.fromarray(rgb[top:bottom, left:right])
+        gray[top:bottom, left:right, 0] = np.asarray(tile.convert("L"))
+    return gray
+
+
+def _page_to_pixels(
+    image: Image.Image,
+    path: str | os.PathLike[str],
+    turn: bool,
+    channels: int,
+    admit: Callable[[int], None],
 ) -> np.ndarray:
     _check_size(image.width, image.height, path)
     if image.mode in ("F", "I"):
         raise UserError(f"{path} has pixels of 32 bits, whose range is unknown: save it with 8")
+    check_channels(image, path, channels)
     admit(image.width * image.height)
     image.load()
     # Of TIFF and AVIF PIL turns some by itself as it loads, and then the tag is gone.
     orientation = _orientation(image) if turn else 1
     sides = (image.width, image.height) if orientation in (5, 6, 7, 8) else image.size[::-1]
-    pixels = np.empty((*sides, 3), np.uint8)
+    pixels = np.empty((*sides, channels), np.uint8)
     as_stored = _TURNS_BACK[orientation](pixels) if orientation in _TURNS else pixels
     for left, top, right, bottom in _tiles(*image.size):
         whole = (right - left, bottom - top) == image.size
         tile = image if whole else image.crop((left, top, right, bottom))
-        as_stored[top:bottom, left:right] = _tile_to_rgb(tile, image.format)
+        as_stored[top:bottom, left:right] = _tile_to_pixels(tile, image.format, channels)
     return pixels
 
 
@@ -278,6 +394,15 @@ def _check_size(width: int, height: int, path: str | os.PathLike[str]) -> None:
         )
 
 
+def _check_values(height: int, width: int, channels: int, path: str | os.PathLike[str]) -> None:
+    """Bounds what is held by an image of many channels to what one of three may take."""
+    if height * width * channels > 3 * MAX_PIXELS:
+        raise UserError(
+            f"{path} has {height * width * channels:,} values, and at most {3 * MAX_PIXELS:,} are "
+            "read: make it smaller"
+        )
+
+
 def _tiles(width: int, height: int) -> Generator[tuple[int, int, int, int]]:
     """Boxes of some `_TILE` pixels that cover an image: left, top, right, bottom."""
     columns = min(width, _TILE)
@@ -286,13 +411,14 @@ def _tiles(width: int, height: int) -> Generator[tuple[int, int, int, int]]:
         yield left, top, min(left + columns, width), min(top + rows, height)
 
 
-def _tile_to_rgb(tile: Image.Image, file_format: str | None) -> np.ndarray:
+def _tile_to_pixels(tile: Image.Image, file_format: str | None, channels: int) -> np.ndarray:
     if tile.mode.startswith("I;16"):
-        return np.repeat((np.asarray(tile) >> 8).astype(np.uint8)[..., None], 3, -1)
-    if file_format == "GIF" and "transparency" in tile.info:
+        return np.repeat((np.asarray(tile) >> 8).astype(np.uint8)[..., None], channels, -1)
+    if file_format == "GIF" and "transparency" in tile.info and channels != 4:
         rgba = np.asarray(tile.convert("RGBA"))
-        return np.where(rgba[..., 3:] > 0, rgba[..., :3], np.uint8(0))
-    return np.asarray(tile.convert("RGB"))
+        rgb = np.where(rgba[..., 3:] > 0, rgba[..., :3], np.uint8(0))
+        return rgb if channels == 3 else _luma(rgb)
+    return convert(tile, channels)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -28,7 +28,7 @@ from vit_jax.data.preprocess import eval_view, train_view
 from vit_jax.data.protocols import Preprocessing, evaluation
 from vit_jax.data.source import Example, Source
 from vit_jax.errors import UserError
-from vit_jax.image_size import ImageSize, sides
+from vit_jax.image_size import ImageSize
 
 Batch = dict[str, np.ndarray]
 
@@ -43,6 +43,7 @@ def train_batches(
     *,
     batch_size: int,
     image_size: ImageSize,
+    channels: int = 3,
     protocol: str,
     random_crop: bool,
     random_flip: bool,
@@ -66,6 +67,7 @@ def train_batches(
         batch_size: of the global batch. Process p owns the p-th of `process_count` equal runs of
             its rows, and reads no others.
         image_size: of them.
+        channels: of an image.
         protocol: one of `protocols.PROTOCOLS`.
         random_crop: crop as the protocol does in training, not as in evaluation.
         random_flip: mirror every other image.
@@ -81,7 +83,7 @@ def train_batches(
         process_count: of all processes.
 
     Returns:
-        Dicts of "image" (uint8 [rows, height, width, 3]) and "label" (int32 [rows], of
+        Dicts of "image" (uint8 [rows, height, width, channels]) and "label" (int32 [rows], of
         several labels an image float32 [rows, classes]), rows = batch_size / process_count.
 
     Raises:
@@ -89,10 +91,11 @@ def train_batches(
             an image is broken, with its name.
     """
     rows = _rows_per_process(batch_size, process_count)
-    evaluation(protocol, image_size, jpeg_dct)  # Checks all three.
+    evaluation(protocol, image_size, jpeg_dct, channels)  # Checks all.
     view = functools.partial(
         train_view,
         image_size=image_size,
+        channels=channels,
         protocol=protocol,
         jpeg_dct=jpeg_dct,
         random_crop=random_crop,
@@ -243,7 +246,7 @@ class _EvalImages:
         """A batch of no image."""
         label_shape = np.shape(self.source[0]["label"])
         return {
-            "image": np.zeros((0, *sides(self.preprocessing.image_size), 3), np.float32),
+            "image": np.zeros((0, *self.preprocessing.image_shape), np.float32),
             "label": np.zeros((0, *label_shape), self.label_dtype),
         }
 

@@ -18,7 +18,7 @@ from vit_jax.data.protocols import (
     whole_pixels,
 )
 from vit_jax.data.randaugment import randaugment
-from vit_jax.data.resampling import resize, resize_and_crop, resize_area, sample_box
+from vit_jax.data.resampling import by_channel, resize, resize_and_crop, resize_area, sample_box
 from vit_jax.image_size import ImageSize, sides
 
 _ASPECTS = (3 / 4, 4 / 3)  # of an inception crop, width / height
@@ -39,8 +39,9 @@ def train_view(
     magnitude: float = 0,
     contrast: str = "augreg",
     turn: bool = True,
+    channels: int = 3,
 ) -> np.ndarray:
-    """Returns one view of an image, uint8 [height, width, 3].
+    """Returns one view of an image, uint8 [height, width, channels].
 
     Each value is the nearest to the resampled one: it is off by half a gray level at most.
 
@@ -57,18 +58,19 @@ def train_view(
         magnitude: of RandAugment.
         contrast: of RandAugment, one of `augmentation.CONTRASTS`.
         turn: see `images.read_image`.
+        channels: likewise; only those of three are for RandAugment.
 
     Raises:
         UserError: the image cannot be decoded; it is called "the image" there.
     """
     resize_view = functools.partial(_random_crop, rng=rng) if random_crop else _eval_crop
-    with open_image("the image", encoded, jpeg_dct, turn=turn) as image:
+    with open_image("the image", encoded, jpeg_dct, turn=turn, channels=channels) as image:
         pixels = resize_view(image, protocol=protocol, size=image_size)
         del image  # Only the view is worked on from here on.
     # To the nearest, half to even; of what is bilinear nothing lies beyond 0 and 255.
-    view = cv2.convertScaleAbs(pixels) if pixels.dtype != np.uint8 else pixels
+    view = by_channel(cv2.convertScaleAbs, pixels) if pixels.dtype != np.uint8 else pixels
     if random_flip and rng.random() < 0.5:
-        view = cv2.flip(view, 1)
+        view = by_channel(lambda x: cv2.flip(x, 1), view)
     if num_operations:
         view = randaugment(
             view, rng, num_operations=num_operations, magnitude=magnitude, contrast=contrast
@@ -79,7 +81,7 @@ def train_view(
 def eval_view(
     encoded: bytes, preprocessing: Preprocessing, *, border: int = 0, turn: bool = True
 ) -> np.ndarray:
-    """Returns what evaluation sees of an image, float32 [height, width, 3].
+    """Returns what evaluation sees of an image, float32 [height, width, channels].
 
     Args:
         encoded: as in `train_view`.
@@ -90,7 +92,10 @@ def eval_view(
     Raises:
         UserError: as in `train_view`.
     """
-    with open_image("the image", encoded, preprocessing.jpeg_dct, turn=turn) as image:
+    channels = preprocessing.channels
+    with open_image(
+        "the image", encoded, preprocessing.jpeg_dct, turn=turn, channels=channels
+    ) as image:
         height, width = image.shape[:2]
         return preprocess(image[border : height - border, border : width - border], preprocessing)
 

@@ -66,6 +66,9 @@ JPEG_DCTS = ("accurate", "fast")
 # `MAX_IMAGE_SIZE`, of which 224/256 is usual.
 MAX_RESIZED = 12_000
 
+# Of hyperspectral cameras, twice as many as are usual.
+MAX_CHANNELS = 512
+
 RESIZES = ("box", "big_vision", "timm", "huggingface")
 INTERPOLATIONS = ("bilinear", "bicubic", "area")
 
@@ -101,8 +104,8 @@ class Preprocessing:
     center_crop: float | None = None
     interpolation: str = "bilinear"
     antialias: bool = False
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
     # Later additions: the defaults are what files written before them mean.
     resize: str = "box"
     squash: bool = False
@@ -132,15 +135,50 @@ class Preprocessing:
                 raise UserError(f"{name} {brief(getattr(self, name))} is none of {listed}")
         self._check_kernel()
         for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != 3 or not all(_is_number(x) and abs(x) <= 1e6 for x in values):
-                raise UserError(f"{name} {brief(values)} is not three numbers of at most 1e6")
+            if not all(_is_number(x) and abs(x) <= 1e6 for x in values):
+                raise UserError(f"{name} {brief(values)} is not numbers of at most 1e6")
+        if len(self.mean) != len(self.std) or not 1 <= len(self.mean) <= MAX_CHANNELS:
+            raise UserError(
+                f"mean {brief(self.mean)} and std {brief(self.std)} are not a number for each of "
+                f"1 to {MAX_CHANNELS} channels"
+            )
         if not min(self.std) >= 1e-6:  # An image has 256 levels, of which 1/255 is one.
             raise UserError(f"std {brief(self.std)} is not positive, of at least 1e-6")
 
+    @property
+    def channels(self) -> int:
+        """The channels of an image."""
+        return len(self.mean)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the model's input."""
+        return (*sides(self.image_size), self.channels)
+
+    def with_channels(self, channels: int) -> "Preprocessing":
+        """Returns the same of images of another number of channels.
+
+        Raises:
+            UserError: mean and std are not the same for all channels.
+        """
+        if channels == self.channels:
+            return self
+        if len(set(self.mean)) > 1 or len(set(self.std)) > 1:
+            raise UserError(
+                f"mean {brief(self.mean)} and std {brief(self.std)} are of {self.channels} "
+                f"channels, and the weights of {channels}: give {channels} numbers of each"
+            )
+        return dataclasses.replace(self, mean=self.mean[:1] * channels, std=self.std[:1] * channels)
+
     def to_pixels(self, inputs: np.ndarray) -> np.ndarray:
-        """Turns inputs of a model [..., 3] to pixels again, float32 in [0, 1]."""
+        """Turns inputs of a model [..., channels] to pixels again, float32 in [0, 1]."""
         mean, std = (np.array(x, np.float32) for x in (self.mean, self.std))
         return np.clip(inputs * std + mean, 0, 1)
+
+    def to_picture(self, inputs: np.ndarray) -> np.ndarray:
+        """Turns inputs of a model to what is shown, [..., 3] in [0, 1]: gray, or three channels."""
+        pixels = self.to_pixels(inputs)
+        return pixels[..., :3] if self.channels >= 3 else np.repeat(pixels[..., :1], 3, axis=-1)
 
     def _check_kernel(self):
         if (self.interpolation == "area") != (self.resize == "big_vision"):
@@ -157,7 +195,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def evaluation(protocol: str, image_size: ImageSize, jpeg_dct: str = "accurate") -> Preprocessing:
+def evaluation(
+    protocol: str, image_size: ImageSize, jpeg_dct: str = "accurate", channels: int = 3
+) -> Preprocessing:
     """Returns the preprocessing of a run's evaluation under one of `PROTOCOLS`.
 
     Raises:
@@ -165,7 +205,7 @@ def evaluation(protocol: str, image_size: ImageSize, jpeg_dct: str = "accurate")
     """
     if protocol not in PROTOCOLS:
         raise UserError(f"protocol {protocol!r} is none of {', '.join(PROTOCOLS)}")
-    view = Preprocessing(image_size, jpeg_dct=jpeg_dct)
+    view = Preprocessing(image_size, jpeg_dct=jpeg_dct).with_channels(channels)
     if protocol in _AREA_CROPS:
         return dataclasses.replace(
             view, center_crop=_AREA_CROPS[protocol], interpolation="area", resize="big_vision"

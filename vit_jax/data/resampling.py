@@ -55,13 +55,13 @@ def sample_box(
     interpolation: str = "bilinear",
     antialias: bool = False,
 ) -> np.ndarray:
-    """Samples a box with half-pixel centers, float32 [height, width, 3] of a size.
+    """Samples a box with half-pixel centers, float32 [height, width, channels] of a size.
 
     The weights are normalized where the kernel reaches beyond the image: TensorFlow's
     ScaleAndTranslate, and with `antialias` PIL's resize without its rounding.
 
     Args:
-        image: uint8 [height, width, 3].
+        image: uint8 [height, width, channels].
         box: lies in the image. Pixels of the image around it are read, too.
         size: of the output.
         interpolation: "bilinear" or "bicubic" (Keys, a = -0.5).
@@ -76,12 +76,27 @@ def sample_box(
     return _resample(image, rows, columns)
 
 
+def by_channel(function: Callable[[np.ndarray], np.ndarray], image: np.ndarray) -> np.ndarray:
+    """Applies what knows images of three channels to each channel of others.
+
+    OpenCV drops the axis of a single one and does not take any number, and PIL takes the last of
+    two or four for the transparency of the others.
+    """
+    if image.shape[-1] == 3:
+        return function(image)
+    channels = [function(image[..., channel]) for channel in range(image.shape[-1])]
+    return np.stack(channels, axis=-1)
+
+
 def resize_and_crop(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """Returns what evaluation sees by a rule of whole pixels, uint8 [height, width, 3].
+    """Returns what evaluation sees by a rule of whole pixels.
 
     Args:
-        image: uint8 [height, width, 3].
+        image: uint8 [height, width, channels].
         preprocessing: of the model; its resize is not box.
+
+    Returns:
+        uint8 [image_size, image_size, channels].
     """
     resized = whole_pixels(preprocessing, *image.shape[:2])
     if preprocessing.resize == "big_vision":
@@ -99,12 +114,12 @@ def resize_area(
     so the order matters.
 
     Args:
-        image: uint8 [height, width, 3].
+        image: uint8 [height, width, channels].
         resized: height and width to resize to, and top and left of the crop, in pixels.
         size: of the crop.
 
     Returns:
-        uint8 [height, width, 3] of that size.
+        uint8 [height, width, channels] of that size.
     """
     height, width, top, left = resized
     tall, wide = sides(size)
@@ -119,16 +134,18 @@ def resize_area(
 
 
 def resize(image: np.ndarray, size: ImageSize) -> np.ndarray:
-    """Resizes an image as `sample_box` does, in half the time, float32 [height, width, 3].
+    """Resizes an image as `sample_box` does, in half the time, float32 [height, width, channels].
 
     Args:
-        image: uint8 [height, width, 3].
+        image: uint8 [height, width, channels].
         size: of the output.
     """
     if max(image.shape) > _MAX_SIDE:
         return sample_box(image, (0, 0, *image.shape[:2]), size)
     wanted = sides(size)[::-1]
-    return cv2.resize(image.astype(np.float32), wanted, interpolation=cv2.INTER_LINEAR)
+    return by_channel(
+        lambda x: cv2.resize(x, wanted, interpolation=cv2.INTER_LINEAR), image.astype(np.float32)
+    )
 
 
 def _sample_with_opencv(image: np.ndarray, box: Box, size: ImageSize) -> np.ndarray:
@@ -138,8 +155,10 @@ def _sample_with_opencv(image: np.ndarray, box: Box, size: ImageSize) -> np.ndar
     window = image[top : math.ceil(y + height) + 1, left : math.ceil(x + width) + 1]
     # OpenCV's coordinates are 0 in the center of a pixel.
     x_of, y_of = np.meshgrid(columns - np.float32(0.5), rows - np.float32(0.5))
-    pixels = window.astype(np.float32)
-    return cv2.remap(pixels, x_of, y_of, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return by_channel(
+        lambda x: cv2.remap(x, x_of, y_of, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE),
+        window.astype(np.float32),
+    )
 
 
 def _centers(begin: float, extent: float, size: int, reach: float) -> tuple[int, np.ndarray]:
@@ -204,12 +223,13 @@ def _areas(length: int, resized: int, first: int, size: int) -> tuple[_Taps, np.
 
 
 def _resample(image: np.ndarray, rows: _Taps, columns: _Taps) -> np.ndarray:
-    """Sums over the columns, then over the rows, float32 [rows, columns, 3].
+    """Sums over the columns, then over the rows, float32 [rows, columns, channels].
 
     The products are added in the order of the taps, one after the other.
     """
-    output = np.empty((len(rows.source), len(columns.source), 3), np.float32)
-    for part in _parts(rows, 3 * len(columns.source)):
+    channels = image.shape[-1]
+    output = np.empty((len(rows.source), len(columns.source), channels), np.float32)
+    for part in _parts(rows, channels * len(columns.source)):
         used, source = np.unique(rows.source[part], return_inverse=True)
         between = _sum(image[_slice_of(used)], columns)
         output[part] = _sum(between, _Taps(source, rows.weights[part]))
@@ -217,20 +237,21 @@ def _resample(image: np.ndarray, rows: _Taps, columns: _Taps) -> np.ndarray:
 
 
 def _sum(pixels: np.ndarray, taps: _Taps) -> np.ndarray:
-    """Sums over the second axis of [width, length, 3], float32 [size, width, 3]."""
-    sums = np.empty((len(taps.source), 3 * len(pixels)), np.float32)
+    """Sums over the second axis of [width, length, channels], float32 [size, width, channels]."""
+    channels = pixels.shape[-1]
+    sums = np.empty((len(taps.source), channels * len(pixels)), np.float32)
     is_strip, first = pixels.size > _MAX_TURNED, 0
-    turned = pixels if is_strip else cv2.transpose(pixels)
-    for part in _parts(taps, 3 * len(pixels)):
+    turned = pixels if is_strip else by_channel(cv2.transpose, pixels)
+    for part in _parts(taps, channels * len(pixels)):
         used, source = np.unique(taps.source[part], return_inverse=True)
         if is_strip:
             first = used[0]
-            turned = cv2.transpose(pixels[:, first : used[-1] + 1])
+            turned = by_channel(cv2.transpose, pixels[:, first : used[-1] + 1])
         flat = turned.reshape(len(turned), -1)[_slice_of(used - first)]
         begins = np.arange(0, source.size + 1, source.shape[1])
         terms = (taps.weights[part].ravel(), source.ravel(), begins)
         sums[part] = csr_array(terms, (len(source), len(used))) @ flat.astype(np.float32)
-    return sums.reshape(len(sums), -1, 3)
+    return sums.reshape(len(sums), -1, channels)
 
 
 def _slice_of(indices: np.ndarray) -> np.ndarray | slice:
@@ -273,7 +294,9 @@ def _pil_resize(
     kernel: Image.Resampling,
     box: tuple[float, float, float, float] | None = None,
 ) -> np.ndarray:
+    def resized(pixels: np.ndarray) -> np.ndarray:
+        return np.asarray(Image.fromarray(pixels).resize(size, kernel, box))
+
     if image.size <= _MAX_COPY:
-        return np.asarray(Image.fromarray(image).resize(size, kernel, box))
-    channels = (Image.fromarray(image[..., channel]) for channel in range(3))
-    return np.dstack([np.asarray(channel.resize(size, kernel, box)) for channel in channels])
+        return by_channel(resized, image)
+    return np.dstack([resized(image[..., channel]) for channel in range(image.shape[-1])])

@@ -146,7 +146,7 @@ def _seen(source: "Source", index: int, preprocessing: Preprocessing) -> tuple[n
     """An image as the model sees it, in at most 192 pixels a side, and its name."""
     example = source[index]
     view = eval_view(example["image"], preprocessing, border=source.border, turn=source.turn)
-    image = Image.fromarray(np.uint8(np.rint(preprocessing.to_pixels(view) * 255)))
+    image = Image.fromarray(np.uint8(np.rint(preprocessing.to_picture(view) * 255)))
     image.thumbnail((_SIDE, _SIDE))
     return np.asarray(image), example["id"]
 

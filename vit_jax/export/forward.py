@@ -14,7 +14,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vit_jax import models
 from vit_jax.checkpoints.pretrained import Pretrained, abstract_params
 from vit_jax.errors import UserError
-from vit_jax.image_size import sides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Forward:
     Attributes:
         apply: (params, images) to the output; a pure function that JAX can trace.
         params: nested dicts of float32 arrays.
-        image_shape: (height, width, 3) of one image.
+        image_shape: (height, width, channels) of one image.
         image_dtype: "float32" for images that went through the preprocessing, "uint8" for pixels of
             images that were resized and cropped: then mean and std are in the function.
         output_name: "logits", "probabilities" or "features", the name of the output everywhere.
@@ -114,7 +113,7 @@ def make_forward(
     return Forward(
         apply=apply,
         params=params,
-        image_shape=(*sides(preprocessing.image_size), 3),
+        image_shape=preprocessing.image_shape,
         image_dtype="uint8" if include_preprocessing else "float32",
         output_name=outputs,
         num_layers=config.get("num_layers", 0),

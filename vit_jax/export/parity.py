@@ -32,7 +32,7 @@ class Reference:
     """The outputs of Flax for some images in float32.
 
     Attributes:
-        images: [n, height, width, 3], of the type of the model's input.
+        images: [n, height, width, channels], of the type of the model's input.
         outputs: float32 [n, outputs].
         labels: [n], the true classes, or None.
         data: where the images are from.
@@ -57,7 +57,7 @@ def read_images(
         number: how many images to read, at most.
 
     Returns:
-        float32 [n, height, width, 3], and labels [n] or None.
+        float32 [n, height, width, channels], and labels [n] or None.
 
     Raises:
         UserError: there are no images, or one is damaged.
@@ -67,7 +67,9 @@ def read_images(
     from vit_jax.data.images import open_image, preprocess
 
     def read(file: str) -> np.ndarray:
-        with open_image(file, jpeg_dct=preprocessing.jpeg_dct) as image:
+        with open_image(
+            file, jpeg_dct=preprocessing.jpeg_dct, channels=preprocessing.channels
+        ) as image:
             return preprocess(image, preprocessing)
 
     files = find_images([directory])
@@ -86,7 +88,7 @@ def read_dataset(
     """Reads images of a `vit_jax.data.datasets.Source`, evenly spread over it.
 
     Returns:
-        float32 [n, height, width, 3] and labels [n], n at most `number`.
+        float32 [n, height, width, channels] and labels [n], n at most `number`.
 
     Raises:
         UserError: an image is damaged.
@@ -104,10 +106,10 @@ def synthetic_images(number: int, preprocessing: Preprocessing) -> np.ndarray:
     """Colored blotches, as smooth as photographs are, the same each time.
 
     Returns:
-        float32 [number, height, width, 3] with the channel statistics of the model.
+        float32 [number, height, width, channels] with the channel statistics of the model.
     """
     generator = np.random.default_rng(0)
-    coarse = generator.uniform(size=(number, 8, 8, 3))
+    coarse = generator.uniform(size=(number, 8, 8, preprocessing.channels))
     rows, columns = (
         np.maximum(0, 1 - np.abs(np.linspace(0, 7, side)[:, None] - np.arange(8)))  # Linear.
         for side in sides(preprocessing.image_size)

@@ -160,10 +160,12 @@ class AxialResNetConfig(resnet.StagesConfig):
         layers = RESNETS.get(f"R{match[1]}") if match else None
         return layers and {"resnet_layers": layers, "group_norm_epsilon": 1e-4}
 
-    def multiply_adds(self, image_size: ImageSize) -> int:
+    def multiply_adds(self, image_size: ImageSize, channels: int = 3) -> int:
         """The multiply-adds of the feature map and the head."""
-        features, _, channels = resnet.multiply_adds(self.resnet_layers, image_size, mix=_attention)
-        return features + channels * self.num_classes
+        features, _, width = resnet.multiply_adds(
+            self.resnet_layers, image_size, channels, mix=_attention
+        )
+        return features + width * self.num_classes
 
     @classmethod
     def infer(cls, arrays: Arrays) -> dict[str, Any]:

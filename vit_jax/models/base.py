@@ -107,6 +107,7 @@ class ModelConfig:
     - root: what the names of all its parameters begin with.
     - head: the name of the classifier, which has a kernel and a bias.
     - formats: those of `checkpoints.layouts` that have a place for its parameters.
+    - stem: the name of the kernel that is applied to the image.
     - embeds_pixels: whether `embedding` is a linear map of the image.
     - has_patch_embeddings: whether masked patch prediction can corrupt it.
     - resizers: by the last part of a parameter's name, how it is fitted to another image size.
@@ -125,6 +126,7 @@ class ModelConfig:
     root: ClassVar[str] = ""
     head: ClassVar[str] = "head"
     formats: ClassVar[tuple[str, ...]] = ("official",)
+    stem: ClassVar[str] = "conv_root/kernel"
     embeds_pixels: ClassVar[bool] = False
     has_patch_embeddings: ClassVar[bool] = False
     resizers: ClassVar[Mapping[str, "Resizer"]] = {}
@@ -163,9 +165,15 @@ class ModelConfig:
         """The module."""
         raise NotImplementedError
 
-    def multiply_adds(self, image_size: ImageSize) -> int:
+    def multiply_adds(self, image_size: ImageSize, channels: int = 3) -> int:
         """Multiply-adds of an image's forward pass, see `analysis.flops.multiply_adds`."""
         raise NotImplementedError
+
+    @classmethod
+    def channels(cls, arrays: Arrays) -> int:
+        """The channels of the images that weights of this family are for; 3 without a stem."""
+        kernel = arrays.get(cls.stem)
+        return kernel.shape[2] if kernel is not None and kernel.ndim == 4 else 3
 
     def image_size(self, arrays: Arrays) -> ImageSize:
         """The size of the images that weights of this model are for, 0 where they do not tell."""

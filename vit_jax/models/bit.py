@@ -49,6 +49,7 @@ class BiTConfig(resnet.StagesConfig):
     noun = "ResNet"
     names = f"DEPTHxWIDTH with DEPTH one of {', '.join(RESNETS)}, for example R50x1"
     landmark = _ROOT
+    stem = _ROOT
     root = "resnet/"
     head = "resnet/head/conv2d"
 
@@ -68,16 +69,17 @@ class BiTConfig(resnet.StagesConfig):
         layers = {"resnet_layers": RESNETS[match[1]], "width_factor": int(match[2])}
         return {**layers, "group_norm_epsilon": 1e-5}
 
-    def multiply_adds(self, image_size: ImageSize) -> int:
+    def multiply_adds(self, image_size: ImageSize, channels: int = 3) -> int:
         """The multiply-adds of the feature map and the head."""
-        features, _, channels = resnet.multiply_adds(
+        features, _, width = resnet.multiply_adds(
             self.resnet_layers,
             image_size,
+            channels,
             root_width=ROOT_WIDTH * self.width_factor,
             same=False,
             mix=functools.partial(resnet.convolution, same=False),
         )
-        return features + channels * self.num_classes
+        return features + width * self.num_classes
 
     @classmethod
     def infer(cls, arrays: Arrays) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class HybridConfig(ViTConfig, resnet.StagesConfig):
     """
 
     names = ", ".join(f"{stem}+ViT-SIZE/{suffix}" for stem, suffix in STEMS)
+    stem = "conv_root/kernel"
     embeds_pixels = False
 
     resnet_layers: tuple[int, ...] = option((3, 4, 6, 3), check=resnet.units_per_stage)
@@ -49,9 +50,9 @@ class HybridConfig(ViTConfig, resnet.StagesConfig):
         """The module."""
         return HybridVisionTransformer(self)
 
-    def stem_multiply_adds(self, image_size: ImageSize) -> tuple[int, Grid, int]:
+    def stem_multiply_adds(self, image_size: ImageSize, channels: int) -> tuple[int, Grid, int]:
         """The multiply-adds of the ResNet, and its output's sides and channels."""
-        return resnet.multiply_adds(self.resnet_layers, image_size)
+        return resnet.multiply_adds(self.resnet_layers, image_size, channels)
 
     @classmethod
     def parse(cls, name: str) -> dict[str, Any] | None:

@@ -327,6 +327,7 @@ def convolution(grid: Grid, features: int, stride: int, same: bool = True) -> tu
 def multiply_adds(
     layers: Sequence[int],
     image_size: ImageSize,
+    channels: int = 3,
     *,
     root_width: int = ROOT_WIDTH,
     same: bool = True,
@@ -337,12 +338,13 @@ def multiply_adds(
     Args:
         layers: units of each stage.
         image_size: of the image.
+        channels: of the image.
         root_width: channels of the root.
         same: the root's padding, see `convolve`.
         mix: of the units.
     """
     taps, grid = convolve(sides(image_size), 7, 2, same)
-    total = taps * 3 * root_width
+    total = taps * channels * root_width
     grid, channels = (-(-grid[0] // 2), -(-grid[1] // 2)), root_width
     for s, num_units in enumerate(layers):
         features = root_width * 2**s

@@ -81,6 +81,7 @@ class ViTConfig(EncoderConfig):
     )
     landmark = "embedding/kernel"
     formats = ("official", "timm", "huggingface")
+    stem = "embedding/kernel"
     embeds_pixels = True
     has_patch_embeddings = True
     resizers = RESIZERS
@@ -150,9 +151,9 @@ class ViTConfig(EncoderConfig):
             "num_heads": hidden_size // HEAD_SIZE,
         }
 
-    def multiply_adds(self, image_size: ImageSize) -> int:
+    def multiply_adds(self, image_size: ImageSize, channels: int = 3) -> int:
         """The multiply-adds of the patch embedding, the layers and the head."""
-        stem, (height, width), channels = self.stem_multiply_adds(image_size)
+        stem, (height, width), channels = self.stem_multiply_adds(image_size, channels)
         grid = height // self.patch_size, width // self.patch_size
         patches = math.prod(grid)
         embedding = patches * channels * self.patch_size**2 * self.hidden_size
@@ -170,9 +171,9 @@ class ViTConfig(EncoderConfig):
         mlp = self._mlp_products * width * self.mlp_dim
         return keys_and_values + 2 * width * width + mlp + 2 * patches * width
 
-    def stem_multiply_adds(self, image_size: ImageSize) -> tuple[int, Grid, int]:
+    def stem_multiply_adds(self, image_size: ImageSize, channels: int) -> tuple[int, Grid, int]:
         """The stem's multiply-adds, and the sides and channels that patches are cut from."""
-        return 0, sides(image_size), 3
+        return 0, sides(image_size), channels
 
     def layer_multiply_adds(self, grid: Grid) -> int:
         """The multiply-adds of a layer for a grid of patches."""

@@ -408,6 +408,7 @@ def _dataset(name: str) -> dict[str, Any]:
         "holdout": 0.2,
         "broken": "refuse",  # files that should be images and are not, or "skip" them
         "image_size": config_dict.FieldReference(0, field_type=ImageSize),
+        "channels": 3,
         "protocol": "",
         # Of decoding JPEG: accurate, as PIL, or fast, TensorFlow's default, which Google's
         # checkpoints saw. They are about a gray level apart.

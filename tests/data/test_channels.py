@@ -1,0 +1,145 @@
+"""Images of one, four and other numbers of channels, against PIL and channel by channel."""
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_jax.data import images
+from vit_jax.data.headers import measure
+from vit_jax.data.image_files import find_images
+from vit_jax.data.images import preprocess, read_image
+from vit_jax.data.preprocess import eval_view, train_view
+from vit_jax.data.protocols import PROTOCOLS, Preprocessing, evaluation
+from vit_jax.errors import UserError
+
+
+def noise(*shape, dtype=np.uint8):
+    return np.random.default_rng(sum(shape)).integers(0, np.iinfo(dtype).max, shape, dtype)
+
+
+def saved(image, file_format, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def array(pixels):
+    buffer = io.BytesIO()
+    np.save(buffer, pixels, allow_pickle=True)
+    return buffer.getvalue()
+
+
+def pages(pixels):
+    gray = [Image.fromarray(np.ascontiguousarray(channel)) for channel in np.rollaxis(pixels, -1)]
+    return saved(gray[0], "TIFF", save_all=True, append_images=gray[1:])
+
+
+GRAY, RGB, RGBA, FIVE = (noise(20, 24, channels) for channels in (1, 3, 4, 5))
+DEEP = noise(20, 24, dtype=np.uint16)
+LUMA = np.asarray(Image.fromarray(RGB).convert("L"))[..., None]
+JPEG = saved(Image.fromarray(RGB), "JPEG")
+
+
+@pytest.mark.parametrize(
+    "encoded, expected",
+    [
+        (saved(Image.fromarray(GRAY[..., 0]), "PNG"), GRAY),
+        (saved(Image.fromarray(DEEP), "PNG"), DEEP[..., None] >> 8),
+        (saved(Image.fromarray(DEEP), "TIFF"), DEEP[..., None] >> 8),
+        (saved(Image.fromarray(RGB), "PNG"), LUMA),
+        (saved(Image.fromarray(np.dstack([RGB, GRAY])), "PNG"), LUMA),
+        (JPEG, np.asarray(Image.open(io.BytesIO(JPEG)).convert("L"))[..., None]),
+        (array(RGB), LUMA),
+        (array(GRAY), GRAY),
+        (array(DEEP[..., None]), DEEP[..., None] >> 8),
+        (pages(FIVE), FIVE[..., :1]),
+        (saved(Image.fromarray(noise(20, 24, 2)), "PNG"), noise(20, 24, 2)),
+        (saved(Image.fromarray(RGBA), "PNG"), RGBA),
+        (pages(RGBA), RGBA),
+        (array(FIVE), FIVE),
+        (array(np.asfortranarray(FIVE.astype(">u2") * 256 + 3)), FIVE),
+        (pages(FIVE), FIVE),
+        (pages(np.dstack([DEEP, DEEP // 2])), np.dstack([DEEP, DEEP // 2]) >> 8),
+    ],
+)
+def test_an_image_is_read_as_so_many_channels(encoded, expected):
+    found = read_image("x", encoded, channels=expected.shape[-1])
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_gray_of_large_images_is_converted_in_tiles(monkeypatch):
+    monkeypatch.setattr(images, "_TILE", 24 * 7)
+    np.testing.assert_array_equal(read_image("x", array(RGB), channels=1), LUMA)
+
+
+@pytest.mark.parametrize(
+    "encoded, channels, message",
+    [
+        (JPEG, 4, "x has 3 channels, and 4 are wanted: give images of 4, or train with --conf"),
+        (saved(Image.fromarray(GRAY[..., 0]), "JPEG"), 2, "x has 1 channel, and 2 are wanted"),
+        (saved(Image.fromarray(RGBA), "PNG"), 5, "x has 4 channels, and 5 are wanted"),
+        (array(FIVE), 3, "x has 5 channels, and 3 are wanted"),
+        (pages(FIVE), 6, "x has 5 channels, and 6 are wanted"),
+        (pages(FIVE), 4, "x has more than 4 pages"),
+        (saved(Image.fromarray(RGB), "TIFF", save_all=True, append_images=[Image.fromarray(RGB)]),
+         2, "x has pages that are not gray"),
+        (array(np.zeros((4, 4, 1))), 1, "x holds float64 .4, 4, 1.: an image is an array of uint8"),
+        (array(np.zeros((4, 4), np.uint8)), 1, "x holds uint8 .4, 4.: an image is an array"),
+        (array(np.full((4, 4, 1), print, object)), 1, "x holds object"),
+        (array(FIVE)[:200], 5, "x is damaged .72 of 2,400 bytes are there"),
+        (array(GRAY).replace(b"(20, 24, 1)", b"(9**9, 9,1)"), 1, "x is damaged"),
+        (array(GRAY).replace(b"20, 24, 1), }   ", b"90000,90000,1),}"), 1, "more than 178,956,970"),
+    ],
+)  # fmt: skip
+def test_what_has_other_channels_or_is_no_image_is_refused(encoded, channels, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read_image("x", encoded, channels=channels)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_array_is_an_image_by_its_header(tmp_path):
+    for name, pixels in {"a": FIVE, "b": np.zeros((4, 4)), "c": np.zeros(9, np.uint8)}.items():
+        (tmp_path / f"{name}.npy").write_bytes(array(pixels))
+    sizes = [measure(path) for path in sorted(tmp_path.iterdir())]
+    assert sizes == [len(array(FIVE)), None, None]
+    assert len(find_images([str(tmp_path)])) == 3  # The others are told of as they are read.
+
+
+VIEWS = [evaluation(protocol, 8) for protocol in PROTOCOLS]
+VIEWS += [Preprocessing(8, 0.8, antialias=True, resize="timm", interpolation="bicubic")]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 5])
+def test_each_channel_is_seen_as_one_of_an_rgb_image(channels):
+    pixels = noise(40, 31, channels)
+    options = {"image_size": 8, "random_crop": True, "random_flip": True}
+
+    def views(pixels):
+        encoded, channels = array(pixels), pixels.shape[-1]
+        for protocol in PROTOCOLS:
+            rng = np.random.default_rng(3)
+            yield train_view(encoded, rng, protocol=protocol, channels=channels, **options)
+        for view in VIEWS:
+            yield eval_view(encoded, view.with_channels(channels))
+
+    seen = [views(np.repeat(pixels[..., [c]], 3, -1)) for c in range(channels)]
+    for whole, *each in zip(views(pixels), *seen, strict=True):
+        assert whole.shape == (8, 8, channels)
+        np.testing.assert_array_equal(whole, np.dstack([x[..., 0] for x in each]))
+
+
+def test_each_channel_has_its_own_statistics():
+    view = Preprocessing(20, mean=(0.1, 0.2, 0.3, 0.4), std=(0.5, 0.6, 0.7, 0.8))
+    pixels = noise(20, 20, 4)
+    expected = (pixels / 255 - np.array(view.mean)) / np.array(view.std)
+    np.testing.assert_allclose(preprocess(pixels, view), expected, atol=1e-5)
+    np.testing.assert_allclose(view.to_picture(expected), pixels[..., :3] / 255, atol=1e-5)
+    with pytest.raises(UserError, match="are of 4 channels, and the weights of 2"):
+        view.with_channels(2)
+    gray = dataclasses.replace(view, mean=(0.1,), std=(0.5,))
+    shown = gray.to_picture((pixels[..., :1] / 255 - 0.1) / 0.5)
+    np.testing.assert_allclose(shown, np.repeat(pixels[..., :1] / 255, 3, -1), atol=1e-5)
