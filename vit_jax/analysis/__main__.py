@@ -119,8 +119,7 @@ def _check(name: str, pretrained: "Pretrained") -> None:
     if name == "filters":
         embeddings.rgb_filters(pretrained.params)
         return
-    side = pretrained.preprocessing.image_size
-    images = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
+    images = jax.ShapeDtypeStruct((1, *pretrained.preprocessing.image_shape), np.float32)
     begin = intermediates.position_embedding if name == "positions" else intermediates.layer_tokens
     jax.eval_shape(partial(begin, create_model(pretrained.model)), pretrained.params, images)
 
