@@ -12,12 +12,14 @@ from PIL import Image
 import vit_jax
 from vit_jax import initialization, train
 from vit_jax.analysis import embeddings
+from vit_jax.checkpoints.heads import replace_head
 from vit_jax.checkpoints.pretrained import load_pretrained
 from vit_jax.config import check_config
 from vit_jax.data import digits
 from vit_jax.errors import UserError
 from vit_jax.export.forward import make_forward
 from vit_jax.models import create_model, describe, model_config
+from vit_jax.teacher import load_teacher
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,9 @@ def test_a_run_on_gray_images_sees_them_as_they_are(gray_config, workdir, capsys
     forward = make_forward(vit.pretrained)
     assert forward.image_shape == (8, 8, 1)
     assert json.loads(forward.metadata["preprocessing"])["mean"] == [0.5]
+    head = np.ones((16, 3), np.float32)
+    probed = replace_head(vit.pretrained, head, np.zeros(3, np.float32), ("a", "b", "c"))
+    np.testing.assert_array_equal(probed.params["head"]["kernel"], head)
     with pytest.raises(UserError, match="trained with 1: set --config.dataset.channels=1"):
         initialization.read_weights(
             gray_config(**{"init_from": str(workdir), "dataset.channels": 4})
@@ -115,6 +120,12 @@ def test_only_the_first_product_depends_on_the_channels(name):
     assert three - one == 2 * (four - three) > 0
     if name == "ViT-Ti/16":
         assert four - three == 14**2 * 16**2 * 192
+
+
+def test_a_teacher_sees_images_of_the_same_channels(rgb):
+    options = {"class_names": [], "image_size": 8, "dtype": "float32", "kind": "hard", "mesh": None}
+    with pytest.raises(UserError, match="is for images of 3 channels and dataset.channels is 1"):
+        load_teacher(str(rgb), channels=1, **options)
 
 
 def test_a_folder_of_other_channels_is_refused_before_anything_is_computed(tiny_config, tmp_path):

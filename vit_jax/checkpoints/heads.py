@@ -23,7 +23,8 @@ def replace_head(
         class_names: by column of the kernel.
     """
     model = {**pretrained.model, "num_classes": len(class_names)}
-    shapes = abstract_params(model, pretrained.preprocessing.image_size)
+    view = pretrained.preprocessing
+    shapes = abstract_params(model, view.image_size, view.channels)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     params, report = transfer(zeros, pretrained.params)
     flat = flatten_dict(params, sep="/")
