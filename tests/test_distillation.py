@@ -1,6 +1,7 @@
 """Distillation, against Eqs. 2 and 3 of DeiT in PyTorch and NumPy, and through a run."""
 
 import dataclasses
+import functools
 import re
 from types import SimpleNamespace
 
@@ -83,7 +84,7 @@ class TwoHeads:
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_distillation_head_learns_from_the_teacher_and_the_other_from_labels(parts):
     images, labels = NOISE.normal(size=(4, 3)).astype(np.float32), np.array([0, 1, 1, 0])
-    params = {name: jnp.asarray(NOISE.normal(size=(3, 2)), jnp.float32)
+    params = {name: np.float32(NOISE.normal(size=(3, 2)))
               for name in ("head", "head_dist", "teacher")}  # fmt: skip
     known = params.pop("teacher")
     objective = steps.classification(
@@ -93,11 +94,12 @@ def test_the_distillation_head_learns_from_the_teacher_and_the_other_from_labels
            "mu_dtype": "float32", "clip_norm": 0.0}  # fmt: skip
     optimizer = create_optimizer(sgd, lambda count: 1.0)
     state = create_state(params, optimizer, seed=0, average=False)
-    batch = {"image": jnp.asarray(images), "label": jnp.asarray(labels)}
-    after, metrics = steps.train_step(
-        state, batch, objective=objective, optimizer=optimizer, accumulate_steps=parts,
+    batch = {"image": images, "label": labels}
+    step = functools.partial(
+        steps.train_step, objective=objective, optimizer=optimizer, accumulate_steps=parts,
         teacher=lambda images: images @ known,
     )  # fmt: skip
+    after, metrics = jax.jit(step)(state, batch)
 
     def step(weights, share, targets):
         """One of softmax regression in NumPy."""
@@ -113,7 +115,7 @@ def test_the_distillation_head_learns_from_the_teacher_and_the_other_from_labels
     right = np.argmax(images @ np.asarray(params["head"]), -1) == labels
     assert float(metrics["accuracy"]) == right.mean()
     # Evaluated is what both say, of the labels alone.
-    found = objective(params, batch, train=False)
+    found = jax.jit(functools.partial(objective, train=False))(params, batch)
     mean = images @ (np.asarray(params["head"]) + np.asarray(params["head_dist"])) / 2
     np.testing.assert_allclose(found["loss"], -log_softmax(mean)[np.arange(4), labels], rtol=1e-4)
 
@@ -141,9 +143,9 @@ def test_a_teacher_sees_its_own_normalization_and_tells_the_classes_by_their_nam
     pixels = np.random.default_rng(2).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
     images = (pixels / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     module = create_model(pretrained.model)
-    logits = module.apply({"params": pretrained.params}, jnp.asarray(images, jnp.float32))
+    logits = np.asarray(jax.jit(module.apply)({"params": pretrained.params}, np.float32(images)))
     np.testing.assert_allclose(
-        found.logits(found.params, jnp.asarray(pixels)), logits[:, np.array([2, 0])],
+        jax.jit(found.logits)(found.params, pixels), logits[:, [2, 0]],
         rtol=1e-4, atol=1e-4,
     )  # fmt: skip
 
@@ -231,7 +233,7 @@ def test_a_run_learns_from_a_teacher_that_is_in_no_checkpoint(tiny_config, tmp_p
     batch = next(train_batches(prepared, 0))
     pretrained = load_pretrained(finished)
     images = np.float32(batch["image"] / 127.5 - 1)
-    logits = create_model(pretrained.model).apply({"params": pretrained.params}, images)
+    logits = jax.jit(create_model(pretrained.model).apply)({"params": pretrained.params}, images)
     known = log_softmax(np.asarray(logits, np.float64) / 3)
     # The student begins with a head of zeros: it holds all ten classes for equally probable.
     divergence = 9 * (np.exp(known) * (known + np.log(10))).sum(-1).mean()

@@ -11,7 +11,7 @@ import scipy.special
 from sklearn import metrics
 from sklearn.datasets import load_digits
 
-from vit_jax import evaluate
+from vit_jax import command, evaluate
 from vit_jax.checkpoints.model_info import info_path
 from vit_jax.checkpoints.pretrained import Pretrained, abstract_params
 from vit_jax.checkpoints.save import save_pretrained
@@ -83,6 +83,11 @@ def run_main(*arguments):
     return evaluate.main(arguments)
 
 
+def logits_of(pretrained, images):
+    apply = jax.jit(create_model(pretrained.model).apply)
+    return np.asarray(apply({"params": pretrained.params}, images))
+
+
 def digits_test_set():
     """The images as the model is fed them and their labels, straight from scikit-learn."""
     digits = load_digits()
@@ -93,20 +98,21 @@ def digits_test_set():
     return np.repeat(images[..., None], 3, -1).astype(np.float32), digits.target[test]
 
 
-@pytest.mark.parametrize(("devices", "batch_size"), [(1, 50), (8, 50)])
+@pytest.mark.parametrize("devices", [1, 8])
 def test_the_command_counts_exactly_on_any_number_of_devices(
-    checkpoint, data_dir, tmp_path, run, devices, batch_size
+    checkpoint, data_dir, tmp_path, run, capsys, devices
 ):
     files = {name: tmp_path / name for name in ("result.json", "confusion.npz")}
-    code, output = run(
-        [sys.executable, "-m", "vit_jax.evaluate", "--checkpoint", checkpoint.source]
-        + ["--dataset", "digits", "--data_dir", data_dir, "--batch_size", str(batch_size)]
-        + ["--json", str(files["result.json"]), "--confusion", str(files["confusion.npz"])],
-        devices,
-    )
+    arguments = ["--checkpoint", checkpoint.source, "--dataset", "digits", "--data_dir", data_dir]
+    arguments += ["--batch_size", "50", "--json", str(files["result.json"])]
+    arguments += ["--confusion", str(files["confusion.npz"])]
+    if devices == 1:
+        code, output = run_main(*arguments), "".join(capsys.readouterr())
+    else:
+        code, output = run([sys.executable, "-m", "vit_jax.evaluate", *arguments], devices)
     assert code == 0, output
     images, labels = digits_test_set()
-    logits = create_model(checkpoint.model).apply({"params": checkpoint.params}, images)
+    logits = logits_of(checkpoint, images)
     predicted = np.asarray(logits).argmax(1)
     result = json.loads(files["result.json"].read_text())
     assert result["examples"] == 355
@@ -220,7 +226,7 @@ def test_class_names_in_another_order_are_matched_by_name(data_dir, tmp_path, ca
     path = str(tmp_path / "other.npz")
     pretrained = save_random(path, names)
     images, digits = digits_test_set()
-    logits = create_model(pretrained.model).apply({"params": pretrained.params}, images)
+    logits = logits_of(pretrained, images)
     predicted = np.asarray(logits).argmax(1)
     arguments = ["--checkpoint", path, "--dataset", "digits", "--data_dir", data_dir]
     arguments += ["--json", str(tmp_path / "result.json")]
@@ -262,7 +268,7 @@ def test_a_folder_of_some_classes_and_nothing_to_train_on_is_matched_by_name(
     arguments = ["--checkpoint", path, "--dataset", f"folder:{tmp_path / 'data'}"]
     run_main(*arguments, "--json", str(tmp_path / "result.json"), "--per_class")
     assert "matched by name: 3 of the checkpoint's 10" in capsys.readouterr().out
-    logits = create_model(pretrained.model).apply({"params": pretrained.params}, images[chosen])
+    logits = logits_of(pretrained, images[chosen])
     hits = np.asarray(logits).argmax(1) == digits[chosen]
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["accuracy"], result["examples"]) == (np.mean(hits), chosen.sum())
@@ -372,14 +378,13 @@ def save_for_objectnet(path, pixels):
     pretrained = save_random(path, None, num_classes=1000)
     path.unlink()
     info_path(path).unlink()
-    model = create_model(pretrained.model)
     bias = np.zeros(1000, np.float32)
     bias[[*range(4), *(i for several in OBJECTNET.values() for i in several)]] = 20
     pretrained.params["head"]["bias"] = bias
     names = [name for name in pixels if name[0] in OBJECTNET]
     images = np.stack([pixels[name] for name in names]).astype(np.float32)
     save_pretrained(pretrained, str(path), "official")
-    return names, np.asarray(model.apply({"params": pretrained.params}, images))
+    return names, logits_of(pretrained, images)
 
 
 def test_objectnet_counts_every_class_that_it_stands_for(objectnet_folder, tmp_path, capsys):
@@ -419,11 +424,12 @@ def test_objectnet_needs_imagenets_classes_in_their_order(objectnet_folder, chec
             run_main("--checkpoint", str(other), *dataset, flag)
 
 
-def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path):
-    code, output = run(
-        [sys.executable, "-m", "vit_jax.evaluate", "--checkpoint", str(tmp_path / "no.npz")]
-        + ["--dataset", f"folder:{tmp_path}"]
-    )
-    assert code == 2
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    flags = ["--checkpoint", str(tmp_path / "no.npz"), "--dataset", f"folder:{tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *flags])
+    with pytest.raises(SystemExit) as end:
+        command.run(evaluate.main)
+    assert end.value.code == 2
+    output = "".join(capsys.readouterr())
     assert output.startswith("error: ") and output.count("\n") == 1
     assert "holds no classes: make one directory per class in it" in output

@@ -14,7 +14,7 @@ from PIL import Image
 import vit_jax
 from vit_jax.analysis.attention import rollout
 from vit_jax.analysis.intermediates import attention_weights
-from vit_jax.checkpoints.pretrained import load_pretrained
+from vit_jax.checkpoints.pretrained import abstract_params, load_pretrained
 from vit_jax.data.images import preprocess, read_image
 from vit_jax.errors import UserError
 from vit_jax.models import create_model
@@ -35,10 +35,9 @@ MODEL = {
 def path(tmp_path_factory):
     """An official .npz, every parameter random."""
     rng = np.random.default_rng(0)
-    shapes = create_model(MODEL).init(jax.random.key(0), np.zeros((1, SIZE, SIZE, 3)))
     flat = {
         name: rng.normal(0, 0.5, x.shape).astype(np.float32)
-        for name, x in flatten_dict(shapes["params"], sep="/").items()
+        for name, x in flatten_dict(abstract_params(MODEL, SIZE), sep="/").items()
     }
     path = tmp_path_factory.mktemp("weights") / "tiny.npz"
     np.savez(path, **flat)
@@ -76,7 +75,7 @@ def by_hand(path, pixels, **overrides):
 
 def test_logits_are_those_of_the_model_by_hand(vit, path, pixels):
     images, model, params = by_hand(path, pixels)
-    expected = model.apply({"params": params}, images)
+    expected = jax.jit(model.apply)({"params": params}, images)
     logits = vit.logits(pixels)
     assert (logits.shape, logits.dtype) == ((9, 7), np.float32)
     np.testing.assert_allclose(logits, expected, atol=1e-5)

@@ -2,29 +2,24 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from vit_jax import train
+from vit_jax import longer, train
 from vit_jax.errors import UserError
 
 from .runs import read_arrays, read_metrics, train_until
 
 RSQRT = {"schedule.decay": "rsqrt", "schedule.timescale": "3 steps"}
-EXACT = {
-    "rsqrt": RSQRT,
-    "constant": {"schedule.decay": "linear", "schedule.end_lr": 1e-2},
-    "staircase before its first drop": {"schedule.decay": "staircase", "schedule.drops": (0.999,)},
-}
 
 
-@pytest.mark.parametrize("schedule", EXACT.values(), ids=EXACT)
 def test_a_finished_run_goes_on_as_if_it_had_been_longer_from_the_start(
-    schedule, tiny_config, tmp_path, capsys
+    tiny_config, tmp_path, capsys
 ):
     # An end that is a multiple of all intervals leaves no line that the whole run has not.
-    common = {"checkpoint_every": "4 steps", **schedule}
+    common = {"checkpoint_every": "4 steps", **RSQRT}
     train.train(tiny_config(duration="8 steps", **common), tmp_path / "whole")
     train.train(tiny_config(duration="4 steps", **common), tmp_path / "grown")
     assert json.loads((tmp_path / "grown/metrics.json").read_text())["step"] == 4
@@ -41,6 +36,34 @@ def test_a_finished_run_goes_on_as_if_it_had_been_longer_from_the_start(
         assert (tmp_path / "whole" / name).read_text() == (tmp_path / "grown" / name).read_text()
 
 
+@pytest.fixture
+def after_six_steps(tiny_config, finished):
+    """Tells whether a run of another schedule, that has done its six steps, may have 60."""
+
+    def is_longer(**schedule):
+        prepared = SimpleNamespace(
+            config=tiny_config(duration="60 steps", **schedule),
+            workdir=finished,
+            total_steps=60,
+            train_source=SimpleNamespace(num_examples=1442),
+        )
+        return longer.is_longer(prepared, "6 steps", {})
+
+    return is_longer
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"schedule.decay": "linear", "schedule.end_lr": 1e-2},
+        {"schedule.decay": "staircase", "schedule.drops": (0.999,)},
+    ],
+    ids=["constant", "staircase before its first drop"],
+)
+def test_where_the_rates_would_have_been_the_same_a_run_is_made_longer(schedule, after_six_steps):
+    assert after_six_steps(**schedule)
+
+
 TOO_LATE = {
     # 6 steps, of which 2 are the warm-up; the rate of step 2 is base_lr in any run.
     "cosine": ({"schedule.decay": "cosine"}, 3),
@@ -51,19 +74,19 @@ TOO_LATE = {
 
 
 @pytest.mark.parametrize(("schedule", "step"), TOO_LATE.values(), ids=TOO_LATE)
-def test_a_run_whose_past_would_have_been_another_is_left_as_it_is(
-    schedule, step, tiny_config, tmp_path
-):
-    run = tmp_path / "run"
-    train.train(tiny_config(**schedule), run)
-    before = {path: path.read_bytes() for path in run.glob("*.json*")}
-    longer = tiny_config(duration="60 steps", **schedule)
+def test_a_run_whose_past_would_have_been_another_is_refused(schedule, step, after_six_steps):
     with pytest.raises(
         UserError, match=rf"another after step {step};.*--config.init_from="
     ) as error:
-        train.train(longer, run)
+        after_six_steps(**schedule)
     assert "is at step 6 of 6" in str(error.value)
-    assert {path: path.read_bytes() for path in run.glob("*.json*")} == before
+
+
+def test_a_run_that_cannot_be_made_longer_is_left_as_it_is(tiny_config, finished):
+    before = {path: path.read_bytes() for path in finished.glob("*.json*")}
+    with pytest.raises(UserError, match="is at step 6 of 6: .* another after step 3;"):
+        train.train(tiny_config(duration="60 steps"), finished)
+    assert {path: path.read_bytes() for path in finished.glob("*.json*")} == before
 
 
 def test_a_run_that_patience_ended_is_not_made_longer(tiny_config, tmp_path):

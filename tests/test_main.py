@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from vit_jax import main, train
+from vit_jax import command, main, train
 from vit_jax.checkpoints.pretrained import abstract_params
 from vit_jax.config_files import default_workdir
 from vit_jax.models import model_config
@@ -19,6 +19,19 @@ from . import prepared
 
 MAIN = [sys.executable, "-m", "vit_jax.main"]
 B16 = "configs/b16.py"
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """Runs the command in this process; returns its exit code and what it printed."""
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["main", *flags])
+        with pytest.raises(SystemExit) as end:
+            command.run(main.main)
+        return end.value.code, "".join(capsys.readouterr())
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -43,8 +56,8 @@ B16 = "configs/b16.py"
         (["--config", B16, "--num_processes=2"], "go together: give all three"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path, flags, message):
-    code, output = run([*MAIN, "--workdir", str(tmp_path / "run"), *flags])
+def test_a_mistake_is_one_line_and_exit_code_2(run_main, tmp_path, flags, message):
+    code, output = run_main("--workdir", str(tmp_path / "run"), *flags)
     assert code == 2
     assert output.startswith("error: ")
     assert message in output
@@ -52,37 +65,40 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path, flags, message):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--config.batch_size=-3"], "config.batch_size is -3: it must be at least 1"),
-        (["--config.duration=12 epchs"], "config.duration: duration '12 epchs' is not understood"),
-        (["--config.log_every=1 minute"], "config.log_every: duration '1 minute' is not under"),
-        (["--config.duration=20 steps"], "schedule.warmup is 500 steps but the run has 20"),
-        (
-            ["--config.duration=2 epochs", "--config.schedule.warmup=2.5 epochs"],
-            "schedule.warmup is 2.5 epochs but the run has 2",
-        ),
-        (["--config.init_from=/nowhere/a.npz"], "/nowhere/a.npz does not exist: give a run's"),
-        ([], "config.init_from must be given"),
-        (["--config.duration=20 steps", "--print_config"], "is 500 steps but the run has 20"),
-    ],
-)
-def test_a_mistake_that_needs_no_data_is_told_before_tensorflow_is_imported(
-    tmp_path, flags, message
-):
-    flags = ["--config", f"{B16}:finetune,cifar10", "--workdir", str(tmp_path / "run"), *flags]
-    if not any("init_from" in flag for flag in flags) and flags[4:]:
-        flags += [f"--config.init_from={tmp_path}"]
+NEED_NO_DATA = [
+    (["--config.batch_size=-3"], "config.batch_size is -3: it must be at least 1"),
+    (["--config.duration=12 epchs"], "config.duration: duration '12 epchs' is not understood"),
+    (["--config.log_every=1 minute"], "config.log_every: duration '1 minute' is not under"),
+    (["--config.duration=20 steps"], "schedule.warmup is 500 steps but the run has 20"),
+    (
+        ["--config.duration=2 epochs", "--config.schedule.warmup=2.5 epochs"],
+        "schedule.warmup is 2.5 epochs but the run has 2",
+    ),
+    (["--config.init_from=/nowhere/a.npz"], "/nowhere/a.npz does not exist: give a run's"),
+    ([], "config.init_from must be given"),
+    (["--config.duration=20 steps", "--print_config"], "is 500 steps but the run has 20"),
+]
+
+
+def test_mistakes_that_need_no_data_are_told_before_tensorflow_is_imported(tmp_path):
+    begin = ["--config", f"{B16}:finetune,cifar10", "--workdir", str(tmp_path / "run")]
+    commands = [[*begin, *flags] for flags, _ in NEED_NO_DATA]
+    for command_line, (flags, _) in zip(commands, NEED_NO_DATA, strict=True):
+        if flags and not any("init_from" in flag for flag in flags):
+            command_line.append(f"--config.init_from={tmp_path}")
     code = (
-        "import sys; from vit_jax import main\n"
-        f"try: main.main({flags!r})\n"
-        "except ValueError as error: print(error)\n"
-        "sys.exit('tensorflow' in sys.modules)"
+        "import json, sys; from vit_jax import main\n"
+        "for flags in json.load(sys.stdin):\n"
+        "    try: main.main(flags)\n"
+        "    except ValueError as error: print(error)\n"
+        "    if 'tensorflow' in sys.modules: sys.exit(f'{flags} import it')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 1)
-    assert message in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=json.dumps(commands), capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    for line, (_, message) in zip(done.stdout.splitlines(), NEED_NO_DATA, strict=True):
+        assert message in line
     assert not (tmp_path / "run").exists()
 
 
@@ -91,7 +107,7 @@ def test_a_config_is_shown_without_the_weights_that_it_asks_for(capsys):
     assert re.search(r"^config.init_from = 'REQUIRED'", capsys.readouterr().out, re.M)
 
 
-def test_a_number_that_the_weights_would_give_is_given_by_a_flag(run, tmp_path):
+def test_a_number_that_the_weights_would_give_is_given_by_a_flag(run_main, tmp_path):
     model = {"architecture": "vit", "num_classes": 0, **model_config("ViT-Ti/16"), "num_layers": 1}
     params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), abstract_params(model, 32))
     np.savez(tmp_path / "a.npz", **flatten_dict(params, sep="/"))
@@ -103,11 +119,11 @@ def test_a_number_that_the_weights_would_give_is_given_by_a_flag(run, tmp_path):
     ]
     flags += [f"--config.init_from={tmp_path / 'a.npz'}", "--config.model.num_layers=1"]
     flags += [f"--config.dataset.data_dir={tmp_path}", "--config.model.layer_norm_epsilon=1e-5"]
-    code, output = run([*MAIN, *flags])
+    code, output = run_main(*flags)
     *_, error = output.splitlines()
     assert code == 2
     assert error.startswith("error: model.layer_norm_epsilon is 1e-05 but ")
-    code, output = run([*MAIN, *flags, "--config.model.layer_norm_epsilon=1e-6"])
+    code, output = run_main(*flags, "--config.model.layer_norm_epsilon=1e-6")
     *_, taken, error = output.splitlines()
     assert taken.endswith(
         "has it: classifier token, gelu tanh, position_embedding learned, position_placement stem"
@@ -127,13 +143,14 @@ def test_without_imagenet_it_says_where_it_looked_and_what_to_do(run, tmp_path):
     assert "Traceback" not in output
 
 
-def test_b16_takes_two_real_steps_at_a_reduced_width(tmp_path):
+def test_b16_takes_two_real_steps_at_a_reduced_size(tmp_path):
     real = get_config("ViT-B/16")
     real.update_from_flattened_dict(
         {
             "batch_size": 8,
             "duration": "2 steps",
             "schedule.warmup": "1 step",
+            "model.num_layers": 2,
             "model.hidden_size": 48,
             "model.mlp_dim": 96,
             "model.representation_size": 48,

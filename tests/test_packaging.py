@@ -172,7 +172,7 @@ def checkpoint(tmp_path):
     """An official .npz of a ViT for images of 8 pixels."""
     model = {"architecture": "vit", "patch_size": 4, "hidden_size": 8, "num_layers": 1}
     model = create_model({**model, "mlp_dim": 8, "num_heads": 2, "num_classes": 3})
-    params = model.init(jax.random.key(0), np.zeros((1, 8, 8, 3)))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8, 8, 3)))["params"]
     # It begins with zeros, which predict refuses.
     params["head"]["kernel"] = np.arange(24, dtype=np.float32).reshape(8, 3)
     path = tmp_path / "tiny.npz"

@@ -83,7 +83,7 @@ def test_masks_are_those_of_the_attention_to_all_images_at_once(tiny_config, tmp
     weights = attention_weights(prepared.model, params, images)
     expected = to_mask(on_patches(rollout(weights), (2, 2)), (8, 8))
     np.testing.assert_allclose(masks, expected, atol=1e-5)
-    expected = prepared.model.apply({"params": params}, images)
+    expected = jax.jit(prepared.model.apply)({"params": params}, images)
     np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -218,9 +220,12 @@ MODEL = create_model(
 )  # fmt: skip
 
 
-def fresh(seed=0, average=True):
+def initial(seed, average=True):
     optimizer = create_optimizer(ADAM, lambda count: 1.0)
     return init_train_state(MODEL, optimizer, seed=seed, image_size=8, average=average)
+
+
+fresh = jax.jit(initial)
 
 
 def test_the_seed_decides_parameters_and_randomness():
@@ -234,14 +239,16 @@ def test_the_seed_decides_parameters_and_randomness():
 
 
 def test_a_fresh_state_is_at_step_0_and_its_key_is_not_that_of_the_parameters():
-    state = fresh()
+    state = fresh(0)
     assert (state.step.dtype, int(state.step)) == (jnp.int32, 0)
-    drawn = MODEL.init(state.rng, jnp.zeros((1, 8, 8, 3)))["params"]
+    drawn = jax.jit(MODEL.init)(state.rng, np.zeros((1, 8, 8, 3)))["params"]
     assert not np.allclose(drawn["embedding"]["kernel"], state.params["embedding"]["kernel"])
 
 
 def test_the_average_is_evaluated_where_there_is_one():
-    with_average, without = fresh(), fresh(average=False)
+    with_average, without = (
+        jax.eval_shape(functools.partial(initial, 0, average)) for average in (True, False)
+    )
     assert without.eval_params is without.params
     assert with_average.eval_params is with_average.ema_params
 
@@ -256,7 +263,7 @@ def aligned(shape, value):
 
 
 def test_parameters_that_are_given_are_in_the_average_too_and_own_their_memory():
-    host = jax.tree.map(lambda x: aligned(x.shape, 2.0), fresh().params)
+    host = jax.tree.map(lambda x: aligned(x.shape, 2.0), jax.eval_shape(initial, 0).params)
     optimizer = create_optimizer(ADAM, lambda count: 1.0)
     create = jax.jit(lambda params: create_state(params, optimizer, seed=0, average=True))
     state = jax.block_until_ready(create(jax.tree.map(jax.device_put, host)))

@@ -9,7 +9,7 @@ from sklearn.utils.class_weight import compute_sample_weight
 from vit_jax.errors import UserError
 from vit_jax.mixing import mixup
 from vit_jax.models import create_model, masked
-from vit_jax.state import TrainState, create_optimizer, init_train_state
+from vit_jax.state import create_optimizer, create_state, init_train_state
 from vit_jax.steps import (
     classification,
     classification_loss,
@@ -19,32 +19,70 @@ from vit_jax.steps import (
     train_step,
 )
 
-TINY = {"architecture": "vit", "patch_size": 4, "hidden_size": 16, "num_layers": 2, "mlp_dim": 32,
+TINY = {"architecture": "vit", "patch_size": 4, "hidden_size": 16, "num_layers": 1, "mlp_dim": 32,
         "num_heads": 2, "num_classes": 3}  # fmt: skip
 SGD = {"name": "sgd", "momentum": 0.9, "weight_decay": 0.0, "decay": "all",
        "mu_dtype": "float32", "clip_norm": 1.0}  # fmt: skip
+NOISE = np.random.default_rng(0)
 BATCH = {
-    "image": jax.random.uniform(jax.random.key(0), (8, 8, 8, 3), minval=-1.0),
+    "image": jnp.asarray(NOISE.uniform(-1, 1, (8, 8, 8, 3)), jnp.float32),
     "label": jnp.array([0, 1, 2, 0, 1, 2, 0, 1]),
 }
+OPTIMIZER = create_optimizer(SGD, lambda count: 0.1)
+WIDTHS = {"hidden": (8 * 8 * 3, 16), "head": (16, 3)}
+PARAMS = {name: np.float32(NOISE.normal(size=shape) * 0.2) for name, shape in WIDTHS.items()}
 
 
-def setup(model_options=None, average=False, smoothing=0.0, mixup_alpha=0.0, **options):
-    model = create_model(TINY, **(model_options or {}))
-    optimizer = create_optimizer(SGD, lambda count: 0.1)
-    state = init_train_state(model, optimizer, seed=0, image_size=8, average=average)
-    # A zero head hides the gradients of all that is below it.
-    state.params["head"]["kernel"] = jax.random.normal(jax.random.key(1), (16, 3)) * 0.1
-    objective = classification(model, "softmax", smoothing)
+class Perceptron:
+    """Stands for a model that takes longer to compile: a hidden layer, dropout, and logits."""
+
+    def __init__(self, dropout_rate=0.0):
+        self.dropout_rate = dropout_rate
+
+    def apply(self, variables, images, *, train, rngs):
+        hidden = jnp.tanh(images.reshape(len(images), -1) @ variables["params"]["hidden"])
+        if train and self.dropout_rate:
+            kept = jax.random.bernoulli(rngs["dropout"], 1 - self.dropout_rate, hidden.shape)
+            hidden = jnp.where(kept, hidden / (1 - self.dropout_rate), 0)
+        return hidden @ variables["params"]["head"]
+
+
+# Of the images of BATCH.
+PLAIN_LOGITS = (
+    np.tanh(np.asarray(BATCH["image"]).reshape(8, -1) @ PARAMS["hidden"]) @ PARAMS["head"]
+)
+
+
+@functools.cache
+def setup(dropout_rate=0.0, average=False, mixup_alpha=0.0, accumulate_steps=1):
+    """A state, which no test changes, and its step, compiled once for all of them."""
+    state = create_state(PARAMS, OPTIMIZER, seed=0, average=average)
+    objective = classification(Perceptron(dropout_rate), "softmax")
     mix = functools.partial(mixup, alpha=mixup_alpha, num_classes=3) if mixup_alpha else None
-    step = functools.partial(train_step, objective=objective, optimizer=optimizer, mix=mix)
-    return model, state, jax.jit(functools.partial(step, **options))
+    step = functools.partial(train_step, objective=objective, optimizer=OPTIMIZER, mix=mix)
+    options = {"accumulate_steps": accumulate_steps, "ema_decay": 0.9 if average else 0.0}
+    return state, jax.jit(functools.partial(step, **options))
+
+
+def evaluate(params, batch, objective):
+    return jax.jit(functools.partial(eval_step, objective=objective))(params, batch)
+
+
+def log_softmax(logits):
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
 def largest_difference(a, b):
-    return max(
-        float(jnp.max(jnp.abs(x - y))) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
-    )
+    pairs = zip(*map(jax.tree.leaves, (a, b)), strict=True)
+    return max(float(np.max(np.abs(np.asarray(x) - np.asarray(y)))) for x, y in pairs)
+
+
+def follow(params, loss, *arguments):
+    """The loss, the norm of its gradients, and the parameters after a step of clipped SGD."""
+    value, grads = jax.device_get(jax.jit(jax.value_and_grad(loss))(params, *arguments))
+    norm = np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(grads)))
+    params = jax.device_get(params)
+    return value, norm, jax.tree.map(lambda p, g: p - 0.1 * g / max(norm, 1.0), params, grads)
 
 
 LOGITS = np.array([[2.0, -1.0, 0.5], [0.1, 0.2, -3.0]])
@@ -57,8 +95,7 @@ def smoothed(smoothing):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_softmax_loss(smoothing):
-    log_p = LOGITS - np.log(np.exp(LOGITS).sum(-1, keepdims=True))
-    expected = -(smoothed(smoothing) * log_p).sum(-1)
+    expected = -(smoothed(smoothing) * log_softmax(LOGITS)).sum(-1)
     loss = classification_loss(jnp.array(LOGITS), jnp.array(LABELS), "softmax", smoothing)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
@@ -77,16 +114,21 @@ def test_an_unknown_loss_is_refused():
 
 
 def test_a_step_follows_the_gradient_of_the_batch():
-    model, state, step = setup()
+    model = create_model(TINY)
+    init = functools.partial(init_train_state, model, OPTIMIZER, seed=0, image_size=8)
+    state = jax.jit(functools.partial(init, average=False))()
+    # Zeros hide the gradients of all that is below them.
+    state.params["head"]["kernel"] = jnp.asarray(PARAMS["head"])
+    step = functools.partial(
+        train_step, objective=classification(model, "softmax"), optimizer=OPTIMIZER
+    )
 
     def loss(params):
         logits = model.apply({"params": params}, BATCH["image"])
         return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(8), BATCH["label"]])
 
-    value, grads = jax.value_and_grad(loss)(state.params)
-    norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))
-    expected = jax.tree.map(lambda p, g: p - 0.1 * g / jnp.maximum(norm, 1.0), state.params, grads)
-    after, metrics = step(state, BATCH)
+    value, norm, expected = follow(state.params, loss)
+    after, metrics = jax.jit(step)(state, BATCH)
     assert largest_difference(after.params, expected) < 1e-6
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
@@ -95,8 +137,8 @@ def test_a_step_follows_the_gradient_of_the_batch():
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
 def test_accumulated_gradients_equal_the_large_batch(parts):
-    _, state, step = setup()
-    _, _, accumulated = setup(accumulate_steps=parts)
+    state, step = setup()
+    _, accumulated = setup(accumulate_steps=parts)
     whole, metrics = step(state, BATCH)
     split, split_metrics = accumulated(state, BATCH)
     assert largest_difference(whole.params, split.params) < 1e-6
@@ -105,23 +147,23 @@ def test_accumulated_gradients_equal_the_large_batch(parts):
         np.testing.assert_allclose(split_metrics[key], value, rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_every_step_and_every_part_draws_its_own_dropout():
-    _, state, step = setup({"dropout_rate": 0.5}, accumulate_steps=2)
-    same = {"image": BATCH["image"][:1].repeat(8, 0), "label": jnp.zeros(8, jnp.int32)}
+    state, step = setup(dropout_rate=0.5, accumulate_steps=2)
+    image = np.asarray(BATCH["image"])[:1]
+    same = {"image": image.repeat(8, 0), "label": np.zeros(8, np.int32)}
     first, _ = step(state, same)
     later, _ = step(state.replace(step=state.step + 1), same)
     again, _ = step(state, same)
     assert largest_difference(first.params, again.params) == 0
     assert largest_difference(first.params, later.params) > 0
-    _, _, one_part = setup({"dropout_rate": 0.5})
+    _, one_part = setup(dropout_rate=0.5)
     # Were both parts to draw the same mask, two parts of four rows would be one of four.
     half, _ = one_part(state, jax.tree.map(lambda x: x[:4], same))
     assert largest_difference(first.params, half.params) > 0
     # Were all parts to draw the same mask, the number of parts of one row each would not matter.
     losses = []
     for parts in (2, 4):
-        _, _, step = setup({"dropout_rate": 0.5}, accumulate_steps=parts)
+        _, step = setup(dropout_rate=0.5, accumulate_steps=parts)
         _, metrics = step(state, jax.tree.map(lambda x, parts=parts: x[:parts], same))
         losses.append(float(metrics["loss"]))
     assert abs(losses[0] - losses[1]) > 1e-3
@@ -131,69 +173,63 @@ def test_parts_are_interleaved_so_that_each_device_has_rows_of_every_part():
     def objective(params, batch, *_, **__):
         return {"loss": params["w"] * jnp.max(batch["label"]) * jnp.ones(len(batch["label"]))}
 
-    optimizer = create_optimizer(SGD, lambda count: 0.1)
-    params = {"w": jnp.ones(())}
-    state = TrainState(
-        step=jnp.int32(0),
-        params=params,
-        opt_state=optimizer.init(params),
-        ema_params=None,
-        rng=jax.random.key(0),
-    )
-    batch = {"image": BATCH["image"], "label": jnp.arange(8)}
-    options = {"objective": objective, "optimizer": optimizer, "accumulate_steps": 2}
-    _, metrics = train_step(state, batch, **options)
+    state = create_state({"w": np.float32(1)}, OPTIMIZER, seed=0, average=False)
+    batch = {"image": BATCH["image"], "label": np.arange(8)}
+    options = {"objective": objective, "optimizer": OPTIMIZER, "accumulate_steps": 2}
+    _, metrics = jax.jit(functools.partial(train_step, **options))(state, batch)
     # The largest of 0, 2, 4, 6 and of 1, 3, 5, 7; of 0 to 3 and of 4 to 7 it would be 5.
     assert float(metrics["loss"]) == 6.5
 
 
 def test_polyak_average():
-    _, state, step = setup(average=True, ema_decay=0.9)
-    state = state.replace(ema_params=jax.tree.map(jnp.copy, state.params))
-    expected = state.params
+    state, step = setup(average=True)
+    expected = jax.device_get(state.params)
     for _ in range(3):
         state, _ = step(state, BATCH)
-        expected = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, expected, state.params)
+        params = jax.device_get(state.params)
+        expected = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, expected, params)
     assert largest_difference(state.ema_params, expected) < 1e-6
     assert largest_difference(state.ema_params, state.params) > 1e-3
 
 
+WHOLE = BATCH | {"mask": np.ones(8, np.float32)}
+
+
 def test_padding_counts_for_nothing_in_evaluation():
-    model, state, _ = setup()
-    objective = classification(model, "softmax")
-    sums = eval_step(state.params, BATCH | {"mask": jnp.ones(8)}, objective=objective)
+    objective = classification(Perceptron(), "softmax")
+    sums = evaluate(PARAMS, WHOLE, objective)
     padded = {
-        "image": jnp.concatenate([BATCH["image"], jnp.full((4, 8, 8, 3), jnp.nan)]),
-        "label": jnp.concatenate([BATCH["label"], jnp.zeros(4, jnp.int32)]),
-        "mask": jnp.array([1.0] * 8 + [0.0] * 4),
+        "image": np.concatenate([BATCH["image"], np.full((4, 8, 8, 3), np.nan, np.float32)]),
+        "label": np.concatenate([BATCH["label"], np.zeros(4, np.int32)]),
+        "mask": np.float32([1] * 8 + [0] * 4),
     }
-    padded_sums = eval_step(state.params, padded, objective=objective)
-    logits = model.apply({"params": state.params}, BATCH["image"])
+    padded_sums = evaluate(PARAMS, padded, objective)
     assert int(sums["count"]) == int(padded_sums["count"]) == 8
-    assert int(padded_sums["correct"]) == np.sum(np.argmax(logits, -1) == BATCH["label"])
+    correct = np.argmax(PLAIN_LOGITS, -1) == BATCH["label"]
+    assert int(padded_sums["correct"]) == np.sum(correct)
     np.testing.assert_allclose(padded_sums["loss"], sums["loss"], rtol=1e-6)
 
 
 def test_evaluation_drops_nothing():
-    model, state, _ = setup({"dropout_rate": 0.5, "stochastic_depth": 0.5})
-    objective = classification(model, "softmax")
-    sums = eval_step(state.params, BATCH | {"mask": jnp.ones(8)}, objective=objective)
-    plain = create_model(TINY)
-    log_p = jax.nn.log_softmax(plain.apply({"params": state.params}, BATCH["image"]))
-    expected = -log_p[jnp.arange(8), BATCH["label"]].sum()
+    # Of two layers: the first one's stochastic depth is 0.
+    plain = create_model(TINY, num_layers=2)
+    dropping = create_model(TINY, num_layers=2, dropout_rate=0.5, stochastic_depth=0.5)
+    params = jax.jit(plain.init)(jax.random.key(0), BATCH["image"])["params"]
+    params["head"]["kernel"] = PARAMS["head"]
+    sums = evaluate(params, WHOLE, classification(dropping, "softmax"))
+    logits = jax.jit(plain.apply)({"params": params}, BATCH["image"])
+    expected = -log_softmax(np.asarray(logits))[np.arange(8), BATCH["label"]].sum()
     np.testing.assert_allclose(sums["loss"], expected, rtol=1e-5)
 
 
 def test_labels_are_smoothed_in_training_only():
-    model, state, step = setup(smoothing=0.3)
-    logits = model.apply({"params": state.params}, BATCH["image"])
-    log_p = np.asarray(jax.nn.log_softmax(logits))
-    targets = np.eye(3)[BATCH["label"]]
-    _, metrics = step(state, BATCH)
-    expected = -((0.7 * targets + 0.1) * log_p).sum(-1).mean()
-    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
-    objective = classification(model, "softmax", label_smoothing=0.3)
-    sums = eval_step(state.params, BATCH | {"mask": jnp.ones(8)}, objective=objective)
+    objective = classification(Perceptron(), "softmax", label_smoothing=0.3)
+    options = {"train": True, "rng": jax.random.key(0)}
+    found = jax.jit(functools.partial(objective, **options))(PARAMS, BATCH)
+    log_p, targets = log_softmax(PLAIN_LOGITS), np.eye(3)[BATCH["label"]]
+    expected = -((0.7 * targets + 0.1) * log_p).sum(-1)
+    np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
+    sums = evaluate(PARAMS, WHOLE, objective)
     np.testing.assert_allclose(sums["loss"], -(targets * log_p).sum(), rtol=1e-5)
 
 
@@ -212,15 +248,27 @@ class FixedPredictions:
         return jnp.take_along_axis(self.predictions, corruption.chosen[..., None], axis=1)
 
 
+def corrupted(model):
+    """Scores as `masked_patches` of a rate of 0.5 in one program, which returns its corruption."""
+    objective = masked_patches(model, 0.5, "mean_color")
+
+    def scored(images, rng):
+        batch = BATCH | {"image": images}
+        return objective({}, batch, train=rng is not None, rng=rng), model.corruption
+
+    return jax.jit(scored)
+
+
 def test_the_loss_of_masked_patches_is_of_the_corrupted_ones_only():
     model = FixedPredictions()
-    objective = masked_patches(model, 0.5, "mean_color")
-    found = objective({}, BATCH, train=True, rng=jax.random.key(5))
+    scored, key = corrupted(model), jax.random.key(5)
+    found, corruption = scored(BATCH["image"], key)
     assert model.train and set(model.rngs) == {"dropout"}
-    chosen = np.asarray(model.corruption.chosen)
+    chosen = np.asarray(corruption.chosen)
     assert chosen.shape == (8, 2)  # Half of 2 x 2 patches.
-    colors = np.asarray(masked.mean_color(BATCH["image"], 4))[..., 0]
-    log_p = np.asarray(jax.nn.log_softmax(model.predictions))
+    mean_color = jax.jit(masked.mean_color, static_argnums=1)
+    colors = np.asarray(mean_color(BATCH["image"], 4))[..., 0]
+    log_p = log_softmax(np.asarray(model.predictions))
     expected = [[-log_p[i, j, colors[i, j]] for j in row] for i, row in enumerate(chosen)]
     np.testing.assert_allclose(found["loss"], np.mean(expected, axis=1), rtol=1e-5)
 
@@ -230,21 +278,19 @@ def test_the_loss_of_masked_patches_is_of_the_corrupted_ones_only():
         for i, j in enumerate(patches):
             row, column = divmod(int(j), 2)
             images[i, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 1
-        batch = BATCH | {"image": jnp.array(images)}
-        return objective({}, batch, train=True, rng=jax.random.key(5))["loss"]
+        return scored(images, key)[0]["loss"]
 
     others = [next(j for j in range(4) if j not in row) for row in chosen]
     np.testing.assert_array_equal(brightened(others), found["loss"])
-    assert np.all(brightened(chosen[:, 0]) != found["loss"])
+    assert np.all(brightened(chosen[:, 0]) != np.asarray(found["loss"]))
 
 
 def test_training_draws_another_corruption_each_time_and_evaluation_always_the_same():
     model = FixedPredictions()
-    objective = masked_patches(model, 0.5, "mean_color")
+    scored = corrupted(model)
 
     def drawn(rng):
-        objective({}, BATCH, train=rng is not None, rng=rng)
-        return np.asarray(model.corruption.masked)
+        return np.asarray(scored(BATCH["image"], rng)[1].masked)
 
     assert not np.array_equal(drawn(jax.random.key(1)), drawn(jax.random.key(2)))
     np.testing.assert_array_equal(drawn(jax.random.key(1)), drawn(jax.random.key(1)))
@@ -253,22 +299,42 @@ def test_training_draws_another_corruption_each_time_and_evaluation_always_the_s
     assert len(np.unique(drawn(None), axis=0)) > 1  # Images are not corrupted alike.
 
 
+class PatchPredictor:
+    """Stands for a model of masked patches: its predictions are a product with each patch."""
+
+    downsampling = 4
+
+    def apply(self, variables, images, corruption, *, train, rngs):
+        del train, rngs
+        patches = images.reshape(-1, 2, 4, 2, 4, 3).swapaxes(2, 3).reshape(-1, 4, 48)
+        predictions = patches @ variables["params"]
+        return jnp.take_along_axis(predictions, corruption.chosen[..., None], axis=1)
+
+
+def draw_patch_predictor(target):
+    shape = (48, masked.num_outputs(target, 4))
+    kernel = np.random.default_rng(1).normal(size=shape) * 0.1
+    return np.float32(kernel), masked_patches(PatchPredictor(), 0.5, target)
+
+
 @pytest.mark.parametrize("target", ["mean_color", "pixels"])
 def test_padding_counts_for_nothing_in_the_evaluation_of_masked_patches(target):
-    model = masked.predictor(create_model({**TINY, "num_classes": 0}), target)
-    params = model.init(jax.random.key(0), BATCH["image"])["params"]
-    kernel = params["patch_head"]["kernel"]
-    params["patch_head"]["kernel"] = jax.random.normal(jax.random.key(1), kernel.shape)
-    objective = masked_patches(model, 0.5, target)
-    batch = BATCH | {"mask": jnp.array([1.0] * 5 + [0.0] * 3)}
-    sums = eval_step(params, batch, objective=objective)
-    broken = batch | {"image": BATCH["image"].at[5:].set(jnp.nan)}
-    again = eval_step(params, broken, objective=objective)
-    each = objective(params, BATCH, train=False)
+    params, objective = draw_patch_predictor(target)
+
+    @jax.jit
+    def scored(batch):
+        each = objective(params, batch, train=False)
+        return each, eval_step(params, batch, objective=objective)
+
+    batch = BATCH | {"mask": np.float32([1] * 5 + [0] * 3)}
+    each, sums = scored(batch)
+    broken = np.array(BATCH["image"])
+    broken[5:] = np.nan
+    _, again = scored(batch | {"image": broken})
     assert int(sums["count"]) == 5
     assert sums.keys() == each.keys() | {"count"}
     for name, value in each.items():
-        np.testing.assert_allclose(sums[name], value[:5].sum(), rtol=1e-6)
+        np.testing.assert_allclose(sums[name], np.asarray(value)[:5].sum(), rtol=1e-6)
         np.testing.assert_allclose(again[name], sums[name], rtol=1e-6)
 
 
@@ -288,7 +354,7 @@ def test_pixels_become_inputs_and_inputs_stay():
 
 @pytest.mark.parametrize("options", [{}, {"mixup_alpha": 0.5}, {"accumulate_steps": 2}])
 def test_a_step_takes_pixels_as_what_they_become(options):
-    _, state, step = setup(**options)
+    state, step = setup(**options)
     expected, metrics = step(state, BATCH | {"image": jnp.asarray(INPUTS)})
     found, found_metrics = step(state, BATCH | {"image": jnp.asarray(PIXELS)})
     assert largest_difference(found.params, expected.params) < 1e-6
@@ -297,11 +363,9 @@ def test_a_step_takes_pixels_as_what_they_become(options):
 
 @pytest.mark.parametrize("target", masked.TARGETS)
 def test_patches_of_pixels_are_predicted_as_of_what_they_become(target):
-    model = masked.predictor(create_model({**TINY, "num_classes": 0}), target)
-    params = model.init(jax.random.key(0), BATCH["image"])["params"]
-    objective = masked_patches(model, 0.5, target)
-    expected = objective(params, BATCH | {"image": jnp.asarray(INPUTS)}, train=False)
-    found = objective(params, BATCH | {"image": jnp.asarray(PIXELS)}, train=False)
+    params, objective = draw_patch_predictor(target)
+    scored = jax.jit(lambda images: objective(params, BATCH | {"image": images}, train=False))
+    expected, found = scored(INPUTS), scored(PIXELS)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5)
@@ -314,9 +378,14 @@ def mixed_by_hand(share):
     return [share * x + (1 - share) * x[before] for x in (images, targets)]
 
 
-@pytest.mark.parametrize("alpha", [0.2, 0.8])
+@functools.cache
+def jitted_mixup(alpha, num_classes=3):
+    return jax.jit(functools.partial(mixup, alpha=alpha, num_classes=num_classes))
+
+
+@pytest.mark.parametrize("alpha", [0.4, 0.5])
 def test_mixup_is_a_blend_with_the_image_before(alpha):
-    mixed = mixup(jax.random.key(3), BATCH, alpha, num_classes=3)
+    mixed = jitted_mixup(alpha)(jax.random.key(3), BATCH)
     np.testing.assert_array_equal(mixed["label"], BATCH["label"])
     # The second image has label 1 and the first 0.
     share = float(mixed["targets"][1, 1])
@@ -328,7 +397,7 @@ def test_mixup_is_a_blend_with_the_image_before(alpha):
 
 def test_the_share_of_mixup_is_the_larger_part_of_a_beta_distribution():
     keys = jax.random.split(jax.random.key(0), 4000)
-    mixed = jax.vmap(lambda key: mixup(key, BATCH, 0.5, 3)["targets"][1, 1])(keys)
+    mixed = jax.jit(jax.vmap(lambda key: mixup(key, BATCH, 0.5, 3)["targets"][1, 1]))(keys)
     # Beta(0.5, 0.5) is the arcsine law: P(share < x) = 4 / pi * asin(sqrt(x)) - 1 from 0.5 to 1.
     for x in (0.6, 0.75, 0.9, 0.99):
         expected = 4 / np.pi * np.arcsin(np.sqrt(x)) - 1
@@ -339,7 +408,7 @@ def test_the_share_of_mixup_is_the_larger_part_of_a_beta_distribution():
 def test_losses_of_shared_labels(smoothing):
     shares = np.array([[0.7, 0.3, 0.0], [0.0, 0.4, 0.6]])
     targets = shares * (1 - smoothing) + smoothing / 3
-    log_p = LOGITS - np.log(np.exp(LOGITS).sum(-1, keepdims=True))
+    log_p = log_softmax(LOGITS)
     p = 1 / (1 + np.exp(-LOGITS))
     expected = {
         "softmax": -(targets * log_p).sum(-1),
@@ -351,28 +420,28 @@ def test_losses_of_shared_labels(smoothing):
 
 
 def test_a_step_with_mixup_follows_the_gradient_of_the_mixed_batch():
-    model, state, step = setup(mixup_alpha=0.5)
+    model = Perceptron()
+    state, step = setup(mixup_alpha=0.5)
     after, metrics = step(state, BATCH)
 
     def loss(params, share):
         images, targets = mixed_by_hand(share)
-        log_p = jax.nn.log_softmax(model.apply({"params": params}, images.astype(np.float32)))
+        logits = model.apply({"params": params}, jnp.float32(images), train=False, rngs={})
+        log_p = jax.nn.log_softmax(logits)
         return -jnp.mean(jnp.sum(targets * log_p, -1))
 
     _, rng = jax.random.split(jax.random.fold_in(state.rng, 0))
-    share = float(mixup(rng, BATCH, 0.5, 3)["targets"][1, 1])
+    share = float(jitted_mixup(0.5)(rng, BATCH)["targets"][1, 1])
     assert 0.5 < share < 1
-    value, grads = jax.value_and_grad(loss)(state.params, share)
-    norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))
-    expected = jax.tree.map(lambda p, g: p - 0.1 * g / jnp.maximum(norm, 1.0), state.params, grads)
+    value, _, expected = follow(state.params, loss, share)
     assert largest_difference(after.params, expected) < 1e-6
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
 
 
 @pytest.mark.parametrize("parts", [2, 8])
 def test_the_batch_is_mixed_before_it_is_split(parts):
-    _, state, step = setup(mixup_alpha=0.5, smoothing=0.1)
-    _, _, accumulated = setup(mixup_alpha=0.5, smoothing=0.1, accumulate_steps=parts)
+    state, step = setup(mixup_alpha=0.5)
+    _, accumulated = setup(mixup_alpha=0.5, accumulate_steps=parts)
     whole, metrics = step(state, BATCH)
     split, split_metrics = accumulated(state, BATCH)
     assert largest_difference(whole.params, split.params) < 1e-6
@@ -381,7 +450,7 @@ def test_the_batch_is_mixed_before_it_is_split(parts):
 
 
 def test_every_step_draws_its_own_share():
-    _, state, step = setup(mixup_alpha=0.8)
+    state, step = setup(mixup_alpha=0.5)
     losses = {float(step(state.replace(step=jnp.int32(i)), BATCH)[1]["loss"]) for i in range(5)}
     assert len(losses) == 5
 
@@ -407,7 +476,7 @@ def test_evaluation_does_not_depend_on_a_key():
     assert not model.train and not model.rngs
 
 
-SEVERAL = jnp.array(np.random.default_rng(2).integers(0, 2, (8, 3)), jnp.float32)
+SEVERAL = np.random.default_rng(2).integers(0, 2, (8, 3)).astype(np.float32)
 
 
 def log_sigmoid(x):
@@ -415,27 +484,26 @@ def log_sigmoid(x):
 
 
 def test_the_loss_of_several_labels_is_the_sum_of_binary_cross_entropies():
-    model, state, _ = setup()
-    batch = BATCH | {"label": SEVERAL}
-    logits = model.apply({"params": state.params}, BATCH["image"])
-    found = classification(model, "sigmoid")(state.params, batch, train=False)
+    objective = classification(Perceptron(), "sigmoid")
+
+    @jax.jit
+    def scored(labels):
+        return objective(PARAMS, BATCH | {"label": labels}, train=False)
+
+    logits, found = PLAIN_LOGITS, scored(SEVERAL)
     assert found.keys() == {"loss"}  # What is right is told of a data set as a whole.
     each = SEVERAL * log_sigmoid(logits) + (1 - SEVERAL) * log_sigmoid(-logits)
     np.testing.assert_allclose(found["loss"], -each.sum(-1), rtol=1e-5)
     # A head may have classes that the data set has not.
-    fewer = classification(model, "sigmoid")(
-        state.params, BATCH | {"label": SEVERAL[:, :2]}, train=False
-    )
-    padded = SEVERAL.at[:, 2].set(0)
-    same = classification(model, "sigmoid")(state.params, BATCH | {"label": padded}, train=False)
+    fewer, same = scored(SEVERAL[:, :2]), scored(SEVERAL * np.float32([1, 1, 0]))
     np.testing.assert_array_equal(fewer["loss"], same["loss"])
 
 
 def test_several_labels_are_mixed_as_images_are():
-    mixed = mixup(jax.random.key(3), BATCH | {"label": SEVERAL}, 0.4, num_classes=4)
+    mixed = jitted_mixup(0.4, 4)(jax.random.key(3), BATCH | {"label": SEVERAL})
     before = [7, 0, 1, 2, 3, 4, 5, 6]
-    share = float(mixup(jax.random.key(3), BATCH, 0.4, num_classes=3)["targets"][1, 1])
-    expected = share * np.asarray(SEVERAL) + (1 - share) * np.asarray(SEVERAL)[before]
+    share = float(jitted_mixup(0.4)(jax.random.key(3), BATCH)["targets"][1, 1])
+    expected = share * SEVERAL + (1 - share) * SEVERAL[before]
     np.testing.assert_allclose(mixed["targets"][:, :3], expected, atol=1e-6)
     np.testing.assert_array_equal(mixed["targets"][:, 3], 0)
     np.testing.assert_array_equal(mixed["label"], SEVERAL)
@@ -446,29 +514,34 @@ WEIGHTS = np.array([0.5, 2.0, 3.0], np.float32)
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_an_image_counts_by_the_weight_of_its_class_in_training_only(loss):
-    model, state, _ = setup()
-    rng = jax.random.key(0)
+    model, rng = Perceptron(), jax.random.key(0)
     plain = classification(model, loss, 0.1)
     weighted = classification(model, loss, 0.1, class_weights=WEIGHTS)
-    expected = plain(state.params, BATCH, train=True, rng=rng)["loss"]
-    found = weighted(state.params, BATCH, train=True, rng=rng)
+    mixed = jitted_mixup(0.4)(jax.random.key(3), BATCH)
+
+    @jax.jit
+    def losses(params):
+        def both(batch, **options):
+            return [x(params, batch, **options)["loss"] for x in (plain, weighted)]
+
+        training = {"train": True, "rng": rng}
+        return both(BATCH, **training), both(mixed, **training), both(BATCH, train=False)
+
+    of_batch, of_mixed, evaluated = jax.device_get(losses(PARAMS))
     # As with scikit-learn's weights of samples, and Keras's class_weight.
     weights = compute_sample_weight(dict(enumerate(WEIGHTS)), np.asarray(BATCH["label"]))
-    np.testing.assert_allclose(found["loss"], weights * expected, rtol=1e-5)
-    evaluated = [x(state.params, BATCH, train=False)["loss"] for x in (plain, weighted)]
+    np.testing.assert_allclose(of_batch[1], weights * of_batch[0], rtol=1e-5)
     np.testing.assert_array_equal(*evaluated)
-    mixed = mixup(jax.random.key(3), BATCH, 0.4, num_classes=3)
-    found = weighted(state.params, mixed, train=True, rng=rng)["loss"]
-    expected = plain(state.params, mixed, train=True, rng=rng)["loss"]
-    np.testing.assert_allclose(found, np.asarray(mixed["targets"]) @ WEIGHTS * expected, rtol=1e-5)
+    weights = np.asarray(mixed["targets"]) @ WEIGHTS
+    np.testing.assert_allclose(of_mixed[1], weights * of_mixed[0], rtol=1e-5)
 
 
 def test_of_several_labels_what_is_there_counts_by_the_weight_of_its_class():
-    model, state, _ = setup()
-    logits = model.apply({"params": state.params}, BATCH["image"])
-    objective = classification(model, "sigmoid", class_weights=WEIGHTS)
+    logits = PLAIN_LOGITS
+    objective = classification(Perceptron(), "sigmoid", class_weights=WEIGHTS)
+    scored = jax.jit(functools.partial(objective, train=True))
     batch = BATCH | {"label": SEVERAL}
-    found = objective(state.params, batch, train=True, rng=jax.random.key(0))["loss"]
+    found = scored(PARAMS, batch, rng=jax.random.key(0))["loss"]
     # The formula of PyTorch's BCEWithLogitsLoss with pos_weight.
     each = WEIGHTS * SEVERAL * log_sigmoid(logits) + (1 - SEVERAL) * log_sigmoid(-logits)
     np.testing.assert_allclose(found, -each.sum(-1), rtol=1e-5)

@@ -1,10 +1,11 @@
 import json
+import sys
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from vit_jax import sweep
+from vit_jax import command, sweep
 from vit_jax.config import check_config
 from vit_jax.errors import UserError
 
@@ -135,7 +136,12 @@ def test_a_real_sweep_on_the_digits(program, tiny_config, tmp_path, read_metrics
     assert {path: path.stat().st_mtime_ns for path in workdir.glob("*/*")} == before
 
 
-def test_a_mistake_is_one_line_and_exit_code_2(program, tiny_config):
-    code, output = program("vit_jax.sweep", tiny_config(), "--learning_rates=0", "--workdir=x")
-    assert (code, output.count("\n")) == (2, 1)
+def test_a_mistake_is_one_line_and_exit_code_2(tiny_config, tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text(tiny_config().to_json())
+    flags = ["--config", str(tmp_path / "config.json"), "--learning_rates=0", "--workdir=x"]
+    monkeypatch.setattr(sys, "argv", ["sweep", *flags])
+    with pytest.raises(SystemExit) as end:
+        command.run(sweep.main)
+    output = "".join(capsys.readouterr())
+    assert (end.value.code, output.count("\n")) == (2, 1)
     assert output.startswith("error: --learning_rates 0 are not positive numbers")

@@ -5,14 +5,13 @@ import pathlib
 import random
 import re
 import shutil
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
 
-from vit_jax import program, reporting, train
+from vit_jax import main, program, reporting, train
 from vit_jax.checkpoints import integrity
 from vit_jax.checkpoints.pretrained import load_pretrained
 from vit_jax.config import read_config, to_dict
@@ -224,14 +223,12 @@ def test_a_run_that_ended_before_its_metrics_json_writes_it(finished, tiny_confi
     assert_same_run(finished, run, 6)
 
 
-def test_config_json_runs_the_same_again(finished, tmp_path, run):
+def test_config_json_runs_the_same_again(finished, tmp_path, capsys):
     again = tmp_path / "again"
     again.mkdir()
     shutil.copy(finished / "config.json", again)
-    main = [sys.executable, "-m", "vit_jax.main", "--config", str(again / "config.json")]
-    code, output = run(main)
-    assert code == 0, output
-    assert f"workdir: {again}" in output
+    assert main.main(["--config", str(again / "config.json")]) == 0
+    assert f"workdir: {again}" in capsys.readouterr().out
     assert_same_run(finished, again, 6)
 
 
@@ -329,7 +326,7 @@ def test_evaluation_and_checkpoints_use_the_average(finished, tiny_config):
     preprocessing = evaluation(config.dataset.protocol, config.dataset.image_size)
     (batch,) = pipeline.eval_batches(source, batch_size=355, preprocessing=preprocessing)
     params = load_pretrained(str(finished)).params
-    logits = model.apply({"params": params}, batch["image"])
+    logits = jax.jit(model.apply)({"params": params}, batch["image"])
     accuracy = float(np.mean(np.argmax(logits, -1) == batch["label"]))
     final = json.loads((finished / "metrics.json").read_text())
     assert final["accuracy"] == pytest.approx(accuracy, abs=1e-6)

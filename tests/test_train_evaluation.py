@@ -121,6 +121,24 @@ def make_folder(path):
     return path
 
 
+@pytest.fixture(scope="module")
+def flowers(tmp_path_factory):
+    """A folder of images, and beside it the workdir of a run on them that nothing disturbed."""
+    return make_folder(tmp_path_factory.mktemp("flowers") / "data")
+
+
+def of_folder(tiny_config, folder):
+    return tiny_config(**{"dataset.name": f"folder:{folder}", "batch_size": 8})
+
+
+@pytest.fixture
+def undisturbed(flowers, tiny_config):
+    workdir = flowers.with_name("whole")
+    if not workdir.exists():
+        train.train(of_folder(tiny_config, flowers), workdir)
+    return workdir
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:300])
 
@@ -138,13 +156,11 @@ def remove(path):
     ],
 )
 def test_data_that_break_in_a_run_are_named_and_when_they_are_mended_nothing_is_lost(
-    tiny_config, tmp_path, monkeypatch, damage, name, fault
+    tiny_config, tmp_path, monkeypatch, flowers, undisturbed, damage, name, fault
 ):
-    folder = make_folder(tmp_path / "data")
-    config = tiny_config(**{"dataset.name": f"folder:{folder}", "batch_size": 8})
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    train.train(config, whole)
-    shutil.copytree(folder, tmp_path / "backup")
+    folder, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(flowers, folder)
+    config = of_folder(tiny_config, folder)
     compile_train_step = train.compile_train_step
 
     def break_data(*args):  # What is broken at the start is refused then.
@@ -158,8 +174,8 @@ def test_data_that_break_in_a_run_are_named_and_when_they_are_mended_nothing_is_
             with pytest.raises(UserError, match=message):
                 train.train(config, run)
             shutil.rmtree(folder)
-            shutil.copytree(tmp_path / "backup", folder)
+            shutil.copytree(flowers, folder)
     if "test" in name:
         assert max(checkpoint_steps(run)) == 4
     train.train(config, run)
-    assert_same_run(whole, run, 6)
+    assert_same_run(undisturbed, run, 6)

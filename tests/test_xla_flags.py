@@ -55,7 +55,13 @@ def run(code, flags=""):
 
 
 @pytest.mark.parametrize(
-    "imports", ["import vit_jax", "import jax; import vit_jax", "import vit_jax.models.vit"]
+    "imports",
+    [
+        "import vit_jax",
+        # Where nothing is set they are no other.
+        pytest.param("import jax; import vit_jax", marks=only_faulty),
+        pytest.param("import vit_jax.models.vit", marks=only_faulty),
+    ],
 )
 def test_weights_that_are_updated_in_place_are_multiplied_by(imports):
     done = run(imports + PRODUCT)
@@ -126,7 +132,7 @@ def test_other_flags_are_kept():
 
 
 def test_six_steps_lose_what_they_lose_in_64_bits():
-    init = MODEL.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    init = jax.jit(MODEL.init)(jax.random.key(0), np.zeros((1, 32, 32, 3)))["params"]
     optimizer = adam(lambda _: 1e-3, b1=0.9, b2=0.999, weight_decay=0.0, decay="all",
                      mu_dtype="float32", clip_norm=0.0)  # fmt: skip
     state = TrainState(jnp.zeros((), jnp.int32), init, optimizer.init(init), None,
@@ -169,7 +175,8 @@ def losses_in_64_bits(params, steps):
 
 
 def test_a_model_that_is_looked_into_gives_the_same_at_every_call():
-    params = MODEL.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+    params = jax.eval_shape(MODEL.init, jax.random.key(0), images)["params"]
     for seed in range(3):  # Other images, and other weights where the last ones lay.
         rng = np.random.default_rng(seed)
         params = jax.tree.map(
