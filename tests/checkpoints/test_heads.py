@@ -41,14 +41,14 @@ def test_logits_are_features_times_the_kernel(tmp_path, model):
     rng = np.random.default_rng(1)
     images = rng.uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
     trunk = create_model(model).without_head()
-    features = np.asarray(trunk.apply({"params": pretrained.params}, images))
+    features = np.asarray(jax.jit(trunk.apply)({"params": pretrained.params}, images))
     kernel = rng.normal(size=(features.shape[1], 5)).astype(np.float32)
     bias = rng.normal(size=5).astype(np.float32)
     names = ("a", "b\n", "c", "ü", "e")
 
     write_official(replace_head(pretrained, kernel, bias, names), tmp_path)
     found = load_pretrained(tmp_path)
-    logits = create_model(found.model).apply({"params": found.params}, images)
+    logits = jax.jit(create_model(found.model).apply)({"params": found.params}, images)
     np.testing.assert_allclose(logits, features @ kernel + bias, rtol=1e-4, atol=1e-4)
     assert (found.class_names, found.loss) == (names, "softmax")
     assert found.preprocessing == pretrained.preprocessing

@@ -354,9 +354,9 @@ def test_other_channel_statistics_move_into_the_patch_embedding(tmp_path, params
     info_path(path).write_text(json.dumps(document))
     pretrained = load_pretrained(path)
     pixels = np.random.default_rng(0).uniform(0, 1, (2, 16, 16, 3)).astype(np.float32)
-    model = create_model(pretrained.model)
-    expected = model.apply({"params": params}, (pixels - np.float32(mean)) / np.float32(std))
-    folded = model.apply({"params": fold_normalization(pretrained)}, 2 * pixels - 1)
+    apply = jax.jit(create_model(pretrained.model).apply)
+    expected = apply({"params": params}, (pixels - np.float32(mean)) / np.float32(std))
+    folded = apply({"params": fold_normalization(pretrained)}, 2 * pixels - 1)
     np.testing.assert_allclose(folded, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -390,7 +390,8 @@ def test_big_visions_computed_positions_are_computed(tmp_path, prefix):
     assert learned.model["position_embedding"] == "learned"
     images = np.random.default_rng(2).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
     logits = [
-        create_model(x.model).apply({"params": x.params}, images) for x in (pretrained, learned)
+        jax.jit(create_model(x.model).apply)({"params": x.params}, images)
+        for x in (pretrained, learned)
     ]
     np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-5)
     # Beyer et al. evaluate on the central 224 of 256 pixels.
@@ -447,7 +448,8 @@ def test_a_head_as_it_begins_knows_no_classes(tmp_path):
 def test_parameters_are_fitted_to_a_model_without_initializing_it(params):
     module = create_model({"architecture": "vit", "num_classes": 5, **SIZES})
     fitted = fit_params(module, 24, params, old_size=16)
-    fresh = module.init(jax.random.key(0), jnp.zeros((1, 24, 24, 3)))["params"]
+    images = np.zeros((1, 24, 24, 3), np.float32)
+    fresh = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
     assert jax.tree.map(np.shape, fitted) == jax.tree.map(np.shape, fresh)
     assert not fitted["head"]["kernel"].any()
     assert_equal_trees(fitted["embedding"], params["embedding"])

@@ -1,8 +1,7 @@
 import dataclasses
 import os
-import pathlib
+import pickle
 import resource
-import signal
 import subprocess
 import sys
 import unittest.mock
@@ -176,23 +175,39 @@ def test_weights_that_cannot_be_written_leave_no_file_that_describes_others(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("format", "name"), [FORMATS[0], FORMATS[-1]])
-def test_a_killed_writer_leaves_nothing_that_the_next_does_not_remove(tmp_path, format, name):
-    kill = (
-        "import os, signal, sys, zipfile, safetensors.numpy\n"
-        "from tests.checkpoints.test_save import *\n"
-        "def kill(*_, **__): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "np.lib.format.write_array = safetensors.numpy.save_file = kill\n"
-        "save_pretrained(make(), sys.argv[1], sys.argv[2])\n"
-    )
-    command = [sys.executable, "-c", kill, str(tmp_path / name), format]
-    root = pathlib.Path(__file__).parents[2]
-    assert subprocess.run(command, cwd=root, check=False).returncode == -signal.SIGKILL
-    assert all(path.name.startswith(".") for path in tmp_path.iterdir())
+# Each format in a fork of one process, which has imported everything and computed nothing.
+KILL = """
+import os, pickle, signal, sys
+import numpy as np, safetensors.numpy
+from vit_jax.checkpoints.save import save_pretrained
+
+def kill(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+np.lib.format.write_array = safetensors.numpy.save_file = kill
+pretrained = pickle.load(sys.stdin.buffer)
+for argument in sys.argv[1:]:
+    format, path = argument.split("=")
+    if not (child := os.fork()):
+        save_pretrained(pretrained, path, format)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+"""
+
+
+def test_a_killed_writer_leaves_nothing_that_the_next_does_not_remove(tmp_path):
     pretrained = make()
-    save_pretrained(pretrained, tmp_path / name, format)
-    assert_same(load_pretrained(tmp_path / name), pretrained)
-    assert sorted(os.listdir(tmp_path)) == [name] + [f"{name}.json"] * ("." in name)
+    paths = {format: tmp_path / format / name for format, name in (FORMATS[0], FORMATS[-1])}
+    for path in paths.values():
+        path.parent.mkdir()
+    arguments = [f"{format}={path}" for format, path in paths.items()]
+    command = [sys.executable, "-c", KILL, *arguments]
+    subprocess.run(command, input=pickle.dumps(pretrained), check=True)
+    for format, path in paths.items():
+        assert all(left.name.startswith(".") for left in path.parent.iterdir())
+        save_pretrained(pretrained, path, format)
+        assert_same(load_pretrained(path), pretrained)
+        files = [path.name] + [f"{path.name}.json"] * ("." in path.name)
+        assert sorted(os.listdir(path.parent)) == files
 
 
 def test_an_info_file_of_other_weights_is_neither_used_nor_replaced(tmp_path):

@@ -24,17 +24,25 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 def make_state(seed=0, width=64):
     """A state with every kind of leaf: bf16, int32, f32, an average, a typed key, empty states."""
     rng = np.random.default_rng(seed)
-
-    def array(*shape):
-        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
-
-    params = {"head": {"kernel": array(width, width), "bias": array(width)}, "cls": array(1, 1, 8)}
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(1e-3, mu_dtype=jnp.bfloat16)
     )
-    _, opt_state = optimizer.update(params, optimizer.init(params), params)
-    average = jax.tree.map(lambda x: x / 3, params)
-    return TrainState(jnp.int32(seed), params, opt_state, average, jax.random.key(seed))
+
+    def draw(shapes):
+        return jax.tree.map(
+            lambda x: jnp.asarray(3 * rng.standard_normal(x.shape, np.float32).astype(x.dtype)),
+            shapes,
+        )
+
+    sizes = {"head": {"kernel": (width, width), "bias": (width,)}, "cls": (1, 1, 8)}
+    shapes = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, np.float32),
+        sizes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    opt_state = draw(jax.eval_shape(optimizer.init, shapes))
+    step = jnp.asarray(np.int32(seed))
+    return TrainState(step, draw(shapes), opt_state, draw(shapes), jax.random.key(seed))
 
 
 def abstract(state, sharding=None):

@@ -261,7 +261,8 @@ def test_a_real_model_is_fine_tuned_at_a_higher_resolution():
     def init(size, **kwargs):
         sizes = {"patch_size": 8, "hidden_size": 16, "mlp_dim": 32, "num_heads": 2, "num_layers": 2}
         model = create_model({"architecture": "vit", **sizes, **kwargs})
-        return model, model.init(jax.random.key(size), jnp.zeros((1, size, size, 3)))["params"]
+        images = np.zeros((1, size, size, 3), np.float32)
+        return model, jax.jit(model.init)(jax.random.key(size), images)["params"]
 
     _, pretrained = init(32, num_classes=11, representation_size=16)
     model, fresh = init(48, num_classes=3)
@@ -270,7 +271,7 @@ def test_a_real_model_is_fine_tuned_at_a_higher_resolution():
     assert dropped == {"head/kernel", "head/bias", "pre_logits/kernel", "pre_logits/bias"}
     kept = {row.name for row in report if row.action != "dropped"}
     assert kept == set(flatten_dict(fresh, sep="/"))
-    logits = model.apply({"params": params}, jnp.ones((1, 48, 48, 3)))
+    logits = jax.jit(model.apply)({"params": params}, np.ones((1, 48, 48, 3), np.float32))
     np.testing.assert_array_equal(logits, np.zeros((1, 3)))
 
 

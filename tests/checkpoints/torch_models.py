@@ -1,5 +1,6 @@
 """Models of timm and Transformers, every tensor random, and what is compared with them."""
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -43,7 +44,8 @@ def logits_of_torch(module, x):
 
 
 def logits_of(pretrained, x):
-    return np.asarray(models.create_model(pretrained.model).apply({"params": pretrained.params}, x))
+    model = models.create_model(pretrained.model)
+    return np.asarray(jax.jit(model.apply)({"params": pretrained.params}, x))
 
 
 def assert_close(actual, expected):

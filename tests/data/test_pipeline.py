@@ -328,14 +328,15 @@ def test_no_thread_outlives_the_batches():
     assert threading.active_count() == before
 
 
-def test_the_input_imports_no_tensorflow(sharded_dir):
+def test_the_input_and_the_evaluators_import_no_tensorflow(sharded_dir):
     program = (
-        "import sys; from vit_jax.data.datasets import open_dataset; "
+        "import sys, vit_jax.evaluation.registry; "
+        "from vit_jax.data.datasets import open_dataset; "
         "from vit_jax.data.pipeline import train_batches; "
-        "name, data_dir = sys.argv[1:]; source, _ = open_dataset(name, data_dir=data_dir); "
         "options = dict(image_size=8, protocol='pad', random_crop=True, random_flip=True); "
-        "next(train_batches(source, batch_size=4, seed=0, **options)); "
+        "sources = [open_dataset(name, data_dir=sys.argv[1])[0] for name in sys.argv[2:]]; "
+        "[next(train_batches(x, batch_size=4, seed=0, **options)) for x in sources]; "
         "sys.exit('tensorflow' in sys.modules)"
     )
-    for name in ("many_shards", "digits"):
-        assert subprocess.run([sys.executable, "-c", program, name, sharded_dir]).returncode == 0
+    command = [sys.executable, "-c", program, sharded_dir, "many_shards", "digits"]
+    assert subprocess.run(command).returncode == 0

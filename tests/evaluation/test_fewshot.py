@@ -201,11 +201,3 @@ def test_shots(text, shots):
 def test_shots_of_another_form_are_refused(text):
     with pytest.raises(UserError, match="are not positive numbers, each once: for example 1,5"):
         parse_shots(text)
-
-
-def test_importing_few_shot_imports_no_tensorflow():
-    program = "import sys; import vit_jax.evaluation.registry; print('tensorflow' in sys.modules)"
-    output = subprocess.run(
-        [sys.executable, "-c", program], check=True, capture_output=True, text=True
-    ).stdout
-    assert output.strip() == "False"

@@ -29,8 +29,8 @@ def test_every_image_counts_once_whatever_the_batch_size(batch_size):
     rng = np.random.default_rng(0)
     images = rng.uniform(-1, 1, (11, 4, 4, 3)).astype(np.float32)
     labels = rng.integers(0, 3, 11).astype(np.int32)
-    params = model.init(jax.random.key(0), images)["params"]
-    params["head"]["kernel"] = jax.random.normal(jax.random.key(1), (8, 3))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    params = jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32), shapes)
 
     def batches():
         for start in range(0, 11, batch_size):
@@ -44,7 +44,7 @@ def test_every_image_counts_once_whatever_the_batch_size(batch_size):
 
     step = jax.jit(functools.partial(eval_step, objective=classification(model, "softmax")))
     result = mean_metrics(step, params, batches(), make_mesh())
-    logits = np.asarray(model.apply({"params": params}, images), np.float64)
+    logits = np.asarray(jax.jit(model.apply)({"params": params}, images), np.float64)
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     assert result["examples"] == 11
     assert result["accuracy"] == np.mean(logits.argmax(-1) == labels)

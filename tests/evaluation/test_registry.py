@@ -113,9 +113,10 @@ def watched(tiny_config):
     config = tiny_config()
     model = create_model(config.model, num_classes=10)
     _, source = datasets.open_dataset("digits", data_dir=config.dataset.data_dir)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
-    kernel = params["head"]["kernel"]
-    params["head"]["kernel"] = jax.random.normal(jax.random.key(1), kernel.shape)
+    images = np.zeros((1, 8, 8, 3), np.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
     run = Watched(
         model=model,
         trunk=create_model(config.model, num_classes=0),
@@ -210,7 +211,8 @@ def test_real_is_scored_on_imagenets_own_images(watched, tmp_path):
         "architecture": "vit", "patch_size": 4, "hidden_size": 8, "num_layers": 1,
         "mlp_dim": 8, "num_heads": 2, "num_classes": 1000,
     })  # fmt: skip
-    params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    images = np.zeros((1, 8, 8, 3), np.float32)
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
     changes = {"model": model, "class_names": source.class_names, "dataset": "imagenet2012"}
     settings = {"type": "real", "data_dir": str(tmp_path)}
     found = evaluator(settings, Watched(**{**vars(run), **changes}))(params)

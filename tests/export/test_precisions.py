@@ -114,7 +114,7 @@ def test_one_row_is_all_that_a_new_precision_needs(converter, monkeypatch, tmp_p
     from vit_jax.export.pipeline import Export
 
     images = np.zeros((1, 16, 16, 3), np.float32)
-    params = models.create_model(TINY).init(jax.random.key(0), images)["params"]
+    params = jax.jit(models.create_model(TINY).init)(jax.random.key(0), images)["params"]
     params["head"]["kernel"] = np.random.default_rng(0).normal(size=(32, 5)).astype(np.float32)
     preprocessing = Preprocessing(image_size=16)
     export = Export(tmp_path, precision=PRECISIONS["toy"], batch="1:2:4", latency_seconds=0)

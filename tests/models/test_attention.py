@@ -12,7 +12,7 @@ TINY = {
     "architecture": "vit",
     "patch_size": 4,
     "hidden_size": 32,
-    "num_layers": 3,
+    "num_layers": 2,
     "mlp_dim": 40,
     "num_heads": 2,
     "num_classes": 5,
@@ -22,7 +22,7 @@ FORWARD, BACKWARD = "__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward("
 
 
 def random(*shape, dtype="float32", seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+    return np.random.default_rng(seed).normal(size=shape).astype(jnp.dtype(dtype))
 
 
 def exact(q, k, v, dy):
@@ -42,11 +42,22 @@ def exact(q, k, v, dy):
     return y, dq, dk, dv
 
 
+def value_and_gradients(attend, q, k, v, dy):
+    """The value, and the gradients of sum(dy * y) by q, k and v."""
+
+    @jax.jit
+    def both(q, k, v, dy):
+        y, pullback = jax.vjp(attend, q, k, v)
+        return y, *pullback(dy)
+
+    return both(q, k, v, dy)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_value_and_gradients_are_those_of_float64(dtype, tolerance):
     q, k, v, dy = (random(2, 7, 3, 8, dtype=dtype, seed=i) for i in range(4))
-    y, pullback = jax.vjp(attention.attend, q, k, v)
-    for found, right in zip((y, *pullback(dy)), exact(q, k, v, dy), strict=True):
+    both = value_and_gradients(attention.attend, q, k, v, dy)
+    for found, right in zip(both, exact(q, k, v, dy), strict=True):
         assert found.dtype == dtype
         found = np.asarray(found, np.float64)
         np.testing.assert_allclose(found, right, rtol=0, atol=tolerance * np.abs(right).max())
@@ -65,8 +76,8 @@ def test_the_kernel_is_given_an_even_number_of_tokens_and_their_true_number(toke
     plain_attention = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
     q, k, v, dy = (random(2, tokens, 3, 8, seed=i) for i in range(4))
-    y, pullback = jax.vjp(attention._attend_by_cudnn, q, k, v)
-    for found, right in zip((y, *pullback(dy)), exact(q, k, v, dy), strict=True):
+    both = value_and_gradients(attention._attend_by_cudnn, q, k, v, dy)
+    for found, right in zip(both, exact(q, k, v, dy), strict=True):
         np.testing.assert_allclose(found, right, rtol=0, atol=1e-5 * np.abs(right).max())
     assert given == [tokens + tokens % 2]
 
@@ -100,7 +111,7 @@ def gradient_for(platform, *, train=True, mutable=False, size=(8, 12), **options
 @pytest.mark.usefixtures("cudnn")
 @pytest.mark.parametrize("remat", ["nothing", "dots", "everything"])
 @pytest.mark.parametrize(  # 7 and 10 tokens.
-    ("size", "scan_layers", "layers"), [((8, 12), False, 3), ((12, 12), True, 1)]
+    ("size", "scan_layers", "layers"), [((8, 12), False, 2), ((12, 12), True, 1)]
 )
 def test_for_a_gpu_every_layer_is_fused_in_both_directions(remat, size, scan_layers, layers):
     program = gradient_for("cuda", remat=remat, size=size, scan_layers=scan_layers)
@@ -124,13 +135,13 @@ def test_for_a_gpu_every_layer_is_fused_in_both_directions(remat, size, scan_lay
     ],
 )
 def test_elsewhere_the_form_of_the_equations_stays(platform, options):
-    program = gradient_for(platform, **options)
+    program = gradient_for(platform, num_layers=1, **options)
     assert "cudnn" not in program and "exponential" in program
 
 
 @pytest.mark.usefixtures("cudnn")
 def test_attention_dropout_keeps_nobody_from_the_kernel_in_evaluation():
-    program = gradient_for("cuda", train=False, attention_dropout_rate=0.1)
+    program = gradient_for("cuda", num_layers=1, train=False, attention_dropout_rate=0.1)
     assert FORWARD in program
 
 

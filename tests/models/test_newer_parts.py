@@ -81,38 +81,41 @@ def test_the_forward_pass_is_that_of_the_equations():
     model = create_model(SIZES | PARTS)
     params = random_params(model)
     expected = reference(params, IMAGES)
-    heads = model.apply({"params": params}, IMAGES, method="heads")
+    heads = jax.jit(lambda p: model.apply({"params": p}, IMAGES, method="heads"))(params)
     np.testing.assert_allclose(heads, expected, rtol=1e-4, atol=1e-4)
-    found = model.apply({"params": params}, IMAGES)
+    found = jax.jit(model.apply)({"params": params}, IMAGES)
     np.testing.assert_allclose(found, np.mean(expected, axis=0), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"scan_layers": True, "remat": "block"}, {"remat": "nothing"}])
-def test_remat_and_scan_change_nothing(options):
-    plain, other = (create_model(SIZES | PARTS | x) for x in ({}, options))
-    params = random_params(plain)
-    assert jax.tree.structure(params) == jax.tree.structure(random_params(other))
+def test_remat_and_scan_change_nothing():
+    params = random_params(create_model(SIZES | PARTS))
 
-    def gradients(model):
+    def gradients(**options):
+        model = create_model(SIZES | PARTS | options)
+        assert jax.tree.structure(params) == jax.tree.structure(random_params(model))
         return jax.jit(jax.grad(lambda p: jnp.sum(model.apply({"params": p}, IMAGES) ** 2)))(params)
 
-    for found, expected in zip(
-        *(jax.tree.leaves(gradients(m)) for m in (other, plain)), strict=True
-    ):
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    expected = gradients()
+    for options in ({"scan_layers": True, "remat": "block"}, {"remat": "nothing"}):
+        for found, right in zip(
+            *map(jax.tree.leaves, (gradients(**options), expected)), strict=True
+        ):
+            np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-4)
 
 
 def test_sixteen_bits_are_near_and_come_out_as_float32():
     model = create_model(SIZES | PARTS)
     params = random_params(model)
-    expected = model.apply({"params": params}, IMAGES)
-    found = create_model(SIZES | PARTS, dtype="bfloat16").apply({"params": params}, IMAGES)
+    expected = jax.jit(model.apply)({"params": params}, IMAGES)
+    sixteen = create_model(SIZES | PARTS, dtype="bfloat16")
+    found = jax.jit(sixteen.apply)({"params": params}, IMAGES)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
 
 
 def test_they_start_as_their_papers_say():
-    params = create_model(SIZES | PARTS).init(jax.random.key(0), IMAGES)["params"]
+    init = jax.jit(create_model(SIZES | PARTS).init)
+    params = init(jax.random.key(0), IMAGES)["params"]
     scales = params["Transformer"]["encoderblock_1"]
     np.testing.assert_array_equal(scales["LayerScale_0"]["scale"], np.full(12, np.float32(0.1)))
     np.testing.assert_array_equal(scales["LayerScale_1"]["scale"], np.full(12, np.float32(0.1)))

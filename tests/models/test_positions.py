@@ -20,8 +20,8 @@ TINY = {
     "num_heads": HEADS,
     "num_classes": 5,
 }
-IMAGES = jax.random.uniform(jax.random.key(1), (2, 4 * ROWS, 4 * COLUMNS, 3), minval=-1.0)
 RNG = np.random.default_rng(0)
+IMAGES = RNG.uniform(-1, 1, (2, 4 * ROWS, 4 * COLUMNS, 3)).astype(np.float32)
 
 
 def random_like(shapes):
@@ -30,6 +30,10 @@ def random_like(shapes):
 
 def random_params(module, *args):
     return random_like(jax.eval_shape(module.init, jax.random.key(0), *args)["params"])
+
+
+def apply(module, params, *args):
+    return jax.jit(lambda params: module.apply({"params": params}, *args))(params)
 
 
 def embedding(kind, has_class=True):
@@ -47,7 +51,7 @@ def test_2d_is_the_column_and_the_row_side_by_side(has_class):
     for row in range(ROWS):
         for column in range(COLUMNS):
             expected.append(np.concatenate([x[0, column], y[0, row]]))
-    np.testing.assert_array_equal(module.apply({"params": params}, tokens), [np.stack(expected)])
+    np.testing.assert_array_equal(apply(module, params, tokens), [np.stack(expected)])
 
 
 def test_sincos2d_is_fixed_and_of_column_then_row():
@@ -94,7 +98,7 @@ def test_relative_is_the_querys_product_with_the_embedding_of_the_offset(has_cla
     params = random_params(module, q)
     assert params["rel_embedding"].shape == (2 * PATCHES - 1, HEADS, WIDTH // HEADS)
     expected = bias_reference(q, params["rel_embedding"], has_class)
-    np.testing.assert_allclose(module.apply({"params": params}, q), expected, atol=1e-5)
+    np.testing.assert_allclose(apply(module, params, q), expected, atol=1e-5)
 
 
 def test_relative_logits_are_added_to_those_of_the_content():
@@ -110,7 +114,8 @@ def test_relative_logits_are_added_to_those_of_the_content():
     logits = logits + bias_reference(heads("query"), params["relative"]["rel_embedding"], 1)
     expected = np.exp(logits / np.sqrt(WIDTH / HEADS))
     expected /= expected.sum(-1, keepdims=True)
-    _, state = module.apply({"params": params}, x, True, mutable="intermediates")
+    asked = jax.jit(lambda p: module.apply({"params": p}, x, True, mutable="intermediates"))
+    _, state = asked(params)
     (weights,) = state["intermediates"]["attention_weights"]
     np.testing.assert_allclose(weights, expected, atol=1e-5)
 
@@ -144,7 +149,8 @@ TREES = [
 @pytest.mark.parametrize(("kind", "placement", "expected"), TREES)
 def test_nothing_but_the_positions_differs_in_the_tree(kind, placement, expected):
     def shapes(**options):
-        params = random_params(create_model(TINY, **options), IMAGES)
+        model = create_model(TINY, **options)
+        params = jax.eval_shape(model.init, jax.random.key(0), IMAGES)["params"]
         return {name: x.shape for name, x in flatten_dict(params, sep="/").items()}
 
     plain = shapes()
@@ -164,18 +170,21 @@ def test_positions_are_added_where_table_8_says(kind, placement):
     )
     params = random_params(module, patches, cls, True)
     z = np.concatenate([np.repeat(cls, 2, axis=0), patches], axis=1)
+    plain = EncoderBlock(describe(TINY, position_embedding="none"), (ROWS, COLUMNS))
+    add = jax.jit(lambda own, z: z + where.apply({"params": own}, z))
+    encode = jax.jit(lambda layer, z: plain.apply({"params": layer}, z, True))
     for i in range(2):
         layer = dict(params[f"encoderblock_{i}"])
         own = layer.pop("posembed", {})
         if placement == "layers" or placement == "shared" or i == 0:
             own = own if placement == "layers" else params.get("posembed_input", {})
-            z = z + where.apply({"params": own}, z)
-        plain = describe(TINY, position_embedding="none")
-        z = EncoderBlock(plain, (ROWS, COLUMNS)).apply({"params": layer}, z, True)
+            z = add(own, z)
+        z = encode(layer, z)
+    z = np.asarray(z)
     mean, variance = z.mean(-1, keepdims=True), z.var(-1, keepdims=True)
     norm = params["encoder_norm"]
     expected = (z - mean) / np.sqrt(variance + 1e-6) * norm["scale"] + norm["bias"]
-    found = module.apply({"params": params}, patches, cls, True)
+    found = apply(module, params, patches, cls, True)
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
@@ -199,7 +208,8 @@ def test_without_positions_the_order_of_the_patches_is_nothing():
     for kind, same in (("none", True), ("learned", False), ("relative", False), ("2d", False)):
         model = create_model(TINY, position_embedding=kind)
         params = random_params(model, IMAGES)
-        logits, other = (jax.jit(model.apply)({"params": params}, x) for x in (IMAGES, turned))
+        call = jax.jit(model.apply)
+        logits, other = (call({"params": params}, x) for x in (IMAGES, turned))
         assert np.allclose(logits, other, rtol=1e-3, atol=1e-4) == same
 
 

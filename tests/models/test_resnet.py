@@ -61,8 +61,13 @@ def unit_reference(x, params, stride, epsilon):
     return np.maximum(shortcut + block(y, "3"), 0)
 
 
-def random_like(tree):
-    return jax.tree.map(lambda x: RNG.normal(0.3, 1, x.shape).astype(np.float32), tree)
+def random_params(module, x):
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
+    return jax.tree.map(lambda x: RNG.normal(0.3, 1, x.shape).astype(np.float32), shapes)
+
+
+def apply(module, params, x):
+    return jax.jit(module.apply)({"params": params}, x)
 
 
 def assert_close(actual, expected):
@@ -74,8 +79,8 @@ def test_a_convolution_is_standardized_and_padded_to_the_same_size(size, stride)
     module = resnet.StdConv(5, size, stride)
     x = RNG.standard_normal((2, 8, 11, 3)).astype(np.float32)  # Even and odd sides.
     # So small that it matters where epsilon is added.
-    params = {"kernel": 1e-4 * random_like(module.init(jax.random.key(0), x)["params"])["kernel"]}
-    actual = module.apply({"params": params}, x)
+    params = {"kernel": np.float32(1e-4) * random_params(module, x)["kernel"]}
+    actual = apply(module, params, x)
     assert_close(actual, conv_reference(x, params["kernel"], stride))
 
 
@@ -86,16 +91,17 @@ def test_a_constant_kernel_becomes_zero():
 def test_group_norm_is_that_of_flax():
     module, flax = resnet.GroupNorm(1e-3), nn.GroupNorm(32, epsilon=1e-3, use_fast_variance=False)
     x = RNG.normal(3, 0.1, (2, 4, 6, 64)).astype(np.float32)
-    params = random_like(module.init(jax.random.key(0), x)["params"])
-    assert_close(module.apply({"params": params}, x), flax.apply({"params": params}, x))
-    assert_close(module.apply({"params": params}, x), group_norm_reference(x, params, 1e-3))
+    params = random_params(module, x)
+    actual = apply(module, params, x)
+    assert_close(actual, apply(flax, params, x))
+    assert_close(actual, group_norm_reference(x, params, 1e-3))
 
 
 def test_group_norm_in_16_bits_takes_its_statistics_in_32():
     # Relative to its mean, the spread is below the precision of bfloat16: only float32 keeps it.
     x = jnp.asarray(RNG.normal(100, 1, (1, 8, 8, 32)), jnp.bfloat16)
     y = resnet.GroupNorm(1e-6, dtype=jnp.bfloat16)
-    actual = y.apply(y.init(jax.random.key(0), x), x)
+    actual, _ = jax.jit(y.init_with_output)(jax.random.key(0), x)
     expected = group_norm_reference(
         np.asarray(x, np.float64), {"scale": np.ones(32), "bias": np.zeros(32)}, 1e-6
     )
@@ -109,16 +115,17 @@ def test_group_norm_in_16_bits_takes_its_statistics_in_32():
 def test_a_unit_is_the_post_activation_bottleneck(channels, stride, projects):
     module = resnet.BottleneckUnit(describe(HYBRID), 32, stride)
     x = RNG.standard_normal((2, 4, 6, channels)).astype(np.float32)
-    params = random_like(module.init(jax.random.key(0), x)["params"])
+    params = random_params(module, x)
     assert ("conv_proj" in params, "gn_proj" in params) == (projects, projects)
-    actual = module.apply({"params": params}, x)
+    actual = apply(module, params, x)
     assert_close(actual, unit_reference(x, params, stride, 1e-3))
 
 
 def test_a_fresh_unit_passes_its_input_on():
     module = resnet.BottleneckUnit(describe(HYBRID), 32)
     x = RNG.uniform(0, 1, (1, 4, 4, 128)).astype(np.float32)
-    np.testing.assert_array_equal(module.apply(module.init(jax.random.key(0), x), x), x)
+    y, _ = jax.jit(module.init_with_output)(jax.random.key(0), x)
+    np.testing.assert_array_equal(y, x)
 
 
 class Features(nn.Module):
@@ -132,12 +139,11 @@ class Features(nn.Module):
 def test_the_root_convolves_normalizes_and_pools():
     module = Features(())
     images = RNG.standard_normal((2, 12, 16, 3)).astype(np.float32)
-    params = random_like(module.init(jax.random.key(0), images)["params"])
+    params = random_params(module, images)
     x = conv_reference(images, params["conv_root"]["kernel"], 2)
     x = np.maximum(group_norm_reference(x, params["gn_root"], 1e-3), 0)
     expected = same_windows(x, 3, 2, -np.inf).max(axis=(3, 4))
-    actual = module.apply({"params": params}, images)
-    assert_close(actual, expected)
+    assert_close(apply(module, params, images), expected)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ TINY = {
     "num_heads": 3,
     "num_classes": 5,
 }
-IMAGES = jax.random.uniform(jax.random.key(1), (4, 8, 12, 3), minval=-1.0)
+IMAGES = np.random.default_rng(1).uniform(-1, 1, (4, 8, 12, 3)).astype(np.float32)
 
 
 def random_params(model):
@@ -24,15 +24,20 @@ def random_params(model):
     return jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
 
 
-def apply(model, params, seed=0, images=IMAGES):
-    rngs = {"dropout": jax.random.key(seed)}
-    return jax.jit(lambda p: model.apply({"params": p}, images, train=True, rngs=rngs))(params)
+def applied(model, params, images=IMAGES):
+    """The logits in training as a function of the seed."""
+
+    @jax.jit
+    def apply(params, key):
+        return model.apply({"params": params}, images, train=True, rngs={"dropout": key})
+
+    return lambda seed: np.asarray(apply(params, jax.random.key(seed)))
 
 
 def test_a_branch_is_left_out_for_whole_examples_and_keeps_its_expectation():
     x = np.random.default_rng(0).normal(2, 1, (20_000, 3, 2)).astype(np.float32)
-    y = StochasticDepth().apply({}, x, 0.3, False, rngs={"dropout": jax.random.key(0)})
-    factor = np.asarray(y / x)
+    y = np.asarray(StochasticDepth().apply({}, x, 0.3, False, rngs={"dropout": jax.random.key(0)}))
+    factor = y / x
     out = factor[:, 0, 0] == 0
     assert not np.any(factor[out])
     np.testing.assert_allclose(factor[~out], 1 / 0.7, rtol=1e-5)
@@ -50,9 +55,11 @@ def test_rates_grow_linearly_over_the_layers_and_are_those_of_both_branches():
             found.append((context.module.path[1], float(args[1])))
         return call(*args, **kwargs)
 
+    def apply(key):
+        return model.apply({"params": params}, IMAGES, train=True, rngs={"dropout": key})
+
     with nn.intercept_methods(record):
-        rngs = {"dropout": jax.random.key(0)}
-        model.apply({"params": params}, IMAGES, train=True, rngs=rngs)
+        jax.eval_shape(apply, jax.random.key(0))
     assert [name for name, _ in found] == [f"encoderblock_{i}" for i in (0, 0, 1, 1, 2, 2)]
     np.testing.assert_allclose([rate for _, rate in found], [0, 0, 0.2, 0.2, 0.4, 0.4], rtol=1e-6)
 
@@ -65,22 +72,23 @@ def test_a_layer_that_is_always_left_out_is_not_there(options):
     params = random_params(model)
     one = create_model(sizes | {"num_layers": 1})
     encoder = {k: x for k, x in params["Transformer"].items() if k != "encoderblock_1"}
-    expected = one.apply({"params": params | {"Transformer": encoder}}, IMAGES)
-    np.testing.assert_allclose(apply(model, params), expected, rtol=1e-4, atol=1e-5)
+    expected = jax.jit(one.apply)({"params": params | {"Transformer": encoder}}, IMAGES)
+    np.testing.assert_allclose(applied(model, params)(0), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_rng_decides_and_evaluation_is_without():
     model, plain = create_model(TINY, stochastic_depth=0.5), create_model(TINY)
     params = random_params(plain)
     assert jax.tree.structure(params) == jax.tree.structure(random_params(model))
-    first = apply(model, params)
-    np.testing.assert_array_equal(apply(model, params), first)
-    assert not np.allclose(apply(model, params, seed=1), first)
-    same = {"params": params}
-    np.testing.assert_array_equal(model.apply(same, IMAGES), plain.apply(same, IMAGES))
+    logits = applied(model, params)
+    first = logits(0)
+    np.testing.assert_array_equal(logits(0), first)
+    assert not np.allclose(logits(1), first)
+    evaluated = (jax.jit(m.apply)({"params": params}, IMAGES) for m in (model, plain))
+    np.testing.assert_array_equal(*evaluated)
 
 
 def test_each_image_has_its_own_draw():
     model = create_model(TINY, stochastic_depth=0.5)
-    logits = apply(model, random_params(model), images=np.repeat(IMAGES[:1], 16, axis=0))
-    assert len(np.unique(np.asarray(logits)[:, 0].round(4))) > 3
+    logits = applied(model, random_params(model), np.repeat(IMAGES[:1], 16, axis=0))
+    assert len(np.unique(logits(0)[:, 0].round(4))) > 3
