@@ -67,6 +67,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def image_size(text: str) -> int | tuple[int, int]:
+    """The type of a flag that is a side, 384, or a height and a width, 320x480, in pixels."""
+    if not re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5})?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 384 or 320x480")
+    height, _, width = text.partition("x")
+    return (int(height), int(width)) if width else int(height)
+
+
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of a command that runs configs."""
     add_config_flag(parser)

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from vit_jax.data import imagenet
 from vit_jax.data.image_files import find_images, read_batches
 from vit_jax.data.images import open_image, preprocess
 from vit_jax.data.protocols import Preprocessing
+from vit_jax.dense_features import DenseFeatures, Extractor, ImageSize
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import one_ahead
 from vit_jax.models import create_model, model_keys
@@ -29,12 +30,14 @@ Images = (
     | Sequence["str | os.PathLike[str] | Image.Image | np.ndarray"]
 )
 
+_View = Callable[[np.ndarray], np.ndarray]
+
 # Of ViT-B/16 at 384 pixels, the attention weights of all layers of 8 images are 1.5 GB.
 _ATTENTION_BATCH_SIZE = 8
 
 _GIVE = (
     "give a path, a PIL image, uint8 pixels [height, width, 3] or [n, height, width, 3], a list of "
-    "these, or what is preprocessed already as float32 [n, {size}, {size}, 3]"
+    "these, or what is preprocessed already as float32 [n, {}, {}, 3]"
 )
 
 
@@ -85,6 +88,7 @@ class VisionModel:
             raise UserError(f"batch_size is {batch_size}: it must be at least 1")
         self.pretrained = pretrained
         self.batch_size = batch_size
+        self._extractors: dict[Any, Extractor] = {}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -154,6 +158,27 @@ class VisionModel:
             UserError: an image is none or cannot be read.
         """
         return self._map(self._features, images)
+
+    def dense_features(
+        self, images: Images, layers: Sequence[int] = (), image_size: ImageSize | None = None
+    ) -> DenseFeatures:
+        """Computes the features of every patch beside the pooled ones.
+
+        Args:
+            images: see the class; floats are [n, height, width, 3] of `image_size`.
+            layers: numbers of layers, from 1 on, whose results are wanted too.
+            image_size: a side in pixels, of what evaluation sees; or (height, width), to which all
+                of an image is resized. Position embeddings are interpolated. None: the model's.
+
+        Raises:
+            UserError: an image is none or cannot be read, a layer does not exist, or the model is
+                a ResNet or for no such size.
+        """
+        extractor = self._extractor(tuple(layers), image_size)
+        batches = self._batches(images, self.batch_size, extractor)
+        started = ((extractor(batch), count) for batch, count in batches)
+        parts = [(jax.device_get(part), count) for part, count in one_ahead(started)]
+        return extractor.collect(*zip(*parts, strict=True))
 
     def attention(self, images: Images) -> np.ndarray:
         """Returns what the model looks at, [n, image_size, image_size], in [0, 1].
@@ -231,6 +256,12 @@ class VisionModel:
 
         return jax.jit(apply)
 
+    def _extractor(self, layers: tuple[int, ...], image_size: ImageSize | None) -> Extractor:
+        key = layers, image_size
+        if key not in self._extractors:
+            self._extractors[key] = Extractor(self.pretrained, layers, image_size)
+        return self._extractors[key]
+
     @staticmethod
     def _compile(model: Any) -> Any:
         return jax.jit(lambda params, images: model.apply({"params": params}, images))
@@ -243,9 +274,14 @@ class VisionModel:
         )
         return np.concatenate([np.asarray(rows)[:count] for rows, count in one_ahead(started)])
 
-    def _batches(self, images: Images, batch_size: int) -> Generator[tuple[np.ndarray, int]]:
+    def _batches(
+        self, images: Images, batch_size: int, extractor: Extractor | None = None
+    ) -> Generator[tuple[np.ndarray, int]]:
         """Yields preprocessed batches of few shapes, and how many of their rows are images."""
-        given = self._list(images)
+        view, shape = self._preprocess, self._shape
+        if extractor:
+            view, shape = extractor.view, extractor.shape
+        given = self._list(images, shape)
         count = len(given)
         if not count:
             raise UserError(f"there are no images: {self._give}")
@@ -253,28 +289,31 @@ class VisionModel:
         size = min(batch_size, 1 << (count - 1).bit_length())
         paths = [image for image in given if isinstance(image, str)]
         if len(paths) == count:
-            for files, batch in read_batches(paths, self.preprocessing, size, _raise):
+            for files, batch in read_batches(paths, self.preprocessing, size, _raise, view):
                 yield _pad(batch, size), len(files)
             return
         for begin in range(0, count, size):
             part = given[begin : begin + size]
             if isinstance(part, list):
-                part = np.stack([self._preprocess(image) for image in part])
+                part = np.stack([self._view(image, view) for image in part])
             yield _pad(part, size), len(part)
 
-    def _preprocess(self, image: "str | np.ndarray") -> np.ndarray:
+    def _preprocess(self, pixels: np.ndarray) -> np.ndarray:
+        return preprocess(pixels, self.preprocessing)
+
+    def _view(self, image: "str | np.ndarray", view: _View) -> np.ndarray:
         if isinstance(image, str):
             with open_image(image, jpeg_dct=self.preprocessing.jpeg_dct) as pixels:
-                return preprocess(pixels, self.preprocessing)
-        return preprocess(image, self.preprocessing)
+                return view(pixels)
+        return view(image)
 
-    def _list(self, images: Images) -> "list[str | np.ndarray] | np.ndarray":
+    def _list(self, images: Images, shape: tuple[int, ...]) -> "list[str | np.ndarray] | np.ndarray":
         """Files and pixels of single images; or all of them, preprocessed, as one array."""
         if isinstance(images, jax.Array):
             images = np.asarray(images)
         if isinstance(images, np.ndarray):
             if np.issubdtype(images.dtype, np.floating):
-                return self._check_preprocessed(images)
+                return self._check_preprocessed(images, shape)
             return list(self._check_pixels(images, (3, 4)).reshape(-1, *images.shape[-3:]))
         if isinstance(images, str | os.PathLike | Image.Image):
             images = [images]
@@ -299,10 +338,10 @@ class VisionModel:
             raise UserError(f"an image of {list(image.shape)} has no pixels: {self._give}")
         return np.asarray(image)
 
-    def _check_preprocessed(self, images: np.ndarray) -> np.ndarray:
-        size = self.preprocessing.image_size
-        if images.ndim != 4 or images.shape[1:] != (size, size, 3):
-            raise UserError(f"images are {images.dtype} {list(images.shape)}: {self._give}")
+    def _check_preprocessed(self, images: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        give = _GIVE.format(*shape)
+        if images.ndim != 4 or images.shape[1:] != shape:
+            raise UserError(f"images are {images.dtype} {list(images.shape)}: {give}")
         mean, std = (np.array(x) for x in (self.preprocessing.mean, self.preprocessing.std))
         lowest, highest = (-mean / std).min(), ((1 - mean) / std).max()
         # Kernels of resizing overshoot by less than this, not scaled pixels by far more.
@@ -310,13 +349,17 @@ class VisionModel:
         if images.size and not (lowest - slack <= images.min() and images.max() <= highest + slack):
             raise UserError(
                 f"images have values from {images.min():g} to {images.max():g}, preprocessed ones "
-                f"from {lowest:.3g} to {highest:.3g}: {self._give}"
+                f"from {lowest:.3g} to {highest:.3g}: {give}"
             )
         return images.astype(np.float32, copy=False)
 
     @property
     def _give(self) -> str:
-        return _GIVE.format(size=self.preprocessing.image_size)
+        return _GIVE.format(*self._shape)
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        return (self.preprocessing.image_size, self.preprocessing.image_size, 3)
 
 
 # The classes that are shown of an image unless another number is asked for.

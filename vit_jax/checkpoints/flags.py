@@ -1,7 +1,8 @@
 """The flags of a command that reads a model, one set for all of them."""
 
 import argparse
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from vit_jax import command
 
@@ -12,7 +13,10 @@ _OVERRIDES = ("num_heads", "gelu", "layer_norm_epsilon", "image_size")
 
 
 def add_flags(
-    parser: argparse.ArgumentParser, name: str = "--checkpoint", required: bool = True
+    parser: argparse.ArgumentParser,
+    name: str = "--checkpoint",
+    required: bool = True,
+    image_size: Callable[[str], Any] = command.positive,
 ) -> None:
     """Adds the flag of the checkpoint and those that override what is read from it.
 
@@ -20,6 +24,7 @@ def add_flags(
         parser: what to add to.
         name: of the checkpoint's flag.
         required: whether the command needs it in any case.
+        image_size: the type of that flag.
     """
     group = parser.add_argument_group("the model")
     group.add_argument(
@@ -32,7 +37,7 @@ def add_flags(
     )
     group.add_argument(
         "--image_size",
-        type=command.positive,
+        type=image_size,
         metavar="PIXELS",
         help="side of the input; position embeddings are interpolated [the checkpoint's]",
     )

@@ -1,5 +1,6 @@
 """Image files on disk, found and read in batches as evaluation sees them, without TensorFlow."""
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,7 @@ def read_batches(
     preprocessing: Preprocessing,
     batch_size: int,
     report: Callable[[UserError], None],
+    view: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Iterator[tuple[list[str], np.ndarray]]:
     """Yields images as evaluation sees them, in batches of one shape.
 
@@ -44,12 +46,13 @@ def read_batches(
         preprocessing: of the model.
         batch_size: how many files are read at a time, at most.
         report: is called for every image that cannot be read; unless it raises, the others follow.
+        view: prepares an image instead of the preprocessing, to float32 [height, width, 3].
 
     Yields:
         The files that could be read, at least one, and [batch_size, image_size, image_size, 3] in
-        float32, whose rows beyond these files are 0.
+        float32, or of the view's shape, whose rows beyond these files are 0.
     """
-    size = preprocessing.image_size
+    view = view or functools.partial(preprocess, preprocessing=preprocessing)
     batch_size = min(batch_size, len(files))
 
     def read(file: str) -> np.ndarray | UserError:
@@ -57,7 +60,7 @@ def read_batches(
             if os.path.isdir(file):
                 raise UserError(f"{file} holds no image")
             with open_image(file, jpeg_dct=preprocessing.jpeg_dct) as image:
-                return preprocess(image, preprocessing)
+                return view(image)
         except UserError as error:
             return error
 
@@ -75,7 +78,7 @@ def read_batches(
                 else:
                     found.append((file, image))
             if found:
-                batch = np.zeros((batch_size, size, size, 3), np.float32)
+                batch = np.zeros((batch_size, *found[0][1].shape), np.float32)
                 batch[: len(found)] = [image for _, image in found]
                 yield [file for file, _ in found], batch
     finally:
