@@ -23,7 +23,7 @@ SUFFIXES = (".npz", ".safetensors")
 
 _EPILOG = """examples:
   %(prog)s --checkpoint B_16 photos/ --output features.npz
-  %(prog)s --checkpoint B_16 photos/ --output features.safetensors --image_size 320x480 --layers 6,12
+  %(prog)s --checkpoint B_16 photos/ --output f.safetensors --image_size 320x480 --layers 6,12
 
 --image_size 384 is the square that evaluation sees, 320x480 all of an image, resized to this height
 and width.

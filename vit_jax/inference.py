@@ -307,7 +307,9 @@ class VisionModel:
                 return view(pixels)
         return view(image)
 
-    def _list(self, images: Images, shape: tuple[int, ...]) -> "list[str | np.ndarray] | np.ndarray":
+    def _list(
+        self, images: Images, shape: tuple[int, ...]
+    ) -> "list[str | np.ndarray] | np.ndarray":
         """Files and pixels of single images; or all of them, preprocessed, as one array."""
         if isinstance(images, jax.Array):
             images = np.asarray(images)

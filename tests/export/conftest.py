@@ -22,7 +22,7 @@ TINY = {
 }
 
 
-EXPORT_OPTIONS = {"outputs", "include_preprocessing"}
+EXPORT_OPTIONS = {"outputs", "layer", "include_preprocessing", "free_size"}
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ class Reference:
 
     Attributes:
         images: [n, height, width, 3], of the type of the model's input.
-        outputs: float32 [n, outputs].
+        outputs: float32 [n, ...].
         labels: [n], the true classes, or None.
         data: where the images are from.
     """
@@ -99,18 +99,27 @@ def read_dataset(
     return batch["image"], batch["label"]
 
 
-def synthetic_images(number: int, preprocessing: Preprocessing) -> np.ndarray:
+def synthetic_images(
+    number: int, preprocessing: Preprocessing, size: tuple[int, int] | None = None
+) -> np.ndarray:
     """Colored blotches, as smooth as photographs are, the same each time.
 
+    Args:
+        number: of images.
+        preprocessing: of the model.
+        size: height and width; None: the model's.
+
     Returns:
-        float32 [number, image_size, image_size, 3] with the channel statistics of the model.
+        float32 [number, height, width, 3] with the channel statistics of the model.
     """
-    size = preprocessing.image_size
+    height, width = size or (preprocessing.image_size, preprocessing.image_size)
     generator = np.random.default_rng(0)
     coarse = generator.uniform(size=(number, 8, 8, 3))
-    position = np.linspace(0, 7, size)
-    weights = np.maximum(0, 1 - np.abs(position[:, None] - np.arange(8)))  # [size, 8], linear
-    pixels = np.einsum("yi,xj,nijc->nyxc", weights, weights, coarse)
+
+    def weights(side: int) -> np.ndarray:  # [side, 8], linear
+        return np.maximum(0, 1 - np.abs(np.linspace(0, 7, side)[:, None] - np.arange(8)))
+
+    pixels = np.einsum("yi,xj,nijc->nyxc", weights(height), weights(width), coarse)
     return ((pixels - preprocessing.mean) / preprocessing.std).astype(np.float32)
 
 
@@ -132,13 +141,16 @@ def in_batches(predict: Predict, images: np.ndarray, batch_size: int = 16) -> np
 def compare(reference: Reference, outputs: np.ndarray) -> dict[str, float]:
     """Metrics of the difference between two models on the same images.
 
+    All that is made of an image counts as one vector, also features of its patches.
+
     Returns:
         `max_difference` and `mean_difference` of the outputs; `relative_difference`, the former by
         the reference's largest output; the smallest `cosine` of an image's outputs;
         `top1_agreement`; and where labels are known `accuracy` and `reference_accuracy`.
     """
-    expected = reference.outputs.astype(np.float64)
-    outputs = outputs.astype(np.float64)
+    expected, outputs = (
+        x.astype(np.float64).reshape(len(x), -1) for x in (reference.outputs, outputs)
+    )
     difference = np.abs(outputs - expected)
     norms = np.linalg.norm(outputs, axis=1) * np.linalg.norm(expected, axis=1)
     cosines = (outputs * expected).sum(1) / np.where(norms, norms, 1)
