@@ -82,8 +82,8 @@ class Extractor:
         Raises:
             UserError: the model has no tokens or not so many layers, or is for no such size.
         """
-        config = describe(pretrained.model, num_classes=0, scan_layers=False, remat="nothing")
-        check_dense(config, layers)
+        no_head: Any = {**pretrained.model, "num_classes": 0, "remat": "nothing"}
+        config = check_dense(describe(no_head), layers)
         self._whole = isinstance(image_size, tuple)
         size = pretrained.preprocessing.image_size if image_size is None else image_size
         height, width = sides = size if isinstance(size, tuple) else (size, size)

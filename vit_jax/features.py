@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vit_jax import command
 from vit_jax.checkpoints import flags
@@ -119,9 +119,7 @@ def to_arrays(features: "DenseFeatures") -> dict[str, "np.ndarray"]:
     return arrays
 
 
-def write(
-    path: Path, arrays: dict[str, "np.ndarray"], files: Sequence[str], prefix: Sequence[str]
-) -> None:
+def write(path: Path, arrays: dict[str, Any], files: Sequence[str], prefix: Sequence[str]) -> None:
     """Writes features whole or not at all.
 
     Args:
@@ -141,9 +139,9 @@ def write(
         texts = {"files": json.dumps(list(files)), "prefix_names": json.dumps(list(prefix))}
         write_safetensors(path, arrays, **texts)
         return
-    texts = {"files": np.array(files), "prefix_names": np.array(prefix, np.str_)}
+    texts: dict[str, Any] = {"files": np.array(files), "prefix_names": np.array(prefix, np.str_)}
     with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays, **texts)
+        np.savez(file, **texts, **arrays)
 
 
 def build_parser(prog: str = "python -m vit_jax.features") -> command.Parser:

@@ -134,7 +134,10 @@ def test_position_embeddings_are_fitted_in_the_graph(make_forward, kind):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"architecture": "hybrid", "resnet_layers": (1,), "patch_size": 1}, "a ViT of the family"),
+        (
+            {"architecture": "hybrid", "resnet_layers": (1,), "patch_size": 1},
+            "a hybrid, an axial model or a ResNet",
+        ),
         ({"position_embedding": "relative"}, "relative or in every layer"),
         ({"position_placement": "shared"}, "relative or in every layer"),
     ],

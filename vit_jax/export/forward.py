@@ -79,8 +79,8 @@ def check_free_size(config: ModelConfig) -> None:
     """
     if type(config) is not ViTConfig:
         raise UserError(
-            f"a {config.noun} of the family {type(config).__name__.removesuffix('Config')} is "
-            "exported for one size of images: leave --free_size out"
+            "a hybrid, an axial model or a ResNet is exported for one size of images: leave "
+            "--free_size out"
         )
     if config.position_embedding == "relative" or config.position_placement != "stem":
         raise UserError(
@@ -156,7 +156,7 @@ def make_forward(
         "output": outputs,
     }
     if outputs in DENSE:
-        metadata["prefix"] = json.dumps(prefix_names(module.config))
+        metadata["prefix"] = json.dumps(prefix_names(check_dense(module.config)))
         metadata["layer"] = json.dumps(layer)
     if pretrained.class_names is not None and config["num_classes"]:
         metadata["class_names"] = json.dumps(pretrained.class_names, ensure_ascii=False)

@@ -263,12 +263,12 @@ def _model(
 ) -> Model:
     """Puts a model together from the shape of its input; a batch that is no number is free."""
     batch, *image_shape = shape
-    # A size that is free has a name in ONNX.
-    image_shape = [-1 if isinstance(size, str) else size for size in image_shape]
+    free = [size for size in image_shape[:2] if isinstance(size, str)]  # ONNX names them.
     if len(image_shape) != 3 or not all(
-        isinstance(x, int) and (x > 0 or x == -1) for x in image_shape
+        size in free or (isinstance(size, int) and size > 0) for size in image_shape
     ):
         raise UserError(f"{path} takes {list(shape)}: it is no model of [batch, height, width, 3]")
+    height, width, channels = (-1 if size in free else size for size in image_shape)
     if isinstance(batch, int) and batch > 0:
         sizes = (batch, batch)
     try:
@@ -278,7 +278,7 @@ def _model(
         names = read_class_names(metadata)
         return Model(
             path=path,
-            image_shape=tuple(image_shape),
+            image_shape=(height, width, channels),
             image_dtype=np.dtype(dtype),
             sizes=sizes,
             preprocessing=None if fields is None else Preprocessing(**fields),

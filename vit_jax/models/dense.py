@@ -75,8 +75,8 @@ def prefix_names(config: ViTConfig) -> tuple[str, ...]:
     return ("class", *["distillation"] * config.distillation_token, *registers)
 
 
-def check_dense(config: ModelConfig, layers: Sequence[int] = ()) -> None:
-    """Checks that a model has tokens, and those layers.
+def check_dense(config: ModelConfig, layers: Sequence[int] = ()) -> ViTConfig:
+    """Returns a description after it was checked that its model has tokens, and those layers.
 
     Raises:
         UserError: it is a ResNet, or has not so many.
@@ -88,3 +88,4 @@ def check_dense(config: ModelConfig, layers: Sequence[int] = ()) -> None:
         )
     if bad := [n for n in layers if not 1 <= n <= config.num_layers]:
         raise UserError(f"layer {bad[0]} does not exist: name one from 1 to {config.num_layers}")
+    return config
