@@ -381,7 +381,7 @@ def test_a_key_without_a_rule_is_noticed():
     [
         ("model.hidden_size", 2**40, "config.model.hidden_size is 1099511627776: it must be at mo"),
         ("model.num_heads", True, "config.model.num_heads is True: it must be of type int"),
-        ("dataset.image_size", 10**6, "config.dataset.image_size is 1000000: it must be at most 1"),
+        ("dataset.image_size", 10**6, "config.dataset.image_size is 1000000: it must be a whole"),
         ("dataset.image_size", 9984, "config.model has 7.6e+15 multiply-adds for an image of con"),
         ("schedule.base_lr", math.nan, "config.schedule.base_lr is nan: it must be a finite numb"),
         ("seed", 1 << 70, "config.seed is 1180591620717411303424: it must be at most 4294967295"),

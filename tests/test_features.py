@@ -1,5 +1,6 @@
 """Features of every patch from Python and by the command, against the model run by hand."""
 
+import dataclasses
 import json
 
 import jax
@@ -13,6 +14,7 @@ from scipy.ndimage import zoom
 import vit_jax
 from vit_jax import features
 from vit_jax.checkpoints.pretrained import load_pretrained
+from vit_jax.data.images import preprocess, read_image
 from vit_jax.errors import UserError
 from vit_jax.models import create_model
 
@@ -59,36 +61,35 @@ def files(photos):
     return [str(photos / f"{index}.png") for index in range(3)]
 
 
-def test_all_of_an_image_is_seen_at_a_height_and_a_width(vit, path, photos):
-    found = vit.dense_features(files(photos), layers=[1], image_size=(13, 20))
+def test_features_at_a_height_and_a_width_are_those_of_the_model_by_hand(vit, path, photos):
+    found = vit.dense_features(files(photos), layers=[1], image_size="13x20")
     assert found.grid.shape == found.on_grid(found.layers[1]).shape == (3, 3, 5, 12)
     assert (found.prefix, found.shape, found.pooled.shape) == (("class",), (3, 5), (3, 12))
 
     pretrained = load_pretrained(path)
-    resized = [Image.open(x).resize((20, 13), Image.Resampling.BILINEAR) for x in files(photos)]
-    images = np.stack([np.asarray(image)[:12] for image in resized]) / np.float32(127.5) - 1
+    view = dataclasses.replace(pretrained.preprocessing, image_size="13x20")
+    images = np.stack([preprocess(read_image(x), view) for x in files(photos)])
     params = flatten_dict(pretrained.params)
     name = ("Transformer", "posembed_input", "pos_embedding")
     of_class, patches = params[name][:, :1], params[name][0, 1:].reshape(4, 4, 12)
     patches = zoom(patches, (3 / 4, 5 / 4, 1), order=1).reshape(1, 15, 12)
     params[name] = np.concatenate([of_class, patches], axis=1)
     model = create_model(pretrained.model, num_classes=0)
-    expected = jax.jit(model.apply)({"params": unflatten_dict(params)}, images)
+    expected = jax.jit(model.apply)({"params": unflatten_dict(params)}, images[:, :12])
     np.testing.assert_allclose(found.pooled, expected, atol=1e-5)
     np.testing.assert_allclose(found.tokens[:, 0], expected, atol=1e-5)
     # Floats are taken as they are, of the same size.
-    padded = np.pad(images, ((0, 0), (0, 1), (0, 0), (0, 0)))
-    again = vit.dense_features(padded, layers=[1], image_size=(13, 20))
+    again = vit.dense_features(images, layers=[1], image_size="13x20")
     np.testing.assert_allclose(again.tokens, found.tokens, atol=1e-5)
     with pytest.raises(UserError, match=r"float32 \[n, 13, 20, 3\]"):
-        vit.dense_features(images, layers=[1], image_size=(13, 20))
+        vit.dense_features(images[:, :12], layers=[1], image_size="13x20")
 
 
 def test_at_a_side_the_pooled_features_are_those_of_evaluation(vit, path, photos):
     larger = vit_jax.load(path, image_size=24).features(files(photos))
     found = vit.dense_features(files(photos), image_size=24)
     np.testing.assert_allclose(found.pooled, larger, atol=1e-5)
-    with pytest.raises(UserError, match="image_size 0 is no whole number"):
+    with pytest.raises(UserError, match="image_size is 0: it must be a whole number"):
         vit.dense_features(files(photos), image_size=0)
 
 
@@ -105,7 +106,7 @@ def test_the_command_writes_all_that_could_be_read(vit, path, photos, tmp_path, 
         with safe_open(output, "np") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             names = [json.loads(file.metadata()[name]) for name in ("files", "prefix_names")]
-    expected = vit.dense_features(files(photos), layers=[1, 2], image_size=(13, 20))
+    expected = vit.dense_features(files(photos), layers=[1, 2], image_size="13x20")
     assert names == [files(photos), ["class"]]
     assert arrays.keys() == {
         *("pooled", "grid", "prefix"),
@@ -123,7 +124,10 @@ def test_the_command_writes_all_that_could_be_read(vit, path, photos, tmp_path, 
     [
         (["--output", "x.csv"], "x.csv is no file that ends in .npz or .safetensors"),
         (["--output", "none/x.npz"], "none/x.npz is not in a folder that exists"),
-        (["--output", "x.npz", "--image_size", "3by4"], "'3by4' is no size such as 384 or 320x480"),
+        (
+            ["--output", "x.npz", "--image_size", "3by4"],
+            "'3by4': it must be a whole number from 1 to 10000, or two",
+        ),
         (["--output", "x.npz", "--image_size", "2x16"], "2x16 is less than a patch: use 4 or more"),
         (["--output", "x.npz", "--layers", "3"], "layer 3 does not exist: name one from 1 to 2"),
         (["--output", "x.npz", "--layers", "0"], "'0' is not a whole number of at least 1"),

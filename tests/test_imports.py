@@ -15,6 +15,7 @@ LAYERS = (
         "printable",
         "errors",
         "files",
+        "image_size",
         "command",
         "interruption",
         "signals",

@@ -165,6 +165,13 @@ def test_overrides_are_those_of_load_pretrained(path, pixels):
     assert model.preprocessing.image_size == 24
     assert model.config["gelu"] == "erf"
     assert model.attention(pixels[0]).shape == (1, 24, 24)
+    model = vit_jax.load(path, image_size="16x24")
+    assert model.attention(pixels[0]).shape == (1, 16, 24)
+    images = np.stack([preprocess(image, model.preprocessing) for image in pixels[:1]])
+    np.testing.assert_allclose(model.logits(images), model.logits(pixels[0]), atol=1e-5)
+    assert "images of 16 x 24" in repr(model)
+    with pytest.raises(UserError, match=r"preprocessed already as float32 \[n, 16, 24, 3\]"):
+        model.logits(images.swapaxes(1, 2))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,11 @@ def test_finetuning_from_a_run_replaces_its_head(tiny_config, tmp_path, finished
     config = tiny_config(
         init_from=str(finished),
         duration="1 step",
-        **{"dataset.image_size": 16, "model.representation_size": 0, "schedule.warmup": "0 steps"},
+        **{
+            "dataset.image_size": "8x16",
+            "model.representation_size": 0,
+            "schedule.warmup": "0 steps",
+        },
     )
     train.train(config, tmp_path / "run")
     output = capsys.readouterr().out
@@ -103,6 +107,16 @@ def finetune_config(data_dir, init_from, **overrides):
     fixed |= {"schedule.warmup": "1 step", "init_from": str(init_from)}
     config.update_from_flattened_dict(fixed | overrides)
     return config
+
+
+def test_as_many_patches_in_another_grid_have_other_positions(data_dir, foreign_weights):
+    config = finetune_config(data_dir, foreign_weights, **{"dataset.image_size": "4x16"})
+    _, weights = initialization.read_weights(config)
+    found, old = (
+        x["Transformer"]["posembed_input"]["pos_embedding"][0]
+        for x in (weights.params, load_pretrained(foreign_weights).params)
+    )
+    np.testing.assert_allclose(found, np.linspace(old[0], old[1], 4), atol=1e-6)
 
 
 def test_finetuning_takes_what_travels_with_the_weights(

@@ -200,6 +200,7 @@ def test_an_accelerator_has_table_4_with_the_steps_of_bit_hyperrule():
         ({"image_size": 384}, {"dataset.image_size": 224}),
         ({"num_images": 100, "on_cpu": False}, {"batch_size": 64, "schedule.base_lr": 0.01}),
         ({"on_cpu": False, "image_size": 518}, {"dataset.image_size": 518}),
+        ({"image_size": "160x480"}, {"dataset.image_size": "160x480"}),
         ({"on_cpu": False, "image_size": 32}, {"dataset.image_size": 32}),
         ({"on_cpu": False, "name": "ViT-H/14"}, {"dataset.image_size": 378}),
         ({"devices": 3}, {"batch_size": 33}),

@@ -18,7 +18,7 @@ from vit_jax.config import check_config, count_steps
 from vit_jax.config_files import load
 from vit_jax.data import datasets
 from vit_jax.data.augmentation import Augmentation, parse_augment
-from vit_jax.data.protocols import evaluation, resized_side, squashed_side
+from vit_jax.data.protocols import evaluation, resized_sides, squashed_sides
 from vit_jax.errors import UserError
 from vit_jax.models import create_model
 from vit_jax.provenance import sources
@@ -288,7 +288,7 @@ def in_words(protocol, size):
     """A protocol in the language of big_vision's preprocessing; tests/data has what it does."""
     view = evaluation(protocol, size)
     assert (view.resize, view.interpolation, view.squash) == ("big_vision", "area", False)
-    resized = resized_side(view)
+    resized, _ = resized_sides(view)
     crops = {
         "big_vision": f"decode_jpeg_and_inception_crop({size})",
         "transfer": f"decode|resize_small({resized})|random_crop({size})",
@@ -335,7 +335,7 @@ HYPERRULE = {
 def test_every_key_of_bits_hyperrule_is_as_published(dataset):
     resized, crop, mixup, supports = HYPERRULE[dataset]
     config = load(f"vit:R50x1,bit_hyperrule,{dataset}").config
-    assert squashed_side(config.dataset.protocol, crop) == resized
+    assert squashed_sides(config.dataset.protocol, crop) == (resized, resized)
     whole = evaluation(config.dataset.protocol, crop)
     assert (whole.center_crop, whole.resize, whole.interpolation) == (None, "box", "bilinear")
     ours = flatten_dict(config.to_dict(), sep=".")

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from vit_jax import signals
 from vit_jax.errors import UserError, nearest
 from vit_jax.files import cache_dir
+from vit_jax.image_size import ImageSize, size_problem
 from vit_jax.printable import printable
 
 # Each of the random numbers of an initialization takes about as long to compile, in seconds.
@@ -67,12 +68,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def image_size(text: str) -> int | tuple[int, int]:
-    """The type of a flag that is a side, 384, or a height and a width, 320x480, in pixels."""
-    if not re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5})?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 384 or 320x480")
-    height, _, width = text.partition("x")
-    return (int(height), int(width)) if width else int(height)
+def image_size(text: str) -> ImageSize:
+    """The type of a flag that is the size of images: 224, or 224x320, height and width."""
+    size = int(text) if text.isdecimal() else text
+    if problem := size_problem(size):
+        raise argparse.ArgumentTypeError(problem.removeprefix("is "))
+    return size
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:

@@ -29,6 +29,7 @@ from vit_jax.data.augmentation import parse_augment
 from vit_jax.data.source import check_splits
 from vit_jax.errors import UserError, brief, brief_name, first_line, nearest
 from vit_jax.evaluation import registry
+from vit_jax.image_size import ImageSize, sides
 from vit_jax.models import ARCHITECTURES, describe, vit
 from vit_jax.state import (
     DROPS,
@@ -259,10 +260,10 @@ def _check_deciding(evals: ConfigDict) -> None:
         )
 
 
-def _check_model(model: ConfigDict, image_size: int) -> None:
+def _check_model(model: ConfigDict, image_size: ImageSize) -> None:
     description = describe(dict(model))
     if isinstance(description, vit.ViTConfig):
-        description.grid(image_size, image_size)
+        description.grid(*sides(image_size))
     if (cost := description.multiply_adds(image_size)) > MOST_MULTIPLY_ADDS:
         raise UserError(
             f"config.model has {cost:.1e} multiply-adds for an image of config.dataset.image_size "

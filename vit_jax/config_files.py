@@ -17,16 +17,28 @@ from typing import Any
 
 from absl import flags, logging
 from flax.traverse_util import empty_node, flatten_dict
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, config_dict, config_flags
 
 from vit_jax import command, config, provenance, recipes
 from vit_jax.config_rules import text_problem
 from vit_jax.errors import UserError, brief, brief_name, first_line, nearest
 from vit_jax.evaluation import registry
+from vit_jax.image_size import ImageSize
 from vit_jax.printable import printable
 
 # Of ml_collections, for what is no value, or no key.
 _UNREADABLE = (AttributeError, LookupError, TypeError, ValueError, MemoryError, RecursionError)
+
+
+class _ImageSizeParser(flags.ArgumentParser):
+    """Reads 224 as a number and 224x320 as it is written."""
+
+    def parse(self, argument: str | int) -> ImageSize:
+        text = str(argument)
+        return int(text) if text.isdecimal() else text
+
+
+config_flags.register_flag_parser_for_type(ImageSize, _ImageSizeParser())
 
 _PACKAGE = pathlib.Path(__file__).parent
 # Where this package is installed the configs are in it, in a clone of the repository beside it.
@@ -73,6 +85,7 @@ def load(
     with recipes.recording() as recorded:
         loaded = _read(path, spec)
     sources = _sources(loaded, name, recorded)
+    _open_image_size(loaded)
     sources |= _add_evaluators(loaded, argv)
     _check_keys(argv, loaded)
     values = flags.FlagValues()
@@ -259,6 +272,15 @@ def _open_evals(config: ConfigDict) -> ConfigDict:
     if isinstance(evals := config.get("evals"), ConfigDict):
         evals.unlock()
     return config
+
+
+def _open_image_size(config: ConfigDict) -> None:
+    """Lets a flag replace a number by two, or two by one."""
+    data = config.get("dataset")
+    if isinstance(data, ConfigDict) and isinstance(size := data.get("image_size"), ImageSize):
+        with data.unlocked():
+            del data["image_size"]
+            data["image_size"] = config_dict.FieldReference(size, field_type=ImageSize)
 
 
 def _add_evaluators(loaded: ConfigDict, argv: Sequence[str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Collection
 from itertools import pairwise
+from types import UnionType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -16,12 +17,13 @@ from ml_collections import ConfigDict
 from vit_jax.data.augmentation import CONTRASTS, parse_augment
 from vit_jax.data.class_weights import CLASS_WEIGHTS
 from vit_jax.data.order import SAMPLINGS
-from vit_jax.data.protocols import JPEG_DCTS, MAX_IMAGE_SIZE, PROTOCOLS
+from vit_jax.data.protocols import JPEG_DCTS, PROTOCOLS
 from vit_jax.data.subset import parse_subset
 from vit_jax.distillation import KINDS
 from vit_jax.errors import UserError, brief, first_line
 from vit_jax.evaluation import registry
 from vit_jax.evaluation.fewshot import parse_shots
+from vit_jax.image_size import ImageSize, size_problem
 from vit_jax.lora import parse_targets
 from vit_jax.models import ARCHITECTURES, DTYPES, field_type, model_config, model_fields
 from vit_jax.models.base import type_problem
@@ -49,7 +51,7 @@ class Rule:
         example: a value that is right.
     """
 
-    kind: type
+    kind: type | UnionType
     problem: Problem
     example: Any
 
@@ -276,7 +278,7 @@ RULES: dict[str, Rule] = {
         0.2,
     ),
     "dataset.broken": _one_of(BROKEN, "skip"),
-    "dataset.image_size": _between(int, 1, MAX_IMAGE_SIZE, 224, "the largest image that is fed"),
+    "dataset.image_size": Rule(ImageSize, size_problem, 224),
     "dataset.protocol": _one_of(PROTOCOLS, "big_vision"),
     "dataset.jpeg_dct": _one_of(JPEG_DCTS, "accurate"),
     "dataset.random_crop": _yes_or_no(True),

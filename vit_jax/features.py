@@ -25,9 +25,6 @@ _EPILOG = """examples:
   %(prog)s --checkpoint B_16 photos/ --output features.npz
   %(prog)s --checkpoint B_16 photos/ --output f.safetensors --image_size 320x480 --layers 6,12
 
---image_size 384 is the square that evaluation sees, 320x480 all of an image, resized to this height
-and width.
-
 arrays, float32, a row for every image that was read:
   pooled         [images, features]               what a head is applied to
   grid           [images, rows, columns, width]   the patches after the last LayerNorm
@@ -53,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vit_jax.data.image_files import find_images
     from vit_jax.dense_features import Extractor
 
-    size, args.image_size = args.image_size, None  # To which the extractor fits the model.
+    # The extractor fits the model to it: a side may be no multiple of the patch size.
+    size, args.image_size = args.image_size, None
     files = find_images(args.images)
     extractor = Extractor(flags.load(args), args.layers, size)
     done, features = extract(extractor, files, args.batch_size)
@@ -90,9 +88,7 @@ def extract(
     from vit_jax.data.image_files import read_batches
     from vit_jax.evaluation.metrics import one_ahead
 
-    batches = read_batches(
-        files, extractor.preprocessing, batch_size, command.report, extractor.view
-    )
+    batches = read_batches(files, extractor.preprocessing, batch_size, command.report)
     done: list[str] = []
     parts, counts = [], []
     for found, part in one_ahead((found, extractor(batch)) for found, batch in batches):
@@ -152,7 +148,7 @@ def build_parser(prog: str = "python -m vit_jax.features") -> command.Parser:
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE_OR_DIR", help="directories are searched recursively"
     )
-    flags.add_flags(parser, image_size=command.image_size)
+    flags.add_flags(parser)
     parser.add_argument(
         "--output", required=True, metavar="FILE", help="ends in .npz or .safetensors"
     )

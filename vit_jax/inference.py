@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,9 +14,10 @@ from vit_jax.data import imagenet
 from vit_jax.data.image_files import find_images, read_batches
 from vit_jax.data.images import open_image, preprocess
 from vit_jax.data.protocols import Preprocessing
-from vit_jax.dense_features import DenseFeatures, Extractor, ImageSize
+from vit_jax.dense_features import DenseFeatures, Extractor
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import one_ahead
+from vit_jax.image_size import ImageSize, in_words, sides
 from vit_jax.models import create_model, model_keys
 from vit_jax.printable import printable
 
@@ -29,8 +30,6 @@ Images = (
     | jax.Array
     | Sequence["str | os.PathLike[str] | Image.Image | np.ndarray"]
 )
-
-_View = Callable[[np.ndarray], np.ndarray]
 
 # Of ViT-B/16 at 384 pixels, the attention weights of all layers of 8 images are 1.5 GB.
 _ATTENTION_BATCH_SIZE = 8
@@ -73,7 +72,7 @@ class VisionModel:
     - a PIL image
     - uint8 pixels, [height, width, 3] or [n, height, width, 3], RGB
     - a list of these
-    - floats [n, image_size, image_size, 3], which are fed to the model as they are
+    - floats [n, height, width, 3] of the model's image_size, which are fed to the model as they are
 
     All but the last are resized, cropped and scaled as the model's evaluation does. Results have a
     row for every image, also where there is one; they are NumPy arrays in float32.
@@ -165,23 +164,23 @@ class VisionModel:
         """Computes the features of every patch beside the pooled ones.
 
         Args:
-            images: see the class; floats are [n, height, width, 3] of `image_size`.
+            images: see the class; floats are of `image_size`.
             layers: numbers of layers, from 1 on, whose results are wanted too.
-            image_size: a side in pixels, of what evaluation sees; or (height, width), to which all
-                of an image is resized. Position embeddings are interpolated. None: the model's.
+            image_size: in pixels, a side or "HEIGHTxWIDTH", to which position embeddings are
+                interpolated. None: the model's.
 
         Raises:
             UserError: an image is none or cannot be read, a layer does not exist, or the model is
                 a ResNet or for no such size.
         """
         extractor = self._extractor(tuple(layers), image_size)
-        batches = self._batches(images, self.batch_size, extractor)
+        batches = self._batches(images, self.batch_size, extractor.preprocessing)
         started = ((extractor(batch), count) for batch, count in batches)
         parts = [(jax.device_get(part), count) for part, count in one_ahead(started)]
         return extractor.collect(*zip(*parts, strict=True))
 
     def attention(self, images: Images) -> np.ndarray:
-        """Returns what the model looks at, [n, image_size, image_size], in [0, 1].
+        """Returns what the model looks at, [n, height, width], in [0, 1].
 
         That is attention rollout (Appendix D.8) of the class token, or of the mean of the patches
         where there is none, enlarged to the image that the model saw; each map's maximum is 1
@@ -223,7 +222,7 @@ class VisionModel:
         )
         return (
             f"<VisionModel {printable(self.pretrained.source)}: {config['architecture']}, {shape}, "
-            f"{count / 1e6:.1f}M parameters, images of {size} x {size}>"
+            f"{count / 1e6:.1f}M parameters, images of {in_words(size)}>"
         )
 
     # What runs on the device: a method is compiled for few shapes, the parameters sent once.
@@ -247,12 +246,13 @@ class VisionModel:
         from vit_jax.analysis.attention import on_patches, rollout, to_mask
         from vit_jax.analysis.intermediates import attention_weights
 
-        model, size = create_model(self.config), self.preprocessing.image_size
+        model = create_model(self.config)
 
         def apply(params: Any, images: jax.Array) -> jax.Array:
             weights = attention_weights(model, params, images)
-            side = size // model.downsampling
-            return to_mask(on_patches(rollout(weights), (side, side)), (size, size))
+            height, width = images.shape[1:3]
+            grid = height // model.downsampling, width // model.downsampling
+            return to_mask(on_patches(rollout(weights), grid), (height, width))
 
         return jax.jit(apply)
 
@@ -275,13 +275,11 @@ class VisionModel:
         return np.concatenate([np.asarray(rows)[:count] for rows, count in one_ahead(started)])
 
     def _batches(
-        self, images: Images, batch_size: int, extractor: Extractor | None = None
+        self, images: Images, batch_size: int, preprocessing: Preprocessing | None = None
     ) -> Generator[tuple[np.ndarray, int]]:
         """Yields preprocessed batches of few shapes, and how many of their rows are images."""
-        view, shape = self._preprocess, self._shape
-        if extractor:
-            view, shape = extractor.view, extractor.shape
-        given = self._list(images, shape)
+        preprocessing = preprocessing or self.preprocessing
+        given = self._list(images, preprocessing)
         count = len(given)
         if not count:
             raise UserError(f"there are no images: {self._give}")
@@ -289,33 +287,24 @@ class VisionModel:
         size = min(batch_size, 1 << (count - 1).bit_length())
         paths = [image for image in given if isinstance(image, str)]
         if len(paths) == count:
-            for files, batch in read_batches(paths, self.preprocessing, size, _raise, view):
+            for files, batch in read_batches(paths, preprocessing, size, _raise):
                 yield _pad(batch, size), len(files)
             return
         for begin in range(0, count, size):
             part = given[begin : begin + size]
             if isinstance(part, list):
-                part = np.stack([self._view(image, view) for image in part])
+                part = np.stack([_view(image, preprocessing) for image in part])
             yield _pad(part, size), len(part)
 
-    def _preprocess(self, pixels: np.ndarray) -> np.ndarray:
-        return preprocess(pixels, self.preprocessing)
-
-    def _view(self, image: "str | np.ndarray", view: _View) -> np.ndarray:
-        if isinstance(image, str):
-            with open_image(image, jpeg_dct=self.preprocessing.jpeg_dct) as pixels:
-                return view(pixels)
-        return view(image)
-
     def _list(
-        self, images: Images, shape: tuple[int, ...]
+        self, images: Images, preprocessing: Preprocessing
     ) -> "list[str | np.ndarray] | np.ndarray":
         """Files and pixels of single images; or all of them, preprocessed, as one array."""
         if isinstance(images, jax.Array):
             images = np.asarray(images)
         if isinstance(images, np.ndarray):
             if np.issubdtype(images.dtype, np.floating):
-                return self._check_preprocessed(images, shape)
+                return _check_preprocessed(images, preprocessing)
             return list(self._check_pixels(images, (3, 4)).reshape(-1, *images.shape[-3:]))
         if isinstance(images, str | os.PathLike | Image.Image):
             images = [images]
@@ -340,28 +329,9 @@ class VisionModel:
             raise UserError(f"an image of {list(image.shape)} has no pixels: {self._give}")
         return np.asarray(image)
 
-    def _check_preprocessed(self, images: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        give = _GIVE.format(*shape)
-        if images.ndim != 4 or images.shape[1:] != shape:
-            raise UserError(f"images are {images.dtype} {list(images.shape)}: {give}")
-        mean, std = (np.array(x) for x in (self.preprocessing.mean, self.preprocessing.std))
-        lowest, highest = (-mean / std).min(), ((1 - mean) / std).max()
-        # Kernels of resizing overshoot by less than this, not scaled pixels by far more.
-        slack = 0.25 * (highest - lowest)
-        if images.size and not (lowest - slack <= images.min() and images.max() <= highest + slack):
-            raise UserError(
-                f"images have values from {images.min():g} to {images.max():g}, preprocessed ones "
-                f"from {lowest:.3g} to {highest:.3g}: {give}"
-            )
-        return images.astype(np.float32, copy=False)
-
     @property
     def _give(self) -> str:
-        return _GIVE.format(*self._shape)
-
-    @property
-    def _shape(self) -> tuple[int, int, int]:
-        return (self.preprocessing.image_size, self.preprocessing.image_size, 3)
+        return _GIVE.format(*sides(self.preprocessing.image_size))
 
 
 # The classes that are shown of an image unless another number is asked for.
@@ -416,6 +386,30 @@ def top(
         }
         for index in np.argsort(-logits, kind="stable")[:topk]
     ]
+
+
+def _view(image: "str | np.ndarray", preprocessing: Preprocessing) -> np.ndarray:
+    if isinstance(image, str):
+        with open_image(image, jpeg_dct=preprocessing.jpeg_dct) as pixels:
+            return preprocess(pixels, preprocessing)
+    return preprocess(image, preprocessing)
+
+
+def _check_preprocessed(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    shape = (*sides(preprocessing.image_size), 3)
+    give = _GIVE.format(*shape)
+    if images.ndim != 4 or images.shape[1:] != shape:
+        raise UserError(f"images are {images.dtype} {list(images.shape)}: {give}")
+    mean, std = (np.array(x) for x in (preprocessing.mean, preprocessing.std))
+    lowest, highest = (-mean / std).min(), ((1 - mean) / std).max()
+    # Kernels of resizing overshoot by less than this, not scaled pixels by far more.
+    slack = 0.25 * (highest - lowest)
+    if images.size and not (lowest - slack <= images.min() and images.max() <= highest + slack):
+        raise UserError(
+            f"images have values from {images.min():g} to {images.max():g}, preprocessed ones "
+            f"from {lowest:.3g} to {highest:.3g}: {give}"
+        )
+    return images.astype(np.float32, copy=False)
 
 
 def _raise(error: UserError) -> None:

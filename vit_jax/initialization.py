@@ -12,7 +12,7 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters.partial_eval import dce_jaxpr
 from ml_collections import ConfigDict
 
-from vit_jax.checkpoints.pretrained import Pretrained, fold_normalization, load_pretrained
+from vit_jax.checkpoints.pretrained import Pretrained, fold_normalization, grid_of, load_pretrained
 from vit_jax.checkpoints.transfer import Row, print_report, removed_head, transfer, with_head
 from vit_jax.config import ADDED_MODEL_KEYS, left_to_weights, take_from_weights
 from vit_jax.data import classes
@@ -77,7 +77,12 @@ def read_weights(config: ConfigDict) -> tuple[ConfigDict, Weights]:
     def is_resized(name: str, shape: tuple[int, ...]) -> bool:
         return name in found and np.shape(found[name]) != shape
 
-    params, report = transfer(_initialize(module, config, is_resized), weights)
+    params, report = transfer(
+        _initialize(module, config, is_resized),
+        weights,
+        pretrained_grid=grid_of(module, pretrained.preprocessing.image_size),
+        grid=grid_of(module, config.dataset.image_size),
+    )
     fitted = Weights(params, report, _head(config, pretrained, report))
     if left := left_to_weights(config):
         told = {key: filled.model[key] for key in left}

@@ -12,6 +12,7 @@ from vit_jax import command, tensorflow_env
 from vit_jax.checkpoints import flags
 from vit_jax.errors import UserError
 from vit_jax.files import atomic_folder, make_folder, write_json
+from vit_jax.image_size import sides
 from vit_jax.printable import printable
 
 if TYPE_CHECKING:
@@ -249,8 +250,8 @@ def _width(pretrained: "Pretrained") -> int:
 
     from vit_jax.models import create_model
 
-    size = pretrained.preprocessing.image_size
-    image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+    size = sides(pretrained.preprocessing.image_size)
+    image = jax.ShapeDtypeStruct((1, *size, 3), np.float32)
     model = create_model(pretrained.model).without_head()
     return jax.eval_shape(model.apply, {"params": pretrained.params}, image).shape[-1]
 
@@ -265,7 +266,7 @@ def _fingerprints(
 
     trunk = create_model(pretrained.model, num_classes=0)
     size = pretrained.preprocessing.image_size
-    params = fit_params(trunk, size, pretrained.params)
+    params = fit_params(trunk, size, pretrained.params, old_size=size)
     model = {key: x for key, x in pretrained.model.items() if key != "num_classes"}
     described = [
         [x.split, x.class_names, x.num_examples, x.num_bytes, x.border, x.turn] for x in sources

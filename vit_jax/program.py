@@ -23,8 +23,9 @@ from vit_jax.config import check_teaching, left_to_weights, take_from_weights
 from vit_jax.data.augmentation import parse_augment
 from vit_jax.distillation import Distillation
 from vit_jax.errors import UserError, brief
+from vit_jax.image_size import sides
 from vit_jax.mixing import Mix, create_mix
-from vit_jax.models import create_model, masked, prediction_defaults
+from vit_jax.models import Model, create_model, masked, prediction_defaults
 from vit_jax.multipliers import multipliers, parse_multipliers
 from vit_jax.sharding import AnyMesh, batch_sharding, gathering, state_sharding
 from vit_jax.state import Params, TrainState, create_optimizer, init_params, init_train_state
@@ -53,7 +54,7 @@ def create_objective(
     config: ConfigDict,
     num_classes: int,
     class_weights: Callable[[int], np.ndarray] | None = None,
-) -> tuple[nn.Module, Objective, int]:
+) -> tuple[Model, Objective, int]:
     """The model, what it is trained for, and the multiply-adds of one image.
 
     Args:
@@ -221,8 +222,8 @@ def abstract_batch(
         several_labels: the classes of the data set where an image has any number of labels; 0 where
             it has one.
     """
-    size, rows = config.dataset.image_size, batch_sharding(mesh)
-    images = (config.batch_size, size, size, 3)
+    rows = batch_sharding(mesh)
+    images = (config.batch_size, *sides(config.dataset.image_size), 3)
     labels, dtype = (config.batch_size,), jnp.int32
     if several_labels:
         labels, dtype = (config.batch_size, several_labels), jnp.float32

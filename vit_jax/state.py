@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from vit_jax.errors import UserError
+from vit_jax.image_size import ImageSize, sides
 from vit_jax.multipliers import with_multipliers
 
 Params = dict[str, Any]
@@ -270,15 +271,15 @@ def create_optimizer(
     return OPTIMIZERS[config.pop("name")](schedule, **config)
 
 
-def init_params(model: nn.Module, *, seed: int, image_size: int) -> Params:
+def init_params(model: nn.Module, *, seed: int, image_size: ImageSize) -> Params:
     """Fresh parameters; traceable.
 
     Args:
-        model: maps images [batch, image_size, image_size, 3] to logits.
+        model: maps images [batch, height, width, 3] to logits.
         seed: of the run.
-        image_size: in pixels.
+        image_size: of the images.
     """
-    images = jnp.zeros((1, image_size, image_size, 3))
+    images = jnp.zeros((1, *sides(image_size), 3))
     return model.init(_keys(seed)[0], images)["params"]
 
 
@@ -308,7 +309,7 @@ def init_train_state(
     optimizer: optax.GradientTransformation,
     *,
     seed: int,
-    image_size: int,
+    image_size: ImageSize,
     average: bool,
     adapt: Callable[[Params], Params] = lambda params: params,
 ) -> TrainState:

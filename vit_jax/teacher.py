@@ -14,6 +14,7 @@ from vit_jax.data import classes
 from vit_jax.data.imagenet import comparable
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError, shortlist
+from vit_jax.image_size import ImageSize
 from vit_jax.models import create_model
 from vit_jax.printable import printable
 from vit_jax.sharding import Mesh
@@ -48,7 +49,13 @@ def _naming_the_key() -> Generator[None]:
 
 
 def load_teacher(
-    path: str, *, class_names: Sequence[str], image_size: int, dtype: str, kind: str, mesh: Mesh
+    path: str,
+    *,
+    class_names: Sequence[str],
+    image_size: ImageSize,
+    dtype: str,
+    kind: str,
+    mesh: Mesh,
 ) -> Teacher:
     """Reads a teacher from any format of weights.
 

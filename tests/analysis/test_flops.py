@@ -6,6 +6,7 @@ import pytest
 
 from experiments import paper
 from vit_jax.analysis import flops
+from vit_jax.image_size import sides
 from vit_jax.models import axial, create_model, model_config, resnet
 from vit_jax.recipes import get_config
 
@@ -87,33 +88,39 @@ def products(jaxpr):
 
 
 @pytest.mark.parametrize(
-    ("name", "position_embedding"),
-    [("AxialResNet50", None), ("Axial-ViT-B/16", "learned"), ("Axial-ViT-B/32", "relative")],
+    ("name", "position_embedding", "image_size"),
+    [
+        ("AxialResNet50", None, "64x96"),
+        ("Axial-ViT-B/16", "learned", 224),
+        ("Axial-ViT-B/32", "relative", "96x224"),
+    ],
 )
-def test_multiply_adds_of_axial_models_are_their_products(name, position_embedding):
+def test_multiply_adds_of_axial_models_are_their_products(name, position_embedding, image_size):
     config = {"representation_size": 0, **model_config(name), "num_classes": 1000}
     if position_embedding is None:
         config.pop("representation_size")
     else:
         config["position_embedding"] = position_embedding
     model = create_model(config)
-    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    height, width = sides(image_size)
+    images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     found = products(jax.make_jaxpr(model.apply)(variables, images).jaxpr)
     if name == "AxialResNet50":
         # The only zeros are those of the root: SAME pads 2 before the image and 3 after it, which
         # of 7 x 112 positions along a side are 2 + 3 + 1.
-        found -= ((7 * 112) ** 2 - (7 * 112 - 6) ** 2) * 3 * 64
-    assert flops.multiply_adds(config, 224, 1000) == found
+        rows, columns = 7 * height // 2, 7 * width // 2
+        found -= (rows * columns - (rows - 6) * (columns - 6)) * 3 * 64
+    assert flops.multiply_adds(config, image_size, 1000) == found
 
 
 @pytest.mark.parametrize(
     ("name", "image_size", "smaller"),
     [
-        ("R26+ViT-S/32", 224, {"resnet_layers": (2, 1), "num_layers": 1}),
+        ("R26+ViT-S/32", "224x160", {"resnet_layers": (2, 1), "num_layers": 1}),
         ("R+ViT-Ti/16", 224, {"num_layers": 2}),
         ("ViT-Ti/16", 224, {"num_layers": 2, "classifier": "gap"}),
-        ("ViT-Ti/16", 224, {"num_layers": 1, "classifier": "map"}),
+        ("ViT-Ti/16", "96x224", {"num_layers": 1, "classifier": "map"}),
         (
             "ViT-Ti/16",
             224,
@@ -125,9 +132,9 @@ def test_multiply_adds_of_axial_models_are_their_products(name, position_embeddi
                 "distillation_token": True,
             },
         ),
-        ("ViT-Ti/16", 224, {"num_layers": 2, "position_embedding": "relative"}),
+        ("ViT-Ti/16", "160x224", {"num_layers": 2, "position_embedding": "relative"}),
         ("R50x1", 224, {"resnet_layers": (1, 2, 1, 1)}),
-        ("R50x2", 97, {"resnet_layers": (1, 2)}),
+        ("R50x2", "97x66", {"resnet_layers": (1, 2)}),
         ("Axial-ViT-Ti/16", 224, {"num_layers": 1}),
         ("Axial-ViT-Ti/16", 224, {"num_layers": 1, "position_embedding": "relative"}),
         ("AxialResNet50", 224, {"resnet_layers": (1, 1, 1, 1)}),
@@ -147,7 +154,7 @@ def test_multiply_adds_are_those_that_xla_counts(name, image_size, smaller, monk
     elif config["architecture"] != "resnet":
         config = {"classifier": "token", "representation_size": 0, **config}
     model = create_model(config, num_classes=10)
-    images = jax.ShapeDtypeStruct((2, image_size, image_size, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((2, *sides(image_size), 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     cost = jax.jit(model.apply).lower(variables, images).compile().cost_analysis()
     counted = 2 * 2 * flops.multiply_adds(config, image_size, 10)

@@ -163,20 +163,24 @@ def test_filters_and_positions_need_no_images(checkpoint, run_main):
 
 
 @pytest.mark.parametrize(
-    ("model", "grid"),
-    [(HYBRID, (2, 2)), ({**MODEL, "classifier": "gap"}, (4, 4))],
-    ids=["hybrid", "gap"],
+    ("model", "size", "grid"),
+    [(HYBRID, "32", (2, 2)), ({**MODEL, "classifier": "gap"}, "32x24", (4, 3))],
+    ids=["hybrid", "gap, no square"],
 )
-def test_hybrids_and_models_without_a_class_token_too(model, grid, photos, run_main, tmp_path):
+def test_hybrids_and_models_without_a_class_token_too(
+    model, size, grid, photos, run_main, tmp_path
+):
     weights = write_checkpoint(tmp_path / "other.npz", model, image_size=32)
-    arguments = ("--images", photos / "a.png", photos / "z.png", "--dpi", 70)
+    arguments = ("--images", photos / "a.png", photos / "z.png", "--dpi", 70, "--image_size", size)
     code, _, errors, output = run_main("all", weights, *arguments)
     assert (code, errors) == (0, "")
     with np.load(output / "rollout.npz") as found:
         assert found["rollout"].shape == (2, *grid)
-        assert found["mask"].shape == (2, 32, 32)
+        side = 32 // grid[0]
+        assert found["mask"].shape == (2, 32, grid[1] * side)
+    with np.load(output / "positions.npz") as found:
+        assert found["similarity"].shape == (*grid, *grid)
     with np.load(output / "distance.npz") as found:
-        side = 32 / grid[0]
         assert np.all(found["distance"] < side * (grid[0] - 1) * 2**0.5)
         assert np.all(found["distance"] > side / 20)
 

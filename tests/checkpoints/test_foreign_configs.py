@@ -11,7 +11,7 @@ from flax.traverse_util import unflatten_dict
 
 from vit_jax.checkpoints.pretrained import load_pretrained
 from vit_jax.checkpoints.save import save_pretrained
-from vit_jax.data.protocols import Preprocessing, resized_side
+from vit_jax.data.protocols import Preprocessing, resized_sides
 from vit_jax.errors import UserError
 
 from .torch_models import (
@@ -46,7 +46,7 @@ def test_a_crop_is_told_to_peers_by_the_same_sides(format, side, squash, tmp_pat
     assert load_pretrained(tmp_path / "folder").preprocessing == told
     (tmp_path / "folder" / "vit_jax.json").unlink()
     again = load_pretrained(tmp_path / "folder", num_heads=2).preprocessing
-    assert again.resize == format and resized_side(again) == side
+    assert again.resize == format and resized_sides(again) == (side, side)
     assert (again.squash or again.center_crop is None) == (told.squash or crop is None)
 
 

@@ -1,5 +1,6 @@
 """Whole models against Transformers' own, every tensor random, both ways."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -51,6 +52,19 @@ def test_a_tiny_transformers_model_agrees_both_ways(tmp_path, size, activation):
     assert ours.class_names == ("daisy", "iris", "rose") and again.config.id2label == names
     assert ours.model["gelu"] == {"gelu": "erf"}.get(activation, "tanh")
     assert ours.model["layer_norm_epsilon"] == again.config.layer_norm_eps == 1e-5
+
+
+def test_a_transformers_model_of_images_that_are_no_squares_agrees_both_ways(tmp_path):
+    size = [16, 40]
+    processor = transformers.ViTImageProcessor(size={"height": 16, "width": 40})
+    ours, again = transformers_round_trip(tmp_path, transformer(size), processor)
+    assert ours.preprocessing.image_size == "16x40" and again.config.image_size == size
+    cropped = dataclasses.replace(ours.preprocessing, center_crop=0.875)
+    with pytest.raises(UserError, match="image_size is 16x40, but what Hugging Face's processors"):
+        save_pretrained(
+            dataclasses.replace(ours, preprocessing=cropped), tmp_path / "no", "huggingface"
+        )
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_sharded_transformers_model_is_read(tmp_path):

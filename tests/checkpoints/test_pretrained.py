@@ -446,13 +446,37 @@ def test_a_head_as_it_begins_knows_no_classes(tmp_path):
 
 def test_parameters_are_fitted_to_a_model_without_initializing_it(params):
     module = create_model({"architecture": "vit", "num_classes": 5, **SIZES})
-    fitted = fit_params(module, 24, params)
+    fitted = fit_params(module, 24, params, old_size=16)
     fresh = module.init(jax.random.key(0), jnp.zeros((1, 24, 24, 3)))["params"]
     assert jax.tree.map(np.shape, fitted) == jax.tree.map(np.shape, fresh)
     assert not fitted["head"]["kernel"].any()
     assert_equal_trees(fitted["embedding"], params["embedding"])
     with pytest.raises(UserError, match="head/kernel has shape"):
-        fit_params(module, 16, params, keep_head=True)
+        fit_params(module, 16, params, old_size=16, keep_head=True)
+
+
+def test_a_model_is_resized_to_images_that_are_no_squares_and_back(tmp_path, params):
+    square = load_pretrained(save_npz(tmp_path / "a.npz", params))
+    wide = load_pretrained(tmp_path / "a.npz", image_size="24x48")
+    before, now = (
+        x.params["Transformer"]["posembed_input"]["pos_embedding"][0] for x in (square, wide)
+    )
+    expected = scipy.ndimage.zoom(before[1:].reshape(2, 2, 16), (1.5, 3, 1), order=1)
+    np.testing.assert_allclose(now[1:], expected.reshape(18, 16), atol=1e-6)
+    save_pretrained(wide, tmp_path / "wide.npz", "official")
+    again = load_pretrained(tmp_path / "wide.npz")
+    assert again.preprocessing.image_size == "24x48"
+    assert_equal_trees(again.params, wide.params)
+    # As many patches in another grid are others; the corners stay in place.
+    tall = load_pretrained(tmp_path / "wide.npz", image_size="48x24").params
+    moved = tall["Transformer"]["posembed_input"]["pos_embedding"][0, 1:].reshape(6, 3, 16)
+    np.testing.assert_allclose(moved[[0, -1]][:, [0, -1]], before[1:].reshape(2, 2, 16), atol=1e-5)
+    # Of 6 by 3 patches whose grid nothing tells.
+    info_path(tmp_path / "wide.npz").unlink()
+    with pytest.raises(UserError, match="19 tokens, which are no square of patches: write"):
+        load_pretrained(tmp_path / "wide.npz")
+    with pytest.raises(UserError, match="image_size is '24': it must be a whole number from 1"):
+        load_pretrained(tmp_path / "a.npz", image_size="24")
 
 
 @pytest.mark.parametrize("trained", [0.0, 1.0])

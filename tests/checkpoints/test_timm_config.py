@@ -94,6 +94,33 @@ def test_a_tiny_timm_model_agrees_both_ways(tmp_path, size, options):
     timm_round_trip(tmp_path, "vit_tiny_patch16_224", size, **TINY, **options)
 
 
+def test_a_timm_model_of_images_that_are_no_squares_agrees_both_ways(tmp_path):
+    size = (32, 64)  # 8 patches and a class token, which are as many as 3 x 3.
+    module = randomize(timm.create_model("vit_tiny_patch16_224", img_size=size, **TINY))
+    timm.models.save_for_hf(
+        module, tmp_path / "theirs", model_args={"img_size": size, **TINY}, safe_serialization=True
+    )
+    ours = load_pretrained(tmp_path / "theirs")
+    assert ours.preprocessing.image_size == "32x64"
+    x = images(size)
+    assert_close(logits_of(ours, x), logits_of_torch(module, x))
+    for path in (tmp_path / "folder", tmp_path / "a.safetensors"):
+        save_pretrained(ours, path, "timm")
+        assert load_pretrained(path).preprocessing == ours.preprocessing
+    again = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
+    assert again.pretrained_cfg["input_size"] == [3, *size]
+    np.testing.assert_array_equal(logits_of_torch(again, x), logits_of_torch(module, x))
+
+
+@pytest.mark.parametrize("shape", [(375, 500), (500, 333), (100, 1000), (301, 303)])
+@pytest.mark.parametrize("mode", ["center", "squash"])
+def test_a_view_that_is_no_square_is_what_timm_shows(shape, mode):
+    told = {"crop_pct": 0.9, "crop_mode": mode, "interpolation": "bicubic"}
+    theirs = timm.data.create_transform((3, 96, 128), mean=(0.5,) * 3, std=(0.5,) * 3, **told)
+    ours = timm_config.preprocessing("96x128", **told)
+    assert_same_view(ours, shape, lambda picture: theirs(picture).numpy())
+
+
 def test_mean_pooling_is_timms_without_a_class_token(tmp_path):
     options = {"class_token": False, "global_pool": "avg", "fc_norm": False}
     timm_round_trip(tmp_path, "vit_tiny_patch16_224", 32, **TINY, **options)

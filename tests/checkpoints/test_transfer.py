@@ -341,6 +341,9 @@ def test_relative_positions_are_of_one_number_of_patches():
     message = "relative position embeddings of 6 patches cannot be those of 12: .* use the image"
     with pytest.raises(UserError, match=message):
         transfer(positioned((4, 12), 2, "relative"), old)
+    other = positioned((6, 4), 2, "relative")
+    with pytest.raises(UserError, match="of 2 x 3 patches cannot be those of 3 x 2"):
+        transfer(other, old, pretrained_grid=(2, 3), grid=(3, 2))
 
 
 @pytest.mark.parametrize("kind", ["none", "sincos2d"])

@@ -31,7 +31,9 @@ def randomize(module, seed=0):
 
 
 def images(size, count=2):
-    return np.random.default_rng(size).uniform(-1, 1, (count, size, size, 3)).astype(np.float32)
+    """Noise of a side, or of a height and a width."""
+    shape = (count, *np.broadcast_to(size, 2), 3)
+    return np.random.default_rng(size).uniform(-1, 1, shape).astype(np.float32)
 
 
 def logits_of_torch(module, x):

@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-from vit_jax.data.protocols import eval_box, resized_side
+from vit_jax.data.protocols import eval_box, resized_sides
 
 _KERNELS = {"bilinear": "triangle", "bicubic": "keyscubic"}
 _REACH = {"bilinear": 1, "bicubic": 2}
@@ -54,7 +54,7 @@ def sample_box(image, preprocessing):
 
 def resize_small_and_central_crop(image, preprocessing):
     """Those ops of big_vision, on an image of 8 bits; without a crop, its `resize`."""
-    size, side = preprocessing.image_size, resized_side(preprocessing)
+    size, (side, _) = preprocessing.image_size, resized_sides(preprocessing)
     sides = [side, side]
     if not (preprocessing.squash or preprocessing.center_crop is None):
         factor = tf.constant(side, tf.float32) / tf.constant(min(image.shape[:2]), tf.float32)
@@ -67,7 +67,7 @@ def resize_small_and_central_crop(image, preprocessing):
 
 def resize_and_crop_of_pil(image, preprocessing):
     """The Resize and CenterCrop of torchvision, or of Transformers."""
-    size, side = preprocessing.image_size, resized_side(preprocessing)
+    size, (side, _) = preprocessing.image_size, resized_sides(preprocessing)
     sides = [side, side]
     if not (preprocessing.squash or preprocessing.center_crop is None):
         sides = [int(side * x / min(image.shape[:2])) for x in image.shape[:2]]

@@ -13,6 +13,7 @@ from vit_jax.data import preprocess
 from vit_jax.data.protocols import PROTOCOLS, Preprocessing, eval_box, evaluation, fewshot_view
 from vit_jax.data.randaugment import randaugment
 from vit_jax.errors import UserError
+from vit_jax.image_size import sides
 
 from . import tensorflow_views
 from .orientations import UPRIGHT
@@ -63,6 +64,14 @@ def test_evaluation_resizes_the_whole_image(shape, protocol):
     expected = bilinear(image, (0, 0, *shape), 32)
     for view, rounding in evaluation_views(encode(image, "PNG"), protocol, 32):
         np.testing.assert_allclose(pixels(view), expected, atol=0.01 + rounding)
+
+
+def test_whole_images_are_resized_to_a_height_and_a_width():
+    image = noise_image(37, 91)
+    expected = tf.image.resize(image, [48, 72]).numpy()
+    for protocol in ("inception", "bit", "pad", "bit_hyperrule"):
+        for view, rounding in evaluation_views(encode(image, "PNG"), protocol, "48x72"):
+            np.testing.assert_allclose(pixels(view), expected, atol=0.01 + rounding)
 
 
 @pytest.mark.parametrize("shape", [(96, 64), (50, 123)])
@@ -126,16 +135,28 @@ def test_big_vision_evaluation_is_resize_small_and_central_crop(shape, protocol,
         np.testing.assert_allclose(pixels(view), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(375, 500), (60, 300), (300, 60)])
+def test_what_keeps_its_aspect_covers_a_size_that_is_no_square(shape):
+    image = noise_image(*shape)
+    scale = max(np.float32(64) / np.float32(shape[0]), np.float32(96) / np.float32(shape[1]))
+    resized = [round(float(np.float32(x) * scale)) for x in shape]
+    whole = tf.image.resize(image, resized, method="area").numpy().astype(np.uint8)
+    y, x = (resized[0] - 56) // 2, (resized[1] - 84) // 2
+    for view, _ in evaluation_views(encode(image, "PNG"), "big_vision", "56x84"):
+        np.testing.assert_allclose(pixels(view), whole[y : y + 56, x : x + 84], atol=1e-4)
+
+
 def crops(image, protocol, size, whole, seeds):
     """The corners at which views of training lie in a resized image, and how far they are off."""
+    height, width = sides(size)
     for seed in range(seeds):
         view = preprocess.train_view(
             encode(image, "PNG"), rng(seed), image_size=size, protocol=protocol, random_crop=True
         )
         errors = {
-            (y, x): np.abs(whole[y : y + size, x : x + size] - pixels(view)).max()
-            for y in range(whole.shape[0] - size + 1)
-            for x in range(whole.shape[1] - size + 1)
+            (y, x): np.abs(whole[y : y + height, x : x + width] - pixels(view)).max()
+            for y in range(whole.shape[0] - height + 1)
+            for x in range(whole.shape[1] - width + 1)
         }
         corner = min(errors, key=errors.get)
         yield corner, errors[corner]
@@ -151,6 +172,12 @@ def test_transfer_training_crops_what_resize_small_gives(shape, corners):
         assert (whole.shape[0] - 48, whole.shape[1] - 48) == tuple(np.broadcast_to(corners, 2))
         # Uniform from the first place to the last: 60 draws leave no third of them out.
         assert min(axis) < last / 3 and max(axis) > last * 2 / 3
+
+
+def test_transfer_crops_of_a_size_that_is_no_square_are_of_what_covers_it():
+    image = noise_image(60, 84)  # As it is: 56 x 84 are 48 x 72 enlarged.
+    found, errors = zip(*crops(image, "transfer", "48x72", image.astype(float), 8), strict=True)
+    assert max(errors) == 0 and len(set(found)) > 4
 
 
 def test_transfer_crops_of_the_published_size_are_exact():
@@ -236,7 +263,8 @@ def test_mean_and_std_are_those_of_pixels_from_0_to_1():
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"image_size": 0}, "image_size 0"),
+        ({"image_size": 0}, "image_size is 0"),
+        ({"image_size": "8x8"}, "image_size is '8x8': of a square it is one number, 8"),
         ({"center_crop": 1.5}, "center_crop 1.5"),
         ({"interpolation": "lanczos"}, "interpolation 'lanczos' is none of bilinear, bicubic"),
         ({"interpolation": "area"}, "interpolation 'area' does not go with resize 'box'"),
@@ -255,10 +283,13 @@ def test_a_preprocessing_out_of_range_is_refused(wrong, message):
 
 
 @pytest.mark.parametrize("shape", [(60, 80), (20, 14)])
-@pytest.mark.parametrize("protocol, size, resized", [("bit", 48, 56), ("bit_hyperrule", 48, 80)])
+@pytest.mark.parametrize(
+    "protocol, size, resized",
+    [("bit", 48, 56), ("bit_hyperrule", 48, 80), ("bit", "30x48", (35, 56))],
+)
 def test_bit_training_crops_the_resized_image_at_an_integer_offset(shape, protocol, size, resized):
     image = noise_image(*shape)
-    whole = tf.image.resize(image, [resized, resized]).numpy()
+    whole = tf.image.resize(image, np.broadcast_to(resized, 2)).numpy()
     found, errors = zip(*crops(image, protocol, size, whole, 20), strict=True)
     assert max(errors) < 0.1 + 0.5
     assert len(set(found)) > 10
@@ -297,6 +328,8 @@ def test_inception_training_is_the_published_crop_then_resize(protocol):
         expected = tf.image.resize(crop, [32, 32])
         np.testing.assert_allclose(preprocess.resize(crop, 32), expected, atol=1e-3)
         np.testing.assert_allclose(pixels(view), expected, atol=1e-3 + 0.5)
+    view = preprocess.train_view(encode(image, "PNG"), rng(9), **options | {"image_size": "32x48"})
+    np.testing.assert_allclose(pixels(view), tf.image.resize(crop, [32, 48]), atol=1e-3 + 0.5)
 
 
 @pytest.mark.parametrize("shape", [(375, 500), (90, 400), (500, 60), (9, 7)])
@@ -451,6 +484,9 @@ def test_the_box_of_evaluation_in_source_pixels():
     squashed = Preprocessing(224, 0.875, squash=True)
     assert eval_box(squashed, 256, 512) == (16, 32, 224, 448)
     assert eval_box(squashed, 512, 256) == (32, 16, 448, 224)
+    wide = Preprocessing("64x96", 0.875)
+    assert eval_box(wide, 100, 120) == (15, 7.5, 70, 105)
+    assert eval_box(wide, 80, 240) == (5, 67.5, 70, 105)
 
 
 def test_a_border_is_cut_off_before_anything_else():

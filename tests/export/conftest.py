@@ -8,6 +8,7 @@ from vit_jax import models
 from vit_jax.checkpoints.pretrained import Pretrained
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.export.to_tf import can_serialize_graphs
+from vit_jax.image_size import sides
 
 from . import fake_tensorrt
 
@@ -56,7 +57,7 @@ def make_forward():
             config = only
         else:
             config = {**(models.model_config(name) if name else TINY), "num_classes": 5, **config}
-        images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.float32)
+        images = jax.ShapeDtypeStruct((1, *sides(image_size), 3), np.float32)
         init = models.create_model(config).init
         params = jax.eval_shape(init, jax.random.key(0), images)["params"]
         generator = np.random.default_rng(0)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax.checkpoints.pretrained import Pretrained
+from vit_jax.checkpoints.pretrained import Pretrained, load_pretrained
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 from vit_jax.export import runtime
@@ -67,6 +67,8 @@ def test_tokens_equal_flax_at_any_height_and_width(converter, make_forward, tmp_
             np.testing.assert_allclose(loaded.predict(x), expected, atol=1e-5 * expected.max())
         with pytest.raises(UserError, match=r"pass \[batch, height, width, 3\]"):
             loaded.predict(images(16, 16)[..., :2])
+    with pytest.raises(UserError, match="is an exported model, not weights: run it by"):
+        load_pretrained(path)
     readme = (tmp_path / "deploy" / "README.md").read_text()
     assert "An engine is built for one size of images" in readme
     assert "trtexec" not in readme

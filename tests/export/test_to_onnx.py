@@ -280,21 +280,23 @@ def test_probabilities_sum_to_one_and_features_are_the_heads_input(
 
 
 def test_preprocessing_in_the_graph_takes_pixels(converter, make_forward, tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
-    forward = make_forward(include_preprocessing=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 24, 3), dtype=np.uint8)
+    forward = make_forward(image_size="16x24", include_preprocessing=True)
     path = to_onnx.save(to_onnx.to_model(forward, converter), tmp_path)
-    expected = make_forward().jitted()((pixels / 127.5 - 1).astype(np.float32))
+    expected = make_forward(image_size="16x24").jitted()((pixels / 127.5 - 1).astype(np.float32))
     assert relative_difference(run(path, pixels), expected) < 1e-5
     assert onnx.load(path).graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
 
 
 def test_metadata_tells_classes_and_preprocessing(converter, make_forward, tmp_path):
     names = ["Löwe", "b", "c", "d", "e"]
-    path = to_onnx.save(to_onnx.to_model(make_forward(class_names=names), converter), tmp_path)
+    forward = make_forward(image_size="8x16", class_names=names)
+    path = to_onnx.save(to_onnx.to_model(forward, converter), tmp_path)
     metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
     assert json.loads(metadata["class_names"]) == names
     assert json.loads(metadata["preprocessing"])["mean"] == [0.5, 0.5, 0.5]
-    assert json.loads(metadata["preprocessing"])["image_size"] == 16
+    assert json.loads(metadata["preprocessing"])["image_size"] == "8x16"
+    assert read_onnx(path).inputs[0].shape == (-1, 8, 16, 3)
 
 
 def test_weights_that_repeat_are_stored_once(converter, make_forward):

@@ -15,6 +15,7 @@ from vit_jax import command
 from vit_jax.checkpoints import flags
 from vit_jax.errors import UserError
 from vit_jax.files import atomic_write, make_folder
+from vit_jax.image_size import sides
 from vit_jax.printable import printable
 
 if TYPE_CHECKING:
@@ -181,8 +182,7 @@ def _positions(pretrained: "Pretrained", output: _Output) -> None:
     from vit_jax.analysis.intermediates import position_embedding
     from vit_jax.models import create_model
 
-    size = pretrained.preprocessing.image_size
-    images = np.zeros((1, size, size, 3), np.float32)
+    images = np.zeros((1, *sides(pretrained.preprocessing.image_size), 3), np.float32)
     embed = jax.jit(position_embedding, static_argnums=0)
     embedding = embed(create_model(pretrained.model), pretrained.params, images)
     similarity = embeddings.position_similarity(embedding, _grid(pretrained)[0])
@@ -196,8 +196,8 @@ def _grid(pretrained: "Pretrained") -> tuple[tuple[int, int], int]:
     from vit_jax.models import create_model
 
     side = create_model(pretrained.model).downsampling
-    count = pretrained.preprocessing.image_size // side
-    return (count, count), side
+    height, width = sides(pretrained.preprocessing.image_size)
+    return (height // side, width // side), side
 
 
 def _analyze_images(

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from vit_jax.image_size import ImageSize
 from vit_jax.models import describe
 
 # Dense bfloat16 FLOP/s of one JAX device, from the vendors' data sheets; the first name that stands
@@ -26,7 +27,7 @@ PEAK_FLOPS = {
 }
 
 
-def multiply_adds(model: Mapping[str, Any], image_size: int, num_classes: int) -> int:
+def multiply_adds(model: Mapping[str, Any], image_size: ImageSize, num_classes: int) -> int:
     """Multiply-adds of one image's forward pass, matrix products and convolutions only.
 
     A convolution's products with the zeros around the image are not counted. XLA counts so, and the
@@ -35,7 +36,7 @@ def multiply_adds(model: Mapping[str, Any], image_size: int, num_classes: int) -
 
     Args:
         model: the `model` section of a config.
-        image_size: side of the image in pixels.
+        image_size: of the image.
         num_classes: width of the head.
     """
     return describe(model, num_classes=num_classes).multiply_adds(image_size)

@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from vit_jax import webpage
 from vit_jax.files import atomic_write
+from vit_jax.image_size import in_words
 from vit_jax.recipes.names import name_of
 
 if TYPE_CHECKING:
@@ -149,11 +150,10 @@ def facts_of(pretrained: "Pretrained", given: str) -> dict[str, str]:
         if key in model
     )
     name = name_of(model)
-    side = preprocessing.image_size
     facts = {
         "Model": f"{name}: {shape}" if name else f"{model['architecture']}: {shape}",
         "Parameters": f"{sum(math.prod(x.shape) for x in arrays.values()):,}",
-        "Image": f"{side} x {side} pixels",
+        "Image": f"{in_words(preprocessing.image_size)} pixels",
         "Classes": f"{model['num_classes']:,}" if model["num_classes"] else "none: it has no head",
         "Weights": given if given == pretrained.source else f"{given}: {pretrained.source}",
     }

@@ -5,6 +5,7 @@ from typing import Any
 
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError, brief
+from vit_jax.image_size import ImageSize, of_sides
 from vit_jax.models.base import LONGEST, type_problem
 from vit_jax.printable import printable
 
@@ -134,6 +135,11 @@ def height_and_width(size: Any, field: str) -> tuple[int, int]:
         size = size.get("height"), size.get("width")
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return whole(height, field), whole(width, field)
+
+
+def read_size(size: Any, field: str) -> ImageSize:
+    """Reads a size as `height_and_width` does."""
+    return of_sides(*height_and_width(size, field))
 
 
 def channels(values: Any) -> tuple[Any, ...]:

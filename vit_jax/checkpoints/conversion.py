@@ -10,6 +10,7 @@ from vit_jax import models
 from vit_jax.checkpoints.pretrained import Pretrained, load_pretrained
 from vit_jax.checkpoints.save import save_pretrained
 from vit_jax.errors import UserError
+from vit_jax.image_size import sides
 
 NUM_IMAGES = 2  # on which the logits are compared
 
@@ -43,8 +44,8 @@ def convert(source: Pretrained, path: str, format: str) -> tuple[float, float]:
 
 
 def _logits(pretrained: Pretrained) -> np.ndarray:
-    size = pretrained.preprocessing.image_size
-    images = np.random.default_rng(0).uniform(-1, 1, (NUM_IMAGES, size, size, 3))
+    size = sides(pretrained.preprocessing.image_size)
+    images = np.random.default_rng(0).uniform(-1, 1, (NUM_IMAGES, *size, 3))
     model = models.create_model(pretrained.model)
     return np.asarray(jax.jit(model.apply)({"params": pretrained.params}, np.float32(images)))
 

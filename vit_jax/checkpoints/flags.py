@@ -1,8 +1,7 @@
 """The flags of a command that reads a model, one set for all of them."""
 
 import argparse
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vit_jax import command
 
@@ -13,10 +12,7 @@ _OVERRIDES = ("num_heads", "gelu", "layer_norm_epsilon", "image_size")
 
 
 def add_flags(
-    parser: argparse.ArgumentParser,
-    name: str = "--checkpoint",
-    required: bool = True,
-    image_size: Callable[[str], Any] = command.positive,
+    parser: argparse.ArgumentParser, name: str = "--checkpoint", required: bool = True
 ) -> None:
     """Adds the flag of the checkpoint and those that override what is read from it.
 
@@ -24,7 +20,6 @@ def add_flags(
         parser: what to add to.
         name: of the checkpoint's flag.
         required: whether the command needs it in any case.
-        image_size: the type of that flag.
     """
     group = parser.add_argument_group("the model")
     group.add_argument(
@@ -37,9 +32,10 @@ def add_flags(
     )
     group.add_argument(
         "--image_size",
-        type=image_size,
+        type=command.image_size,
         metavar="PIXELS",
-        help="side of the input; position embeddings are interpolated [the checkpoint's]",
+        help="side of the input, or HEIGHTxWIDTH; position embeddings are interpolated [the "
+        "checkpoint's]",
     )
     unknown = "where the checkpoint does not say"
     group.add_argument("--num_heads", type=command.positive, metavar="N", help=unknown)

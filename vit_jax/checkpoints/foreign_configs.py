@@ -9,11 +9,12 @@ from typing import Any
 from vit_jax.checkpoints import huggingface_config, timm_config
 from vit_jax.checkpoints.model_info import ModelInfo, info_path, read_info_file, read_json
 from vit_jax.errors import UserError, first_line
+from vit_jax.image_size import ImageSize
 
 _FORMATS = {"timm": timm_config, "huggingface": huggingface_config}
 
 
-def read_info(path: Path, format: str, sizes: dict[str, Any], image_size: int) -> ModelInfo:
+def read_info(path: Path, format: str, sizes: dict[str, Any], image_size: ImageSize) -> ModelInfo:
     """Returns what is known of weights besides their values.
 
     The info file of a file of weights adds to what their folder tells; in a folder, its own files
@@ -23,7 +24,8 @@ def read_info(path: Path, format: str, sizes: dict[str, Any], image_size: int) -
         path: of the weights, a file or a folder.
         format: "official", "timm", "torchvision" or "huggingface".
         sizes: of the model, as far as shapes tell them, with `num_heads` of any value.
-        image_size: that of the position embeddings, for where nothing names one.
+        image_size: that of the position embeddings, for where nothing names one; 0 if they are no
+            square's.
 
     Raises:
         UserError: a configuration is of a model that is no plain or hybrid ViT, or not readable.
@@ -54,7 +56,7 @@ def find_folder(path: Path, format: str) -> Path | None:
 
 
 def read_folder(
-    folder: Path | None, format: str, sizes: dict[str, Any], image_size: int
+    folder: Path | None, format: str, sizes: dict[str, Any], image_size: ImageSize
 ) -> ModelInfo:
     """Returns what the format of weights and the configuration in their folder tell of a model.
 
@@ -93,7 +95,7 @@ def merge_info(
     folder: Path,
     format: str,
     sizes: dict[str, Any],
-    image_size: int,
+    image_size: ImageSize,
 ) -> ModelInfo:
     """Returns what is known of a folder that we wrote, and that may have been changed since.
 
@@ -136,7 +138,7 @@ def merge_info(
 
 
 def _read_config(
-    files: Mapping[str, dict[str, Any]], format: str, sizes: dict[str, Any], image_size: int
+    files: Mapping[str, dict[str, Any]], format: str, sizes: dict[str, Any], image_size: ImageSize
 ) -> ModelInfo:
     config = files.get("config.json", {})
     if format == "timm":

@@ -17,6 +17,7 @@ from vit_jax.checkpoints.config_fields import (
     choose,
     height_and_width,
     pil_interpolation,
+    read_size,
     real,
     whole,
     yes_or_no,
@@ -25,8 +26,9 @@ from vit_jax.checkpoints.huggingface_names import TYPES, model_type
 from vit_jax.checkpoints.model_info import ModelInfo
 from vit_jax.checkpoints.timm_config import IMAGENET_STATISTICS
 from vit_jax.data import imagenet
-from vit_jax.data.protocols import Preprocessing, resized_side
+from vit_jax.data.protocols import Preprocessing, resized_sides
 from vit_jax.errors import UserError
+from vit_jax.image_size import ImageSize, sides
 
 FILES = ("config.json", "preprocessor_config.json")
 # What tells this configuration from others of the same name.
@@ -131,7 +133,10 @@ _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # PIL's numbers
 
 
 def read_config(
-    config: dict[str, Any], processor: dict[str, Any], sizes: dict[str, Any], image_size: int
+    config: dict[str, Any],
+    processor: dict[str, Any],
+    sizes: dict[str, Any],
+    image_size: ImageSize,
 ) -> ModelInfo:
     """Returns what the two files tell of a model.
 
@@ -153,8 +158,9 @@ def read_config(
     _check_parts(config, sizes)
     config = _ELSE.get(kind, {}) | config
     processor = processor or _USUAL_PROCESSORS.get(kind, {})
-    told = {**config, **_one_side(config, "patch_size"), **_one_side(config, "image_size")}
-    check_shapes(told, {**sizes, "image_size": image_size}, SHAPES | {"image_size": "image_size"})
+    told = {**config, **_one_side(config, "patch_size")}
+    check_shapes(told, sizes, SHAPES)
+    image_size = _image_size(config, image_size)
     check_shapes(told, {key: x for key, x in sizes.items() if x}, OF_HEADS)
     labels = config.get("id2label")
     names = tuple(str(labels[str(i)]) for i in range(len(labels))) if labels else None
@@ -171,10 +177,22 @@ def read_config(
         model["layer_scale"] = real(config["layerscale_value"], "layerscale_value")
     if "num_attention_heads" in config:
         model["num_heads"] = whole(config["num_attention_heads"], "num_attention_heads")
-    size = processor.get("size", config.get("image_size", image_size))
+    size = processor.get("size", list(sides(image_size)) if image_size else None)
     loss = config.get("problem_type")
     loss = None if loss is None else choose(_LOSSES, loss, "problem_type")
-    return ModelInfo(model, _preprocessing(processor, size), names, loss, loss == "sigmoid")
+    view = _preprocessing(processor, size) if size else None
+    return ModelInfo(model, view, names, loss, loss == "sigmoid")
+
+
+def _image_size(config: dict[str, Any], by_shapes: ImageSize) -> ImageSize:
+    """The size of the position embeddings; of a rectangle they have its number of patches alone."""
+    size = config.get("image_size")
+    if size is None:
+        return by_shapes
+    told = read_size(size, "image_size")
+    if by_shapes and isinstance(told, int):
+        check_shapes({"image_size": told}, {"image_size": by_shapes}, {"image_size": "image_size"})
+    return told
 
 
 def _of_vision(config: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -216,25 +234,29 @@ def _check_parts(config: dict[str, Any], sizes: dict[str, Any]) -> None:
 def _preprocessing(processor: dict[str, Any], size: Any) -> Preprocessing:
     _check_processor(processor)
     squash = not (isinstance(size, dict) and "shortest_edge" in size)
-    side = _square("size", size if squash else size["shortest_edge"])
-    if yes_or_no(processor.get("do_center_crop", not squash), "do_center_crop"):
-        image_size = _square("crop_size", processor.get("crop_size", side))
-    elif squash:
-        image_size = side
+    if not yes_or_no(processor.get("do_center_crop", not squash), "do_center_crop"):
+        if not squash:
+            raise UserError("size has shortest_edge without a center crop: give height and width")
+        image_size, center_crop = read_size(size, "size"), None
     else:
-        raise UserError("size has shortest_edge without a center crop: images must be square")
-    if image_size > side:
-        raise UserError(f"crop_size {image_size} is above size {side}: padding is not supported")
+        # Of a rectangle the two sides would each have a fraction of its own.
+        side = _square("size", size if squash else size["shortest_edge"])
+        image_size = _square("crop_size", processor.get("crop_size", side))
+        if image_size > side:
+            raise UserError(
+                f"crop_size {image_size} is above size {side}: padding is not supported"
+            )
+        center_crop = None if squash and image_size == side else image_size / side
     normalized = yes_or_no(processor.get("do_normalize", True), "do_normalize")
     return Preprocessing(
         image_size,
-        None if squash and image_size == side else image_size / side,
+        center_crop,
         choose(INTERPOLATIONS, processor.get("resample", 2), "resample"),
         antialias=True,
         mean=channels(processor.get("image_mean", (0.5,) * 3) if normalized else (0.0,) * 3),
         std=channels(processor.get("image_std", (0.5,) * 3) if normalized else (1.0,) * 3),
         resize="huggingface",
-        squash=squash and image_size != side,
+        squash=squash and center_crop is not None,
     )
 
 
@@ -262,12 +284,33 @@ def _square(name: str, size: Any) -> int:
 
 
 def config_files(info: ModelInfo) -> dict[str, dict[str, Any]]:
-    """Returns the JSON files of a folder, by name, of a model of which all is known."""
+    """Returns the JSON files of a folder, by name, of a model of which all is known.
+
+    Raises:
+        UserError: Transformers has no such model, or no such rule for its images.
+    """
     preprocessing = info.require_preprocessing()
+    if not isinstance(preprocessing.image_size, int):
+        _check_rectangle(preprocessing, model_type(info.model))
     return {
         "config.json": _config(info, preprocessing.image_size),
         "preprocessor_config.json": _processor(preprocessing),
     }
+
+
+def _check_rectangle(preprocessing: Preprocessing, kind: str) -> None:
+    """Refuses images that are no square where Transformers has no place for these."""
+    size = preprocessing.image_size
+    if kind not in _CLASSIFIERS:
+        raise UserError(
+            f"image_size is {size}, but Hugging Face's {kind} is for squares: use --format timm or "
+            "official"
+        )
+    if preprocessing.center_crop is not None:
+        raise UserError(
+            f"image_size is {size}, but what Hugging Face's processors crop is a square here: use "
+            "--format timm or official"
+        )
 
 
 _CLASSES = {
@@ -283,7 +326,7 @@ _CLASSIFIERS = {
 }
 
 
-def _config(info: ModelInfo, image_size: int) -> dict[str, Any]:
+def _config(info: ModelInfo, image_size: ImageSize) -> dict[str, Any]:
     model, kind = info.model, model_type(info.model)
     names = _CLASSIFIERS if model["num_classes"] else _CLASSES
     config = {
@@ -292,7 +335,7 @@ def _config(info: ModelInfo, image_size: int) -> dict[str, Any]:
         "dtype": "float32",
         "hidden_act": "gelu" if model["gelu"] == "erf" else "gelu_pytorch_tanh",
         "hidden_size": model["hidden_size"],
-        "image_size": image_size,
+        "image_size": image_size if isinstance(image_size, int) else list(sides(image_size)),
         "layer_norm_eps": model["layer_norm_epsilon"],
         "num_attention_heads": model["num_heads"],
         "num_channels": 3,
@@ -352,7 +395,7 @@ def _mlp_ratio(model: dict[str, Any]) -> int:
 
 
 def _processor(preprocessing: Preprocessing) -> dict[str, Any]:
-    size = preprocessing.image_size
+    height, width = sides(preprocessing.image_size)
     processor = {
         "do_normalize": True,
         "do_rescale": True,
@@ -362,16 +405,16 @@ def _processor(preprocessing: Preprocessing) -> dict[str, Any]:
         "image_std": list(preprocessing.std),
         "resample": _RESAMPLE[pil_interpolation(preprocessing)],
         "rescale_factor": 1 / 255,
-        "size": {"height": size, "width": size},
+        "size": {"height": height, "width": width},
     }
     if preprocessing.center_crop is not None:
         processor |= {
-            "crop_size": {"height": size, "width": size},
+            "crop_size": {"height": height, "width": width},
             "do_center_crop": True,
             "image_processor_type": "CLIPImageProcessor",
-            "size": {"shortest_edge": resized_side(preprocessing)},
+            "size": {"shortest_edge": min(resized_sides(preprocessing))},
         }
         if preprocessing.squash:
-            side = resized_side(preprocessing)
-            processor["size"] = {"height": side, "width": side}
+            tall, wide = resized_sides(preprocessing)
+            processor["size"] = {"height": tall, "width": wide}
     return processor

@@ -8,25 +8,27 @@ import math
 
 import numpy as np
 
+from vit_jax.models.base import Grid
 
-def interpolate(positions: np.ndarray, first: int, side: int, *, antialias: bool) -> np.ndarray:
+
+def interpolate(positions: np.ndarray, first: int, grid: Grid, *, antialias: bool) -> np.ndarray:
     """Interpolates position embeddings as `torch.nn.functional.interpolate(mode="bicubic")`.
 
     Args:
         positions: [1, tokens, features] float32, those of a square of patches last.
         first: how many come before, which stay.
-        side: of the new square, in patches.
+        grid: the new rows and columns of patches.
         antialias: whether the kernel widens where the grid shrinks. The kernels differ otherwise,
             too: with it Keys' parameter is -0.5, as in PIL, without it -0.75.
 
     Returns:
-        [1, first + side * side, features] float32.
+        [1, first + rows * columns, features] float32.
     """
     old_side = math.isqrt(positions.shape[1] - first)
-    weights = (_antialiased if antialias else _plain)(old_side, side)
-    grid = positions[0, first:].reshape(old_side, old_side, -1).astype(np.float64)
-    resized = np.einsum("ri,cj,ijd->rcd", weights, weights, grid, optimize=True)
-    patches = resized.reshape(1, side * side, -1).astype(np.float32)
+    rows, columns = ((_antialiased if antialias else _plain)(old_side, new) for new in grid)
+    square = positions[0, first:].reshape(old_side, old_side, -1).astype(np.float64)
+    resized = np.einsum("ri,cj,ijd->rcd", rows, columns, square, optimize=True)
+    patches = resized.reshape(1, math.prod(grid), -1).astype(np.float32)
     return np.concatenate([positions[:, :first], patches], axis=1)
 
 

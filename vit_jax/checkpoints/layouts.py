@@ -229,7 +229,7 @@ def names(present: Iterable[str]) -> Iterator[Name]:
         yield from _unit_names(stage, unit)
 
 
-def to_official(arrays: Arrays, layout: str, num_heads: int) -> Arrays:
+def to_official(arrays: Arrays, layout: str, num_heads: int, patches: int | None = None) -> Arrays:
     """Brings arrays of a layout that `detect_format` told to the official names and shapes.
 
     Args:
@@ -237,6 +237,7 @@ def to_official(arrays: Arrays, layout: str, num_heads: int) -> Arrays:
         layout: "official" in any of its variants, BiT's too, "timm", whose names those of
             "torchvision" are brought to before, or "huggingface".
         num_heads: of the model; the official layout tells itself.
+        patches: of an image; None is any square.
 
     Raises:
         UserError: an array is not one of a plain or hybrid ViT, or does not have its shape.
@@ -248,7 +249,7 @@ def to_official(arrays: Arrays, layout: str, num_heads: int) -> Arrays:
         return {name: x for name, x in arrays.items() if name.startswith(root)}
     if layout in ("timm", "torchvision"):
         official = _from_torch(_split(_with_gates(arrays), "timm"), "timm", num_heads)
-        return _with_timms_positions(official)
+        return _with_timms_positions(official, patches)
     arrays = huggingface_names.to_vit(arrays)
     return _from_torch(_split(arrays, "huggingface"), "huggingface", num_heads)
 
@@ -369,7 +370,7 @@ def _with_gates(arrays: Arrays) -> Arrays:
     return result
 
 
-def _with_timms_positions(arrays: Arrays) -> Arrays:
+def _with_timms_positions(arrays: Arrays, patches: int | None) -> Arrays:
     """Brings timm's position embeddings to those of class and distillation token and patches.
 
     With its no_embed_class they are of the patches alone; else of registers too.
@@ -378,11 +379,11 @@ def _with_timms_positions(arrays: Arrays) -> Arrays:
     if positions is None or positions.ndim != 3:
         return arrays
     first = num_class_tokens(arrays)
-    padded = _with_class_positions(positions, first)
+    padded = _with_class_positions(positions, first, patches)
     if padded is not positions or registers is None or registers.ndim != 3:
         return {**arrays, POSITIONS: padded}
     last = first + registers.shape[1]
-    if not _is_grid(positions.shape[1] - last):
+    if not _is_grid(positions.shape[1] - last, patches):
         return arrays
     of_registers = positions[:, first:last]
     without = np.concatenate([positions[:, :first], positions[:, last:]], axis=1)
@@ -460,15 +461,18 @@ def _unstack(arrays: Arrays) -> Arrays:
     return result
 
 
-def _with_class_positions(positions: np.ndarray, count: int) -> np.ndarray:
+def _with_class_positions(
+    positions: np.ndarray, count: int, patches: int | None = None
+) -> np.ndarray:
     """big_vision, or timm if told to, adds no position to the class token: a zero is the same."""
-    if not count or positions.ndim != 3 or not _is_grid(positions.shape[1]):
+    if not count or positions.ndim != 3 or not _is_grid(positions.shape[1], patches):
         return positions
     return np.pad(positions, ((0, 0), (count, 0), (0, 0)))
 
 
-def _is_grid(patches: int) -> bool:
-    return patches > 0 and round(patches**0.5) ** 2 == patches
+def _is_grid(count: int, patches: int | None) -> bool:
+    """Tells whether there are so many patches, or those of any square."""
+    return count == patches if patches else count > 0 and round(count**0.5) ** 2 == count
 
 
 def has_fixed_positions(present: Iterable[str]) -> bool:

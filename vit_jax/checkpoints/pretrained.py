@@ -28,7 +28,9 @@ from vit_jax.checkpoints.transfer import check_fit, transfer
 from vit_jax.data import imagenet
 from vit_jax.data.protocols import Preprocessing, evaluation
 from vit_jax.errors import UserError, first_line, shortlist
+from vit_jax.image_size import ImageSize, sides
 from vit_jax.models import masked
+from vit_jax.models.base import Grid, Model
 from vit_jax.models.vit import DISTILLATION_HEAD, POSITIONS, num_class_tokens
 from vit_jax.printable import printable
 
@@ -37,6 +39,9 @@ _ACCEPTED = (
     "Google's or timm's names; a folder of Hugging Face's or timm's; or a name such as ViT-B_16 or "
     "hf:OWNER/NAME"
 )
+
+
+_EXPORTED = (".onnx", ".engine", ".plan")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +122,11 @@ def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretraine
     image_size = overrides.pop("image_size", None)
     name = os.fspath(path)
     check_exists(name)
+    if name.endswith(_EXPORTED):
+        raise UserError(
+            f"{name} is an exported model, not weights: run it by vit_jax.export.runtime, or give "
+            f"{_ACCEPTED}"
+        )
     path = Path(remote.fetch(name) if remote.is_remote_name(name) else name)
     try:
         if path.is_dir() and _find_weights(path) is None:
@@ -133,23 +143,32 @@ def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretraine
     return pretrained
 
 
-def resize(pretrained: Pretrained, image_size: int) -> Pretrained:
+def resize(pretrained: Pretrained, image_size: ImageSize) -> Pretrained:
     """Returns the model for another image size: position embeddings are interpolated (Sec. 3.2)."""
     module = models.create_model(pretrained.model)
-    params = fit_params(module, image_size, pretrained.params, keep_head=True)
-    preprocessing = dataclasses.replace(pretrained.preprocessing, image_size=image_size)
+    old = pretrained.preprocessing
+    preprocessing = dataclasses.replace(old, image_size=image_size)
+    params = fit_params(
+        module, image_size, pretrained.params, old_size=old.image_size, keep_head=True
+    )
     return dataclasses.replace(pretrained, params=params, preprocessing=preprocessing)
 
 
 def fit_params(
-    module: nn.Module, image_size: int, params: dict[str, Any], *, keep_head: bool = False
+    module: Model,
+    image_size: ImageSize,
+    params: dict[str, Any],
+    *,
+    old_size: ImageSize,
+    keep_head: bool = False,
 ) -> dict[str, Any]:
     """Fits pretrained parameters to a model, without initializing it; what is new is zero.
 
     Args:
         module: of the model.
-        image_size: of the square images that the model is for, in pixels.
+        image_size: of the images that the model is for.
         params: nested dicts of arrays.
+        old_size: of the images that these are for.
         keep_head: as in `transfer`.
 
     Raises:
@@ -157,8 +176,15 @@ def fit_params(
     """
     shapes = _param_shapes(module, image_size)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    fitted, _ = transfer(zeros, params, keep_head=keep_head)
+    grids = {"pretrained_grid": grid_of(module, old_size), "grid": grid_of(module, image_size)}
+    fitted, _ = transfer(zeros, params, keep_head=keep_head, **grids)
     return fitted
+
+
+def grid_of(module: Model, image_size: ImageSize) -> Grid:
+    """The rows and columns of patches, or of positions of the features, of an image."""
+    height, width = sides(image_size)
+    return height // module.downsampling, width // module.downsampling
 
 
 def fold_normalization(pretrained: Pretrained) -> dict[str, Any]:
@@ -190,15 +216,15 @@ def fold_normalization(pretrained: Pretrained) -> dict[str, Any]:
     return {**pretrained.params, "embedding": embedding}
 
 
-def abstract_params(model: dict[str, Any], image_size: int) -> dict[str, Any]:
-    """Returns the parameter tree of a model for square images, as shapes and dtypes."""
+def abstract_params(model: dict[str, Any], image_size: ImageSize) -> dict[str, Any]:
+    """Returns the parameter tree of a model for images of a size, as shapes and dtypes."""
     # Traced once for all layers, whose parameters have the same names and shapes then.
     scan = {"scan_layers"} & models.model_keys(model["architecture"])
     return _param_shapes(models.create_model(model, **dict.fromkeys(scan, True)), image_size)
 
 
-def _param_shapes(module: nn.Module, image_size: int) -> dict[str, Any]:
-    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.float32)
+def _param_shapes(module: nn.Module, image_size: ImageSize) -> dict[str, Any]:
+    images = jax.ShapeDtypeStruct((1, *sides(image_size), 3), np.float32)
     key = jax.ShapeDtypeStruct((2,), np.uint32)  # A real key would be computed.
     return jax.eval_shape(module.init, key, images)["params"]
 
@@ -307,7 +333,7 @@ def _read_weights(path: Path, overrides: dict[str, Any]) -> tuple[Arrays, ModelI
     # PyTorch's formats do not tell the heads: one is as good as any to learn the other sizes.
     official = layouts.to_official(arrays, format, num_heads=1)
     sizes = infer.infer_model(official)
-    image_size = 0  # Of the official format the info file alone may tell it.
+    image_size: ImageSize = 0  # Of the official format the info file alone may tell it.
     if format != "official":
         image_size = models.describe(sizes).image_size(official)
     info = foreign_configs.read_info(path, format, sizes, image_size)
@@ -322,21 +348,32 @@ def _read_weights(path: Path, overrides: dict[str, Any]) -> tuple[Arrays, ModelI
     if num_heads is None:
         keys = ("hidden_size", "num_layers", "mlp_dim")
         num_heads = infer.usual_num_heads(**{key: sizes[key] for key in keys})
-    official = layouts.to_official(arrays, format, num_heads)
+    official = layouts.to_official(arrays, format, num_heads, _patches(info, sizes))
     if format == "huggingface" and info.preprocessing is not None and sizes.get("layer_scale"):
         official = _fitted_to_view(official, info.preprocessing.image_size, sizes, image_size)
     return official, info
 
 
-def _fitted_to_view(arrays: Arrays, wanted: int, sizes: dict[str, Any], image_size: int) -> Arrays:
+def _patches(info: ModelInfo, model: dict[str, Any]) -> int | None:
+    """The number of patches of an image that is known to be no square, None of any other."""
+    if info.preprocessing is None or isinstance(info.preprocessing.image_size, int):
+        return None
+    return math.prod(grid_of(models.create_model(model), info.preprocessing.image_size))
+
+
+def _fitted_to_view(
+    arrays: Arrays, wanted: ImageSize, model: dict[str, Any], image_size: ImageSize
+) -> Arrays:
     """Fits DINOv2's position embeddings to the smaller images that its folder shows it."""
-    if wanted >= image_size or wanted % sizes["patch_size"]:
+    height, width = sides(wanted)
+    patch, square = model["patch_size"], max(sides(image_size))
+    if max(height, width) > square or wanted == image_size or height % patch or width % patch:
         return arrays
     fitted = interpolation.interpolate(
         arrays[POSITIONS],
         num_class_tokens(arrays),
-        wanted // sizes["patch_size"],
-        antialias=bool(sizes["num_registers"]),  # As Transformers' two models do.
+        (height // patch, width // patch),
+        antialias=bool(model["num_registers"]),  # As Transformers' two models do.
     )
     return {**arrays, POSITIONS: fitted}
 
@@ -412,6 +449,12 @@ def _default_preprocessing(arrays: Arrays, model: dict[str, Any]) -> Preprocessi
     """Returns how the code that trained a model evaluates, where nothing beside it tells."""
     has_positions = model.get("position_embedding") not in ("none", "sincos2d")
     image_size = models.describe(model).image_size(arrays)
+    if not image_size:
+        raise UserError(
+            f"{POSITIONS} has {arrays[POSITIONS].shape[1]} tokens, which are no square of patches: "
+            'write the size of the images to a file beside the weights, {"preprocessing": '
+            '{"image_size": "HEIGHTxWIDTH"}}, see vit_jax.checkpoints.model_info'
+        )
     # A hidden layer before the head is pre-training's, which evaluates on a central crop.
     # So does the code that computes positions, of "Better plain ViT baselines".
     is_pretraining = model.get("representation_size") or not has_positions

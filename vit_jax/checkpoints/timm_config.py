@@ -18,12 +18,14 @@ from vit_jax.checkpoints.config_fields import (
     height_and_width,
     labels,
     pil_interpolation,
+    read_size,
     real,
     whole,
 )
 from vit_jax.checkpoints.model_info import ModelInfo
-from vit_jax.data.protocols import Preprocessing, resized_side
+from vit_jax.data.protocols import Preprocessing, resized_sides
 from vit_jax.errors import UserError
+from vit_jax.image_size import ImageSize, sides
 from vit_jax.models.vit import SIZES
 
 FILES = ("config.json",)
@@ -106,7 +108,7 @@ _STEMS = {
 }
 
 
-def read_config(config: dict[str, Any], sizes: dict[str, Any], image_size: int) -> ModelInfo:
+def read_config(config: dict[str, Any], sizes: dict[str, Any], image_size: ImageSize) -> ModelInfo:
     """Returns what the file tells of a model.
 
     Args:
@@ -124,11 +126,10 @@ def read_config(config: dict[str, Any], sizes: dict[str, Any], image_size: int) 
     _check_arguments(config, arguments, pretrained, sizes)
     _check_sizes(config, arguments, sizes)
     names = config.get("label_names", pretrained.get("label_names"))
+    size = _image_size(arguments, pretrained, image_size)
     return ModelInfo(
         _model(config.get("architecture"), arguments, sizes),
-        preprocessing(
-            _image_size(arguments, pretrained, image_size), **_usual_view(sizes) | pretrained
-        ),
+        preprocessing(size, **_usual_view(sizes) | pretrained) if size else None,
         labels(names, "label_names"),
     )
 
@@ -215,16 +216,16 @@ def _model(name: Any, arguments: dict[str, Any], sizes: dict[str, Any]) -> dict[
     return model
 
 
-def _image_size(arguments: dict[str, Any], pretrained: dict[str, Any], default: int) -> int:
+def _image_size(
+    arguments: dict[str, Any], pretrained: dict[str, Any], default: ImageSize
+) -> ImageSize:
     # The size of the position embeddings; a model that takes several may be used at another.
-    size = arguments.get("img_size")
-    if size:
-        size = (3, *height_and_width(size, "img_size"))
-    else:
-        size = pretrained.get("input_size", (3, default, default))
-    if size[1] != size[2]:
-        raise UserError(f"input_size {size} is not square: only square images are supported")
-    return whole(size[1], "input_size")
+    if size := arguments.get("img_size"):
+        return read_size(size, "img_size")
+    if "input_size" not in pretrained:
+        return default
+    _, height, width = pretrained["input_size"]
+    return read_size((height, width), "input_size")
 
 
 def _usual_view(sizes: dict[str, Any]) -> dict[str, Any]:
@@ -234,23 +235,23 @@ def _usual_view(sizes: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def torchvision_info(image_size: int) -> ModelInfo:
+def torchvision_info(image_size: ImageSize) -> ModelInfo:
     """Returns what is known of a ViT of torchvision, whose files hold arrays alone.
 
     Args:
         image_size: that of the position embeddings.
     """
     usual: dict[str, Any] = (
-        {"crop_pct": 0.875, "interpolation": "bilinear"} if image_size < 384 else {}
+        {"crop_pct": 0.875, "interpolation": "bilinear"} if max(sides(image_size)) < 384 else {}
     )
     return ModelInfo(
         {"architecture": "vit", "gelu": "erf", "layer_norm_epsilon": LAYER_NORM_EPSILON},
-        preprocessing(image_size, **IMAGENET_STATISTICS, **usual),
+        preprocessing(image_size, **IMAGENET_STATISTICS, **usual) if image_size else None,
     )
 
 
 def preprocessing(
-    image_size: int,
+    image_size: ImageSize,
     *,
     crop_pct: float | None = None,
     crop_mode: str = "center",
@@ -268,9 +269,10 @@ def preprocessing(
     """
     if crop_mode not in ("center", "squash"):
         raise UserError(f"crop_mode {crop_mode!r} is none of center, squash")
-    crop_pct = crop_pct or (0.9 if image_size < 384 else 1.0)
+    both = sides(image_size)
+    crop_pct = crop_pct or (0.9 if max(both) < 384 else 1.0)
     squash = crop_mode == "squash"
-    is_whole = squash and math.floor(image_size / crop_pct) == image_size
+    is_whole = squash and all(math.floor(x / crop_pct) == x for x in both)
     return Preprocessing(
         image_size,
         None if is_whole else crop_pct,
@@ -297,7 +299,7 @@ def config_files(info: ModelInfo) -> dict[str, dict[str, Any]]:
         "act_layer": "gelu" if model["gelu"] == "erf" else "gelu_tanh",
         "depth": model["num_layers"],
         "embed_dim": model["hidden_size"],
-        "img_size": view.image_size,
+        "img_size": _img_size(view.image_size),
         "mlp_ratio": model["mlp_dim"] / model["hidden_size"],
         "num_heads": model["num_heads"],
         "num_classes": model["num_classes"],
@@ -330,7 +332,7 @@ def _pretrained_cfg(view: Preprocessing, num_classes: int) -> dict[str, Any]:
         "crop_mode": "squash" if view.center_crop is None or view.squash else "center",
         "crop_pct": _crop_pct(view),
         "first_conv": "patch_embed.proj",
-        "input_size": [3, view.image_size, view.image_size],
+        "input_size": [3, *sides(view.image_size)],
         "interpolation": pil_interpolation(view),
         "mean": list(view.mean),
         "num_classes": num_classes,
@@ -357,7 +359,13 @@ def _timm_name(model: dict[str, Any]) -> str:
 
 
 def _crop_pct(preprocessing: Preprocessing) -> float:
-    size, side = preprocessing.image_size, resized_side(preprocessing)
+    view, resized = sides(preprocessing.image_size), resized_sides(preprocessing)
     crop = preprocessing.center_crop or 1.0
+    if all(math.floor(x / crop) == y for x, y in zip(view, resized, strict=True)):
+        return crop
     # timm takes the floor, which a quotient of whole numbers may miss by its rounding.
-    return crop if math.floor(size / crop) == side else size / (side + 0.5)
+    return view[0] / (resized[0] + 0.5)
+
+
+def _img_size(image_size: ImageSize) -> int | list[int]:
+    return image_size if isinstance(image_size, int) else list(sides(image_size))

@@ -55,8 +55,8 @@ def transfer(
         init_params: of the fresh model, nested dicts of arrays.
         pretrained_params: nested dicts of arrays.
         keep_head: loads a finished model as it is, its head included.
-        pretrained_grid: (rows, columns) of patches of the pretrained model, if they are no square.
-        grid: (rows, columns) of patches of the model, if they are no square.
+        pretrained_grid: (rows, columns) of patches of the pretrained model; None for a square.
+        grid: (rows, columns) of patches of the model; None for a square.
 
     Returns:
         The parameters as NumPy arrays in the tree and dtypes of `init_params`, and a row for every

@@ -1,6 +1,5 @@
 """Image files on disk, found and read in batches as evaluation sees them, without TensorFlow."""
 
-import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +36,6 @@ def read_batches(
     preprocessing: Preprocessing,
     batch_size: int,
     report: Callable[[UserError], None],
-    view: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Iterator[tuple[list[str], np.ndarray]]:
     """Yields images as evaluation sees them, in batches of one shape.
 
@@ -46,13 +44,11 @@ def read_batches(
         preprocessing: of the model.
         batch_size: how many files are read at a time, at most.
         report: is called for every image that cannot be read; unless it raises, the others follow.
-        view: prepares an image instead of the preprocessing, to float32 [height, width, 3].
 
     Yields:
-        The files that could be read, at least one, and [batch_size, image_size, image_size, 3] in
-        float32, or of the view's shape, whose rows beyond these files are 0.
+        The files that could be read, at least one, and [batch_size, height, width, 3] in
+        float32, whose rows beyond these files are 0.
     """
-    view = view or functools.partial(preprocess, preprocessing=preprocessing)
     batch_size = min(batch_size, len(files))
 
     def read(file: str) -> np.ndarray | UserError:
@@ -60,7 +56,7 @@ def read_batches(
             if os.path.isdir(file):
                 raise UserError(f"{file} holds no image")
             with open_image(file, jpeg_dct=preprocessing.jpeg_dct) as image:
-                return view(image)
+                return preprocess(image, preprocessing)
         except UserError as error:
             return error
 

@@ -191,27 +191,27 @@ def _read(
 
 
 def preprocess(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """Returns what evaluation sees of an image, float32 [image_size, image_size, 3].
+    """Returns what evaluation sees of an image, float32 [height, width, 3].
 
     Args:
         image: uint8 [height, width, 3].
         preprocessing: of the model.
     """
-    size = preprocessing.image_size
     if preprocessing.resize == "box":
         box = eval_box(preprocessing, *image.shape[:2])
         kernel = preprocessing.interpolation, preprocessing.antialias
-        pixels = sample_box(image, box, size, *kernel)
+        pixels = sample_box(image, box, preprocessing.image_size, *kernel)
     else:
         pixels = resize_and_crop(image, preprocessing)
+    height, width = pixels.shape[:2]
     # A row as a whole: NumPy is slow along an axis of three.
     mean, std = (
-        np.tile(np.array([255 * x for x in values], np.float32), size)
+        np.tile(np.array([255 * x for x in values], np.float32), width)
         for values in (preprocessing.mean, preprocessing.std)
     )
-    normalized = pixels.reshape(size, size * 3) - mean
+    normalized = pixels.reshape(height, width * 3) - mean
     normalized /= std
-    return normalized.reshape(size, size, 3)
+    return normalized.reshape(height, width, 3)
 
 
 def _decode_jpeg(

@@ -28,6 +28,7 @@ from vit_jax.data.preprocess import eval_view, train_view
 from vit_jax.data.protocols import Preprocessing, evaluation
 from vit_jax.data.source import Example, Source
 from vit_jax.errors import UserError
+from vit_jax.image_size import ImageSize, sides
 
 Batch = dict[str, np.ndarray]
 
@@ -41,7 +42,7 @@ def train_batches(
     source: Source,
     *,
     batch_size: int,
-    image_size: int,
+    image_size: ImageSize,
     protocol: str,
     random_crop: bool,
     random_flip: bool,
@@ -64,7 +65,7 @@ def train_batches(
         source: what to read.
         batch_size: of the global batch. Process p owns the p-th of `process_count` equal runs of
             its rows, and reads no others.
-        image_size: in pixels.
+        image_size: of them.
         protocol: one of `protocols.PROTOCOLS`.
         random_crop: crop as the protocol does in training, not as in evaluation.
         random_flip: mirror every other image.
@@ -80,7 +81,7 @@ def train_batches(
         process_count: of all processes.
 
     Returns:
-        Dicts of "image" (uint8 [rows, image_size, image_size, 3]) and "label" (int32 [rows], of
+        Dicts of "image" (uint8 [rows, height, width, 3]) and "label" (int32 [rows], of
         several labels an image float32 [rows, classes]), rows = batch_size / process_count.
 
     Raises:
@@ -240,10 +241,9 @@ class _EvalImages:
 
     def nothing(self) -> Batch:
         """A batch of no image."""
-        size = self.preprocessing.image_size
         label_shape = np.shape(self.source[0]["label"])
         return {
-            "image": np.zeros((0, size, size, 3), np.float32),
+            "image": np.zeros((0, *sides(self.preprocessing.image_size), 3), np.float32),
             "label": np.zeros((0, *label_shape), self.label_dtype),
         }
 

@@ -14,11 +14,12 @@ from vit_jax.data.protocols import (
     Preprocessing,
     eval_box,
     evaluation,
-    squashed_side,
+    squashed_sides,
     whole_pixels,
 )
 from vit_jax.data.randaugment import randaugment
 from vit_jax.data.resampling import resize, resize_and_crop, resize_area, sample_box
+from vit_jax.image_size import ImageSize, sides
 
 _ASPECTS = (3 / 4, 4 / 3)  # of an inception crop, width / height
 _AREAS = (0.05, 1.0)  # of an inception crop, of the image's
@@ -29,7 +30,7 @@ def train_view(
     encoded: bytes,
     rng: np.random.Generator,
     *,
-    image_size: int,
+    image_size: ImageSize,
     protocol: str,
     jpeg_dct: str = "accurate",
     random_crop: bool = False,
@@ -39,14 +40,14 @@ def train_view(
     contrast: str = "augreg",
     turn: bool = True,
 ) -> np.ndarray:
-    """Returns one view of an image, uint8 [image_size, image_size, 3].
+    """Returns one view of an image, uint8 [height, width, 3].
 
     Each value is the nearest to the resampled one: it is off by half a gray level at most.
 
     Args:
         encoded: an image in one of `images.FORMATS`, see `images.read_image`.
         rng: the source of all randomness; not read where nothing is random.
-        image_size: of the view, in pixels.
+        image_size: of the view.
         protocol: one of `protocols.PROTOCOLS`.
         jpeg_dct: one of `protocols.JPEG_DCTS`.
         random_crop: take a random box, as the protocol does in training.
@@ -78,7 +79,7 @@ def train_view(
 def eval_view(
     encoded: bytes, preprocessing: Preprocessing, *, border: int = 0, turn: bool = True
 ) -> np.ndarray:
-    """Returns what evaluation sees of an image, float32 [image_size, image_size, 3].
+    """Returns what evaluation sees of an image, float32 [height, width, 3].
 
     Args:
         encoded: as in `train_view`.
@@ -94,7 +95,7 @@ def eval_view(
         return preprocess(image[border : height - border, border : width - border], preprocessing)
 
 
-def _eval_crop(image: np.ndarray, protocol: str, size: int) -> np.ndarray:
+def _eval_crop(image: np.ndarray, protocol: str, size: ImageSize) -> np.ndarray:
     preprocessing = evaluation(protocol, size)
     if preprocessing.resize == "box":
         return sample_box(image, eval_box(preprocessing, *image.shape[:2]), size)
@@ -102,15 +103,16 @@ def _eval_crop(image: np.ndarray, protocol: str, size: int) -> np.ndarray:
 
 
 def _random_crop(
-    image: np.ndarray, protocol: str, size: int, rng: np.random.Generator
+    image: np.ndarray, protocol: str, size: ImageSize, rng: np.random.Generator
 ) -> np.ndarray:
     height, width = image.shape[:2]
     if protocol in ("bit", "bit_hyperrule"):
-        box = _box_of_square(height, width, squashed_side(protocol, size), size, rng)
+        box = _box_of_squashed((height, width), squashed_sides(protocol, size), sides(size), rng)
         return sample_box(image, box, size)
     if protocol == "transfer":
         height, width, _, _ = whole_pixels(evaluation(protocol, size), height, width)
-        top, left = rng.integers(height - size + 1), rng.integers(width - size + 1)
+        tall, wide = sides(size)
+        top, left = rng.integers(height - tall + 1), rng.integers(width - wide + 1)
         return resize_area(image, (height, width, int(top), int(left)), size)
     if protocol == "pad":
         image = _shifted(image, rng)
@@ -157,13 +159,17 @@ def inception_window(
     return 0, 0, height, width
 
 
-def _box_of_square(
-    height: int, width: int, resized: int, image_size: int, rng: np.random.Generator
+def _box_of_squashed(
+    image: tuple[int, int],
+    resized: tuple[int, int],
+    view: tuple[int, int],
+    rng: np.random.Generator,
 ) -> tuple[float, float, float, float]:
     # What is left of the resized image by a crop at an integer offset, in source pixels.
-    y, x = rng.integers(resized - image_size + 1, size=2) / resized
-    share = image_size / resized
-    return y * height, x * width, share * height, share * width
+    height, width = image
+    y, x = (rng.integers(a - b + 1) / a for a, b in zip(resized, view, strict=True))
+    tall, wide = (b / a for a, b in zip(resized, view, strict=True))
+    return y * height, x * width, tall * height, wide * width
 
 
 def _shifted(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

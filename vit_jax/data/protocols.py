@@ -1,7 +1,7 @@
 """Rules for which part of an image a model sees, and how it is resized, without TensorFlow.
 
 A view of an image is a box in source pixels, a float (y, x, height, width), that is resampled once
-to `image_size` x `image_size`. A protocol is a rule for that box:
+to `image_size`, a square or a height and a width. A protocol is a rule for that box:
 
     inception   the published fine-tuning code: inception crop; evaluation on the whole image
     bit         the paper's text (Sec. 4.1, as BiT): resize and random crop; evaluation on the
@@ -34,6 +34,11 @@ Evaluation has a rule of resizing of its own, which travels with the weights:
                  CLIPImageProcessorPil): timm's, but for half a pixel in the place of the crop
 
 All but box resize the image to whole pixels in 8 bits and then cut out the center.
+
+Where a view is no square, whole images and inception crops are resized to its height and width: a
+crop's aspect ratio stays one of the image, as in timm. What keeps its aspect ratio is resized until
+it just covers the view enlarged by 1 / center_crop, of which the center is the view: as timm does
+it (`ResizeKeepRatio`), and everybody for squares.
 """
 
 import dataclasses
@@ -42,6 +47,7 @@ import math
 import numpy as np
 
 from vit_jax.errors import UserError, brief
+from vit_jax.image_size import ImageSize, sides, size_problem
 
 PROTOCOLS = (
     ("inception", "bit", "big_vision", "pretrain", "pad")
@@ -56,9 +62,9 @@ _HYPERRULE_MARGIN = 32
 # libjpeg's inverse transforms: that of PIL, and TensorFlow's default.
 JPEG_DCTS = ("accurate", "fast")
 
-# Sides in pixels: 20 times those of the largest images that models of the paper are fine-tuned at.
-# Before their center is cut out images are resized to a little more, of which 224/256 is usual.
-MAX_IMAGE_SIZE, MAX_RESIZED = 10_000, 12_000
+# A side in pixels. Before their center is cut out images are resized to a little more than
+# `MAX_IMAGE_SIZE`, of which 224/256 is usual.
+MAX_RESIZED = 12_000
 
 RESIZES = ("box", "big_vision", "timm", "huggingface")
 INTERPOLATIONS = ("bilinear", "bicubic", "area")
@@ -73,24 +79,25 @@ class Preprocessing:
     """The rule by which evaluation prepares an image; it travels with the weights.
 
     Attributes:
-        image_size: side of the model's square input, in pixels.
+        image_size: of the model's input.
         center_crop: None for the whole image, its aspect ratio given up; a fraction f for the
-            central square of f times the shorter side.
+            central square of f times the shorter side, or f times the largest box of the aspect
+            ratio of an image_size that is no square.
         interpolation: "bilinear" or "bicubic" (Keys, a = -0.5), or with resize big_vision "area".
         antialias: whether the kernel widens where the image shrinks. PIL's does (timm and Hugging
             Face), that of TensorFlow, with which the official checkpoints were trained, does not.
         mean: of each channel, of pixels in [0, 1]; is subtracted.
         std: of each channel; what remains is divided by it.
         resize: the rule of resizing, one of `RESIZES`; see above.
-        squash: with a center_crop f, make the whole image a square first, its aspect ratio given
-            up, and take the central f x f of that.
+        squash: with a center_crop f, make the whole image one of the aspect ratio of the input
+            first, its own given up, and take the central f x f of that.
         jpeg_dct: "accurate" or "fast", about a gray level from each other.
 
     Raises:
         UserError: a value is out of its range, or goes with no such rule of resizing.
     """
 
-    image_size: int
+    image_size: ImageSize
     center_crop: float | None = None
     interpolation: str = "bilinear"
     antialias: bool = False
@@ -103,16 +110,14 @@ class Preprocessing:
 
     def __post_init__(self):
         size, crop = self.image_size, self.center_crop
-        is_whole = isinstance(size, int) and not isinstance(size, bool)
-        if not is_whole or not 1 <= size <= MAX_IMAGE_SIZE:
-            raise UserError(
-                f"image_size {brief(size)} is no whole number from 1 to {MAX_IMAGE_SIZE}"
-            )
+        if problem := size_problem(size):
+            raise UserError(f"image_size {problem}")
         if crop is not None and not (_is_number(crop) and 0 < crop <= 1):
             raise UserError(f"center_crop {brief(crop)} is no number above 0 and at most 1")
-        if crop is not None and size / crop > MAX_RESIZED:
+        longest = max(sides(size))
+        if crop is not None and longest / crop > MAX_RESIZED:
             raise UserError(
-                f"center_crop {crop} of image_size {size} is cut from {size / crop:.0f} pixels: "
+                f"center_crop {crop} of image_size {size} is cut from {longest / crop:.0f} pixels: "
                 f"at most {MAX_RESIZED} are made"
             )
         for name, choices in (
@@ -152,7 +157,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def evaluation(protocol: str, image_size: int, jpeg_dct: str = "accurate") -> Preprocessing:
+def evaluation(protocol: str, image_size: ImageSize, jpeg_dct: str = "accurate") -> Preprocessing:
     """Returns the preprocessing of a run's evaluation under one of `PROTOCOLS`.
 
     Raises:
@@ -180,20 +185,26 @@ def fewshot_view(preprocessing: Preprocessing) -> Preprocessing:
     return dataclasses.replace(preprocessing, center_crop=_CENTRAL, squash=True)
 
 
-def squashed_side(protocol: str, image_size: int) -> int:
-    """The side, in pixels, of the square that training crops from under bit or bit_hyperrule."""
+def squashed_sides(protocol: str, image_size: ImageSize) -> tuple[int, int]:
+    """Height and width, in pixels, that training crops from under bit or bit_hyperrule."""
+    height, width = sides(image_size)
     if protocol == "bit_hyperrule":
-        return image_size + _HYPERRULE_MARGIN
-    return round(image_size * _RESIZE)
+        return height + _HYPERRULE_MARGIN, width + _HYPERRULE_MARGIN
+    return round(height * _RESIZE), round(width * _RESIZE)
 
 
-def resized_side(preprocessing: Preprocessing) -> int:
-    """The side that an image is resized to before its center is cut out, in whole pixels."""
-    if preprocessing.center_crop is None:
-        return preprocessing.image_size
-    side = preprocessing.image_size / preprocessing.center_crop
+def resized_sides(preprocessing: Preprocessing) -> tuple[int, int]:
+    """The height and width that an image is resized to, or covers if its aspect ratio is kept.
+
+    In whole pixels, before the center is cut out.
+    """
+    height, width = sides(preprocessing.image_size)
+    crop = preprocessing.center_crop
+    if crop is None:
+        return height, width
     # timm is given the fraction; elsewhere it comes from two sides of whole pixels.
-    return math.floor(side) if preprocessing.resize == "timm" else round(side)
+    whole = math.floor if preprocessing.resize == "timm" else round
+    return whole(height / crop), whole(width / crop)
 
 
 def whole_pixels(
@@ -206,19 +217,32 @@ def whole_pixels(
         height: of the image, in pixels.
         width: likewise.
     """
-    size, side = preprocessing.image_size, resized_side(preprocessing)
-    sides = np.array([height, width])
+    view, covered = sides(preprocessing.image_size), resized_sides(preprocessing)
     if preprocessing.squash or preprocessing.center_crop is None:
-        resized = [side, side]
-    elif preprocessing.resize == "big_vision":  # In 32 bits there, rounding half to even.
-        factor = np.float32(side) / np.float32(sides.min())
-        resized = np.round(sides.astype(np.float32) * factor).astype(int).tolist()
+        resized = covered
     else:
-        resized = [int(side * x / min(height, width)) for x in (height, width)]
-    height, width = resized
+        resized = _covering(preprocessing.resize, (height, width), covered)
+    margins = [x - y for x, y in zip(resized, view, strict=True)]
     if preprocessing.resize == "timm":  # Half to even, too.
-        return height, width, round((height - size) / 2), round((width - size) / 2)
-    return height, width, (height - size) // 2, (width - size) // 2
+        top, left = (round(x / 2) for x in margins)
+    else:
+        top, left = (x // 2 for x in margins)
+    return *resized, top, left
+
+
+def _covering(resize: str, image: tuple[int, int], covered: tuple[int, int]) -> tuple[int, int]:
+    """The size of an image that covers a height and width, its aspect ratio kept."""
+    # Of a square the shorter side of the image is the one that touches.
+    touches = 0 if covered[0] * image[1] >= covered[1] * image[0] else 1
+    new, old = covered[touches], image[touches]
+    if resize == "big_vision":  # In 32 bits there, rounding half to even.
+        factor = np.float32(new) / np.float32(old)
+        height, width = (int(np.round(np.float32(x) * factor)) for x in image)
+    elif resize == "timm" and covered[0] != covered[1]:
+        height, width = (round(x / (old / new)) for x in image)
+    else:
+        height, width = (int(new * x / old) for x in image)
+    return height, width
 
 
 def eval_box(
@@ -237,5 +261,8 @@ def eval_box(
     if preprocessing.squash:
         margin = (1 - center_crop) / 2
         return height * margin, width * margin, height * center_crop, width * center_crop
-    side = min(height, width) * center_crop
-    return (height - side) / 2, (width - side) / 2, side, side
+    view = sides(preprocessing.image_size)
+    aspect = view[1] / view[0]
+    tall = min(height, width / aspect) * center_crop
+    wide = min(width, height * aspect) * center_crop
+    return (height - tall) / 2, (width - wide) / 2, tall, wide

@@ -15,6 +15,7 @@ from PIL import Image
 from scipy.sparse import csr_array
 
 from vit_jax.data.protocols import Preprocessing, whole_pixels
+from vit_jax.image_size import ImageSize, sides
 
 cv2.setNumThreads(1)  # The threads are those of who calls.
 
@@ -50,11 +51,11 @@ class _Taps(NamedTuple):
 def sample_box(
     image: np.ndarray,
     box: Box,
-    size: int,
+    size: ImageSize,
     interpolation: str = "bilinear",
     antialias: bool = False,
 ) -> np.ndarray:
-    """Samples a box with half-pixel centers, float32 [size, size, 3].
+    """Samples a box with half-pixel centers, float32 [height, width, 3] of a size.
 
     The weights are normalized where the kernel reaches beyond the image: TensorFlow's
     ScaleAndTranslate, and with `antialias` PIL's resize without its rounding.
@@ -62,20 +63,21 @@ def sample_box(
     Args:
         image: uint8 [height, width, 3].
         box: lies in the image. Pixels of the image around it are read, too.
-        size: of the output, in pixels.
+        size: of the output.
         interpolation: "bilinear" or "bicubic" (Keys, a = -0.5).
         antialias: the kernel widens where the image shrinks.
     """
     y, x, height, width = box
     if interpolation == "bilinear" and not antialias and max(height, width) <= _MAX_SIDE:
         return _sample_with_opencv(image, box, size)
-    rows = _taps(y, height, image.shape[0], size, interpolation, antialias)
-    columns = _taps(x, width, image.shape[1], size, interpolation, antialias)
+    tall, wide = sides(size)
+    rows = _taps(y, height, image.shape[0], tall, interpolation, antialias)
+    columns = _taps(x, width, image.shape[1], wide, interpolation, antialias)
     return _resample(image, rows, columns)
 
 
 def resize_and_crop(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """Returns what evaluation sees by a rule of whole pixels, uint8 [image_size, image_size, 3].
+    """Returns what evaluation sees by a rule of whole pixels, uint8 [height, width, 3].
 
     Args:
         image: uint8 [height, width, 3].
@@ -84,10 +86,13 @@ def resize_and_crop(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarr
     resized = whole_pixels(preprocessing, *image.shape[:2])
     if preprocessing.resize == "big_vision":
         return resize_area(image, resized, preprocessing.image_size)
-    return _resize_with_pil(image, resized, preprocessing)
+    kernel = Image.Resampling[preprocessing.interpolation.upper()]
+    return _resize_with_pil(image, resized, sides(preprocessing.image_size), kernel)
 
 
-def resize_area(image: np.ndarray, resized: tuple[int, int, int, int], size: int) -> np.ndarray:
+def resize_area(
+    image: np.ndarray, resized: tuple[int, int, int, int], size: ImageSize
+) -> np.ndarray:
     """TensorFlow's ResizeArea and a crop, cut down to 8 bits, in the order of its operations.
 
     A mean of equal values may be one place of a float short of them, and is cut down to one less:
@@ -99,11 +104,12 @@ def resize_area(image: np.ndarray, resized: tuple[int, int, int, int], size: int
         size: of the crop.
 
     Returns:
-        uint8 [size, size, 3].
+        uint8 [height, width, 3] of that size.
     """
     height, width, top, left = resized
-    rows, row_scale = _areas(image.shape[0], height, top, size)
-    columns, column_scale = _areas(image.shape[1], width, left, size)
+    tall, wide = sides(size)
+    rows, row_scale = _areas(image.shape[0], height, top, tall)
+    columns, column_scale = _areas(image.shape[1], width, left, wide)
     if len(image) > _LONG:  # Rows first: its columns at their new width would take minutes.
         total = _resample(image.swapaxes(0, 1), columns, rows).swapaxes(0, 1)
     else:
@@ -112,21 +118,23 @@ def resize_area(image: np.ndarray, resized: tuple[int, int, int, int], size: int
     return total.astype(np.uint8)
 
 
-def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Resizes an image as `sample_box` does, in half the time, float32 [size, size, 3].
+def resize(image: np.ndarray, size: ImageSize) -> np.ndarray:
+    """Resizes an image as `sample_box` does, in half the time, float32 [height, width, 3].
 
     Args:
         image: uint8 [height, width, 3].
-        size: of the output, in pixels.
+        size: of the output.
     """
     if max(image.shape) > _MAX_SIDE:
         return sample_box(image, (0, 0, *image.shape[:2]), size)
-    return cv2.resize(image.astype(np.float32), (size, size), interpolation=cv2.INTER_LINEAR)
+    wanted = sides(size)[::-1]
+    return cv2.resize(image.astype(np.float32), wanted, interpolation=cv2.INTER_LINEAR)
 
 
-def _sample_with_opencv(image: np.ndarray, box: Box, size: int) -> np.ndarray:
+def _sample_with_opencv(image: np.ndarray, box: Box, size: ImageSize) -> np.ndarray:
     y, x, height, width = box
-    (top, rows), (left, columns) = _centers(y, height, size, 1), _centers(x, width, size, 1)
+    tall, wide = sides(size)
+    (top, rows), (left, columns) = _centers(y, height, tall, 1), _centers(x, width, wide, 1)
     window = image[top : math.ceil(y + height) + 1, left : math.ceil(x + width) + 1]
     # OpenCV's coordinates are 0 in the center of a pixel.
     x_of, y_of = np.meshgrid(columns - np.float32(0.5), rows - np.float32(0.5))
@@ -196,7 +204,7 @@ def _areas(length: int, resized: int, first: int, size: int) -> tuple[_Taps, np.
 
 
 def _resample(image: np.ndarray, rows: _Taps, columns: _Taps) -> np.ndarray:
-    """Sums over the columns, then over the rows, float32 [size, size, 3].
+    """Sums over the columns, then over the rows, float32 [rows, columns, 3].
 
     The products are added in the order of the taps, one after the other.
     """
@@ -240,21 +248,23 @@ def _parts(taps: _Taps, numbers: int) -> list[slice]:
 
 
 def _resize_with_pil(
-    image: np.ndarray, resized: tuple[int, int, int, int], preprocessing: Preprocessing
+    image: np.ndarray,
+    resized: tuple[int, int, int, int],
+    view: tuple[int, int],
+    kernel: Image.Resampling,
 ) -> np.ndarray:
     height, width, top, left = resized
-    size = preprocessing.image_size
-    kernel = Image.Resampling[preprocessing.interpolation.upper()]
+    tall, wide = view
     if height * width > _MAX_BETWEEN:
         # Of a long strip only what is kept, which PIL may round otherwise here and there.
         y, x = image.shape[0] / height, image.shape[1] / width
-        box = (left * x, top * y, (left + size) * x, (top + size) * y)
-        return _pil_resize(image, (size, size), kernel, box)
+        box = (left * x, top * y, (left + wide) * x, (top + tall) * y)
+        return _pil_resize(image, (wide, tall), kernel, box)
     if image.shape[0] * width > _MAX_BETWEEN:  # A tall one: columns first, likewise.
-        turned = image.swapaxes(0, 1)
-        return _resize_with_pil(turned, (width, height, left, top), preprocessing).swapaxes(0, 1)
+        turned, resized, view = image.swapaxes(0, 1), (width, height, left, top), (wide, tall)
+        return _resize_with_pil(turned, resized, view, kernel).swapaxes(0, 1)
     pixels = _pil_resize(image, (width, height), kernel)
-    return pixels[top : top + size, left : left + size]
+    return pixels[top : top + tall, left : left + wide]
 
 
 def _pil_resize(

@@ -16,6 +16,7 @@ from vit_jax.checkpoints.pretrained import Pretrained, abstract_params
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 from vit_jax.export.stages import DENSE
+from vit_jax.image_size import sides
 from vit_jax.models.base import ModelConfig
 from vit_jax.models.dense import check_dense, dense_features, prefix_names, whole_patches
 from vit_jax.models.vit import ViTConfig
@@ -163,7 +164,7 @@ def make_forward(
     return Forward(
         apply=apply,
         params=params,
-        image_shape=(preprocessing.image_size, preprocessing.image_size, 3),
+        image_shape=(*sides(preprocessing.image_size), 3),
         image_dtype="uint8" if include_preprocessing else "float32",
         output_name=outputs,
         num_layers=config.get("num_layers", 0),

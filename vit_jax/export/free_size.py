@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,10 +23,12 @@ from onnx_ir import tape
 from onnx_ir.passes import common as passes
 
 from vit_jax import models
-from vit_jax.data.protocols import MAX_IMAGE_SIZE, Preprocessing
+from vit_jax.data.protocols import Preprocessing
 from vit_jax.export.forward import Forward, normalization, tokens_of
 from vit_jax.export.rewrite import TRACED_BATCH
 from vit_jax.export.stages import DENSE
+from vit_jax.image_size import MAX_IMAGE_SIZE
+from vit_jax.models.base import Grid
 from vit_jax.models.encoder import Encoder
 from vit_jax.models.positions import sincos2d
 from vit_jax.models.vit import POSITIONS, VisionTransformer, ViTConfig
@@ -102,7 +103,7 @@ def add_stem(model: ir.Model, forward: Forward) -> None:
         type=ir.TensorType(kind),
         shape=ir.Shape(("batch", "height", "width", 3)),
     )
-    stem = _Stem(config, forward.params)
+    stem = _Stem(config, forward.params, config.grid(*forward.image_shape[:2]))
     x = stem.normalized(images, forward) if forward.image_dtype == "uint8" else images
     grid = stem.grid(images)
     z = stem.tokens(stem.patches(x, grid), stem.positions(grid))
@@ -127,11 +128,13 @@ class _Stem:
         weights: their constants.
     """
 
-    def __init__(self, config: ViTConfig, params: Mapping[str, Any]):
+    def __init__(self, config: ViTConfig, params: Mapping[str, Any], own: Grid):
+        """Takes the rows and columns of patches that the position embeddings are of."""
         self.nodes: list[ir.Node] = []
         self.weights: list[ir.Value] = []
         self._config = config
         self._params = params
+        self._own = own
         self._names: set[str] = set()
         self._width = config.hidden_size
 
@@ -242,8 +245,7 @@ class _Stem:
         if self._config.position_embedding == "none":
             return np.zeros((1, self._width, 1, 1), np.float32)
         patches = self._of_positions()["pos_embedding"][0, self._config.num_class_tokens :]
-        side = math.isqrt(len(patches))
-        return patches.reshape(side, side, -1).transpose(2, 0, 1)[None]
+        return patches.reshape(*self._own, -1).transpose(2, 0, 1)[None]
 
     def _prefix(self) -> np.ndarray:
         """The tokens before the patches, with their positions, [1, tokens, hidden_size]."""

@@ -15,6 +15,7 @@ from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 from vit_jax.export.precisions import PRECISIONS, thresholds
 from vit_jax.files import atomic_write, write_json
+from vit_jax.image_size import sides
 from vit_jax.printable import table_cell
 
 Predict = Callable[[np.ndarray], np.ndarray]
@@ -56,7 +57,7 @@ def read_images(
         number: how many images to read, at most.
 
     Returns:
-        float32 [n, image_size, image_size, 3], and labels [n] or None.
+        float32 [n, height, width, 3], and labels [n] or None.
 
     Raises:
         UserError: there are no images, or one is damaged.
@@ -85,7 +86,7 @@ def read_dataset(
     """Reads images of a `vit_jax.data.datasets.Source`, evenly spread over it.
 
     Returns:
-        float32 [n, image_size, image_size, 3] and labels [n], n at most `number`.
+        float32 [n, height, width, 3] and labels [n], n at most `number`.
 
     Raises:
         UserError: an image is damaged.
@@ -99,27 +100,19 @@ def read_dataset(
     return batch["image"], batch["label"]
 
 
-def synthetic_images(
-    number: int, preprocessing: Preprocessing, size: tuple[int, int] | None = None
-) -> np.ndarray:
+def synthetic_images(number: int, preprocessing: Preprocessing) -> np.ndarray:
     """Colored blotches, as smooth as photographs are, the same each time.
-
-    Args:
-        number: of images.
-        preprocessing: of the model.
-        size: height and width; None: the model's.
 
     Returns:
         float32 [number, height, width, 3] with the channel statistics of the model.
     """
-    height, width = size or (preprocessing.image_size, preprocessing.image_size)
     generator = np.random.default_rng(0)
     coarse = generator.uniform(size=(number, 8, 8, 3))
-
-    def weights(side: int) -> np.ndarray:  # [side, 8], linear
-        return np.maximum(0, 1 - np.abs(np.linspace(0, 7, side)[:, None] - np.arange(8)))
-
-    pixels = np.einsum("yi,xj,nijc->nyxc", weights(height), weights(width), coarse)
+    rows, columns = (
+        np.maximum(0, 1 - np.abs(np.linspace(0, 7, side)[:, None] - np.arange(8)))  # Linear.
+        for side in sides(preprocessing.image_size)
+    )
+    pixels = np.einsum("yi,xj,nijc->nyxc", rows, columns, coarse)
     return ((pixels - preprocessing.mean) / preprocessing.std).astype(np.float32)
 
 

@@ -20,6 +20,7 @@ from vit_jax.export.profiles import parse_batch
 from vit_jax.export.stages import DENSE, Resolution, missing_packages, obstacles, resolve
 from vit_jax.export.to_tensorrt import build, summary
 from vit_jax.files import make_folder
+from vit_jax.image_size import of_sides
 from vit_jax.printable import printable
 
 if TYPE_CHECKING:
@@ -254,17 +255,22 @@ class Export:
 
     def _compare_sizes(self, forward: "Forward", pretrained: "Pretrained") -> None:
         """Measures the ONNX file at other heights and widths, each against Flax at these."""
-        from vit_jax.dense_features import fit
+        from vit_jax.checkpoints.pretrained import resize
 
         limits = self._limits(self.precision, forward)
-        base, step = pretrained.preprocessing.image_size, forward.step
+        step = forward.step
         with runtime.load(self.directory / "model.onnx") as loaded:
             for factors in _OTHER_SIZES:
-                height, width = (max(1, round(base * x / step)) * step for x in factors)
-                images = parity.synthetic_images(4, pretrained.preprocessing, (height, width))
+                height, width = (
+                    max(1, round(side * x / step)) * step
+                    for side, x in zip(forward.image_shape, factors, strict=False)
+                )
+                size = of_sides(height, width)
+                preprocessing = dataclasses.replace(pretrained.preprocessing, image_size=size)
+                images = parity.synthetic_images(4, preprocessing)
                 if forward.image_dtype == "uint8":
-                    images = parity.as_pixels(images, pretrained.preprocessing)
-                fitted = forward.with_params(fit(pretrained, height, width))
+                    images = parity.as_pixels(images, preprocessing)
+                fitted = forward.with_params(resize(pretrained, size).params)
                 expected = fitted.jitted()(images)
                 reference = parity.Reference(images, expected, None, parity.SYNTHETIC)
                 name = f"ONNX {self.precision.name}, {height} x {width}"

@@ -7,6 +7,7 @@ of a token, then along its column; AxialResNet first along the height, then alon
 
 import dataclasses
 import itertools
+import math
 import re
 from typing import Any, ClassVar
 
@@ -16,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.errors import UserError
+from vit_jax.image_size import ImageSize, of_sides
 from vit_jax.models import resnet
-from vit_jax.models.base import Arrays, Model, epsilon, linear_head, option, width_of
+from vit_jax.models.base import Arrays, Grid, Model, epsilon, linear_head, option, width_of
 from vit_jax.models.bit import RESNETS
 from vit_jax.models.encoder import EncoderBlock
 from vit_jax.models.positions import resize_axis
@@ -73,9 +75,10 @@ class AxialViTConfig(ViTConfig):
             return None
         return {"classifier": "gap", "patch_size": int(match[2]), **SIZES[match[1]]}
 
-    def layer_multiply_adds(self, side: int) -> int:
+    def layer_multiply_adds(self, grid: Grid) -> int:
         """The multiply-adds of a pair of layers: a token attends to its row, then to its column."""
-        return 2 * self._attention_and_mlp(side**2, seen=side, offsets=2 * side - 1)
+        tokens = math.prod(grid)
+        return sum(self._attention_and_mlp(tokens, seen=x, offsets=2 * x - 1) for x in grid)
 
     @classmethod
     def recognizes(cls, arrays: Arrays) -> bool:
@@ -157,7 +160,7 @@ class AxialResNetConfig(resnet.StagesConfig):
         layers = RESNETS.get(f"R{match[1]}") if match else None
         return layers and {"resnet_layers": layers, "group_norm_epsilon": 1e-4}
 
-    def multiply_adds(self, image_size: int) -> int:
+    def multiply_adds(self, image_size: ImageSize) -> int:
         """The multiply-adds of the feature map and the head."""
         features, _, channels = resnet.multiply_adds(self.resnet_layers, image_size, mix=_attention)
         return features + channels * self.num_classes
@@ -170,17 +173,22 @@ class AxialResNetConfig(resnet.StagesConfig):
             "num_classes": width_of(arrays, f"{cls.head}/bias"),
         }
 
-    def image_size(self, arrays: Arrays) -> int:
-        """The side in pixels of the images that the embeddings of offsets are for."""
-        offsets = arrays["block1/unit1/height/axial_embedding"].shape[1]
-        return (offsets + 1) // 2 * resnet.downsampling(())
+    def image_size(self, arrays: Arrays) -> ImageSize:
+        """The size of the images that the embeddings of offsets are for."""
+        height, width = (
+            (arrays[f"block1/unit1/{along}/axial_embedding"].shape[1] + 1) // 2
+            for along in ("height", "width")
+        )
+        step = resnet.downsampling(())
+        return of_sides(height * step, width * step)
 
 
-def _attention(side: int, features: int, stride: int) -> tuple[int, int]:
+def _attention(grid: Grid, features: int, stride: int) -> tuple[int, Grid]:
     """The `resnet.Mix` of attention along height and width."""
     # q and k have half the features: q k, q r and k r are 3/2 of them; v and its r are 2.
-    each = 2 * features**2 + side * features * 3 // 2 + side * features * 2
-    return 2 * side**2 * each, side // stride
+    each = (2 * features**2 + x * features * 3 // 2 + x * features * 2 for x in grid)
+    height, width = grid
+    return height * width * sum(each), (height // stride, width // stride)
 
 
 class PositionSensitiveAttention(nn.Module):
@@ -290,11 +298,12 @@ class AxialResNet(Model):
         """
         del train
         height, width = images.shape[1:3]
-        if height % self.downsampling or width % self.downsampling:
+        step = self.downsampling
+        if height % step or width % step:
             raise UserError(
-                f"image_size {height if height == width else f'{height}x{width}'} is not a "
-                f"multiple of total downsampling {self.downsampling}: use for example "
-                f"{max(height // self.downsampling, 1) * self.downsampling}"
+                f"image_size {of_sides(height, width)} is not a multiple of total downsampling "
+                f"{step}: use for example "
+                f"{of_sides(max(height // step, 1) * step, max(width // step, 1) * step)}"
             )
         x = resnet.resnet_features(images, self.config, unit=AxialUnit)
         return linear_head(x.astype(jnp.float32).mean(axis=(1, 2)), self.config)

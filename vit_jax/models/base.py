@@ -6,6 +6,7 @@ A family of models is a file with both, and a line in `models.ARCHITECTURES`.
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping
+from types import UnionType
 from typing import Any, ClassVar, Self
 
 import flax.linen as nn
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.errors import UserError, brief
+from vit_jax.image_size import ImageSize
 from vit_jax.models.rematerialization import POLICIES
 
 Array = jax.Array
@@ -51,11 +53,11 @@ def without_list(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def type_problem(value: Any, kind: type) -> str | None:
+def type_problem(value: Any, kind: type | UnionType) -> str | None:
     """Says whether a value is of another type than `kind`, or a number that is not finite."""
     alike = {float: (int, float), tuple: (tuple, list)}  # JSON has no tuples.
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, alike.get(kind, kind)):
-        return f"is {brief(value)}: it must be of type {kind.__name__}"
+        return f"is {brief(value)}: it must be of type {getattr(kind, '__name__', kind)}"
     if kind is float and not abs(value) <= sys.float_info.max:
         return f"is {brief(value)}: it must be a finite number"
     return None
@@ -161,12 +163,12 @@ class ModelConfig:
         """The module."""
         raise NotImplementedError
 
-    def multiply_adds(self, image_size: int) -> int:
-        """Multiply-adds of a square image's forward pass, see `analysis.flops.multiply_adds`."""
+    def multiply_adds(self, image_size: ImageSize) -> int:
+        """Multiply-adds of an image's forward pass, see `analysis.flops.multiply_adds`."""
         raise NotImplementedError
 
-    def image_size(self, arrays: Arrays) -> int:
-        """The side in pixels of the images that weights of this model are for."""
+    def image_size(self, arrays: Arrays) -> ImageSize:
+        """The size of the images that weights of this model are for, 0 where they do not tell."""
         del arrays
         return USUAL_IMAGE_SIZE
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError
+from vit_jax.image_size import ImageSize
 from vit_jax.models import resnet
 from vit_jax.models.base import Arrays, Model, ModelConfig, at_least, epsilon, option, width_of
 from vit_jax.models.resnet import EXPANSION, ROOT_WIDTH, GroupNorm, StdConv
@@ -67,7 +68,7 @@ class BiTConfig(resnet.StagesConfig):
         layers = {"resnet_layers": RESNETS[match[1]], "width_factor": int(match[2])}
         return {**layers, "group_norm_epsilon": 1e-5}
 
-    def multiply_adds(self, image_size: int) -> int:
+    def multiply_adds(self, image_size: ImageSize) -> int:
         """The multiply-adds of the feature map and the head."""
         features, _, channels = resnet.multiply_adds(
             self.resnet_layers,

@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 
+from vit_jax.image_size import ImageSize
 from vit_jax.models import resnet
-from vit_jax.models.base import Arrays, epsilon, option
+from vit_jax.models.base import Arrays, Grid, epsilon, option
 from vit_jax.models.vit import SIZES, VisionTransformer, ViTConfig
 
 # The stem of a hybrid and the suffix of its name. The suffix is the total downsampling, but for
@@ -48,8 +49,8 @@ class HybridConfig(ViTConfig, resnet.StagesConfig):
         """The module."""
         return HybridVisionTransformer(self)
 
-    def stem_multiply_adds(self, image_size: int) -> tuple[int, int, int]:
-        """The multiply-adds of the ResNet, and its output's side and channels."""
+    def stem_multiply_adds(self, image_size: ImageSize) -> tuple[int, Grid, int]:
+        """The multiply-adds of the ResNet, and its output's sides and channels."""
         return resnet.multiply_adds(self.resnet_layers, image_size)
 
     @classmethod

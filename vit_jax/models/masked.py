@@ -6,6 +6,7 @@ patches looked like. No label is read.
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ import numpy as np
 import optax
 
 from vit_jax.errors import UserError
+from vit_jax.image_size import ImageSize, sides
 from vit_jax.models.base import Model
 from vit_jax.models.vit import VisionTransformer
 
@@ -162,16 +164,16 @@ def _with_patch_head(trunk: type[VisionTransformer]) -> type[MaskedVisionTransfo
     return type(f"Masked{trunk.__name__}", (MaskedVisionTransformer, trunk), {})
 
 
-def multiply_adds(model: MaskedVisionTransformer, image_size: int, rate: float) -> int:
+def multiply_adds(model: MaskedVisionTransformer, image_size: ImageSize, rate: float) -> int:
     """Multiply-adds of one image's forward pass, the head's of the corrupted patches alone.
 
     Args:
         model: the predictor.
-        image_size: side of the image in pixels.
+        image_size: of the image.
         rate: share of the patches that is corrupted.
     """
     config = dataclasses.replace(model.config, num_classes=0)
-    count = num_corrupted((image_size // model.downsampling) ** 2, rate)
+    count = num_corrupted(math.prod(config.grid(*sides(image_size))), rate)
     return config.multiply_adds(image_size) + count * model.outputs * config.hidden_size
 
 

@@ -205,21 +205,33 @@ def _grid(patches: int, grid: Grid | None) -> Grid:
     return grid
 
 
-def keep_offsets(old: np.ndarray, fresh: np.ndarray, _: Resize) -> np.ndarray:
+def keep_offsets(old: np.ndarray, fresh: np.ndarray, resize: Resize) -> np.ndarray:
     """Refuses relative embeddings of another grid.
 
     An offset in the sequence is a row and a column apart, and others in another grid.
 
     Raises:
-        UserError: the numbers of patches differ.
+        UserError: the grids differ, or the numbers of patches of a row or column.
     """
-    if old.ndim == 3 and len(old) != len(fresh):
-        before, now = ((len(x) + 1) // 2 for x in (old, fresh))
+    if old.ndim != 3:
+        return old
+    before, now = ((len(x) + 1) // 2 for x in (old, fresh))
+    grids = resize.grids
+    # Those along an axis, of axial models, are of a row or column alone.
+    in_sequence = all(grid is not None and math.prod(grid) == before for grid in grids)
+    if before != now or (in_sequence and grids[0] != grids[1]):
         raise UserError(
-            f"relative position embeddings of {before} patches cannot be those of {now}: their "
-            "offsets are in one dimension; use the image size of the pretrained model"
+            f"relative position embeddings of {_patches(before, grids[0])} patches cannot be those "
+            f"of {_patches(now, grids[1])}: their offsets are in one dimension; use the image size "
+            "of the pretrained model"
         )
     return old
+
+
+def _patches(count: int, grid: Grid | None) -> str:
+    """A number of patches, in an oblong grid their rows and columns."""
+    is_oblong = grid is not None and math.prod(grid) == count and grid[0] != grid[1]
+    return f"{grid[0]} x {grid[1]}" if is_oblong else f"{count}"
 
 
 RESIZERS: dict[str, Resizer] = {

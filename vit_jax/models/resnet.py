@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError, brief
-from vit_jax.models.base import Arrays, ModelConfig, epsilon, option
+from vit_jax.image_size import ImageSize, sides
+from vit_jax.models.base import Arrays, Grid, ModelConfig, epsilon, option
 from vit_jax.models.rematerialization import rematerialize
 
 Array = jax.Array
@@ -292,62 +293,67 @@ def downsampling(layers: Sequence[int]) -> int:
     return 4 * 2 ** max(len(layers) - 1, 0)
 
 
-def convolve(side: int, size: int, stride: int, same: bool = True) -> tuple[int, int]:
-    """Returns how often a convolution's kernel elements meet the image, and its output's side.
+def convolve(grid: Grid, size: int, stride: int, same: bool = True) -> tuple[int, Grid]:
+    """Returns how often a convolution's kernel elements meet the image, and its output's sides.
 
     Args:
-        side: of the image.
+        grid: height and width of the image.
         size: of the kernel.
         stride: in both directions.
         same: whether padding is TensorFlow's SAME, or half the kernel on both sides.
     """
+    (rows, height), (columns, width) = (_along_axis(side, size, stride, same) for side in grid)
+    return rows * columns, (height, width)
+
+
+def _along_axis(side: int, size: int, stride: int, same: bool) -> tuple[int, int]:
     outputs = -(-side // stride)
     padding = max((outputs - 1) * stride + size - side, 0) // 2 if same else size // 2
     positions = (o * stride - padding + k for o in range(outputs) for k in range(size))
-    return sum(0 <= x < side for x in positions) ** 2, outputs
+    return sum(0 <= x < side for x in positions), outputs
 
 
-# Of a side, features and stride: the multiply-adds of what looks at more than one position in a
-# unit, and the side of what it gives.
-Mix = Callable[[int, int, int], tuple[int, int]]
+# Of height and width, features and stride: the multiply-adds of what looks at more than one
+# position in a unit, and the height and width of what it gives.
+Mix = Callable[[Grid, int, int], tuple[int, Grid]]
 
 
-def convolution(side: int, features: int, stride: int, same: bool = True) -> tuple[int, int]:
+def convolution(grid: Grid, features: int, stride: int, same: bool = True) -> tuple[int, Grid]:
     """The `Mix` of a 3 x 3 convolution."""
-    taps, side = convolve(side, 3, stride, same)
-    return taps * features**2, side
+    taps, grid = convolve(grid, 3, stride, same)
+    return taps * features**2, grid
 
 
 def multiply_adds(
     layers: Sequence[int],
-    image_size: int,
+    image_size: ImageSize,
     *,
     root_width: int = ROOT_WIDTH,
     same: bool = True,
     mix: Mix = convolution,
-) -> tuple[int, int, int]:
-    """The multiply-adds of root and stages, and the side and channels of their feature map.
+) -> tuple[int, Grid, int]:
+    """The multiply-adds of root and stages, and the sides and channels of their feature map.
 
     Args:
         layers: units of each stage.
-        image_size: side of the image in pixels.
+        image_size: of the image.
         root_width: channels of the root.
         same: the root's padding, see `convolve`.
         mix: of the units.
     """
-    taps, side = convolve(image_size, 7, 2, same)
+    taps, grid = convolve(sides(image_size), 7, 2, same)
     total = taps * 3 * root_width
-    side, channels = -(-side // 2), root_width
+    grid, channels = (-(-grid[0] // 2), -(-grid[1] // 2)), root_width
     for s, num_units in enumerate(layers):
         features = root_width * 2**s
         width = EXPANSION * features
         for u in range(num_units):
-            total += side**2 * channels * features  # The first convolution.
-            mixed, side_after = mix(side, features, 2 if s and u == 0 else 1)
-            total += mixed + side_after**2 * features * width  # And the third.
-            total += side_after**2 * channels * width * (u == 0)  # The shortcut's.
-            side, channels = side_after, width
-    return total, side, channels
+            total += math.prod(grid) * channels * features  # The first convolution.
+            mixed, grid = mix(grid, features, 2 if s and u == 0 else 1)
+            total += mixed + math.prod(grid) * features * width  # And the third.
+            total += math.prod(grid) * channels * width * (u == 0)  # The shortcut's.
+            channels = width
+    return total, grid, channels
 
 
 def count_units(arrays: Arrays, pattern: str) -> list[int]:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError
+from vit_jax.image_size import ImageSize, of_sides, sides
 from vit_jax.models import attention
 from vit_jax.models.base import (
     USUAL_IMAGE_SIZE,
@@ -102,11 +103,14 @@ class ViTConfig(EncoderConfig):
         """
         step = self.downsampling
         if height % step or width % step:
-            below = max(height // step, 1) * step
-            size = height if height == width else f"{height}x{width}"
             rule = f"patch_size {step}" if step == self.patch_size else f"total downsampling {step}"
+            below, above = (
+                of_sides(*(_multiple(side, step, more) for side in (height, width)))
+                for more in (0, step)
+            )
             raise UserError(
-                f"image_size {size} is not a multiple of {rule}: use {below} or {below + step}"
+                f"image_size {of_sides(height, width)} is not a multiple of {rule}: use {below} or "
+                f"{above}"
             )
         return height // step, width // step
 
@@ -146,12 +150,13 @@ class ViTConfig(EncoderConfig):
             "num_heads": hidden_size // HEAD_SIZE,
         }
 
-    def multiply_adds(self, image_size: int) -> int:
+    def multiply_adds(self, image_size: ImageSize) -> int:
         """The multiply-adds of the patch embedding, the layers and the head."""
-        stem, side, channels = self.stem_multiply_adds(image_size)
-        patches = (side // self.patch_size) ** 2
+        stem, (height, width), channels = self.stem_multiply_adds(image_size)
+        grid = height // self.patch_size, width // self.patch_size
+        patches = math.prod(grid)
         embedding = patches * channels * self.patch_size**2 * self.hidden_size
-        layers = self.num_layers * self.layer_multiply_adds(side // self.patch_size)
+        layers = self.num_layers * self.layer_multiply_adds(grid)
         width, hidden = self.hidden_size, self.representation_size
         heads = 1 + self.distillation_token
         head = width * hidden + heads * (hidden or width) * self.num_classes
@@ -165,14 +170,15 @@ class ViTConfig(EncoderConfig):
         mlp = self._mlp_products * width * self.mlp_dim
         return keys_and_values + 2 * width * width + mlp + 2 * patches * width
 
-    def stem_multiply_adds(self, image_size: int) -> tuple[int, int, int]:
-        """Returns the stem's multiply-adds, and the side and channels that patches are cut from."""
-        return 0, image_size, 3
+    def stem_multiply_adds(self, image_size: ImageSize) -> tuple[int, Grid, int]:
+        """The stem's multiply-adds, and the sides and channels that patches are cut from."""
+        return 0, sides(image_size), 3
 
-    def layer_multiply_adds(self, side: int) -> int:
-        """The multiply-adds of a layer for a square of side * side patches."""
-        tokens = side**2 + self.num_prefix_tokens
-        return self._attention_and_mlp(tokens, seen=tokens, offsets=2 * side**2 - 1)
+    def layer_multiply_adds(self, grid: Grid) -> int:
+        """The multiply-adds of a layer for a grid of patches."""
+        patches = math.prod(grid)
+        tokens = patches + self.num_prefix_tokens
+        return self._attention_and_mlp(tokens, seen=tokens, offsets=2 * patches - 1)
 
     def _attention_and_mlp(self, tokens: int, seen: int, offsets: int) -> int:
         """The multiply-adds of tokens that attend to `seen` tokens each, at `offsets` offsets."""
@@ -226,11 +232,11 @@ class ViTConfig(EncoderConfig):
             "distillation_token": "dist" in arrays,
         }
 
-    def image_size(self, arrays: Arrays) -> int:
-        """The side in pixels of the images that the position embeddings are for.
+    def image_size(self, arrays: Arrays) -> ImageSize:
+        """The size of the images that the position embeddings are for: 0 if they are no square's.
 
         Raises:
-            UserError: they are missing, or not those of a square.
+            UserError: they are missing.
         """
         if self.position_embedding in ("none", "sincos2d"):
             return USUAL_IMAGE_SIZE
@@ -239,12 +245,12 @@ class ViTConfig(EncoderConfig):
             raise UserError(f"{POSITIONS} is missing or misshapen: fetch the file again")
         patches = positions.shape[1] - num_class_tokens(arrays)
         side = math.isqrt(max(patches, 0))
-        if side < 1 or side**2 != patches:
-            raise UserError(
-                f"{POSITIONS} has {positions.shape[1]} tokens, which are no square of patches: "
-                "only models for square images are read"
-            )
-        return side * self.downsampling
+        return side * self.downsampling if side**2 == patches else 0
+
+
+def _multiple(side: int, step: int, more: int) -> int:
+    """The side itself if it is a multiple, else the one below it, or so much more."""
+    return side if side % step == 0 else max(side // step, 1) * step + more
 
 
 def _classifier(arrays: Arrays) -> str:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from vit_jax.image_size import ImageSize, sides
 from vit_jax.models import ModelConfig
 from vit_jax.recipes.paper import (
     FINETUNE_BATCH_SIZE,
@@ -40,7 +41,7 @@ class Facts(NamedTuple):
 
     Attributes:
         num_images: to train on.
-        image_size: that the weights were made for, in pixels.
+        image_size: that the weights were made for.
         model: their description.
         on_cpu: whether there is no accelerator.
         devices: their number.
@@ -48,7 +49,7 @@ class Facts(NamedTuple):
     """
 
     num_images: int
-    image_size: int
+    image_size: ImageSize
     model: ModelConfig
     on_cpu: bool
     devices: int
@@ -106,8 +107,10 @@ def choices(facts: Facts, batch: int, steps: int | None = None) -> list[Choice]:
     return made
 
 
-def _image_size(facts: Facts) -> tuple[int, str]:
+def _image_size(facts: Facts) -> tuple[ImageSize, str]:
     own_size, step = facts.image_size, facts.model.downsampling
+    if not isinstance(own_size, int):  # Where it is no square somebody chose it.
+        return own_size, "the weights' own"
     if facts.on_cpu and own_size > CPU_IMAGE_SIZE:
         return CPU_IMAGE_SIZE // step * step, f"less than the weights' {own_size}: for a CPU"
     if facts.on_cpu or own_size < CPU_IMAGE_SIZE or own_size >= FINETUNE_IMAGE_SIZE:
@@ -148,7 +151,7 @@ def _rate(batch: int) -> tuple[float, str]:
     return nearest, f"of Table 4, for {batch} images a step"
 
 
-def _parts(facts: Facts, batch: int, image_size: int) -> int:
+def _parts(facts: Facts, batch: int, image_size: ImageSize) -> int:
     """The parts of a batch whose activations fit in memory, a power of two.
 
     Korthikanti et al. (2022, arXiv 2205.05198), Equation 2: a layer keeps s h (34 + 5 a s / h)
@@ -157,7 +160,7 @@ def _parts(facts: Facts, batch: int, image_size: int) -> int:
     fields = vars(facts.model)
     if not facts.memory or not {"num_layers", "hidden_size", "num_heads"} <= fields.keys():
         return 1
-    tokens = (image_size // facts.model.downsampling) ** 2 + 1
+    tokens = math.prod(x // facts.model.downsampling for x in sides(image_size)) + 1
     width, heads = fields["hidden_size"], fields["num_heads"]
     layer = tokens * (34 * width + 5 * heads * tokens) * (2 if facts.on_cpu else 1)
     fitting = ACTIVATIONS * facts.memory / (layer * fields["num_layers"])

@@ -14,6 +14,7 @@ from vit_jax import models
 from vit_jax.data import vtab
 from vit_jax.errors import UserError
 from vit_jax.evaluation import registry
+from vit_jax.image_size import ImageSize
 from vit_jax.state import DROPS
 
 
@@ -406,7 +407,7 @@ def _dataset(name: str) -> dict[str, Any]:
         # Of a folder or list without splits, the share of each class that is evaluated on.
         "holdout": 0.2,
         "broken": "refuse",  # files that should be images and are not, or "skip" them
-        "image_size": 0,
+        "image_size": config_dict.FieldReference(0, field_type=ImageSize),
         "protocol": "",
         # Of decoding JPEG: accurate, as PIL, or fast, TensorFlow's default, which Google's
         # checkpoints saw. They are about a gray level apart.
