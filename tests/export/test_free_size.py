@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -17,12 +18,11 @@ from vit_jax.export.parity import load_report
 from vit_jax.export.pipeline import Export
 from vit_jax.models.positions import resize_grid, sincos2d
 
-from .graphs import ir, onnx, onnxruntime, to_onnx
+from .graphs import ir, onnx, onnxruntime
 from .test_to_onnx import TENSORRT_8_6
 
 free_size = pytest.importorskip("vit_jax.export.free_size", exc_type=ImportError)
 POSITIONS = ("Transformer", "posembed_input", "pos_embedding")
-SIZES = ((16, 16), (8, 40), (24, 8), (21, 34), (8, 8))  # Of patches of 8; some are left over.
 
 
 def at(forward, height, width):
@@ -60,7 +60,7 @@ def test_tokens_equal_flax_at_any_height_and_width(converter, make_forward, tmp_
     )
     with runtime.load(path) as loaded:
         assert loaded.image_shape == (-1, -1, 3)
-        for height, width in SIZES:
+        for height, width in ((8, 40), (21, 34)):  # Of patches of 8; some is left over.
             x = images(height, width)
             expected = at(forward, height, width)(x)
             assert expected.shape == (2, 1 + (height // 8) * (width // 8), 32)
@@ -74,23 +74,34 @@ def test_tokens_equal_flax_at_any_height_and_width(converter, make_forward, tmp_
     assert "trtexec" not in readme
 
 
-@pytest.mark.parametrize("free", [False, True])
-def test_the_grid_is_that_of_a_layers_patches(converter, make_forward, free):
-    options = {"layer": 1, "include_preprocessing": True}
-    model = to_onnx.to_model(make_forward(outputs="grid", free_size=free, **options), converter)
+def run_stem(forward, x):
+    """What the stem makes of images, before a graph of nothing."""
+    kind = ir.TensorType(ir.DataType.FLOAT)
+    tokens = ir.Value(name="tokens_in", type=kind, shape=ir.Shape(("batch", "tokens", 32)))
+    nothing = ir.node("Identity", [tokens])
+    nothing.outputs[0].type = kind
+    graph = ir.Graph([tokens], nothing.outputs, nodes=[nothing], opset_imports={"": 17})
+    model = ir.Model(graph, ir_version=8)
+    free_size.add_stem(model, forward)
     session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
-    of_tokens = make_forward(outputs="tokens", **options)
-    for height, width in SIZES if free else SIZES[:1]:
-        x = images(height, width, np.uint8)
-        tokens = at(of_tokens, height, width)(x)
-        grid = tokens[:, 1:].reshape(2, height // 8, width // 8, 32)
-        (found,) = session.run(None, {"images": x})
-        np.testing.assert_allclose(found, grid, atol=1e-5 * np.abs(grid).max())
+    return session.run(None, {"images": x})[0]
+
+
+def test_the_grid_is_that_of_a_layers_patches_of_pixels(make_forward):
+    options = {"layer": 1, "include_preprocessing": True, "free_size": True}
+    grid, tokens = (make_forward(outputs=outputs, **options) for outputs in ("grid", "tokens"))
+    x = images(24, 16, np.uint8)
+    expected, z = at(grid, 24, 16)(x), run_stem(tokens, x)
+    assert (expected.shape, z.shape) == ((2, 3, 2, 32), (2, 1 + 3 * 2, 32))
+    np.testing.assert_array_equal(run_stem(grid, x), z[:, 1:].reshape(expected.shape))
+    layers = free_size.on_tokens(grid)
+    found = np.asarray(jax.jit(layers.apply)(layers.params, z))
+    found = found[:, 1:].reshape(expected.shape)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("kind", ["learned", "2d", "sincos2d", "none"])
 def test_position_embeddings_are_fitted_in_the_graph(make_forward, kind):
-    """The stem alone, before a graph of nothing."""
     forward = make_forward(
         outputs="tokens",
         free_size=True,
@@ -98,16 +109,6 @@ def test_position_embeddings_are_fitted_in_the_graph(make_forward, kind):
         num_registers=2,
         distillation_token=True,
     )
-    tokens = ir.Value(
-        name="tokens_in", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(("b", "t", 32))
-    )
-    nothing = ir.node("Identity", [tokens])
-    nothing.outputs[0].type = tokens.type
-    graph = ir.Graph([tokens], nothing.outputs, nodes=[nothing], opset_imports={"": 17})
-    model = ir.Model(graph, ir_version=8)
-    free_size.add_stem(model, forward)
-    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
-
     params = flatten_dict(forward.params, sep="/")
     prefix = np.concatenate([params[name] for name in ("cls", "dist", "register")], axis=1)[0]
     name = "/".join(POSITIONS)
@@ -129,8 +130,7 @@ def test_position_embeddings_are_fitted_in_the_graph(make_forward, kind):
             ).reshape(-1, 32)
         elif kind == "sincos2d":
             z[:, 4:] += sincos2d((rows, columns), 32)
-        (found,) = session.run(None, {"images": x})
-        np.testing.assert_allclose(found, z, atol=2e-5)
+        np.testing.assert_allclose(run_stem(forward, x), z, atol=2e-5)
 
 
 @pytest.mark.parametrize(
