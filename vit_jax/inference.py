@@ -87,7 +87,7 @@ class VisionModel:
             raise UserError(f"batch_size is {batch_size}: it must be at least 1")
         self.pretrained = pretrained
         self.batch_size = batch_size
-        self._extractors: dict[Any, Extractor] = {}
+        self._extractors: dict[str, Extractor] = {}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -257,7 +257,7 @@ class VisionModel:
         return jax.jit(apply)
 
     def _extractor(self, layers: tuple[int, ...], image_size: ImageSize | None) -> Extractor:
-        key = layers, image_size
+        key = repr((layers, image_size))
         if key not in self._extractors:
             self._extractors[key] = Extractor(self.pretrained, layers, image_size)
         return self._extractors[key]

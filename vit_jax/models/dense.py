@@ -86,6 +86,6 @@ def check_dense(config: ModelConfig, layers: Sequence[int] = ()) -> ViTConfig:
             f"a {config.noun} has no tokens: features of every patch are those of a Vision "
             "Transformer or a hybrid"
         )
-    if bad := [n for n in layers if not 1 <= n <= config.num_layers]:
-        raise UserError(f"layer {bad[0]} does not exist: name one from 1 to {config.num_layers}")
+    if bad := [n for n in layers if n not in range(1, config.num_layers + 1)]:
+        raise UserError(f"layer {bad[0]!r} does not exist: name one from 1 to {config.num_layers}")
     return config
