@@ -10,7 +10,7 @@ import vit_jax
 from vit_jax import cli
 from vit_jax.errors import nearest
 
-NAMES = ["train", "probe", "evaluate", "predict", "convert", "export"]
+NAMES = ["train", "probe", "evaluate", "predict", "features", "convert", "export"]
 NAMES += ["analyze", "weights", "sweep", "plan", "doctor"]
 
 

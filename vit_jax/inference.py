@@ -14,9 +14,10 @@ from vit_jax.data import imagenet
 from vit_jax.data.image_files import find_images, read_batches
 from vit_jax.data.images import check_channels, convert, open_image, preprocess
 from vit_jax.data.protocols import Preprocessing
+from vit_jax.dense_features import DenseFeatures, Extractor
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import one_ahead
-from vit_jax.image_size import in_words
+from vit_jax.image_size import ImageSize, in_words
 from vit_jax.models import create_model, model_keys
 from vit_jax.printable import printable
 
@@ -87,6 +88,7 @@ class VisionModel:
             raise UserError(f"batch_size is {batch_size}: it must be at least 1")
         self.pretrained = pretrained
         self.batch_size = batch_size
+        self._extractors: dict[str, Extractor] = {}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -156,6 +158,27 @@ class VisionModel:
             UserError: an image is none or cannot be read.
         """
         return self._map(self._features, images)
+
+    def dense_features(
+        self, images: Images, layers: Sequence[int] = (), image_size: ImageSize | None = None
+    ) -> DenseFeatures:
+        """Computes the features of every patch beside the pooled ones.
+
+        Args:
+            images: see the class; floats are of `image_size`.
+            layers: numbers of layers, from 1 on, whose results are wanted too.
+            image_size: in pixels, a side or "HEIGHTxWIDTH", to which position embeddings are
+                interpolated. None: the model's.
+
+        Raises:
+            UserError: an image is none or cannot be read, a layer does not exist, or the model is
+                a ResNet or for no such size.
+        """
+        extractor = self._extractor(tuple(layers), image_size)
+        batches = self._batches(images, self.batch_size, extractor.preprocessing)
+        started = ((extractor(batch), count) for batch, count in batches)
+        parts = [(jax.device_get(part), count) for part, count in one_ahead(started)]
+        return extractor.collect(*zip(*parts, strict=True))
 
     def attention(self, images: Images) -> np.ndarray:
         """Returns what the model looks at, [n, height, width], in [0, 1].
@@ -234,6 +257,12 @@ class VisionModel:
 
         return jax.jit(apply)
 
+    def _extractor(self, layers: tuple[int, ...], image_size: ImageSize | None) -> Extractor:
+        key = repr((layers, image_size))
+        if key not in self._extractors:
+            self._extractors[key] = Extractor(self.pretrained, layers, image_size)
+        return self._extractors[key]
+
     @staticmethod
     def _compile(model: Any) -> Any:
         return jax.jit(lambda params, images: model.apply({"params": params}, images))
@@ -246,9 +275,12 @@ class VisionModel:
         )
         return np.concatenate([np.asarray(rows)[:count] for rows, count in one_ahead(started)])
 
-    def _batches(self, images: Images, batch_size: int) -> Generator[tuple[np.ndarray, int]]:
+    def _batches(
+        self, images: Images, batch_size: int, preprocessing: Preprocessing | None = None
+    ) -> Generator[tuple[np.ndarray, int]]:
         """Yields preprocessed batches of few shapes, and how many of their rows are images."""
-        given = self._list(images)
+        preprocessing = preprocessing or self.preprocessing
+        given = self._list(images, preprocessing)
         count = len(given)
         if not count:
             raise UserError(f"there are no images: {self._give}")
@@ -256,31 +288,24 @@ class VisionModel:
         size = min(batch_size, 1 << (count - 1).bit_length())
         paths = [image for image in given if isinstance(image, str)]
         if len(paths) == count:
-            for files, batch in read_batches(paths, self.preprocessing, size, _raise):
+            for files, batch in read_batches(paths, preprocessing, size, _raise):
                 yield _pad(batch, size), len(files)
             return
         for begin in range(0, count, size):
             part = given[begin : begin + size]
             if isinstance(part, list):
-                part = np.stack([self._preprocess(image) for image in part])
+                part = np.stack([_view(image, preprocessing) for image in part])
             yield _pad(part, size), len(part)
 
-    def _preprocess(self, image: "str | np.ndarray") -> np.ndarray:
-        if isinstance(image, str):
-            preprocessing = self.preprocessing
-            with open_image(
-                image, jpeg_dct=preprocessing.jpeg_dct, channels=preprocessing.channels
-            ) as pixels:
-                return preprocess(pixels, self.preprocessing)
-        return preprocess(image, self.preprocessing)
-
-    def _list(self, images: Images) -> "list[str | np.ndarray] | np.ndarray":
+    def _list(
+        self, images: Images, preprocessing: Preprocessing
+    ) -> "list[str | np.ndarray] | np.ndarray":
         """Files and pixels of single images; or all of them, preprocessed, as one array."""
         if isinstance(images, jax.Array):
             images = np.asarray(images)
         if isinstance(images, np.ndarray):
             if np.issubdtype(images.dtype, np.floating):
-                return self._check_preprocessed(images)
+                return _check_preprocessed(images, preprocessing)
             return list(self._check_pixels(images, (3, 4)).reshape(-1, *images.shape[-3:]))
         if isinstance(images, str | os.PathLike | Image.Image):
             images = [images]
@@ -305,20 +330,6 @@ class VisionModel:
         if 0 in image.shape[-3:]:
             raise UserError(f"an image of {list(image.shape)} has no pixels: {self._give}")
         return np.asarray(image)
-
-    def _check_preprocessed(self, images: np.ndarray) -> np.ndarray:
-        if images.ndim != 4 or images.shape[1:] != self.preprocessing.image_shape:
-            raise UserError(f"images are {images.dtype} {list(images.shape)}: {self._give}")
-        mean, std = (np.array(x) for x in (self.preprocessing.mean, self.preprocessing.std))
-        lowest, highest = (-mean / std).min(), ((1 - mean) / std).max()
-        # Kernels of resizing overshoot by less than this, not scaled pixels by far more.
-        slack = 0.25 * (highest - lowest)
-        if images.size and not (lowest - slack <= images.min() and images.max() <= highest + slack):
-            raise UserError(
-                f"images have values from {images.min():g} to {images.max():g}, preprocessed ones "
-                f"from {lowest:.3g} to {highest:.3g}: {self._give}"
-            )
-        return images.astype(np.float32, copy=False)
 
     @property
     def _give(self) -> str:
@@ -377,6 +388,30 @@ def top(
         }
         for index in np.argsort(-logits, kind="stable")[:topk]
     ]
+
+
+def _view(image: "str | np.ndarray", preprocessing: Preprocessing) -> np.ndarray:
+    if isinstance(image, str):
+        dct, channels = preprocessing.jpeg_dct, preprocessing.channels
+        with open_image(image, jpeg_dct=dct, channels=channels) as pixels:
+            return preprocess(pixels, preprocessing)
+    return preprocess(image, preprocessing)
+
+
+def _check_preprocessed(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    give = _GIVE.format(*preprocessing.image_shape)
+    if images.ndim != 4 or images.shape[1:] != preprocessing.image_shape:
+        raise UserError(f"images are {images.dtype} {list(images.shape)}: {give}")
+    mean, std = (np.array(x) for x in (preprocessing.mean, preprocessing.std))
+    lowest, highest = (-mean / std).min(), ((1 - mean) / std).max()
+    # Kernels of resizing overshoot by less than this, not scaled pixels by far more.
+    slack = 0.25 * (highest - lowest)
+    if images.size and not (lowest - slack <= images.min() and images.max() <= highest + slack):
+        raise UserError(
+            f"images have values from {images.min():g} to {images.max():g}, preprocessed ones "
+            f"from {lowest:.3g} to {highest:.3g}: {give}"
+        )
+    return images.astype(np.float32, copy=False)
 
 
 def _raise(error: UserError) -> None:

@@ -23,7 +23,7 @@ TINY = {
 }
 
 
-EXPORT_OPTIONS = {"outputs", "include_preprocessing"}
+EXPORT_OPTIONS = {"outputs", "layer", "include_preprocessing", "free_size"}
 
 
 @pytest.fixture

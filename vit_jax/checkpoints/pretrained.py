@@ -41,6 +41,9 @@ _ACCEPTED = (
 )
 
 
+_EXPORTED = (".onnx", ".engine", ".plan")
+
+
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
     """A model: its weights, and what must be known to use them rightly.
@@ -119,6 +122,11 @@ def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretraine
     image_size = overrides.pop("image_size", None)
     name = os.fspath(path)
     check_exists(name)
+    if name.endswith(_EXPORTED):
+        raise UserError(
+            f"{name} is an exported model, not weights: run it by vit_jax.export.runtime, or give "
+            f"{_ACCEPTED}"
+        )
     path = Path(remote.fetch(name) if remote.is_remote_name(name) else name)
     try:
         if path.is_dir() and _find_weights(path) is None:

@@ -15,13 +15,13 @@ from vit_jax import command, tensorflow_env
 from vit_jax.checkpoints import flags
 from vit_jax.errors import UserError
 from vit_jax.export.precisions import PRECISIONS
-from vit_jax.export.stages import CONVERTERS, STAGES
+from vit_jax.export.stages import CONVERTERS, OUTPUTS, STAGES
 from vit_jax.printable import printable
 
 if TYPE_CHECKING:
     from vit_jax.export.pipeline import Export
 
-OUTPUTS = ("logits", "probabilities", "features")
+_OF_HEAD = ("logits", "probabilities")
 _EPILOG = """exit codes:
   0  every stage ran, and is as close to Flax as its precision allows
   1  every stage ran, but one is not close enough
@@ -60,7 +60,7 @@ def _convert(args: argparse.Namespace, export: "Export") -> None:
     # TensorFlow warns that gradients of the SavedModel are missing, which nobody asks for.
     logging.set_verbosity(logging.ERROR)
     pretrained = flags.load(args)
-    if pretrained.has_untrained_head and args.outputs != "features":
+    if pretrained.has_untrained_head and args.outputs in _OF_HEAD:
         source = printable(pretrained.source)
         print(f"note: {source} has a head of zeros: its {args.outputs} mean nothing yet")
     export.convert(
@@ -68,7 +68,9 @@ def _convert(args: argparse.Namespace, export: "Export") -> None:
         stages=args.stages,
         converter=args.converter,
         outputs=args.outputs,
+        layer=args.layer,
         include_preprocessing=args.include_preprocessing,
+        free_size=args.free_size,
         photographs=Photographs(
             dataset=args.dataset or "",
             split=args.split,
@@ -102,7 +104,25 @@ def build_parser(prog: str = "python -m vit_jax.export") -> command.Parser:
         metavar="MIN:OPT:MAX",
         help="batch sizes to time, and to build the engine for [1:8:64]",
     )
-    parser.add_argument("--outputs", choices=OUTPUTS, default="logits", help="[logits]")
+    parser.add_argument(
+        "--outputs",
+        choices=OUTPUTS,
+        default="logits",
+        help="features: the pooled ones; tokens: those of every patch, a class token or registers "
+        "first; grid: those of the patches, in rows and columns [logits]",
+    )
+    parser.add_argument(
+        "--layer",
+        type=command.positive,
+        metavar="N",
+        help="whose result tokens or grid are, from 1 on [the last LayerNorm's]",
+    )
+    parser.add_argument(
+        "--free_size",
+        action="store_true",
+        help="an ONNX file for images of any height and width, whose position embeddings are "
+        "interpolated in the graph",
+    )
     parser.add_argument(
         "--converter",
         choices=CONVERTERS,
@@ -148,8 +168,12 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--checkpoint is missing: only --stages tensorrt goes without")
     if args.data and args.dataset:
         raise UserError(f"--data {args.data} and --dataset {args.dataset}: give one of them")
-    if args.dataset and args.outputs == "features":
-        raise UserError("--outputs features have no accuracy: use --data in place of --dataset")
+    if args.dataset and args.outputs not in _OF_HEAD:
+        raise UserError(
+            f"--outputs {args.outputs} have no accuracy: use --data in place of --dataset"
+        )
+    if args.free_size and {"tf", "tensorrt"} & set(args.stages or ()):
+        raise UserError("--free_size is for the ONNX file alone: use --stages onnx")
     makes_onnx = args.stages is None or "onnx" in args.stages
     precision = PRECISIONS[args.precision]
     if precision.calibration_images and not (args.data or args.dataset) and makes_onnx:

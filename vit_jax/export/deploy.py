@@ -178,18 +178,20 @@ def _readme(
         f"# {name}",
         "",
         f"`{_named(image)}` {input_type} {list(image.shape)} -> `{_named(onnx.outputs[0])}` "
-        f"{list(onnx.outputs[0].shape)}, {onnx.precision}; -1 is the batch.",
+        f"{list(onnx.outputs[0].shape)}, {onnx.precision}; -1 is free, the batch first.",
     ]
+    if prefix := onnx.metadata.get("prefix"):
+        lines += ["", f"Features of every patch, row by row; tokens before them: `{_code(prefix)}`"]
     if preprocessing:
         lines += ["", f"Preprocessing: `{json.dumps(preprocessing)}`"]
         lines += ["Each field is explained in `vit_jax/data/protocols.py`, resize's rules on top."]
         if image.type == "UINT8":
             lines += ["mean and std are in the graph: it takes cropped and resized pixels."]
+    lines += ["", "## Serve", "", "    tritonserver --model-repository=models"]
+    if -1 in image.shape[1:]:
+        lines += ["", "An engine is built for one size of images: export without --free_size."]
+        return "\n".join(lines) + "\n"
     lines += [
-        "",
-        "## Serve",
-        "",
-        "    tritonserver --model-repository=models",
         "",
         "## Build the engine",
         "",
@@ -251,8 +253,12 @@ def _tensor(tensor: Tensor, fixed: bool) -> str:
 
 
 def _named(tensor: Tensor) -> str:
-    """Its name for a page in Markdown, where it stands between backticks."""
-    return printable(tensor.name).replace("`", "'")
+    return _code(tensor.name)
+
+
+def _code(text: str) -> str:
+    """A text for a page in Markdown, where it stands between backticks."""
+    return printable(text).replace("`", "'")
 
 
 def _fixed_batch(onnx: OnnxFile) -> tuple[Profile, ...] | None:

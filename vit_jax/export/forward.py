@@ -1,8 +1,8 @@
-"""The function that is exported: from a batch of images to logits, probabilities or features."""
+"""The function that is exported: from a batch of images to one of `stages.OUTPUTS`."""
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax import models
 from vit_jax.checkpoints.pretrained import Pretrained, abstract_params
+from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
+from vit_jax.export.stages import DENSE
+from vit_jax.models.base import ModelConfig
+from vit_jax.models.dense import check_dense, dense_features, prefix_names, whole_patches
+from vit_jax.models.vit import ViTConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +31,10 @@ class Forward:
         image_shape: (height, width, channels) of one image.
         image_dtype: "float32" for images that went through the preprocessing, "uint8" for pixels of
             images that were resized and cropped: then mean and std are in the function.
-        output_name: "logits", "probabilities" or "features", the name of the output everywhere.
+        output_name: one of `stages.OUTPUTS`, the name of the output everywhere.
         num_layers: Transformer layers L; 0 for a ResNet.
         metadata: what goes into the file beside the graph, JSON by name.
+        free_size: whether height and width of the images are free, beside the batch.
     """
 
     apply: Callable[[Any, jax.Array], jax.Array]
@@ -38,6 +44,7 @@ class Forward:
     output_name: str
     num_layers: int
     metadata: dict[str, str]
+    free_size: bool = False
 
     def flat_params(self) -> dict[str, np.ndarray]:
         """The weights by their path: "Transformer/encoder_norm/bias" and so on."""
@@ -48,10 +55,38 @@ class Forward:
         """The function of images and of the weights in the order of `flat_params`."""
         return self.apply(jax.tree.unflatten(jax.tree.structure(self.params), weights), images)
 
+    @property
+    def step(self) -> int:
+        """The side in pixels of what becomes a token or a position of the features."""
+        return models.describe(json.loads(self.metadata["model"])).downsampling
+
+    def with_params(self, params: Mapping[str, Any]) -> "Forward":
+        """The same function of other weights, of which those that it has no use for are left."""
+        kept, given = flatten_dict(self.params), flatten_dict(params)
+        return dataclasses.replace(self, params=unflatten_dict({k: given[k] for k in kept}))
+
     def jitted(self) -> Callable[[np.ndarray], np.ndarray]:
         """The Flax model as it is, in float32: what every stage is compared with."""
         apply, params = jax.jit(self.apply), jax.device_put(self.params)
         return lambda images: np.asarray(apply(params, images))
+
+
+def check_free_size(config: ModelConfig) -> None:
+    """Checks that a graph of a model can be one for images of any height and width.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if type(config) is not ViTConfig:
+        raise UserError(
+            "a hybrid, an axial model or a ResNet is exported for one size of images: leave "
+            "--free_size out"
+        )
+    if config.position_embedding == "relative" or config.position_placement != "stem":
+        raise UserError(
+            "position embeddings that are relative or in every layer are exported for one size of "
+            "images: leave --free_size out"
+        )
 
 
 def _name(source: Path) -> str:
@@ -61,24 +96,36 @@ def _name(source: Path) -> str:
 
 
 def make_forward(
-    pretrained: Pretrained, *, outputs: str = "logits", include_preprocessing: bool = False
+    pretrained: Pretrained,
+    *,
+    outputs: str = "logits",
+    layer: int | None = None,
+    include_preprocessing: bool = False,
+    free_size: bool = False,
 ) -> Forward:
     """Builds the function to export from pretrained weights.
 
     Args:
         pretrained: the model.
-        outputs: "logits", "probabilities" (their softmax, or sigmoid if the model was trained so)
-            or "features" (what the head would be applied to).
+        outputs: "logits", "probabilities" (their softmax, or sigmoid if the model was trained so),
+            "features" (what the head would be applied to), [batch, features], or "tokens" or "grid"
+            (those of every patch, see `models.dense`), [batch, tokens, hidden_size] and [batch,
+            rows, columns, hidden_size].
+        layer: the number of the layer whose result tokens or grid are, before any LayerNorm; None:
+            after the last LayerNorm.
         include_preprocessing: take uint8 pixels, with mean and std folded into the graph; resizing
             and cropping are the caller's in any case.
+        free_size: leave height and width free, where the model permits, see `export.free_size`.
 
     Raises:
-        UserError: the model has no head, and features are not what is asked for.
+        UserError: the model has no head, and features are not what is asked for; it has no tokens,
+            not so many layers, or is for images of one size.
     """
-    params, config = pretrained.params, dict(pretrained.model)
+    params, config = pretrained.params, _trunk(pretrained.model, outputs, layer)
     preprocessing = pretrained.preprocessing
-    if outputs == "features":
-        config["num_classes"] = 0
+    if free_size:
+        check_free_size(models.describe(config))
+    if outputs in ("features", *DENSE):
         kept = flatten_dict(abstract_params(config, preprocessing.image_size))
         params = unflatten_dict(
             {path: x for path, x in flatten_dict(params).items() if path in kept}
@@ -87,14 +134,13 @@ def make_forward(
         raise UserError(f"{pretrained.source} has no head, so no {outputs}: use --outputs features")
     # Without a backward pass nothing is computed again, and jax2onnx does not know the call.
     module = models.create_model(config, dtype="float32", remat="nothing")
-    # x / 255 is a product, and so is the division by std: one Mul and one Sub in the graph.
-    scale = 1.0 / (255.0 * np.asarray(preprocessing.std, np.float64))
-    offset = np.asarray(preprocessing.mean, np.float64) / np.asarray(preprocessing.std, np.float64)
-    scale, offset = scale.astype(np.float32), offset.astype(np.float32)
+    scale, offset = normalization(preprocessing)
 
     def apply(params: Any, images: jax.Array) -> jax.Array:
         if include_preprocessing:
             images = images.astype(jnp.float32) * scale - offset
+        if outputs in DENSE:
+            return tokens_of(module, params, images, layer, outputs == "grid")
         x: Any = module.apply({"params": params}, images)
         if outputs == "probabilities":
             return jax.nn.sigmoid(x) if pretrained.loss == "sigmoid" else jax.nn.softmax(x)
@@ -107,8 +153,12 @@ def make_forward(
         "loss": pretrained.loss,
         "source": _name(Path(pretrained.source)),
         "pixels": "uint8" if include_preprocessing else "preprocessed",
+        "output": outputs,
     }
-    if pretrained.class_names is not None and outputs != "features":
+    if outputs in DENSE:
+        metadata["prefix"] = json.dumps(prefix_names(check_dense(module.config)))
+        metadata["layer"] = json.dumps(layer)
+    if pretrained.class_names is not None and config["num_classes"]:
         metadata["class_names"] = json.dumps(pretrained.class_names, ensure_ascii=False)
     return Forward(
         apply=apply,
@@ -118,4 +168,44 @@ def make_forward(
         output_name=outputs,
         num_layers=config.get("num_layers", 0),
         metadata=metadata,
+        free_size=free_size,
     )
+
+
+def normalization(preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
+    """The factors of pixels up to 255, and what is subtracted then, float32 [3] each.
+
+    x / 255 is a product, and so is the division by std: one Mul and one Sub in the graph.
+    """
+    mean, std = (np.asarray(x, np.float64) for x in (preprocessing.mean, preprocessing.std))
+    return (1.0 / (255.0 * std)).astype(np.float32), (mean / std).astype(np.float32)
+
+
+def _trunk(model: Mapping[str, Any], outputs: str, layer: int | None) -> dict[str, Any]:
+    """The model without what an output does not need."""
+    if outputs not in DENSE:
+        if layer is not None:
+            raise UserError(f"layer {layer} goes with tokens and grid, not with {outputs}")
+        return {**model, "num_classes": 0} if outputs == "features" else dict(model)
+    check_dense(models.describe(model), [] if layer is None else [layer])
+    trunk = {**model, "num_classes": 0, "representation_size": 0}
+    if trunk.get("classifier") == "map":
+        trunk["classifier"] = "gap"
+    return trunk if layer is None else {**trunk, "num_layers": layer}
+
+
+def tokens_of(
+    module: Any,
+    params: Any,
+    images: jax.Array,
+    layer: int | None = None,
+    on_grid: bool = False,
+) -> jax.Array:
+    """The tokens of `models.dense.dense_features` after a layer, or else at the end."""
+    _, tokens, layers = dense_features(module, params, images, [] if layer is None else [layer])
+    tokens = layers[0] if layers else tokens
+    if not on_grid:
+        return tokens
+    patches = tokens[:, module.config.num_prefix_tokens :]
+    grid = whole_patches(module.config, *images.shape[1:3])
+    return patches.reshape(-1, *grid, tokens.shape[-1])

@@ -33,7 +33,7 @@ class Reference:
 
     Attributes:
         images: [n, height, width, channels], of the type of the model's input.
-        outputs: float32 [n, outputs].
+        outputs: float32 [n, ...].
         labels: [n], the true classes, or None.
         data: where the images are from.
     """
@@ -136,13 +136,16 @@ def in_batches(predict: Predict, images: np.ndarray, batch_size: int = 16) -> np
 def compare(reference: Reference, outputs: np.ndarray) -> dict[str, float]:
     """Metrics of the difference between two models on the same images.
 
+    All that is made of an image counts as one vector, also features of its patches.
+
     Returns:
         `max_difference` and `mean_difference` of the outputs; `relative_difference`, the former by
         the reference's largest output; the smallest `cosine` of an image's outputs;
         `top1_agreement`; and where labels are known `accuracy` and `reference_accuracy`.
     """
-    expected = reference.outputs.astype(np.float64)
-    outputs = outputs.astype(np.float64)
+    expected, outputs = (
+        x.astype(np.float64).reshape(len(x), -1) for x in (reference.outputs, outputs)
+    )
     difference = np.abs(outputs - expected)
     norms = np.linalg.norm(outputs, axis=1) * np.linalg.norm(expected, axis=1)
     cosines = (outputs * expected).sum(1) / np.where(norms, norms, 1)

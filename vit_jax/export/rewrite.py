@@ -23,24 +23,28 @@ from vit_jax.export.simplifications import SIMPLIFICATIONS
 
 # The batch size of the traced graph: a prime that divides no dimension of any model here.
 TRACED_BATCH = 97
+TRACED = {"batch": TRACED_BATCH}
 
 
-def rewrite(model: ir.Model, weights: Mapping[str, np.ndarray]) -> None:
+def rewrite(
+    model: ir.Model, weights: Mapping[str, np.ndarray], traced: Mapping[str, int] = TRACED
+) -> None:
     """Rewrites a traced graph in place.
 
     Args:
-        model: opset 17, every shape fixed with `TRACED_BATCH` images in a batch. Its first input is
-            the images, the others are the weights.
+        model: opset 17, every shape fixed, with `TRACED_BATCH` images in a batch. Its first input
+            is the images, the others are the weights.
         weights: their values by the names of those inputs; they become initializers.
+        traced: the sizes that become symbolic, by their names.
 
     Raises:
-        ValueError: a node is left that ties the graph to one batch size.
+        ValueError: a node is left that ties the graph to a traced size.
     """
     _bind(model.graph, weights)
     for rules in (SIMPLIFICATIONS, FUSIONS):
         while _apply(model, rules):
             pass
-    _free_batch(model)
+    _free_sizes(model, traced)
     _share_weights(model.graph)
     passes.RemoveUnusedNodesPass()(model)
     passes.RemoveUnusedOpsetsPass()(model)
@@ -91,43 +95,44 @@ def _order_operands(graph: ir.Graph) -> None:
         depth.update(dict.fromkeys(node.outputs, max(finite) + 1 if finite else math.inf))
 
 
-def _free_batch(model: ir.Model) -> None:
-    """Replaces the traced batch size by the symbolic dimension `batch`."""
-    graph = model.graph
+def _free_sizes(model: ir.Model, traced: Mapping[str, int]) -> None:
+    """Replaces the traced sizes by symbolic dimensions."""
+    graph, names = model.graph, {size: name for name, size in traced.items()}
     reshapes = [node for node in graph if node.op_type == "Reshape"]
     for i, node in enumerate(reshapes):
-        _free_reshape(graph, node, f"free_shape_{i}")
+        _free_reshape(graph, node, f"free_shape_{i}", set(names))
     for value in (*graph.inputs, *graph.outputs):
-        value.shape = ir.Shape(("batch", *known(value.shape)[1:]))
+        value.shape = ir.Shape([names.get(size, size) for size in known(shape_of(value))])
     for value in (output for node in graph for output in node.outputs):
         if value not in graph.outputs:
             value.shape = None
     passes.ShapeInferencePass()(model)
     for node in graph:
         for value in node.outputs:
-            if not _has_free_size(value.shape):
+            if not _has_free_size(value.shape, traced):
                 raise ValueError(
-                    f"{node.op_type} {value.name} of shape {value.shape} has the traced batch size"
+                    f"{node.op_type} {value.name} of shape {value.shape} has a traced size of "
+                    f"{dict(traced)}"
                 )
 
 
-def _has_free_size(shape: ir.Shape | None) -> bool:
-    """Tells whether a shape depends on the batch size and has nothing of the traced one."""
+def _has_free_size(shape: ir.Shape | None, traced: Mapping[str, int]) -> bool:
+    """Tells whether a shape depends on the batch size and has nothing of the traced ones."""
     fixed = [size for size in shape or () if isinstance(size, int)]
     return (
         shape is not None
         and len(fixed) < len(shape)
-        and all(size == 0 or size % TRACED_BATCH for size in fixed)
+        and all(size == 0 or size % each for size in fixed for each in traced.values())
     )
 
 
-def _free_reshape(graph: ir.Graph, node: ir.Node, name: str) -> None:
+def _free_reshape(graph: ir.Graph, node: ir.Node, name: str, traced: set[int]) -> None:
     target = known(array_of(node.inputs[1])).tolist()
     source = known(shape_of(node.inputs[0]))
     for axis, size in enumerate(target):
-        if size == TRACED_BATCH and source[axis : axis + 1] == (size,):
+        if size in traced and source[axis : axis + 1] == (size,):
             target[axis] = 0  # Copies the dimension of the input.
-        elif size > 0 and size % TRACED_BATCH == 0 and -1 not in target:
+        elif size > 0 and any(size % each == 0 for each in traced) and -1 not in target:
             target[axis] = -1
     shape = ir.Value(name=name, const_value=ir.tensor(target, dtype=ir.DataType.INT64, name=name))
     graph.register_initializer(shape)

@@ -37,7 +37,7 @@ class Model:
 
     Attributes:
         path: what was loaded.
-        image_shape: (height, width, 3) of one image.
+        image_shape: (height, width, 3) of one image; -1 is free.
         image_dtype: of the model's input. uint8: pixels go in as they are.
         sizes: (smallest, largest) batch that it runs at once; None: any.
         preprocessing: from pixels to what the model was trained on, or None if the file has none.
@@ -62,16 +62,18 @@ class Model:
                 than the model takes is run in parts, a smaller one is filled up.
 
         Returns:
-            float32 [batch, outputs].
+            float32 [batch, ...].
 
         Raises:
             UserError: the images have another shape or type, or there are none.
         """
         images = np.asarray(images)
-        if images.shape[1:] != self.image_shape or not len(images):
+        if not _fits(images.shape, self.image_shape):
+            named = zip(self.image_shape, ("height", "width", "3"), strict=True)
+            shape = ", ".join(name if size == -1 else str(size) for size, name in named)
             raise UserError(
                 f"images of shape {images.shape} do not fit {self.path}: pass "
-                f"[batch, {', '.join(map(str, self.image_shape))}] with at least one image"
+                f"[batch, {shape}] with at least one image"
             )
         smallest, largest = self.sizes
         parts = []
@@ -240,6 +242,15 @@ def _engine(path: Path, cuda_graph: bool) -> Model:
         )
 
 
+def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Tells whether images of a shape are some, of a wanted shape of each."""
+    return (
+        len(shape) == 1 + len(wanted)
+        and 0 not in shape
+        and all(size in (-1, x) for x, size in zip(shape[1:], wanted, strict=True))
+    )
+
+
 def _model(
     path: Path,
     *,
@@ -252,8 +263,12 @@ def _model(
 ) -> Model:
     """Puts a model together from the shape of its input; a batch that is no number is free."""
     batch, *image_shape = shape
-    if len(image_shape) != 3 or not all(isinstance(size, int) and size > 0 for size in image_shape):
+    free = [size for size in image_shape[:2] if isinstance(size, str)]  # ONNX names them.
+    if len(image_shape) != 3 or not all(
+        size in free or (isinstance(size, int) and size > 0) for size in image_shape
+    ):
         raise UserError(f"{path} takes {list(shape)}: it is no model of [batch, height, width, 3]")
+    height, width, channels = (-1 if size in free else size for size in image_shape)
     if isinstance(batch, int) and batch > 0:
         sizes = (batch, batch)
     try:
@@ -263,7 +278,7 @@ def _model(
         names = read_class_names(metadata)
         return Model(
             path=path,
-            image_shape=tuple(image_shape),
+            image_shape=(height, width, channels),
             image_dtype=np.dtype(dtype),
             sizes=sizes,
             preprocessing=None if fields is None else Preprocessing(**fields),

@@ -7,7 +7,7 @@ above protobuf's limit of 2 GB through.
 
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -17,10 +17,10 @@ import onnx_ir as ir
 
 import vit_jax
 from vit_jax.errors import UserError
-from vit_jax.export import stages
+from vit_jax.export import free_size, stages
 from vit_jax.export.forward import Forward
 from vit_jax.export.graph import known
-from vit_jax.export.rewrite import TRACED_BATCH, rewrite
+from vit_jax.export.rewrite import TRACED, TRACED_BATCH, rewrite
 from vit_jax.files import atomic_files, make_folder
 
 OPSET = 17  # The first with LayerNormalization, and one that TensorRT 8.6 to 11 read.
@@ -39,17 +39,26 @@ def to_model(forward: Forward, converter: str = "jax2tf") -> ir.Model:
     """
     if converter not in CONVERTERS:
         raise UserError(f"converter {converter!r} is unknown: use {' or '.join(CONVERTERS)}")
-    model = ir.from_proto(CONVERTERS[converter](forward))
-    graph = model.graph
-    names = ("images", *forward.flat_params())
-    for value, name in zip(graph.inputs, names, strict=True):
-        value.name = name
-    graph.outputs[0].name = forward.output_name
-    rewrite(model, forward.flat_params())
-    graph.name = forward.metadata["architecture"]
+    if forward.free_size:
+        model = _convert(free_size.on_tokens(forward), converter, "tokens_in", free_size.TRACED)
+        free_size.add_stem(model, forward)
+    else:
+        model = _convert(forward, converter, "images", TRACED)
+    model.graph.name = forward.metadata["architecture"]
     model.producer_name, model.producer_version = "vit_jax", vit_jax.__version__
     model.metadata_props.clear()
     model.metadata_props.update(forward.metadata, precision="fp32")
+    return model
+
+
+def _convert(forward: Forward, converter: str, name: str, traced: Mapping[str, int]) -> ir.Model:
+    """The rewritten graph; its input gets a name."""
+    model = ir.from_proto(CONVERTERS[converter](forward))
+    names = (name, *forward.flat_params())
+    for value, each in zip(model.graph.inputs, names, strict=True):
+        value.name = each
+    model.graph.outputs[0].name = forward.output_name
+    rewrite(model, forward.flat_params(), traced)
     return model
 
 

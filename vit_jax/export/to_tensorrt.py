@@ -279,7 +279,7 @@ def _add_profiles(
             if -1 in rest:
                 raise UserError(
                     f"input {tensor.name!r} of shape {(size, *rest)} is free in more than the "
-                    "batch: export the model at one image size"
+                    "batch: export the model at one image size, without --free_size"
                 )
             if size != -1 and (size, size, size) != dataclasses.astuple(profile):
                 raise UserError(

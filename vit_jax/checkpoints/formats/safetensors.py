@@ -50,8 +50,10 @@ def read_safetensors(path: Path, size: int) -> dict[str, np.ndarray]:
         return {name: to_float32(file.get_tensor(name)) for name in names}
 
 
-def write_safetensors(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
-    """Writes arrays as float32 into a `.safetensors` file.
+def write_safetensors(
+    path: str | os.PathLike[str], arrays: Mapping[str, Any], **metadata: str
+) -> None:
+    """Writes arrays as float32 into a `.safetensors` file, and texts into its header.
 
     The file appears whole or not at all.
 
@@ -62,6 +64,6 @@ def write_safetensors(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -
     with atomic_write(Path(path)) as temporary:
         # transformers refuses a file that does not name the framework of its layouts.
         try:
-            safetensors.numpy.save_file(arrays, temporary, metadata={"format": "pt"})
+            safetensors.numpy.save_file(arrays, temporary, metadata={"format": "pt", **metadata})
         except safetensors.SafetensorError as error:
             raise OSError(first_line(error)) from error
