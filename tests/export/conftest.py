@@ -50,14 +50,20 @@ def make_forward():
     from vit_jax.export.forward import make_forward
 
     def make(
-        name=None, image_size=16, weights="random", class_names=None, loss="softmax", **config
+        name=None,
+        image_size=16,
+        channels=3,
+        weights="random",
+        class_names=None,
+        loss="softmax",
+        **config,
     ):
         export = {key: config.pop(key) for key in EXPORT_OPTIONS & set(config)}
         if only := config.pop("only", None):
             config = only
         else:
             config = {**(models.model_config(name) if name else TINY), "num_classes": 5, **config}
-        images = jax.ShapeDtypeStruct((1, *sides(image_size), 3), np.float32)
+        images = jax.ShapeDtypeStruct((1, *sides(image_size), channels), np.float32)
         init = models.create_model(config).init
         params = jax.eval_shape(init, jax.random.key(0), images)["params"]
         generator = np.random.default_rng(0)
@@ -69,7 +75,7 @@ def make_forward():
             return np.broadcast_to(np.float32(0.5), leaf.shape)  # All elements at one address.
 
         params = jax.tree.map(weight, params)
-        preprocessing = Preprocessing(image_size=image_size)
+        preprocessing = Preprocessing(image_size=image_size).with_channels(channels)
         pretrained = Pretrained(params, config, preprocessing, class_names, loss, "random")
         return make_forward(pretrained, **export)
 

@@ -34,8 +34,8 @@ def at(forward, height, width):
     return dataclasses.replace(forward, params=unflatten_dict(params)).jitted()
 
 
-def images(height, width, kind=np.float32):
-    x = np.random.default_rng(1).normal(size=(2, height, width, 3))
+def images(height, width, kind=np.float32, channels=3):
+    x = np.random.default_rng(1).normal(size=(2, height, width, channels))
     return (x.clip(-2, 2) * 60 + 120).astype(kind) if kind == np.uint8 else x.astype(kind)
 
 
@@ -100,9 +100,12 @@ def test_the_grid_is_that_of_a_layers_patches_of_pixels(make_forward):
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("kind", ["learned", "2d", "sincos2d", "none"])
-def test_position_embeddings_are_fitted_in_the_graph(make_forward, kind):
+@pytest.mark.parametrize(
+    ("kind", "channels"), [("learned", 3), ("2d", 3), ("sincos2d", 4), ("none", 1)]
+)
+def test_position_embeddings_are_fitted_in_the_graph(make_forward, kind, channels):
     forward = make_forward(
+        channels=channels,
         outputs="tokens",
         free_size=True,
         position_embedding=kind,
@@ -113,8 +116,12 @@ def test_position_embeddings_are_fitted_in_the_graph(make_forward, kind):
     prefix = np.concatenate([params[name] for name in ("cls", "dist", "register")], axis=1)[0]
     name = "/".join(POSITIONS)
     for rows, columns in ((2, 2), (1, 5), (3, 1), (7, 4)):
-        x = images(rows * 8, columns * 8)
-        patches = x.reshape(2, rows, 8, columns, 8, 3).swapaxes(2, 3).reshape(2, rows * columns, -1)
+        x = images(rows * 8, columns * 8, channels=channels)
+        patches = (
+            x.reshape(2, rows, 8, columns, 8, channels)
+            .swapaxes(2, 3)
+            .reshape(2, rows * columns, -1)
+        )
         z = patches @ params["embedding/kernel"].reshape(-1, 32) + params["embedding/bias"]
         z = np.concatenate([np.broadcast_to(prefix, (2, 4, 32)), z], axis=1)
         if kind == "learned":

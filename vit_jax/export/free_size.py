@@ -55,7 +55,8 @@ def on_tokens(forward: Forward) -> Forward:
     def of_tokens(params: Any, tokens: jax.Array) -> jax.Array:
         patches = tokens.shape[1] - config.num_prefix_tokens
         # Only their shape matters.
-        images = jnp.zeros((1, config.patch_size, config.patch_size * patches, 3))
+        height, width = config.patch_size, config.patch_size * patches
+        images = jnp.zeros((1, height, width, forward.image_shape[-1]))
         with nn.intercept_methods(_in_place_of_stem(tokens)):
             return apply(params, images)
 
@@ -101,7 +102,7 @@ def add_stem(model: ir.Model, forward: Forward) -> None:
     images = ir.Value(
         name="images",
         type=ir.TensorType(kind),
-        shape=ir.Shape(("batch", "height", "width", 3)),
+        shape=ir.Shape(("batch", "height", "width", forward.image_shape[-1])),
     )
     stem = _Stem(config, forward.params, config.grid(*forward.image_shape[:2]))
     x = stem.normalized(images, forward) if forward.image_dtype == "uint8" else images
@@ -158,13 +159,14 @@ class _Stem:
         By Reshapes with one unknown axis each: a column of patches first, then a row.
         """
         size, embedding = self._config.patch_size, self._params["embedding"]
+        row = size * np.shape(embedding["kernel"])[2]  # of a patch's pixels
         ends = self._op("Mul", [grid, *self._ints([size] * 2)])
         x = self._op("Slice", [x, *self._ints([0, 0]), ends, *self._ints([1, 2])])
-        x = self._op("Reshape", [x, *self._ints([0, 0, -1, size * 3])])
+        x = self._op("Reshape", [x, *self._ints([0, 0, -1, row])])
         x = self._op("Transpose", [x], perm=[0, 2, 1, 3])  # [batch, columns, height, ...]
-        x = self._op("Reshape", [x, *self._ints([0, 0, -1, size * size * 3])])
+        x = self._op("Reshape", [x, *self._ints([0, 0, -1, size * row])])
         x = self._op("Transpose", [x], perm=[0, 2, 1, 3])  # [batch, rows, columns, ...]
-        x = self._op("Reshape", [x, *self._ints([0, -1, size * size * 3])])
+        x = self._op("Reshape", [x, *self._ints([0, -1, size * row])])
         kernel = np.asarray(embedding["kernel"]).reshape(-1, self._width)
         x = self._op("MatMul", [x, self._constant("embedding/kernel", kernel)])
         return self._op("Add", [x, self._constant("embedding/bias", embedding["bias"])])

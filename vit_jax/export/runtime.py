@@ -37,7 +37,7 @@ class Model:
 
     Attributes:
         path: what was loaded.
-        image_shape: (height, width, 3) of one image; -1 is free.
+        image_shape: (height, width, channels) of one image; -1 is free.
         image_dtype: of the model's input. uint8: pixels go in as they are.
         sizes: (smallest, largest) batch that it runs at once; None: any.
         preprocessing: from pixels to what the model was trained on, or None if the file has none.
