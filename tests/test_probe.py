@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from sklearn import metrics
 from sklearn.linear_model import LogisticRegression
 
 import vit_jax
@@ -16,6 +17,7 @@ from vit_jax.data import datasets, digits
 from vit_jax.errors import UserError
 
 from .test_evaluate import save_random, write_folder
+from .test_train_labels import NAMES, several
 
 
 @pytest.fixture(scope="module")
@@ -174,10 +176,39 @@ def test_a_mistake_is_one_line(arguments, message):
     assert "\n" not in str(error.value)
 
 
+def test_of_several_labels_each_is_scikit_learns_regression_on_its_own(
+    tmp_path, weights, monkeypatch, capsys
+):
+    sources = [several(x) for x in datasets.open_dataset("digits")]
+    monkeypatch.setattr(datasets, "open_dataset", lambda *_, **__: sources)
+    result = probed(weights, tmp_path / "probe", "--C=0.05", "--mirror")
+    trunk, found = vit_jax.load(weights), vit_jax.load(tmp_path / "probe")
+    (images, labels), (test_images, test_labels) = (
+        (pixels(split)[0], np.stack([x["label"] for x in source.examples[:]]))
+        for split, source in zip(("train", "test"), sources, strict=True)
+    )
+    features = trunk.features(np.concatenate([images, images[:, :, ::-1], test_images]))
+    features, test_features = np.split(features, [2 * len(images)])
+    logits, labels = found.logits(test_images), np.tile(labels, (2, 1))
+    mean, std = features.mean(0), features.std(0)
+    x = (test_features - mean) / std
+    for index in range(4):  # The last class has no image.
+        expected = LogisticRegression(C=0.05, tol=1e-8, max_iter=5000)
+        expected.fit((features - mean) / std, labels[:, index])
+        np.testing.assert_allclose(logits[:, index], expected.decision_function(x), atol=1e-2)
+    assert logits[:, 4].max() < -5
+    scores = [metrics.average_precision_score(test_labels[:, i], logits[:, i]) for i in range(4)]
+    assert result["test"]["mAP"] == pytest.approx(np.mean(scores), abs=1e-6)
+    exact = metrics.accuracy_score(test_labels, logits > 0)
+    assert result["test"]["accuracy"] == pytest.approx(exact, abs=1e-7)
+    assert f"{np.mean(scores):.4f} of the images to score" in capsys.readouterr().out
+    loaded = load_pretrained(tmp_path / "probe")
+    assert (loaded.loss, loaded.multi_label, loaded.class_names) == ("sigmoid", True, NAMES)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"multi_label": True}, "digits has several labels an image"),
         ({"class_names": ("0",)}, "digits has one class, so there is nothing to tell apart"),
     ],
 )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vit_jax.checkpoints.feature_file import Features
     from vit_jax.checkpoints.pretrained import Pretrained
     from vit_jax.data.source import Source
-    from vit_jax.evaluation.probe import Probe, Score
+    from vit_jax.evaluation.probe import AnyScore, Probe
     from vit_jax.sharding import Mesh
 
 _EPILOG = """examples:
@@ -131,11 +131,6 @@ def _open(args: argparse.Namespace) -> _Sources:
     )
     for note in train.notes:
         print(printable(note), flush=True)
-    if train.multi_label:
-        raise UserError(
-            f"{args.data} has several labels an image, and a probe learns one: fine-tune with "
-            "--config.loss=sigmoid"
-        )
     if len(train.class_names) < 2:
         raise UserError(f"{args.data} has one class, so there is nothing to tell apart: add others")
     print(
@@ -169,9 +164,10 @@ def _features(
         return _compute(pretrained, sources, args, mesh)
     fingerprints = _fingerprints(pretrained, sources, args)
     if os.path.exists(args.features):
-        rows, classes = _rows(sources, args), len(sources.train.class_names)
+        rows, train = _rows(sources, args), sources.train
+        shape = (_width(pretrained), len(train.class_names))
         splits = feature_file.read_features(
-            args.features, fingerprints, rows, _width(pretrained), classes
+            args.features, fingerprints, rows, *shape, train.multi_label
         )
         print(printable(f"features  read from {args.features}"), flush=True)
         return splits
@@ -239,7 +235,7 @@ def _of_views(
 
     of_image = with_mirror(apply_fn) if views == 2 else apply_fn
     values, labels = collect(of_image, params, batches, mesh, images)
-    return Features(values.reshape(views * len(labels), -1), labels.repeat(views))
+    return Features(values.reshape(views * len(labels), -1), labels.repeat(views, axis=0))
 
 
 def _width(pretrained: "Pretrained") -> int:
@@ -286,11 +282,13 @@ def _listing(data: str) -> str:
 
 def _train(
     splits: dict[str, "Features"], sources: _Sources, args: argparse.Namespace, mesh: "Mesh"
-) -> tuple["Probe", "Score"]:
+) -> tuple["Probe", "AnyScore"]:
     from vit_jax.evaluation.probe import hold_out, score_head, train_probe
 
     train, test = splits["train"], splits["test"]
     views = 2 if args.mirror else 1
+    if sources.train.multi_label:
+        _check_labeled(splits, sources)
     held_out = hold_out(train.labels[::views]).repeat(views)
     if args.C is None and not held_out.any():
         raise UserError(
@@ -303,22 +301,30 @@ def _train(
     return probe, score_head(probe.head, test.values, test.labels, mesh)
 
 
-def _print_result(probe: "Probe", test: "Score", seconds: dict[str, float]) -> None:
+def _check_labeled(splits: dict[str, "Features"], sources: _Sources) -> None:
+    for name, source in sources._asdict().items():
+        if not splits[name].labels.any():
+            raise UserError(
+                f"no image of split {source.split!r} of {source.name} has a label: choose another"
+            )
+
+
+def _print_result(probe: "Probe", test: "AnyScore", seconds: dict[str, float]) -> None:
     chosen = f"the best of {len(probe.tried)}, " if len(probe.tried) > 1 else ""
     print(f"C         {probe.c:.4g}, {chosen}in {seconds['head']:.1f} s")
-    print(f"accuracy  {probe.train.accuracy:.4f} of the images learned from")
+    print(f"{test._fields[0]:9} {probe.train[0]:.4f} of the images learned from")
     if probe.tried:
-        held_out = probe.tried[probe.c].accuracy
+        held_out = probe.tried[probe.c][0]
         why = "while C was chosen" if len(probe.tried) > 1 else "from a first head with this C"
         print(f"          {held_out:.4f} of the fifth of them held out {why}")
-    print(f"          {test.accuracy:.4f} of the images to score", flush=True)
+    print(f"          {test[0]:.4f} of the images to score", flush=True)
 
 
 def _describe(
     args: argparse.Namespace,
     sources: _Sources,
     probe: "Probe",
-    test: "Score",
+    test: "AnyScore",
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     return {
@@ -346,11 +352,12 @@ def _write(
     from vit_jax.checkpoints.save import write_official
     from vit_jax.data import holdout
 
-    model = replace_head(pretrained, *probe.head, sources.train.class_names)
+    train = sources.train
+    model = replace_head(pretrained, *probe.head, train.class_names, train.multi_label)
     make_folder(path.absolute().parent)
     with atomic_folder(path) as folder:
         write_official(model, folder)
-        holdout.record(sources.train.partition, folder)  # By which `evaluate` scores the others.
+        holdout.record(train.partition, folder)  # By which `evaluate` scores the others.
         write_json(folder / "probe.json", result)
     print(printable(f"written   {path}: vit-jax predict --checkpoint {path} IMAGE"), flush=True)
 

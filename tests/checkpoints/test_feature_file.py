@@ -41,6 +41,21 @@ def test_they_are_read_to_the_bit_and_numpy_opens_them(tmp_path):
     assert [x.name for x in tmp_path.iterdir()] == ["a.npz"]
 
 
+def test_several_labels_are_read_where_they_are_asked_for(tmp_path):
+    path, several = tmp_path / "a.npz", {}
+    for name, of_one in splits().items():
+        several[name] = Features(of_one.values, np.eye(6, dtype=np.int32)[of_one.labels])
+    write_features(path, several, PRINTS)
+    found = read_features(path, PRINTS, ROWS, 3, 6, several_labels=True)
+    np.testing.assert_array_equal(found["test"].labels, several["test"].labels)
+    with pytest.raises(UserError, match="has no whole features of train"):
+        read(path)
+    several["test"].labels[0, 0] = 2
+    write_features(path, several, PRINTS)
+    with pytest.raises(UserError, match="has no whole features of test"):
+        read_features(path, PRINTS, ROWS, 3, 6, several_labels=True)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

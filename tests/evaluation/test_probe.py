@@ -136,6 +136,15 @@ def test_of_equal_accuracies_the_lower_loss_is_taken():
     assert min(tried, key=lambda c: tried[c].loss) == pytest.approx(10)
 
 
+def test_of_several_labels_some_with_a_label_are_held_out_or_none():
+    labels = np.zeros((20, 3), np.int32)
+    labels[4:14, 1] = 1
+    held_out = hold_out(labels)
+    assert held_out.sum() == 4 and labels[held_out].any(axis=1).sum() == 2
+    labels[5:] = 0
+    assert not hold_out(labels).any()
+
+
 def test_images_of_every_class_are_held_out():
     labels = np.repeat([0, 1, 2, 3, 5], [100, 10, 2, 1, 3])
     labels = np.random.default_rng(0).permutation(labels)

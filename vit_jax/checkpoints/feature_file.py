@@ -22,7 +22,12 @@ SPLITS = ("train", "test")
 
 
 class Features(NamedTuple):
-    """Features of images, float32 [rows, features], and their labels, int32 [rows]."""
+    """Features of images and their labels.
+
+    Attributes:
+        values: float32 [rows, features].
+        labels: int32 [rows], or of images of several labels 0 and 1, [rows, classes].
+    """
 
     values: np.ndarray
     labels: np.ndarray
@@ -74,6 +79,7 @@ def read_features(
     rows: Mapping[str, int],
     width: int,
     num_classes: int,
+    several_labels: bool = False,
 ) -> dict[str, Features]:
     """Reads features that were written for the same weights, preprocessing and images.
 
@@ -83,6 +89,7 @@ def read_features(
         rows: of each of `SPLITS`.
         width: how many features an image has.
         num_classes: what labels are below.
+        several_labels: whether an image has any number of labels.
 
     Raises:
         UserError: the file is damaged, none of features, or a fingerprint is another.
@@ -102,7 +109,10 @@ def read_features(
             f"{path} holds features of other {' and '.join(other)}: name another file, or remove "
             "it to compute them anew"
         )
-    return {name: _checked(path, arrays, name, (rows[name], width), num_classes) for name in SPLITS}
+    return {
+        name: _checked(path, arrays, name, (rows[name], width), num_classes, several_labels)
+        for name in SPLITS
+    }
 
 
 def _numbers(digest: bytes) -> np.ndarray:
@@ -115,9 +125,13 @@ def _checked(
     name: str,
     shape: tuple[int, int],
     num_classes: int,
+    several_labels: bool,
 ) -> Features:
     values, labels = arrays[f"{name}/features"], arrays[f"{name}/labels"]
-    fits = values.shape == shape and labels.shape == shape[:1]
-    if not fits or not np.isin(labels, np.arange(num_classes)).all():
+    of_labels, known = (shape[:1], num_classes)
+    if several_labels:
+        of_labels, known = ((shape[0], num_classes), 2)
+    fits = values.shape == shape and labels.shape == of_labels
+    if not fits or not np.isin(labels, np.arange(known)).all():
         raise UserError(f"{path} has no whole features of {name}: remove it to compute them anew")
     return Features(values, labels.astype(np.int32))

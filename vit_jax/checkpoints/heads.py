@@ -11,7 +11,11 @@ from vit_jax.checkpoints.transfer import transfer
 
 
 def replace_head(
-    pretrained: Pretrained, kernel: np.ndarray, bias: np.ndarray, class_names: Sequence[str]
+    pretrained: Pretrained,
+    kernel: np.ndarray,
+    bias: np.ndarray,
+    class_names: Sequence[str],
+    multi_label: bool = False,
 ) -> Pretrained:
     """Returns a model with the same trunk whose logits are features @ kernel + bias.
 
@@ -21,6 +25,7 @@ def replace_head(
         kernel: float32 [features, classes], for what `models.base.Model.without_head` gives.
         bias: float32 [classes].
         class_names: by column of the kernel.
+        multi_label: whether the head predicts any number of classes of an image.
     """
     model = {**pretrained.model, "num_classes": len(class_names)}
     view = pretrained.preprocessing
@@ -38,6 +43,7 @@ def replace_head(
         model,
         pretrained.preprocessing,
         tuple(class_names),
-        "softmax",
+        "sigmoid" if multi_label else "softmax",
         pretrained.source,
+        multi_label=multi_label,
     )

@@ -31,17 +31,8 @@ class MultiLabelMetrics:
         return self.logits > 0
 
     def average_precision(self) -> np.ndarray:
-        """The average precision of each class, NaN without an image, float64 [classes].
-
-        The sum over thresholds of precision times the step in recall, not interpolated; images of
-        equal logits are taken together.
-        """
-        from sklearn.metrics import average_precision_score  # It takes a second to import.
-
-        found = np.full(self.labels.shape[1], np.nan)
-        for index in np.flatnonzero(self.labels.any(0)):
-            found[index] = average_precision_score(self.labels[:, index], self.logits[:, index])
-        return found
+        """The average precision of each class, see the function of this name."""
+        return average_precision(self.logits, self.labels)
 
     def per_class(self) -> ClassScores:
         """Precision, recall, F1 and images of each class, at a probability of 0.5."""
@@ -71,6 +62,24 @@ class MultiLabelMetrics:
     def _counts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         both = self.labels & self.predicted
         return both.sum(0), self.predicted.sum(0), self.labels.sum(0)
+
+
+def average_precision(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The average precision of each class, NaN without an image, float64 [classes].
+
+    The sum over thresholds of precision times the step in recall, not interpolated; images of equal
+    logits are taken together.
+
+    Args:
+        logits: [images, classes].
+        labels: bool, likewise.
+    """
+    from sklearn.metrics import average_precision_score  # It takes a second to import.
+
+    found = np.full(labels.shape[1], np.nan)
+    for index in np.flatnonzero(labels.any(0)):
+        found[index] = average_precision_score(labels[:, index], logits[:, index])
+    return found
 
 
 def multilabel_metrics(

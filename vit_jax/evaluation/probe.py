@@ -9,7 +9,9 @@ minimum is sought of
     sum of the cross-entropies of the images + |kernel|^2 / (2 C)
 
 where the bias is free. Not in the paper: features are standardized first, so that one C suits
-every model and few iterations do, and of equal accuracies that of the lower loss is taken.
+every model and few iterations do, and of equal accuracies that of the lower loss is taken. Of
+images of several labels, every class is a logistic regression of its own, all with one C, and the
+mean average precision takes the place of accuracy.
 """
 
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_jax.data import holdout
 from vit_jax.evaluation.features import moments
+from vit_jax.evaluation.multilabel import average_precision
 from vit_jax.sharding import Mesh
 
 MAX_STEPS = 1000
@@ -52,6 +55,23 @@ class Score(NamedTuple):
     loss: float
 
 
+class MultiLabelScore(NamedTuple):
+    """The scores of some images of several labels.
+
+    Attributes:
+        mAP: the mean average precision of the classes that have an image, in [0, 1].
+        accuracy: the share of images of which every label is right at a probability of 0.5.
+        loss: the mean over images of the sigmoid cross-entropy summed over the classes, in nats.
+    """
+
+    mAP: float  # noqa: N815
+    accuracy: float
+    loss: float
+
+
+AnyScore = Score | MultiLabelScore
+
+
 class Probe(NamedTuple):
     """The result of `train_probe`.
 
@@ -64,15 +84,15 @@ class Probe(NamedTuple):
 
     head: Head
     c: float
-    tried: dict[float, Score]
-    train: Score
+    tried: dict[float, AnyScore]
+    train: AnyScore
 
 
 class _Images(NamedTuple):
     """Standardized features, labels and weights on the devices, in blocks of equal rows."""
 
     features: jax.Array  # [blocks, rows, D]
-    labels: jax.Array  # [blocks, rows]
+    labels: jax.Array  # [blocks, rows], or of several labels 0 and 1, [blocks, rows, K]
     weights: jax.Array  # [blocks, rows], 0 of an image that does not count and of padding
 
 
@@ -88,7 +108,7 @@ def train_probe(
 
     Args:
         features: float32 [images, D].
-        labels: int [images].
+        labels: int [images], or of images of several labels 0 and 1, [images, K].
         num_classes: K.
         held_out: bool [images], those that C is chosen on; without any `c` must be given.
         mesh: the devices; the images are divided among them.
@@ -102,7 +122,7 @@ def train_probe(
     )
     fitted: dict[float, Head] = {}
 
-    def score(c: float) -> Score:
+    def score(c: float) -> AnyScore:
         nearest = min(fitted, key=lambda other: abs(np.log(other / c)), default=None)
         fitted[c] = _fit(kept, c, start if nearest is None else fitted[nearest])
         return _score(chosen_on, fitted[c])
@@ -116,20 +136,20 @@ def train_probe(
     return Probe(_fold(head, mean, std), c, tried, _score(images, head))
 
 
-def score_head(head: Head, features: np.ndarray, labels: np.ndarray, mesh: Mesh) -> Score:
+def score_head(head: Head, features: np.ndarray, labels: np.ndarray, mesh: Mesh) -> AnyScore:
     """Scores a head on images.
 
     Args:
         head: of `train_probe`.
         features: float32 [images, D].
-        labels: int [images].
+        labels: as for `train_probe`.
         mesh: the devices.
     """
     width = features.shape[1]
     return _score(_place(features, labels, np.zeros(width), np.ones(width), mesh), head)
 
 
-def search(score: Callable[[float], Score]) -> dict[float, Score]:
+def search(score: Callable[[float], AnyScore]) -> dict[float, AnyScore]:
     """Scores every C of CLIP's search, at most 15 of the 97 that there are.
 
     Args:
@@ -139,7 +159,7 @@ def search(score: Callable[[float], Score]) -> dict[float, Score]:
         The score of each C that was tried, ascending.
     """
     last = _DECADES * _PER_DECADE
-    tried: dict[int, Score] = {}
+    tried: dict[int, AnyScore] = {}
 
     def try_all(places: list[int]) -> None:
         for place in places:
@@ -155,8 +175,8 @@ def search(score: Callable[[float], Score]) -> dict[float, Score]:
     return {_value(place): tried[place] for place in sorted(tried)}
 
 
-def _rank(score: Score) -> tuple[float, float]:
-    return score.accuracy, -score.loss
+def _rank(score: AnyScore) -> tuple[float, float]:
+    return score[0], -score.loss
 
 
 def _value(place: int) -> float:
@@ -168,11 +188,17 @@ def hold_out(labels: np.ndarray, share: float = HELD_OUT, seed: int = 0) -> np.n
 
     Of a class of two images or more at least one is held out and one is not; a single one is not.
 
+    Of several labels, the classes are two here: with a label and without. None is held out unless
+    one has a label.
+
     Args:
-        labels: int [images].
+        labels: as for `train_probe`.
         share: of each class, between 0 and 1.
         seed: of the choice.
     """
+    if labels.ndim == 2:
+        chosen = hold_out(labels.any(axis=1), share, seed)
+        return chosen & labels[chosen].any()
     held_out = np.zeros(len(labels), bool)
     rng = np.random.default_rng(seed)
     for label in np.unique(labels):
@@ -191,7 +217,7 @@ def _place(
     for begin in range(0, images, _ROWS):
         part = slice(begin, min(begin + _ROWS, images))
         x[part] = (features[part] - mean) / std
-    padded = np.zeros(blocks * rows, np.int32)
+    padded = np.zeros((blocks * rows, *labels.shape[1:]), np.int32)
     padded[:images] = labels
     weights = np.zeros(blocks * rows, np.float32)
     weights[:images] = 1
@@ -219,14 +245,19 @@ def _fold(head: Head, mean: np.ndarray, std: np.ndarray) -> Head:
 
 
 def _sums(images: _Images, head: Head) -> tuple[jax.Array, jax.Array]:
-    """The cross-entropies and the right answers, summed over the images that count."""
+    """The cross-entropies and the images told right, summed over the images that count."""
 
     def add(total: tuple[jax.Array, jax.Array], block: _Images) -> tuple[tuple, None]:
         # TensorFloat-32 would leave three digits.
         logits = jnp.matmul(block.features, head.kernel, precision=jax.lax.Precision.HIGHEST)
         logits += head.bias
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, block.labels)
-        hits = (jnp.argmax(logits, -1) == block.labels) & (block.weights > 0)
+        if block.labels.ndim == 1:
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, block.labels)
+            right = jnp.argmax(logits, -1) == block.labels
+        else:
+            losses = optax.sigmoid_binary_cross_entropy(logits, block.labels).sum(-1)
+            right = jnp.all((logits > 0) == block.labels, axis=-1)
+        hits = right & (block.weights > 0)
         loss, correct = total
         return (
             loss + jnp.sum(block.weights * losses),
@@ -241,10 +272,16 @@ def _sums(images: _Images, head: Head) -> tuple[jax.Array, jax.Array]:
 _jit_sums = jax.jit(_sums)
 
 
-def _score(images: _Images, head: Head) -> Score:
+def _score(images: _Images, head: Head) -> AnyScore:
     loss, correct = _jit_sums(images, head)
-    count = float(np.asarray(images.weights).sum())
-    return Score(float(correct) / count, float(loss) / count)
+    counts = np.asarray(images.weights).ravel() > 0
+    score = Score(float(correct) / int(counts.sum()), float(loss) / int(counts.sum()))
+    if images.labels.ndim == 2:
+        return score
+    width, classes = images.features.shape[-1], images.labels.shape[-1]
+    logits = np.asarray(images.features).reshape(-1, width)[counts] @ head.kernel + head.bias
+    labels = np.asarray(images.labels).reshape(-1, classes)[counts] > 0
+    return MultiLabelScore(float(np.nanmean(average_precision(logits, labels))), *score)
 
 
 def _fit(images: _Images, c: float, start: Head) -> Head:
