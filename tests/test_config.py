@@ -690,15 +690,14 @@ def without_effect(values, keys, result, changed=None):
 
 
 def program(architecture):
-    """The program that initializes a model and applies it in training, or why there is none."""
+    """The program that initializes a model as it is applied in training, or why there is none."""
 
     def of(fields):
         images, rng = jnp.zeros((1, 32, 32, 3)), jax.random.key(0)
 
         def run(rng):
             module = models.create_model({"architecture": architecture, **fields})
-            params = module.init(rng, images)
-            return module.apply(params, images, train=True, rngs={"dropout": rng})
+            return module.init_with_output({"params": rng, "dropout": rng}, images, train=True)
 
         try:
             return re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(run)(rng)))

@@ -177,7 +177,7 @@ def losses_in_64_bits(params, steps):
 def test_a_model_that_is_looked_into_gives_the_same_at_every_call():
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
     params = jax.eval_shape(MODEL.init, jax.random.key(0), images)["params"]
-    for seed in range(3):  # Other images, and other weights where the last ones lay.
+    for seed in range(2):  # Other images, and other weights where the last ones lay.
         rng = np.random.default_rng(seed)
         params = jax.tree.map(
             lambda x, rng=rng: np.asarray(rng.normal(size=x.shape) / 20, np.float32), params
