@@ -13,7 +13,6 @@ import itertools
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -39,18 +38,27 @@ def test_every_dropout_of_a_model_has_its_rate_and_keeps_the_mean():
         },
         dropout_rate=0.3, attention_dropout_rate=0.2,
     )  # fmt: skip
-    images = jax.random.uniform(jax.random.key(1), (8, 16, 16, 3), minval=-1.0)
-    params = model.init(jax.random.key(0), images)
-    found = collections.defaultdict(list)
+    rng = np.random.default_rng(1)
+    images = rng.uniform(-1, 1, (8, 16, 16, 3)).astype(np.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
 
-    def record(call, args, kwargs, context):
-        y = call(*args, **kwargs)
-        if isinstance(context.module, Dropout) and context.method_name == "__call__":
-            found[context.module.rate].append((np.asarray(args[0]), np.asarray(y)))
-        return y
+    @jax.jit
+    def dropouts(params, key):
+        """What goes into every dropout and comes out of it, by their rates."""
+        found = collections.defaultdict(list)
 
-    with nn.intercept_methods(record):
-        model.apply(params, images, train=True, rngs={"dropout": jax.random.key(2)})
+        def record(call, args, kwargs, context):
+            y = call(*args, **kwargs)
+            if isinstance(context.module, Dropout) and context.method_name == "__call__":
+                found[context.module.rate].append((args[0], y))
+            return y
+
+        with nn.intercept_methods(record):
+            model.apply(params, images, train=True, rngs={"dropout": key})
+        return dict(found)
+
+    found = jax.device_get(dropouts(params, jax.random.key(2)))
     # After the positions; in each layer after the attention, in the MLP and after it; the weights.
     assert {rate: len(calls) for rate, calls in found.items()} == {0.3: 1 + 2 * 3, 0.2: 2}
     for rate, calls in found.items():
@@ -75,16 +83,17 @@ def test_every_patch_is_corrupted_at_the_rate(rate):
 def test_mixup_keeps_the_mean_of_images_and_of_classes():
     rng = np.random.default_rng(0)
     batch = {
-        "image": jnp.asarray(rng.uniform(-1, 1, (32, 4, 4, 3)), "float32"),
-        "label": jnp.asarray(rng.integers(0, 5, 32)),
+        "image": rng.uniform(-1, 1, (32, 4, 4, 3)).astype(np.float32),
+        "label": rng.integers(0, 5, 32).astype(np.int32),
     }
+    mix = jax.jit(lambda key: mixup(key, batch, 0.5, 5))
     for seed in range(5):
-        mixed = mixup(jax.random.key(seed), batch, 0.5, 5)
+        mixed = jax.device_get(mix(jax.random.key(seed)))
         assert np.abs(mixed["image"] - batch["image"]).max() > 1e-3
         np.testing.assert_allclose(mixed["image"].mean(0), batch["image"].mean(0), atol=1e-6)
         shares = np.bincount(batch["label"], minlength=5) / 32
         np.testing.assert_allclose(mixed["targets"].mean(0), shares, atol=1e-6)
-        again = mixup(jax.random.key(seed), batch, 0.5, 5)
+        again = mix(jax.random.key(seed))
         np.testing.assert_array_equal(again["image"], mixed["image"])
 
 
