@@ -535,6 +535,7 @@ def test_a_config_of_before_evals_has_them():
         del before["dataset"][key]
     before["class_weights"] = ""
     before["dataset"] |= {"workers": 0, "holdout": 0.2, "broken": "refuse", "sampling": ""}
+    before["dataset"]["channels"] = 3
     before["keep_head"] = "never"
     before["log_images"] = ""
     before["model"] |= {"remat": "nothing", **ADDED_MODEL_KEYS}

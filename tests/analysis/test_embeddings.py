@@ -74,5 +74,5 @@ def test_position_similarity_is_that_of_loops(has_class_token):
 
 
 def test_a_model_without_filters_is_refused():
-    with pytest.raises(UserError, match="has no filters of three channels"):
+    with pytest.raises(UserError, match="has no filters that see the image"):
         embeddings.rgb_filters({"head": {"kernel": np.zeros((3, 3))}})
