@@ -40,7 +40,7 @@ def images(height, width, kind=np.float32, channels=3):
 
 
 def test_tokens_equal_flax_at_any_height_and_width(converter, make_forward, tmp_path):
-    forward = make_forward(outputs="tokens")
+    forward = make_forward(outputs="tokens", num_layers=1)
     model = json.loads(forward.metadata["model"])
     pretrained = Pretrained(forward.params, model, Preprocessing(16), None, "softmax", "random")
     export = Export(tmp_path, batch="1:1:2", latency_seconds=0)
