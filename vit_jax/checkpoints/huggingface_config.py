@@ -180,7 +180,7 @@ def read_config(
     size = processor.get("size", list(sides(image_size)) if image_size else None)
     loss = config.get("problem_type")
     loss = None if loss is None else choose(_LOSSES, loss, "problem_type")
-    view = _preprocessing(processor, size) if size else None
+    view = None if size is None else _preprocessing(processor, size)
     return ModelInfo(model, view, names, loss, loss == "sigmoid")
 
 

@@ -97,7 +97,9 @@ def _check_multi_label(value: Any) -> None:
         raise UserError(f"multi_label is {brief(value)}: it must be true or false")
 
 
-def _preprocessing(values: dict[str, Any]) -> Preprocessing:
+def _preprocessing(values: Any) -> Preprocessing:
+    if not isinstance(values, dict):
+        raise UserError(f"preprocessing is {brief(values)}: it must be an object")
     arguments: dict[str, Any] = {
         key: tuple(x) if isinstance(x, list) else x for key, x in values.items()
     }

@@ -159,8 +159,12 @@ class Preprocessing:
         """Returns the same of images of another number of channels.
 
         Raises:
-            UserError: mean and std are not the same for all channels.
+            UserError: mean and std are not the same for all channels, or it is no such number.
         """
+        if type(channels) is not int or not 1 <= channels <= MAX_CHANNELS:
+            raise UserError(
+                f"channels is {brief(channels)}: it must be a whole number from 1 to {MAX_CHANNELS}"
+            )
         if channels == self.channels:
             return self
         if len(set(self.mean)) > 1 or len(set(self.std)) > 1:
@@ -204,7 +208,7 @@ def evaluation(
         UserError: the protocol is unknown.
     """
     if protocol not in PROTOCOLS:
-        raise UserError(f"protocol {protocol!r} is none of {', '.join(PROTOCOLS)}")
+        raise UserError(f"protocol {brief(protocol)} is none of {', '.join(PROTOCOLS)}")
     view = Preprocessing(image_size, jpeg_dct=jpeg_dct).with_channels(channels)
     if protocol in _AREA_CROPS:
         return dataclasses.replace(
