@@ -8,8 +8,9 @@ from experiments.runner.experiment import Experiment, Measurement, Run
 if TYPE_CHECKING:
     from experiments.runner.setting import Setting
 
-RATE = 0.1
 PLACES = {"none": "none", "dense": "before the GELU", "activation": "after the GELU"}
+# What every other pre-training has, so that its runs are theirs.
+DEFAULT = "activation"
 
 
 def measure(setting: "Setting") -> list[Measurement]:
@@ -27,12 +28,13 @@ def measure(setting: "Setting") -> list[Measurement]:
 
 def pretrainings(setting: "Setting", model: str, place: str) -> list[Run]:
     """The pre-trainings of a model, one for each seed."""
-    dropout = {"model.dropout_rate": 0.0 if place == "none" else RATE}
-    changes = dropout if place == "none" else dropout | {"model.dropout_after": place}
+    options: dict = {} if place == DEFAULT else {"variant": f"dropout-{place}"}
+    if place == "none":
+        options["changes"] = {"model.dropout_rate": 0.0}
+    elif place != DEFAULT:
+        options["changes"] = {"model.dropout_after": place}
     return [
-        setting.pretrain(
-            model, "imagenet21k", seed=seed, variant=f"dropout-{place}", changes=changes
-        )
+        setting.pretrain(model, "imagenet21k", seed=seed, **options)
         for seed in range(setting.seeds)
     ]
 

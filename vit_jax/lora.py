@@ -101,6 +101,8 @@ def _sides(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
 def merge(params: Params, alpha: float) -> Params:
     """The parameters of the model itself; traceable. Without "lora" they are what is given.
 
+    Of NumPy's arrays they are computed in 64 bits, and so are the same on every machine.
+
     Args:
         params: see `with_adapters`.
         alpha: of the run.
@@ -118,8 +120,12 @@ def merge(params: Params, alpha: float) -> Params:
         sides = _sides(f"{layer}/kernel", kernel.shape)
         if a.ndim != 2 or b.shape != (a.shape[1], sides[1]) or a.shape[0] != sides[0]:
             raise ValueError(f"A {a.shape} and B {b.shape} of {layer} are not of its kernel")
-        change = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-        merged[f"{layer}/kernel"] = kernel + alpha / a.shape[1] * change.reshape(kernel.shape)
+        if isinstance(a, np.ndarray):
+            change = a.astype(np.float64) @ b.astype(np.float64)
+        else:
+            change = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+        updated = kernel + alpha / a.shape[1] * change.reshape(kernel.shape)
+        merged[f"{layer}/kernel"] = updated.astype(kernel.dtype)
     return unflatten_dict(merged, sep="/")
 
 

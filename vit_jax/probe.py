@@ -292,8 +292,8 @@ def _train(
     held_out = hold_out(train.labels[::views]).repeat(views)
     if args.C is None and not held_out.any():
         raise UserError(
-            f"{args.data} has one image of each class, so none can be held out to choose C: set "
-            "--C, for example --C=1"
+            f"{args.data} has one image of each class at most, so none can be held out to choose "
+            "C: set --C, for example --C=1"
         )
     probe = train_probe(
         train.values, train.labels, len(sources.train.class_names), held_out, mesh, args.C

@@ -1,6 +1,7 @@
 """The teacher of a run that distills one: any weights, beside the state and never trained."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -11,7 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vit_jax.checkpoints.feature_file import fingerprint_params
+from vit_jax.checkpoints.feature_file import fingerprint_params, fingerprint_text
 from vit_jax.checkpoints.pretrained import Pretrained, check_exists, load_pretrained
 from vit_jax.data import classes
 from vit_jax.data.imagenet import comparable
@@ -111,14 +112,16 @@ def load_teacher(
 
 
 def _fingerprint(pretrained: Pretrained) -> str:
-    """A digest of all arrays but those that are fitted to the size of images.
+    """A digest of the model, and of all arrays but those that are fitted to the size of images.
 
     Their rounding is the machine's, and a run may go on on another.
     """
     resized = family_of(pretrained.model["architecture"]).resizers
     arrays = flatten_dict(pretrained.params, sep="/")
     kept = {name: x for name, x in arrays.items() if name.rpartition("/")[2] not in resized}
-    return fingerprint_params(kept).hex()
+    view = dataclasses.asdict(pretrained.preprocessing)
+    description = pretrained.model, view, pretrained.class_names
+    return fingerprint_text(fingerprint_params(kept).hex(), *description).hex()
 
 
 def check_same_teacher(teacher: Teacher | None, before: str | None, workdir: Path) -> None:

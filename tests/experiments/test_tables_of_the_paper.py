@@ -88,7 +88,7 @@ def test_every_cell_of_the_paper_is_there_once(name):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", [*CELLS, "dropout_placement"])
 def test_every_experiment_can_be_laid_out_and_run_at_every_scale(name, scale):
     layout = experiment(name)
     assert layout.name == name and layout.about
@@ -119,6 +119,8 @@ def test_tables_share_their_runs(scale):
     # All but the 14 epochs of what Table 3 has a row for.
     assert len(pretrainings["table6"] - pretrainings["table3"]) == 2
     assert set(runs["objectnet"]) < set(runs["table2"])
+    # Those of two models with dropout after the activation, of which it has one seed.
+    assert len(pretrainings["table5"] & set(runs_of("dropout_placement", scale))) == 2
 
 
 def test_the_mean_of_vtab_in_table_2_is_that_of_table_9():

@@ -51,8 +51,8 @@ class PooledConfig(ModelConfig):
         match = re.fullmatch(r"Pooled-(\d+)/(\d+)", name)
         return match and {"width": int(match[1]), "patch_size": int(match[2])}
 
-    def multiply_adds(self, image_size):
-        return image_size**2 * 3 * self.width + self.width * self.num_classes
+    def multiply_adds(self, image_size, channels=3):
+        return image_size**2 * channels * self.width + self.width * self.num_classes
 
     @classmethod
     def infer(cls, arrays):

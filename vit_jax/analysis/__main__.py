@@ -87,6 +87,8 @@ def _of_model(
 
         done = analyze_images(pretrained, files, args.batch_size, of_images, output)
         code = 0 if done == len(files) else 1 if done else 2
+    elif files:
+        print("the images are not read: no analysis of them is left", flush=True)
     if output.page is None:
         return code, "", {}
     from vit_jax.analysis import page

@@ -280,7 +280,7 @@ def _merged(params: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
     """Returns the parameters of the model itself, of a run that adapted them by LoRA too."""
     if lora.ADAPTERS not in params:
         return params
-    return jax.tree.map(np.asarray, lora.merge(params, metadata["config"]["lora"]["alpha"]))
+    return lora.merge(params, metadata["config"]["lora"]["alpha"])
 
 
 def _check_document_size(step_dir: Path) -> None:
