@@ -17,7 +17,8 @@ from flax.traverse_util import flatten_dict
 from experiments.runner import scales
 from experiments.runner.command import build_parser
 from experiments.runner.setting import Setting
-from vit_jax import config_files, models
+from vit_jax import config_files, models, recipes
+from vit_jax.checkpoints.pretrained import load_pretrained
 from vit_jax.cli import COMMANDS
 from vit_jax.config import check_config
 from vit_jax.evaluation import registry
@@ -104,9 +105,9 @@ def test_a_size_is_one_row(monkeypatch):
     assert size == pytest.approx(1011e6, rel=2e-3)  # Table 2 of Zhai et al.
 
 
-def test_a_family_is_one_file_and_one_line(monkeypatch, module):
+def test_a_family_is_one_file_and_one_line(monkeypatch, module, data_dir, tmp_path):
     family = module("vit_jax.models.pooled", "vit_jax/models/pooled.py").PooledConfig
-    monkeypatch.setattr(models, "ARCHITECTURES", dict(models.ARCHITECTURES))
+    monkeypatch.setitem(models.ARCHITECTURES, "pooled", None)  # So that it goes in the end.
     exec(example("vit_jax/models/__init__.py"), dict(models.__dict__))
     config = {**models.model_config("Pooled-64/4"), "num_classes": 10}
     model = models.create_model(config)
@@ -117,6 +118,14 @@ def test_a_family_is_one_file_and_one_line(monkeypatch, module):
     assert models.recognize(arrays) == "pooled"
     assert {"architecture": "pooled", **family.infer(arrays)} == config
     assert models.describe(config).multiply_adds(8) == 4 * 48 * 64 + 64 * 10
+    assert family.channels(arrays) == 3
+
+    config = recipes.get_config("Pooled-64/4", "pretrain,digits")
+    config.update({"batch_size": 8, "duration": "1 step"})
+    config.schedule.warmup = "0 steps"
+    config.dataset.update({"data_dir": data_dir, "image_size": 8, "channels": 1})
+    train(config, tmp_path / "run")
+    assert load_pretrained(tmp_path / "run").preprocessing.channels == 1
 
 
 def shorten(config, data_dir: str):

@@ -96,7 +96,7 @@ def resize_and_crop(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarr
         preprocessing: of the model; its resize is not box.
 
     Returns:
-        uint8 [image_size, image_size, channels].
+        uint8 [height, width, channels].
     """
     resized = whole_pixels(preprocessing, *image.shape[:2])
     if preprocessing.resize == "big_vision":

@@ -107,7 +107,7 @@ def _unknown_engine(engine: Path, asked: tuple[Profile, ...]) -> str:
 def _check_served(onnx: OnnxFile) -> None:
     """Raises a UserError if a file is no model of images, or what it says of them is damaged."""
     if not onnx.inputs or not onnx.outputs or len(onnx.inputs[0].shape) != 4:
-        raise UserError(f"{onnx.path} is no model of [batch, height, width, 3]: use another")
+        raise UserError(f"{onnx.path} is no model of [batch, height, width, channels]: use another")
     if onnx.inputs[0].shape[0] == 0 or not onnx.outputs[0].shape:
         raise UserError(f"{onnx.path} takes or gives nothing: use another")
     try:

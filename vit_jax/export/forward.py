@@ -173,7 +173,7 @@ def make_forward(
 
 
 def normalization(preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
-    """The factors of pixels up to 255, and what is subtracted then, float32 [3] each.
+    """The factors of pixels up to 255, and what is subtracted then, float32 [channels] each.
 
     x / 255 is a product, and so is the division by std: one Mul and one Sub in the graph.
     """

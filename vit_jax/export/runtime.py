@@ -267,7 +267,9 @@ def _model(
     if len(image_shape) != 3 or not all(
         size in free or (isinstance(size, int) and size > 0) for size in image_shape
     ):
-        raise UserError(f"{path} takes {list(shape)}: it is no model of [batch, height, width, 3]")
+        raise UserError(
+            f"{path} takes {list(shape)}: it is no model of [batch, height, width, channels]"
+        )
     height, width, channels = (-1 if size in free else size for size in image_shape)
     if isinstance(batch, int) and batch > 0:
         sizes = (batch, batch)

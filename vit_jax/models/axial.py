@@ -176,13 +176,19 @@ class AxialResNetConfig(resnet.StagesConfig):
         }
 
     def image_size(self, arrays: Arrays) -> ImageSize:
-        """The size of the images that the embeddings of offsets are for."""
-        height, width = (
-            (arrays[f"block1/unit1/{along}/axial_embedding"].shape[1] + 1) // 2
-            for along in ("height", "width")
-        )
-        step = resnet.downsampling(())
-        return of_sides(height * step, width * step)
+        """The size of the images that the embeddings of offsets are for.
+
+        Raises:
+            UserError: they are missing.
+        """
+        sides = []
+        for along in ("height", "width"):
+            name = f"block1/unit1/{along}/axial_embedding"
+            offsets = arrays.get(name)
+            if offsets is None or offsets.ndim != 3:
+                raise UserError(f"{name} is missing or misshapen: fetch the file again")
+            sides.append((offsets.shape[1] + 1) // 2 * resnet.downsampling(()))
+        return of_sides(*sides)
 
 
 def _attention(grid: Grid, features: int, stride: int) -> tuple[int, Grid]:
