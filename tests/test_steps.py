@@ -224,11 +224,11 @@ def test_evaluation_drops_nothing():
 
 def test_labels_are_smoothed_in_training_only():
     objective = classification(Perceptron(), "softmax", label_smoothing=0.3)
-    options = {"train": True, "rng": jax.random.key(0)}
-    found = jax.jit(functools.partial(objective, **options))(PARAMS, BATCH)
+    step = functools.partial(train_step, objective=objective, optimizer=OPTIMIZER)
+    _, metrics = jax.jit(step)(create_state(PARAMS, OPTIMIZER, seed=0, average=False), BATCH)
     log_p, targets = log_softmax(PLAIN_LOGITS), np.eye(3)[BATCH["label"]]
-    expected = -((0.7 * targets + 0.1) * log_p).sum(-1)
-    np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
+    expected = -((0.7 * targets + 0.1) * log_p).sum(-1).mean()
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
     sums = evaluate(PARAMS, WHOLE, objective)
     np.testing.assert_allclose(sums["loss"], -(targets * log_p).sum(), rtol=1e-5)
 
@@ -317,9 +317,25 @@ def draw_patch_predictor(target):
     return np.float32(kernel), masked_patches(PatchPredictor(), 0.5, target)
 
 
-@pytest.mark.parametrize("target", ["mean_color", "pixels"])
-def test_padding_counts_for_nothing_in_the_evaluation_of_masked_patches(target):
-    params, objective = draw_patch_predictor(target)
+def create_patch_predictor(target):
+    """The parameters and the objective of a model proper."""
+    model = masked.predictor(create_model(TINY, num_classes=0), target)
+    params = jax.jit(model.init)(jax.random.key(0), BATCH["image"])["params"]
+    kernel = np.random.default_rng(1).normal(size=params["patch_head"]["kernel"].shape)
+    params["patch_head"]["kernel"] = np.float32(kernel)
+    return params, masked_patches(model, 0.5, target)
+
+
+@pytest.mark.parametrize(
+    ("create", "target"),
+    [
+        (draw_patch_predictor, "mean_color"),
+        (draw_patch_predictor, "pixels"),
+        (create_patch_predictor, "pixels"),
+    ],
+)
+def test_padding_counts_for_nothing_in_the_evaluation_of_masked_patches(create, target):
+    params, objective = create(target)
 
     @jax.jit
     def scored(batch):

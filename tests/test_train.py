@@ -5,6 +5,7 @@ import pathlib
 import random
 import re
 import shutil
+import sys
 import time
 
 import jax
@@ -229,6 +230,17 @@ def test_config_json_runs_the_same_again(finished, tmp_path, capsys):
     shutil.copy(finished / "config.json", again)
     assert main.main(["--config", str(again / "config.json")]) == 0
     assert f"workdir: {again}" in capsys.readouterr().out
+    assert_same_run(finished, again, 6)
+
+
+@pytest.mark.slow
+def test_config_json_runs_the_same_again_in_another_process(finished, tmp_path, run, monkeypatch):
+    again = tmp_path / "again"
+    again.mkdir()
+    shutil.copy(finished / "config.json", again)
+    monkeypatch.setenv("PYTHONHASHSEED", "7")
+    code, output = run([sys.executable, "-m", "vit_jax.main", "--config", f"{again}/config.json"])
+    assert code == 0, output
     assert_same_run(finished, again, 6)
 
 

@@ -195,7 +195,7 @@ def test_remat_and_scan_change_neither_tree_nor_values_nor_gradients():
 
 
 def test_training_moves_every_parameter_and_lowers_the_loss():
-    model, optimizer = create_model(ONE_UNIT), optax.adam(1e-2)
+    model, optimizer = create_model(TINY), optax.adam(1e-2)
     init = functools.partial(init_train_state, seed=0, image_size=16, average=False)
     state = jax.jit(init, static_argnums=(0, 1))(model, optimizer)
     start = jax.device_get(state.params)
