@@ -94,7 +94,7 @@ def test_the_grid_is_that_of_a_layers_patches_of_pixels(make_forward):
     expected, z = at(grid, 24, 16)(x), run_stem(tokens, x)
     assert (expected.shape, z.shape) == ((2, 3, 2, 32), (2, 1 + 3 * 2, 32))
     np.testing.assert_array_equal(run_stem(grid, x), z[:, 1:].reshape(expected.shape))
-    layers = free_size.on_tokens(grid)
+    layers = free_size.on_tokens(grid, 7)
     found = np.asarray(jax.jit(layers.apply)(layers.params, z))
     found = found[:, 1:].reshape(expected.shape)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
@@ -138,6 +138,16 @@ def test_position_embeddings_are_fitted_in_the_graph(make_forward, kind, channel
         elif kind == "sincos2d":
             z[:, 4:] += sincos2d((rows, columns), 32)
         np.testing.assert_allclose(run_stem(forward, x), z, atol=2e-5)
+
+
+@pytest.mark.parametrize("num_classes", [97, 101])
+def test_a_head_of_as_many_classes_as_are_traced_is_exported(make_forward, num_classes):
+    to_onnx = pytest.importorskip("vit_jax.export.to_onnx", exc_type=ImportError)
+    pytest.importorskip("jax2onnx", reason="see docs/deployment.md", exc_type=ImportError)
+    for is_free in (False, True):
+        forward = make_forward(num_layers=1, num_classes=num_classes, free_size=is_free)
+        model = to_onnx.to_model(forward, "jax2onnx")
+        assert [str(x) for x in model.graph.outputs[0].shape] == ["batch", str(num_classes)]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,16 @@ class Forward:
     def step(self) -> int:
         """The side in pixels of what becomes a token or a position of the features."""
         return models.describe(json.loads(self.metadata["model"])).downsampling
+
+    @property
+    def sizes(self) -> set[int]:
+        """The sizes in a graph of it: of weights, of tokens, and of an image's feature maps."""
+        config, sides = models.describe(json.loads(self.metadata["model"])), self.image_shape[:2]
+        sizes = {size for leaf in jax.tree.leaves(self.params) for size in leaf.shape}
+        sizes |= {-(-side >> halvings) for side in sides for halvings in range(6)}
+        if isinstance(config, ViTConfig):
+            sizes.add(math.prod(whole_patches(config, *sides)) + config.num_prefix_tokens)
+        return sizes
 
     def with_params(self, params: Mapping[str, Any]) -> "Forward":
         """The same function of other weights, of which those that it has no use for are left."""
