@@ -132,7 +132,8 @@ def make_forward(
         UserError: the model has no head, and features are not what is asked for; it has no tokens,
             not so many layers, or is for images of one size.
     """
-    params, config = pretrained.params, _trunk(pretrained.model, outputs, layer)
+    config = _trunk(models.prediction_fields(pretrained.model), outputs, layer)
+    params = pretrained.params
     preprocessing = pretrained.preprocessing
     if free_size:
         check_free_size(models.describe(config))
@@ -167,8 +168,9 @@ def make_forward(
         "output": outputs,
     }
     if outputs in DENSE:
-        metadata["prefix"] = json.dumps(prefix_names(check_dense(module.config)))
         metadata["layer"] = json.dumps(layer)
+    if outputs == "tokens":
+        metadata["prefix"] = json.dumps(prefix_names(check_dense(module.config)))
     if pretrained.class_names is not None and config["num_classes"]:
         metadata["class_names"] = json.dumps(pretrained.class_names, ensure_ascii=False)
     return Forward(
