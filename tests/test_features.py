@@ -85,6 +85,26 @@ def test_features_at_a_height_and_a_width_are_those_of_the_model_by_hand(vit, pa
         vit.dense_features(images[:, :12], layers=[1], image_size="13x20")
 
 
+def test_what_is_set_for_training_does_not_hide_the_layers(vit, path):
+    images = np.zeros((1, 16, 16, 3), np.float32)
+    scanned = vit_jax.load(path, scan_layers=True, remat="block")
+    expected = vit.dense_features(images, layers=[1]).layers[1]
+    np.testing.assert_array_equal(scanned.dense_features(images, [1]).layers[1], expected)
+    with pytest.raises(UserError, match="layers is 1: give a list of numbers"):
+        vit.dense_features(images, layers=1)
+
+
+def test_the_weights_are_on_the_device_once_and_once_for_another_size(path):
+    vit = vit_jax.load(path)
+    own = [vit._extractor((n,), None)._params for n in (1, 2)]
+    for size in (20, 24):
+        last = vit._extractor((), size)
+    kernels = [x["embedding"]["kernel"] for x in (vit._device_params, *own)]
+    assert len({x.unsafe_buffer_pointer() for x in kernels}) == 1
+    assert [x for x in vit._extractors.values() if not x.is_own_size] == [last]
+    assert vit._extractor((1,), None)._params is own[0]
+
+
 def test_at_a_side_the_pooled_features_are_those_of_evaluation(vit, path, photos):
     larger = vit_jax.load(path, image_size=24).features(files(photos))
     found = vit.dense_features(files(photos), image_size=24)

@@ -14,7 +14,7 @@ import numpy as np
 
 from vit_jax.checkpoints.pretrained import Pretrained, resize
 from vit_jax.image_size import ImageSize, of_sides, sides
-from vit_jax.models import describe
+from vit_jax.models import describe, prediction_fields
 from vit_jax.models.base import Grid
 from vit_jax.models.dense import check_dense, dense_features, prefix_names, whole_patches
 
@@ -55,6 +55,7 @@ class Extractor:
 
     Attributes:
         preprocessing: what evaluation makes of an image at that size.
+        is_own_size: whether the model's parameters are used as they are.
     """
 
     def __init__(
@@ -73,15 +74,17 @@ class Extractor:
         Raises:
             UserError: the model has no tokens or not so many layers, or is for no such size.
         """
-        no_head: Any = {**pretrained.model, "num_classes": 0, "remat": "nothing"}
-        config = check_dense(describe(no_head), layers)
+        # `scan_layers` and `remat` would hide the layers.
+        model = prediction_fields(pretrained.model)
+        config = check_dense(describe(model, num_classes=0, remat="nothing"), layers)
         old = pretrained.preprocessing
         size = old.image_size if image_size is None else image_size
         self.preprocessing = dataclasses.replace(old, image_size=size)
         self._layers = tuple(layers)
         self._prefix, self._grid = prefix_names(config), whole_patches(config, *sides(size))
         whole = of_sides(*(side * config.downsampling for side in self._grid))
-        if whole != old.image_size:
+        self.is_own_size = whole == old.image_size
+        if not self.is_own_size:
             pretrained = resize(pretrained, whole)
         self._params = jax.device_put(pretrained.params)
         self._apply: Any = jax.jit(

@@ -1,5 +1,6 @@
 """A model ready for use: `vit_jax.load("ViT-B_16-224").predict("photo.jpg")`."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -174,6 +175,8 @@ class VisionModel:
             UserError: an image is none or cannot be read, a layer does not exist, or the model is
                 a ResNet or for no such size.
         """
+        if not isinstance(layers, Iterable):
+            raise UserError(f"layers is {layers!r}: give a list of numbers, from 1 on")
         extractor = self._extractor(tuple(layers), image_size)
         batches = self._batches(images, self.batch_size, extractor.preprocessing)
         started = ((extractor(batch), count) for batch, count in batches)
@@ -260,7 +263,12 @@ class VisionModel:
     def _extractor(self, layers: tuple[int, ...], image_size: ImageSize | None) -> Extractor:
         key = repr((layers, image_size))
         if key not in self._extractors:
-            self._extractors[key] = Extractor(self.pretrained, layers, image_size)
+            on_device = dataclasses.replace(self.pretrained, params=self._device_params)
+            extractor = Extractor(on_device, layers, image_size)
+            if not extractor.is_own_size:  # It has parameters of its own.
+                kept = {k: x for k, x in self._extractors.items() if x.is_own_size}
+                self._extractors = kept
+            self._extractors[key] = extractor
         return self._extractors[key]
 
     @staticmethod

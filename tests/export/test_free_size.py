@@ -46,7 +46,9 @@ def test_tokens_equal_flax_at_any_height_and_width(converter, make_forward, tmp_
     export = Export(tmp_path, batch="1:1:2", latency_seconds=0)
     export.convert(pretrained, converter=converter, outputs="tokens", free_size=True)
     assert not export.failures
-    names = [stage["name"] for stage in load_report(tmp_path)]
+    stages = load_report(tmp_path)
+    assert {stage["precision"] for stage in stages} == {"fp32 tokens"}
+    names = [stage["name"] for stage in stages]
     assert names[0] == "ONNX fp32"
     assert names[1:] == [f"ONNX fp32, {size}" for size in ("8 x 8", "24 x 32", "32 x 16")]
 
@@ -67,10 +69,14 @@ def test_tokens_equal_flax_at_any_height_and_width(converter, make_forward, tmp_
             np.testing.assert_allclose(loaded.predict(x), expected, atol=1e-5 * expected.max())
         with pytest.raises(UserError, match=r"pass \[batch, height, width, 3\]"):
             loaded.predict(images(16, 16)[..., :2])
+        for x in (images(7, 16), np.zeros((1, 8, 10_001, 3), np.float32)):
+            with pytest.raises(UserError, match="of 8 to 10000 pixels a free side"):
+                loaded.predict(x)
     with pytest.raises(UserError, match="is an exported model, not weights: run it by"):
         load_pretrained(path)
     readme = (tmp_path / "deploy" / "README.md").read_text()
     assert "An engine is built for one size of images" in readme
+    assert '; tokens before them: `["class"]`' in readme
     assert "trtexec" not in readme
 
 
@@ -91,10 +97,11 @@ def test_the_grid_is_that_of_a_layers_patches_of_pixels(make_forward):
     options = {"layer": 1, "include_preprocessing": True, "free_size": True}
     grid, tokens = (make_forward(outputs=outputs, **options) for outputs in ("grid", "tokens"))
     x = images(24, 16, np.uint8)
+    assert "prefix" in tokens.metadata and "prefix" not in grid.metadata
     expected, z = at(grid, 24, 16)(x), run_stem(tokens, x)
     assert (expected.shape, z.shape) == ((2, 3, 2, 32), (2, 1 + 3 * 2, 32))
     np.testing.assert_array_equal(run_stem(grid, x), z[:, 1:].reshape(expected.shape))
-    layers = free_size.on_tokens(grid)
+    layers = free_size.on_tokens(grid, 7)
     found = np.asarray(jax.jit(layers.apply)(layers.params, z))
     found = found[:, 1:].reshape(expected.shape)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
@@ -138,6 +145,16 @@ def test_position_embeddings_are_fitted_in_the_graph(make_forward, kind, channel
         elif kind == "sincos2d":
             z[:, 4:] += sincos2d((rows, columns), 32)
         np.testing.assert_allclose(run_stem(forward, x), z, atol=2e-5)
+
+
+@pytest.mark.parametrize("num_classes", [97, 101])
+def test_a_head_of_as_many_classes_as_are_traced_is_exported(make_forward, num_classes):
+    to_onnx = pytest.importorskip("vit_jax.export.to_onnx", exc_type=ImportError)
+    pytest.importorskip("jax2onnx", reason="see docs/deployment.md", exc_type=ImportError)
+    for is_free in (False, True):
+        forward = make_forward(num_layers=1, num_classes=num_classes, free_size=is_free)
+        model = to_onnx.to_model(forward, "jax2onnx")
+        assert [str(x) for x in model.graph.outputs[0].shape] == ["batch", str(num_classes)]
 
 
 @pytest.mark.parametrize(

@@ -25,12 +25,13 @@ def test_the_thresholds_are_those_that_reports_have_always_had():
     assert thresholds() == {
         "fp32": {"relative_difference": 1e-5, "cosine": 0.99999, "top1_agreement": 0.999},
         "fp32 engine": {"relative_difference": 1e-4, "cosine": 0.9999, "top1_agreement": 0.999},
+        "fp32 tokens": {"relative_difference": 1e-4, "cosine": 0.9999, "top1_agreement": 0.999},
         "fp16": {"relative_difference": 1e-2, "cosine": 0.999, "top1_agreement": 0.995},
         "bf16": {"relative_difference": 1e-1, "cosine": 0.99, "top1_agreement": 0.97},
         "int8": {"relative_difference": 1.0, "cosine": 0.9, "top1_agreement": 0.8},
     }
     for row in PRECISIONS.values():
-        assert row.limits() in thresholds() and row.limits(engine=True) in thresholds()
+        assert {row.limits(of) for of in ("", "engine", "tokens")} <= thresholds().keys()
 
 
 def test_the_largest_number_of_fp16_is_numpys():

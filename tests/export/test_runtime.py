@@ -141,10 +141,14 @@ class TestOnnx:
             runtime.load(path)
         assert "\n" not in str(caught.value)
 
-    def test_damaged_metadata_is_one_line(self, tmp_path):
-        metadata = {"preprocessing": '{"image_size": 4}'}
+    @pytest.mark.parametrize(
+        "metadata",
+        [{"preprocessing": '{"image_size": 4}'}, {"model": "[]"}, {"model": '{"patch_size": "8"}'}],
+    )
+    def test_damaged_metadata_is_one_line(self, tmp_path, metadata):
+        path = save_onnx(tmp_path / "model.onnx", metadata=metadata, shape=("h", "w", 3))
         with pytest.raises(UserError, match="metadata of .* is damaged"):
-            runtime.load(save_onnx(tmp_path / "model.onnx", metadata=metadata))
+            runtime.load(path)
 
     @pytest.mark.parametrize("device", ["gpu", "cpu:0", "cuda:x", "cuda:-1"])
     def test_an_unknown_device_is_named(self, tmp_path, device):

@@ -47,6 +47,9 @@ def test_tokens_are_those_of_the_layers_and_of_the_last_norm():
 def test_what_has_no_patches_or_no_such_layer_is_refused():
     with pytest.raises(UserError, match="layer 3 does not exist: name one from 1 to 2"):
         check_dense(describe(MODEL), [1, 3])
+    for layer in (True, 1.0):
+        with pytest.raises(UserError, match=f"layer {layer} does not exist"):
+            check_dense(describe(MODEL), [layer])
     with pytest.raises(UserError, match="ResNet has no tokens"):
         check_dense(describe({"architecture": "resnet", "resnet_layers": (1,), "num_classes": 5}))
     with pytest.raises(UserError, match="image_size 3x8 is less than a patch: use 4 or more"):

@@ -180,7 +180,7 @@ def _readme(
         f"`{_named(image)}` {input_type} {list(image.shape)} -> `{_named(onnx.outputs[0])}` "
         f"{list(onnx.outputs[0].shape)}, {onnx.precision}; -1 is free, the batch first.",
     ]
-    if prefix := onnx.metadata.get("prefix"):
+    if (prefix := onnx.metadata.get("prefix", "[]")) != "[]":
         lines += ["", f"Features of every patch, row by row; tokens before them: `{_code(prefix)}`"]
     if preprocessing:
         lines += ["", f"Preprocessing: `{json.dumps(preprocessing)}`"]

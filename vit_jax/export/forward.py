@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,16 @@ class Forward:
     def step(self) -> int:
         """The side in pixels of what becomes a token or a position of the features."""
         return models.describe(json.loads(self.metadata["model"])).downsampling
+
+    @property
+    def sizes(self) -> set[int]:
+        """The sizes in a graph of it: of weights, of tokens, and of an image's feature maps."""
+        config, sides = models.describe(json.loads(self.metadata["model"])), self.image_shape[:2]
+        sizes = {size for leaf in jax.tree.leaves(self.params) for size in leaf.shape}
+        sizes |= {-(-side >> halvings) for side in sides for halvings in range(6)}
+        if isinstance(config, ViTConfig):
+            sizes.add(math.prod(whole_patches(config, *sides)) + config.num_prefix_tokens)
+        return sizes
 
     def with_params(self, params: Mapping[str, Any]) -> "Forward":
         """The same function of other weights, of which those that it has no use for are left."""
@@ -121,7 +132,8 @@ def make_forward(
         UserError: the model has no head, and features are not what is asked for; it has no tokens,
             not so many layers, or is for images of one size.
     """
-    params, config = pretrained.params, _trunk(pretrained.model, outputs, layer)
+    config = _trunk(models.prediction_fields(pretrained.model), outputs, layer)
+    params = pretrained.params
     preprocessing = pretrained.preprocessing
     if free_size:
         check_free_size(models.describe(config))
@@ -156,8 +168,9 @@ def make_forward(
         "output": outputs,
     }
     if outputs in DENSE:
-        metadata["prefix"] = json.dumps(prefix_names(check_dense(module.config)))
         metadata["layer"] = json.dumps(layer)
+    if outputs == "tokens":
+        metadata["prefix"] = json.dumps(prefix_names(check_dense(module.config)))
     if pretrained.class_names is not None and config["num_classes"]:
         metadata["class_names"] = json.dumps(pretrained.class_names, ensure_ascii=False)
     return Forward(

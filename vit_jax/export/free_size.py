@@ -25,7 +25,6 @@ from onnx_ir.passes import common as passes
 from vit_jax import models
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.export.forward import Forward, normalization, tokens_of
-from vit_jax.export.rewrite import TRACED_BATCH
 from vit_jax.export.stages import DENSE
 from vit_jax.image_size import MAX_IMAGE_SIZE
 from vit_jax.models.base import Grid
@@ -33,14 +32,12 @@ from vit_jax.models.encoder import Encoder
 from vit_jax.models.positions import sincos2d
 from vit_jax.models.vit import POSITIONS, VisionTransformer, ViTConfig
 
-# Another prime, for the number of tokens.
-TRACED = {"batch": TRACED_BATCH, "tokens": 101}
 # The parameters that z_0 is made of.
 _STEM = ("embedding", "cls", "dist", "register")
 _POSITIONS = tuple(POSITIONS.split("/")[:2])
 
 
-def on_tokens(forward: Forward) -> Forward:
+def on_tokens(forward: Forward, tokens: int) -> Forward:
     """The function of z_0, [batch, tokens, hidden_size], in place of images.
 
     Of the output "grid" it gives the tokens, from which `add_stem` takes the patches.
@@ -69,7 +66,7 @@ def on_tokens(forward: Forward) -> Forward:
         forward,
         apply=of_tokens,
         params=unflatten_dict(kept),
-        image_shape=(TRACED["tokens"], config.hidden_size),
+        image_shape=(tokens, config.hidden_size),
         image_dtype="float32",
         output_name=name,
     )

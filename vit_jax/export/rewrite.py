@@ -6,6 +6,7 @@ emit as sums and products, are made whole again by the rules of `fusions`.
 """
 
 import hashlib
+import itertools
 import math
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -21,21 +22,32 @@ from vit_jax.export.fusions import FUSIONS
 from vit_jax.export.graph import array_of, known, shape_of
 from vit_jax.export.simplifications import SIMPLIFICATIONS
 
-# The batch size of the traced graph: a prime that divides no dimension of any model here.
-TRACED_BATCH = 97
-TRACED = {"batch": TRACED_BATCH}
+_SMALLEST_TRACED = 97
 
 
-def rewrite(
-    model: ir.Model, weights: Mapping[str, np.ndarray], traced: Mapping[str, int] = TRACED
-) -> None:
+def traced_sizes(names: Sequence[str], sizes: Collection[int]) -> dict[str, int]:
+    """Sizes to trace a graph at that tell themselves from all others: primes, by their names.
+
+    Args:
+        names: of the sizes that become symbolic.
+        sizes: the positive ones that stay as they are; no prime divides any of them.
+    """
+    primes = (
+        n
+        for n in itertools.count(_SMALLEST_TRACED)
+        if all(n % i for i in range(2, math.isqrt(n) + 1)) and all(size % n for size in sizes)
+    )
+    return dict(zip(names, primes, strict=False))
+
+
+def rewrite(model: ir.Model, weights: Mapping[str, np.ndarray], traced: Mapping[str, int]) -> None:
     """Rewrites a traced graph in place.
 
     Args:
-        model: opset 17, every shape fixed, with `TRACED_BATCH` images in a batch. Its first input
-            is the images, the others are the weights.
+        model: opset 17, every shape fixed. Its first input is the images, the others are the
+            weights.
         weights: their values by the names of those inputs; they become initializers.
-        traced: the sizes that become symbolic, by their names.
+        traced: the sizes that become symbolic, by their names, see `traced_sizes`.
 
     Raises:
         ValueError: a node is left that ties the graph to a traced size.

@@ -23,6 +23,7 @@ from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError, first_line
 from vit_jax.export.engine import EngineRunner, load_engine
 from vit_jax.export.onnx_file import read_class_names, read_metadata
+from vit_jax.image_size import MAX_IMAGE_SIZE
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -38,6 +39,7 @@ class Model:
     Attributes:
         path: what was loaded.
         image_shape: (height, width, channels) of one image; -1 is free.
+        free_sides: in pixels, where height and width are free: from a patch on.
         image_dtype: of the model's input. uint8: pixels go in as they are.
         sizes: (smallest, largest) batch that it runs at once; None: any.
         preprocessing: from pixels to what the model was trained on, or None if the file has none.
@@ -46,6 +48,7 @@ class Model:
 
     path: Path
     image_shape: tuple[int, int, int]
+    free_sides: range
     image_dtype: np.dtype
     sizes: tuple[int, int | None]
     preprocessing: Preprocessing | None
@@ -68,12 +71,14 @@ class Model:
             UserError: the images have another shape or type, or there are none.
         """
         images = np.asarray(images)
-        if not _fits(images.shape, self.image_shape):
+        if not _fits(images.shape, self.image_shape, self.free_sides):
             named = zip(self.image_shape, ("height", "width", "3"), strict=True)
             shape = ", ".join(name if size == -1 else str(size) for size, name in named)
             raise UserError(
                 f"images of shape {images.shape} do not fit {self.path}: pass "
                 f"[batch, {shape}] with at least one image"
+                + f", of {self.free_sides.start} to {self.free_sides.stop - 1} pixels a free side"
+                * (-1 in self.image_shape)
             )
         smallest, largest = self.sizes
         parts = []
@@ -242,12 +247,15 @@ def _engine(path: Path, cuda_graph: bool) -> Model:
         )
 
 
-def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+def _fits(shape: tuple[int, ...], wanted: tuple[int, ...], free: range) -> bool:
     """Tells whether images of a shape are some, of a wanted shape of each."""
     return (
         len(shape) == 1 + len(wanted)
         and 0 not in shape
-        and all(size in (-1, x) for x, size in zip(shape[1:], wanted, strict=True))
+        and all(
+            x in free if size == -1 else x == size
+            for x, size in zip(shape[1:], wanted, strict=True)
+        )
     )
 
 
@@ -278,9 +286,11 @@ def _model(
         if fields is not None:
             fields |= {name: tuple(fields[name]) for name in ("mean", "std")}
         names = read_class_names(metadata)
+        model = json.loads(metadata.get("model", "{}")) if free else {}
         return Model(
             path=path,
             image_shape=(height, width, channels),
+            free_sides=range(model.get("patch_size", 1), MAX_IMAGE_SIZE + 1),
             image_dtype=np.dtype(dtype),
             sizes=sizes,
             preprocessing=None if fields is None else Preprocessing(**fields),
@@ -288,6 +298,6 @@ def _model(
             _run=run,
             _resources=resources or contextlib.ExitStack(),
         )
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = first_line(error)
         raise UserError(f"the metadata of {path} is damaged ({reason}): export it again") from error

@@ -20,7 +20,7 @@ from vit_jax.errors import UserError
 from vit_jax.export import free_size, stages
 from vit_jax.export.forward import Forward
 from vit_jax.export.graph import known
-from vit_jax.export.rewrite import TRACED, TRACED_BATCH, rewrite
+from vit_jax.export.rewrite import rewrite, traced_sizes
 from vit_jax.files import atomic_files, make_folder
 
 OPSET = 17  # The first with LayerNormalization, and one that TensorRT 8.6 to 11 read.
@@ -40,10 +40,12 @@ def to_model(forward: Forward, converter: str = "jax2tf") -> ir.Model:
     if converter not in CONVERTERS:
         raise UserError(f"converter {converter!r} is unknown: use {' or '.join(CONVERTERS)}")
     if forward.free_size:
-        model = _convert(free_size.on_tokens(forward), converter, "tokens_in", free_size.TRACED)
+        traced = traced_sizes(("batch", "tokens"), forward.sizes)
+        of_tokens = free_size.on_tokens(forward, traced["tokens"])
+        model = _convert(of_tokens, converter, "tokens_in", traced)
         free_size.add_stem(model, forward)
     else:
-        model = _convert(forward, converter, "images", TRACED)
+        model = _convert(forward, converter, "images", traced_sizes(("batch",), forward.sizes))
     model.graph.name = forward.metadata["architecture"]
     model.producer_name, model.producer_version = "vit_jax", vit_jax.__version__
     model.metadata_props.clear()
@@ -53,7 +55,7 @@ def to_model(forward: Forward, converter: str = "jax2tf") -> ir.Model:
 
 def _convert(forward: Forward, converter: str, name: str, traced: Mapping[str, int]) -> ir.Model:
     """The rewritten graph; its input gets a name."""
-    model = ir.from_proto(CONVERTERS[converter](forward))
+    model = ir.from_proto(CONVERTERS[converter](forward, traced["batch"]))
     names = (name, *forward.flat_params())
     for value, each in zip(model.graph.inputs, names, strict=True):
         value.name = each
@@ -62,7 +64,7 @@ def _convert(forward: Forward, converter: str, name: str, traced: Mapping[str, i
     return model
 
 
-def _by_jax2tf(forward: Forward) -> onnx.ModelProto:
+def _by_jax2tf(forward: Forward, batch: int) -> onnx.ModelProto:
     from vit_jax.export.to_tf import tf_function
 
     function = tf_function(forward, free_batch=False)
@@ -70,7 +72,7 @@ def _by_jax2tf(forward: Forward) -> onnx.ModelProto:
     import tf2onnx
 
     signature = [
-        tf.TensorSpec((TRACED_BATCH, *forward.image_shape), forward.image_dtype, name="images"),
+        tf.TensorSpec((batch, *forward.image_shape), forward.image_dtype, name="images"),
         *(tf.TensorSpec(w.shape, w.dtype, name=n) for n, w in forward.flat_params().items()),
     ]
     model, _ = tf2onnx.convert.from_function(
@@ -79,14 +81,14 @@ def _by_jax2tf(forward: Forward) -> onnx.ModelProto:
     return model
 
 
-def _by_jax2onnx(forward: Forward) -> onnx.ModelProto:
+def _by_jax2onnx(forward: Forward, batch: int) -> onnx.ModelProto:
     try:
         import jax2onnx
     except ImportError as error:
         raise UserError(
             f"--converter jax2onnx needs jax2onnx ({error}): {stages.INSTALL_NEWEST}"
         ) from error
-    shapes = [((TRACED_BATCH, *forward.image_shape), np.dtype(forward.image_dtype))]
+    shapes = [((batch, *forward.image_shape), np.dtype(forward.image_dtype))]
     shapes += [(weight.shape, weight.dtype) for weight in forward.flat_params().values()]
     return jax2onnx.to_onnx(
         forward.apply_flat,
@@ -95,7 +97,7 @@ def _by_jax2onnx(forward: Forward) -> onnx.ModelProto:
     )
 
 
-CONVERTERS: dict[str, Callable[[Forward], onnx.ModelProto]] = {
+CONVERTERS: dict[str, Callable[[Forward, int], onnx.ModelProto]] = {
     "jax2tf": _by_jax2tf,
     "jax2onnx": _by_jax2onnx,
 }

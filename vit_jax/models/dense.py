@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from vit_jax.errors import UserError
 from vit_jax.models.base import Grid, ModelConfig
@@ -79,13 +80,18 @@ def check_dense(config: ModelConfig, layers: Sequence[int] = ()) -> ViTConfig:
     """Returns a description after it was checked that its model has tokens, and those layers.
 
     Raises:
-        UserError: it is a ResNet, or has not so many.
+        UserError: it is a ResNet, has not so many, or one is no whole number.
     """
     if not isinstance(config, ViTConfig):
         raise UserError(
-            f"a {config.noun} has no tokens: features of every patch are those of a Vision "
+            f"this {config.noun} has no tokens: features of every patch are those of a Vision "
             "Transformer or a hybrid"
         )
-    if bad := [n for n in layers if n not in range(1, config.num_layers + 1)]:
+    numbers = range(1, config.num_layers + 1)
+    if bad := [n for n in layers if not _is_whole(n) or n not in numbers]:
         raise UserError(f"layer {bad[0]!r} does not exist: name one from 1 to {config.num_layers}")
     return config
+
+
+def _is_whole(n: object) -> bool:
+    return isinstance(n, int | np.integer) and not isinstance(n, bool)
