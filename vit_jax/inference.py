@@ -314,7 +314,7 @@ class VisionModel:
         found: list[str | np.ndarray] = []
         for image in images:
             if isinstance(image, str | os.PathLike):
-                found += find_images([os.fspath(image)])
+                found += find_images([os.fspath(image)], preprocessing.channels)
             elif isinstance(image, Image.Image):
                 found.append(_pixels_of(image, self.preprocessing.channels))
             else:

@@ -234,6 +234,7 @@ def open_images(
             broken=data.broken,
             least_classes=least_classes,
             partition=partition,
+            channels=data.channels,
         ),
     )
     if data.channels != 3:  # Else the first image would be read when all is compiled.

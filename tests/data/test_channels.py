@@ -8,9 +8,11 @@ import pytest
 from PIL import Image
 
 from vit_jax.data import images
+from vit_jax.data.folder import open_folder
 from vit_jax.data.headers import measure
 from vit_jax.data.image_files import find_images
 from vit_jax.data.images import preprocess, read_image
+from vit_jax.data.listing import open_list
 from vit_jax.data.preprocess import eval_view, train_view
 from vit_jax.data.protocols import PROTOCOLS, Preprocessing, evaluation
 from vit_jax.errors import UserError
@@ -104,9 +106,26 @@ def test_what_has_other_channels_or_is_no_image_is_refused(encoded, channels, me
 def test_an_array_is_an_image_by_its_header(tmp_path):
     for name, pixels in {"a": FIVE, "b": np.zeros((4, 4)), "c": np.zeros(9, np.uint8)}.items():
         (tmp_path / f"{name}.npy").write_bytes(array(pixels))
-    sizes = [measure(path) for path in sorted(tmp_path.iterdir())]
+    sizes = [measure(path, channels=5) for path in sorted(tmp_path.iterdir())]
     assert sizes == [len(array(FIVE)), None, None]
-    assert len(find_images([str(tmp_path)])) == 3  # The others are told of as they are read.
+    assert find_images([str(tmp_path)], channels=5) == [str(tmp_path / "a.npy")]
+
+
+def test_arrays_beside_photographs_are_passed_over(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for index in range(4):
+            Image.fromarray(RGB).save(tmp_path / name / f"{index}.png")
+    found, before = find_images([str(tmp_path)]), open_folder(str(tmp_path))
+    (tmp_path / "a" / "labels.npy").write_bytes(array(np.zeros(9, np.uint8)))
+    (tmp_path / "b" / "mask.npy").write_bytes(array(RGB))
+    assert find_images([str(tmp_path)]) == found
+    folder = open_folder(str(tmp_path))
+    assert folder.splits == before.splits
+    assert folder.notes[-1].endswith("2 passed over that are no images (.npy)")
+    (tmp_path / "list.csv").write_text("path,label\na/0.png,a\nb/mask.npy,b")
+    with pytest.raises(UserError, match=r"mask\.npy is not an image"):
+        open_list(str(tmp_path / "list.csv"))
 
 
 VIEWS = [evaluation(protocol, 8) for protocol in PROTOCOLS]

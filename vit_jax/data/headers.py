@@ -16,8 +16,13 @@ _LONGEST = 32  # bytes that PIL looks at to tell a format
 _ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND", b"GIF8": b";"}
 
 
-def measure(path: str | os.PathLike[str]) -> int | None:
+def measure(path: str | os.PathLike[str], channels: int = 3) -> int | None:
     """The size in bytes of a file that begins like an image that `images.read_image` decodes.
+
+    Args:
+        path: of the file.
+        channels: of the images that are looked for. An array is one only where these are not 3:
+            among photographs it is a mask or a list of labels.
 
     Returns:
         None if it does not, or is no file but a directory, pipe or device.
@@ -35,7 +40,8 @@ def measure(path: str | os.PathLike[str]) -> int | None:
         os.close(descriptor)
     # PIL answers with a sentence where it was built without a format that it recognizes.
     known = any(accept(head[:_LONGEST]) is True for accept in _accepts())
-    return status.st_size if known or array_images.is_image(head) else None
+    known = known or (channels != 3 and array_images.is_image(head))
+    return status.st_size if known else None
 
 
 @functools.cache

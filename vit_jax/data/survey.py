@@ -27,6 +27,7 @@ class Survey:
         what: the data set, as messages name it.
         skip: leave broken files out, and tell of them in a note.
         skip_flag: by which a user asks for that, "" where a run goes on, which needs them all.
+        channels: of the images, see `headers.measure`.
         empty: classes without an image.
         unknown: classes to evaluate on that are not trained.
         broken: files that should be images, by their name in the data set.
@@ -40,6 +41,7 @@ class Survey:
     what: str
     skip: bool = False
     skip_flag: str = "dataset.broken=skip"
+    channels: int = 3
     empty: list[str] = dataclasses.field(default_factory=list)
     unknown: list[str] = dataclasses.field(default_factory=list)
     broken: dict[str, Broken] = dataclasses.field(default_factory=dict)

@@ -59,7 +59,8 @@ class Watched:
 
         is_own = is_of_files(name) and is_same(name, self.dataset)
         partition = self.eval_source.partition if is_own else None
-        return FileRules(broken=self.broken, partition=partition)
+        channels = self.preprocessing.channels
+        return FileRules(broken=self.broken, partition=partition, channels=channels)
 
     def open(self, settings: Mapping[str, Any]) -> "Source":
         """Opens the images of an entry, their labels being those of the run's head.
