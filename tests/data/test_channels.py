@@ -9,7 +9,7 @@ from PIL import Image
 
 from vit_jax.data import images
 from vit_jax.data.folder import open_folder
-from vit_jax.data.headers import measure
+from vit_jax.data.headers import check_end, measure
 from vit_jax.data.image_files import find_images
 from vit_jax.data.images import preprocess, read_image
 from vit_jax.data.listing import open_list
@@ -109,6 +109,17 @@ def test_an_array_is_an_image_by_its_header(tmp_path):
     sizes = [measure(path, channels=5) for path in sorted(tmp_path.iterdir())]
     assert sizes == [len(array(FIVE)), None, None]
     assert find_images([str(tmp_path)], channels=5) == [str(tmp_path / "a.npy")]
+
+
+@pytest.mark.parametrize("pixels", [FIVE, DEEP[..., None]])
+def test_an_array_that_is_cut_off_is_found_by_its_size(tmp_path, pixels):
+    path = tmp_path / "a.npy"
+    path.write_bytes(array(pixels))
+    check_end(path)
+    path.write_bytes(array(pixels)[:-1])
+    whole = len(array(pixels))
+    with pytest.raises(UserError, match=f"is cut off, {whole - 1:,} of {whole:,} bytes are there"):
+        check_end(path)
 
 
 def test_arrays_beside_photographs_are_passed_over(tmp_path):

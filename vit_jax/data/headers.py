@@ -75,14 +75,19 @@ def check_end(path: str | os.PathLike[str]) -> None:
     """Checks that an image file is not cut off, by its last bytes.
 
     A JPEG, PNG or GIF whose last bytes lack the mark of the end is decoded: some encoders leave it
-    out. What is damaged elsewhere is not found, nor a file of another format that is cut off.
+    out. Of an array the size tells. What is damaged elsewhere is not found, nor a file of another
+    format that is cut off.
 
     Raises:
         UserError: it cannot be decoded.
     """
     with open(path, "rb", buffering=0) as file:
-        head = file.read(_LONGEST)
-        file.seek(max(os.fstat(file.fileno()).st_size - _LONGEST, 0))
+        head, size = file.read(array_images.LONGEST_HEADER), os.fstat(file.fileno()).st_size
+        if array_images.is_image(head) and size < (whole := array_images.num_bytes(head)):
+            raise UserError(
+                f"{path} is cut off, {size:,} of {whole:,} bytes are there: fetch it again"
+            )
+        file.seek(max(size - _LONGEST, 0))
         tail = file.read()
     if any(head.startswith(begin) and end not in tail for begin, end in _ENDS.items()):
         read_image(path)

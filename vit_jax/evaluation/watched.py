@@ -112,9 +112,14 @@ class Watched:
         return labeled
 
     def batches(self, source: "Source") -> "EvalBatches":
-        """This process' padded batches of a source."""
-        from vit_jax.data.pipeline import eval_batches
+        """This process' padded batches of a source, whose first image is looked at now.
 
+        Raises:
+            UserError: it has other channels than the run's.
+        """
+        from vit_jax.data.pipeline import check_channels, eval_batches
+
+        check_channels(source, self.preprocessing.channels)
         return eval_batches(
             source,
             batch_size=self.batch_size,
