@@ -431,4 +431,7 @@ def _pixels_of(image: Image.Image, channels: int) -> np.ndarray:
             "it to RGB"
         )
     check_channels(image, "a PIL image", channels)
-    return convert(ImageOps.exif_transpose(image), channels)
+    try:
+        return convert(ImageOps.exif_transpose(image), channels)
+    except ValueError as error:  # PIL makes no gray of LAB, and nothing of La.
+        raise UserError(f"a PIL image has mode {image.mode}: convert it to RGB") from error

@@ -235,7 +235,7 @@ def _usual_view(sizes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _imagenet_statistics(sizes: dict[str, Any]) -> dict[str, Any]:
-    """Those of RGB; of other channels nothing is known."""
+    """Statistics of RGB; of other channels nothing is known."""
     return dict(IMAGENET_STATISTICS) if sizes.get("channels", 3) == 3 else {}
 
 
