@@ -64,6 +64,12 @@ JPEG = saved(Image.fromarray(RGB), "JPEG")
         (array(FIVE), FIVE),
         (array(np.asfortranarray(FIVE.astype(">u2") * 256 + 3)), FIVE),
         (pages(FIVE), FIVE),
+        (
+            saved(
+                Image.fromarray(RGBA), "TIFF", save_all=True, append_images=[Image.fromarray(RGB)]
+            ),
+            RGBA,
+        ),
         (pages(np.dstack([DEEP, DEEP // 2])), np.dstack([DEEP, DEEP // 2]) >> 8),
     ],
 )
@@ -89,6 +95,8 @@ def test_gray_of_large_images_is_converted_in_tiles(monkeypatch):
         (pages(FIVE), 4, "x has more than 4 pages"),
         (saved(Image.fromarray(RGB), "TIFF", save_all=True, append_images=[Image.fromarray(RGB)]),
          2, "x has pages that are not gray"),
+        (pages(np.zeros((4, 4, 5), np.float32)), 5, "x has pixels of 32 bits, whose range is unkno"),
+        (pages(np.zeros((4, 4, 2), np.int32)), 2, "x has pixels of 32 bits, whose range is unkno"),
         (array(np.zeros((4, 4, 1))), 1, "x holds float64 .4, 4, 1.: an image is an array of uint8"),
         (array(np.zeros((4, 4), np.uint8)), 1, "x holds uint8 .4, 4.: an image is an array"),
         (array(np.full((4, 4, 1), print, object)), 1, "x holds object"),
