@@ -1,6 +1,7 @@
 """Images in NumPy's own files, .npy: arrays of any number of channels."""
 
 import math
+import os
 from collections.abc import Callable
 from io import BytesIO
 from typing import BinaryIO
@@ -29,6 +30,20 @@ def is_image(head: bytes) -> bool:
     except ValueError:  # UserErrors are some.
         return False
     return True
+
+
+def fault(path: str | os.PathLike[str]) -> str:
+    """Says why a file is no image although it holds an array; "" if it holds none or is one."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(len(MAGIC)) == MAGIC:
+                file.seek(0)
+                _read_header(file, path)
+    except UserError as error:
+        return str(error)
+    except (OSError, ValueError):
+        pass
+    return ""
 
 
 def num_bytes(head: bytes) -> int:

@@ -66,8 +66,10 @@ def check_format(path: str | os.PathLike[str]) -> int:
     return size
 
 
-def no_image(path: str | os.PathLike[str]) -> str:
-    """Says that a file is no image, and what to do."""
+def no_image(path: str | os.PathLike[str], channels: int = 3) -> str:
+    """Says that a file is no image, and what to do; arguments are those of `measure`."""
+    if channels != 3 and (fault := array_images.fault(path)):
+        return fault
     return f"{path} is not an image ({', '.join(FORMATS)}): convert it or remove it"
 
 

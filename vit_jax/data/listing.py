@@ -94,12 +94,13 @@ def _entries(directory: Path, lines: Sequence[Line], survey: Survey) -> list[Ent
     for line in _without_repetitions(directory, lines, survey):
         path = os.path.join(directory, line.path)
         try:
-            size, fault = measure(path, survey.channels), no_image(path)
+            size, fault = measure(path, survey.channels), ""
         except (OSError, ValueError) as error:  # ValueError: no path has a NUL in it.
             reason = getattr(error, "strerror", None) or first_line(error)
             fault = f"{path} of line {line.number} cannot be read ({reason}): mend that"
             size = None
         if size is None:
+            fault = fault or no_image(path, survey.channels)
             survey.broken[line.path] = Broken(fault, ";".join(line.labels))
         else:
             entries.append(Entry(line.path, path, line.labels, size))

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from vit_jax.data import array_images
 from vit_jax.data.images import SUFFIXES
 from vit_jax.errors import UserError, brief_name
 
@@ -51,10 +52,15 @@ class Survey:
     links: int = 0
     remarks: list[str] = dataclasses.field(default_factory=list)
 
+    @property
+    def suffixes(self) -> frozenset[str]:
+        """The suffixes of images."""
+        return SUFFIXES | {array_images.SUFFIX} if self.channels != 3 else SUFFIXES
+
     def pass_over(self, name: str) -> None:
         """Counts a file that lies in no class, or in one but is no image."""
         suffix = os.path.splitext(name)[1].lower()
-        if suffix in SUFFIXES:
+        if suffix in self.suffixes:
             self.outside += 1
         else:
             self.passed_over[suffix or name] += 1
