@@ -19,6 +19,7 @@ from vit_jax.data import digits
 from vit_jax.errors import UserError
 from vit_jax.export.forward import make_forward
 from vit_jax.models import create_model, describe, model_config
+from vit_jax.preparation import prepare
 from vit_jax.teacher import load_teacher
 
 
@@ -128,11 +129,30 @@ def test_a_teacher_sees_images_of_the_same_channels(rgb):
         load_teacher(str(rgb), channels=1, **options)
 
 
-def test_a_folder_of_other_channels_is_refused_before_anything_is_computed(tiny_config, tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for index in range(2):
-            Image.new("RGB", (8, 8)).save(tmp_path / "data" / name / f"{index}.png")
-    config = tiny_config(**{"dataset.name": f"folder:{tmp_path}/data", "dataset.channels": 4})
-    with pytest.raises(UserError, match=r"\.png has 3 channels, and 4 are wanted"):
-        train.train(config, tmp_path / "run")
+@pytest.fixture
+def images(tmp_path):
+    """Saves a folder of images of two classes, and returns its name."""
+
+    def save(**modes):
+        for split, mode in modes.items():
+            for name in ("a", "b"):
+                directory = tmp_path / "_".join(modes.values()) / split / name
+                directory.mkdir(parents=True)
+                for index in range(2):
+                    Image.new(mode, (8, 8)).save(directory / f"{index}.png")
+        return f"folder:{tmp_path}/{'_'.join(modes.values())}"
+
+    return save
+
+
+def test_a_folder_of_other_channels_is_refused_before_anything_is_computed(
+    tiny_config, images, tmp_path
+):
+    four, other = images(train="RGBA", val="RGBA"), images(train="RGBA", val="RGB")
+    for overrides, message in [
+        ({"dataset.name": images(train="RGB", val="RGB")}, "^[^ ]*/train/./.*png has 3 channels"),
+        ({"dataset.name": other}, r"config\.evals\.val: .*/val/./.*png has 3 channels, and 4 are"),
+        ({"dataset.name": four, "evals.fewshot.dataset": other}, r"evals\.fewshot: .*/val/./"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            prepare(tiny_config(**{"dataset.channels": 4, **overrides}), tmp_path / "run", None)

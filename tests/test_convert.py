@@ -1,3 +1,5 @@
+import dataclasses
+import math
 import sys
 
 import numpy as np
@@ -5,10 +7,13 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from vit_jax import convert as command
-from vit_jax.checkpoints.conversion import convert
+from vit_jax.checkpoints import timm_config
+from vit_jax.checkpoints.conversion import convert, reader_notes
 from vit_jax.checkpoints.pretrained import load_pretrained
 from vit_jax.checkpoints.save import FORMATS
+from vit_jax.data.protocols import evaluation, resized_sides
 from vit_jax.errors import UserError
+from vit_jax.image_size import of_sides
 from vit_jax.train import train
 
 
@@ -34,6 +39,28 @@ def test_a_trained_run_goes_out_and_comes_back_with_its_head(tmp_path, finished,
     assert again.class_names == tuple("0123456789") and np.any(again.params["head"]["kernel"])
     for key, x in flatten_dict(finished.params).items():
         np.testing.assert_array_equal(flatten_dict(again.params)[key], x)
+
+
+@pytest.mark.parametrize("protocol", ["big_vision", "transfer"])
+def test_timm_is_told_to_resize_as_the_weights_saw_it(protocol):
+    for size in [(x, y) for x in range(16, 513, 16) for y in range(16, 513, 32)]:
+        view = evaluation(protocol, of_sides(*size))
+        crop_pct = timm_config._pretrained_cfg(view, 10)["crop_pct"]
+        by_timm = tuple(math.floor(x / crop_pct) for x in size)  # timm.data.create_transform
+        assert timm_config.written_sides(view) == by_timm
+        # A fraction that gives both sides is found by trying them all, if there is one.
+        expected = tuple(round(x / view.center_crop) for x in size)
+        tried = np.floor(np.array(size)[:, None] / np.linspace(0.7, 0.95, 4000)).T
+        assert by_timm == expected or not (tried == expected).all(1).any()
+    for size in ("96x128", "384x512", "384x640"):
+        view = evaluation(protocol, size)
+        assert timm_config.written_sides(view) == resized_sides(view)
+
+
+def test_a_resize_that_timm_cannot_be_told_is_noted(finished):
+    shown = dataclasses.replace(finished, preprocessing=evaluation("transfer", "16x32"))
+    notes = [x for x in reader_notes(shown, "timm") if "crop_pct" in x]
+    assert notes[0].startswith("timm resizes to 18 x 37 before it crops, these weights saw 19 x 37")
 
 
 def test_a_result_that_differs_is_not_called_converted(tmp_path, finished, monkeypatch):

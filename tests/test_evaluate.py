@@ -432,4 +432,4 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     assert end.value.code == 2
     output = "".join(capsys.readouterr())
     assert output.startswith("error: ") and output.count("\n") == 1
-    assert "holds no classes: make one directory per class in it" in output
+    assert "no.npz does not exist" in output

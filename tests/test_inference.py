@@ -212,6 +212,7 @@ def test_what_cannot_be_saved_is_one_line(vit, tmp_path):
         (3, "images are of type int"),
         ("absent.png", "absent.png cannot be opened"),
         (Image.new("F", (8, 8)), "a PIL image has mode F"),
+        (Image.new("La", (8, 8)), "a PIL image has mode La: convert it to RGB"),
     ],
 )
 def test_what_could_be_misread_is_refused(vit, images, message):

@@ -1,5 +1,6 @@
 """`vit-jax train --data PATH --init WEIGHTS`: what it chooses, says, and repeats."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from vit_jax import command, config_files, main, own_images, train
-from vit_jax.checkpoints.pretrained import Pretrained, abstract_params
+from vit_jax.checkpoints.pretrained import Pretrained, abstract_params, load_pretrained
 from vit_jax.checkpoints.save import save_pretrained
 from vit_jax.config import check_config, read_config, to_dict
 from vit_jax.data.protocols import evaluation
@@ -105,6 +106,18 @@ def test_what_is_chosen_is_that_of_the_weights_and_said_with_its_reason(photos, 
         assert re.search(rf"^  {key} {value}  +\S", text, re.M)
     explained = config_files.explain(chosen.loaded)
     assert re.search(r"^config.duration = '200 steps' +# 10 epochs, from 200 to", explained, re.M)
+
+
+def test_the_channels_of_the_weights_are_chosen_and_said(photos, weights, tmp_path):
+    gray = load_pretrained(weights)
+    kernel = gray.params["embedding"]["kernel"]
+    gray.params["embedding"]["kernel"] = kernel[:, :, :1]
+    view = gray.preprocessing.with_channels(1)
+    save_pretrained(dataclasses.replace(gray, preprocessing=view), tmp_path / "g.npz", "official")
+    chosen = choose(photos, tmp_path / "g.npz", tmp_path)
+    assert chosen.loaded.config.dataset.channels == 1
+    assert re.match("  dataset.channels 1  +as the weights have it", chosen.lines[1])
+    assert "dataset.channels" not in "".join(choose(photos, weights, tmp_path).lines)
 
 
 def test_the_same_command_goes_on_with_what_was_chosen_first(

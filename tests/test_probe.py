@@ -170,9 +170,9 @@ def test_what_is_interrupted_leaves_nothing(tmp_path, weights, monkeypatch):
         (["--split=nothing"], "split 'nothing' of data set 'digits' cannot be read"),
     ],
 )
-def test_a_mistake_is_one_line(arguments, message):
+def test_a_mistake_is_one_line(weights, arguments, message):
     with pytest.raises(UserError, match=message) as error:
-        run("--init=nowhere.npz", *arguments)
+        run(f"--init={weights}", *arguments)
     assert "\n" not in str(error.value)
 
 
@@ -212,8 +212,8 @@ def test_of_several_labels_each_is_scikit_learns_regression_on_its_own(
         ({"class_names": ("0",)}, "digits has one class, so there is nothing to tell apart"),
     ],
 )
-def test_data_that_a_probe_cannot_learn_is_one_line(monkeypatch, change, message):
+def test_data_that_a_probe_cannot_learn_is_one_line(weights, monkeypatch, change, message):
     sources = [dataclasses.replace(x, **change) for x in datasets.open_dataset("digits")]
     monkeypatch.setattr(datasets, "open_dataset", lambda *args, **options: sources)
     with pytest.raises(UserError, match=message):
-        run("--init=nowhere.npz")
+        run(f"--init={weights}")

@@ -170,13 +170,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif args.dataset.startswith(objectnet.PREFIX):
         result |= _evaluate_objectnet(args)
     else:
-        files = _file_rules(args)
+        checkpoint = _Checkpoint(args)
+        files = _file_rules(args, checkpoint)
         source = datasets.open_evaluation(
             args.dataset, data_dir=args.data_dir, split=args.split, files=files
         )
         for note in source.notes:
             print(printable(note), flush=True)
-        checkpoint = _Checkpoint(args)
         evaluate = _evaluate_several_labels if source.multi_label else _evaluate_classes
         result |= {"split": source.split} | evaluate(checkpoint, source, args)
         if args.fewshot:
@@ -186,14 +186,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _file_rules(args: argparse.Namespace) -> Any:
+def _file_rules(args: argparse.Namespace, checkpoint: _Checkpoint) -> Any:
     """Images without splits are divided as the checkpoint's run had them, if it is theirs."""
     from vit_jax.data import datasets, holdout
 
     of_files = datasets.is_of_files(args.dataset)
     partition = holdout.of_checkpoint(args.checkpoint) if of_files else None
     return datasets.FileRules(
-        broken=args.broken, skip_flag="--broken skip", partition=partition, must_fit=False
+        broken=args.broken,
+        skip_flag="--broken skip",
+        partition=partition,
+        must_fit=False,
+        channels=checkpoint.pretrained.preprocessing.channels,
     )
 
 
@@ -326,8 +330,9 @@ def _evaluate_fewshot(checkpoint: _Checkpoint, args: argparse.Namespace) -> dict
     from vit_jax.evaluation.fewshot import create_fewshot
 
     # Of images without splits those held out: all, which the head is scored on, are learned from.
+    files = _file_rules(args, checkpoint)
     train, test = datasets.open_dataset(
-        args.dataset, data_dir=args.data_dir, eval_split=args.split, files=_file_rules(args)
+        args.dataset, data_dir=args.data_dir, eval_split=args.split, files=files
     )
     if train.partition is not None:
         print(

@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # The extractor fits the model to it: a side may be no multiple of the patch size.
     size, args.image_size = args.image_size, None
-    files = find_images(args.images)
     extractor = Extractor(flags.load(args), args.layers, size)
+    files = find_images(args.images, extractor.preprocessing.channels)
     done, features = extract(extractor, files, args.batch_size)
     if features is None:
         return 2

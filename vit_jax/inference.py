@@ -322,7 +322,7 @@ class VisionModel:
         found: list[str | np.ndarray] = []
         for image in images:
             if isinstance(image, str | os.PathLike):
-                found += find_images([os.fspath(image)])
+                found += find_images([os.fspath(image)], preprocessing.channels)
             elif isinstance(image, Image.Image):
                 found.append(_pixels_of(image, self.preprocessing.channels))
             else:
@@ -439,4 +439,7 @@ def _pixels_of(image: Image.Image, channels: int) -> np.ndarray:
             "it to RGB"
         )
     check_channels(image, "a PIL image", channels)
-    return convert(ImageOps.exif_transpose(image), channels)
+    try:
+        return convert(ImageOps.exif_transpose(image), channels)
+    except ValueError as error:  # PIL makes no gray of LAB, and nothing of La.
+        raise UserError(f"a PIL image has mode {image.mode}: convert it to RGB") from error

@@ -83,6 +83,7 @@ def choose(
             "--config.init_from and --config.dataset.name are what --init and --data say: leave "
             "them out"
         )
+    of_images = _apply(loaded, _of_images(pretrained))
     _apply(loaded, _of_weights(loaded, pretrained))
     data = loaded.config.dataset
     source, _ = open_images(data, least_classes=2)
@@ -90,7 +91,7 @@ def choose(
     choices = _choices(loaded, pretrained, source.num_examples)
     if source.multi_label:
         choices.append(own.Choice("loss", "sigmoid", "an image may have several labels"))
-    choices = _apply(loaded, choices)
+    choices = of_images + _apply(loaded, choices)
     facts = (
         f"chosen for {source.num_examples:,} training images of {len(source.class_names)} classes, "
         f"the {model} of {pretrained.source} and "
@@ -123,12 +124,17 @@ def _name(pretrained: Pretrained) -> str:
     )
 
 
+def _of_images(pretrained: Pretrained) -> list[own.Choice]:
+    """The channels that images must have for the weights, where these are not RGB."""
+    channels = pretrained.preprocessing.channels
+    choice = own.Choice("dataset.channels", channels, "as the weights have it")
+    return [choice] if channels != 3 else []
+
+
 def _of_weights(loaded: Loaded, pretrained: Pretrained) -> list[own.Choice]:
     """The fields in which the model of the weights differs from the one of its name."""
     model = prediction_fields(loaded.config.model.to_dict())
-    channels = pretrained.preprocessing.channels
-    of_images = [own.Choice("dataset.channels", channels, "as the weights have it")]
-    return of_images * (channels != 3) + [
+    return [
         own.Choice(f"model.{key}", without_list(pretrained.model[key]), "as the weights have it")
         for key in model.keys() - _OF_THE_RUN
         if key in pretrained.model

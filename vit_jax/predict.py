@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vit_jax.data.image_files import find_images
     from vit_jax.inference import predictions
 
-    files = find_images(args.images)
     pretrained = flags.load(args)
+    files = find_images(args.images, pretrained.preprocessing.channels)
     names = pretrained.class_names
     if args.class_names:
         names = read_class_names(args.class_names, pretrained.model["num_classes"])

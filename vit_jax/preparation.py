@@ -15,7 +15,6 @@ from vit_jax.config import count_steps
 from vit_jax.data import datasets, holdout, pipeline
 from vit_jax.data.augmentation import parse_augment
 from vit_jax.data.class_weights import balanced_weights
-from vit_jax.data.images import read_image
 from vit_jax.data.order import Order, create_order
 from vit_jax.data.protocols import evaluation
 from vit_jax.data.subset import take_subset
@@ -221,7 +220,8 @@ def open_images(
         partition: likewise.
 
     Raises:
-        UserError: as `datasets.open_dataset` does, or the first image has other channels.
+        UserError: as `datasets.open_dataset` does, or the first image to train on has other
+            channels.
     """
     train, evaluated = datasets.open_dataset(
         data.name,
@@ -234,11 +234,10 @@ def open_images(
             broken=data.broken,
             least_classes=least_classes,
             partition=partition,
+            channels=data.channels,
         ),
     )
-    if data.channels != 3:  # Else the first image would be read when all is compiled.
-        example = train[0]
-        read_image(example["id"], example["image"], channels=data.channels)
+    pipeline.check_channels(train, data.channels)
     return train, evaluated
 
 

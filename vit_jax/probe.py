@@ -103,8 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     tensorflow_env.silence()
     command.keep_programs()
-    sources = _open(args)
     pretrained = flags.load(args)
+    sources = _open(args, pretrained.preprocessing.channels)
     from vit_jax.sharding import make_mesh
 
     mesh = make_mesh()
@@ -120,14 +120,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _open(args: argparse.Namespace) -> _Sources:
+def _open(args: argparse.Namespace, channels: int) -> _Sources:
     from vit_jax.data import datasets
 
     train, test = datasets.open_dataset(
         _dataset_name(args.data),
         data_dir=args.data_dir,
         eval_split=args.split,
-        files=datasets.FileRules(broken=args.broken, skip_flag="--broken skip"),
+        files=datasets.FileRules(broken=args.broken, skip_flag="--broken skip", channels=channels),
     )
     for note in train.notes:
         print(printable(note), flush=True)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from vit_jax.checkpoints import foreign_configs, timm_config
 from vit_jax.checkpoints.pretrained import load_pretrained
 from vit_jax.checkpoints.save import save_pretrained
 from vit_jax.checkpoints.transfer import input_kernel
@@ -59,6 +60,25 @@ def test_transformers_models_of_other_channels_agree_both_ways(tmp_path, channel
     save_pretrained(ours, tmp_path / "ours", "huggingface")
     again = transformers.ViTForImageClassification.from_pretrained(tmp_path / "ours")
     assert_same_tensors(again.state_dict(), module.state_dict())
+
+
+@pytest.mark.parametrize(
+    "format, sizes",
+    [
+        ("torchvision", {}),
+        ("timm", {"layer_scale": 1.0}),
+        ("timm", {"distillation_token": True}),
+        ("huggingface", {"distillation_token": True}),
+    ],
+)
+def test_statistics_of_rgb_are_not_those_of_other_channels(format, sizes):
+    told = {"architecture": "vit", "classifier": "token", **sizes}
+    views = [
+        foreign_configs.read_folder(None, format, {**told, "channels": n}, 224).preprocessing
+        for n in (3, 4)
+    ]
+    assert views[0].mean == timm_config.IMAGENET_STATISTICS["mean"]
+    assert views[1].with_channels(4).mean == views[1].with_channels(4).std == (0.5,) * 4
 
 
 @pytest.fixture

@@ -8,9 +8,12 @@ import pytest
 from PIL import Image
 
 from vit_jax.data import images
-from vit_jax.data.headers import measure
+from vit_jax.data.folder import open_folder
+from vit_jax.data.headers import check_end, measure
 from vit_jax.data.image_files import find_images
 from vit_jax.data.images import preprocess, read_image
+from vit_jax.data.labeled_files import FileRules
+from vit_jax.data.listing import open_list
 from vit_jax.data.preprocess import eval_view, train_view
 from vit_jax.data.protocols import PROTOCOLS, Preprocessing, evaluation
 from vit_jax.errors import UserError
@@ -62,6 +65,12 @@ JPEG = saved(Image.fromarray(RGB), "JPEG")
         (array(FIVE), FIVE),
         (array(np.asfortranarray(FIVE.astype(">u2") * 256 + 3)), FIVE),
         (pages(FIVE), FIVE),
+        (
+            saved(
+                Image.fromarray(RGBA), "TIFF", save_all=True, append_images=[Image.fromarray(RGB)]
+            ),
+            RGBA,
+        ),
         (pages(np.dstack([DEEP, DEEP // 2])), np.dstack([DEEP, DEEP // 2]) >> 8),
     ],
 )
@@ -87,6 +96,8 @@ def test_gray_of_large_images_is_converted_in_tiles(monkeypatch):
         (pages(FIVE), 4, "x has more than 4 pages"),
         (saved(Image.fromarray(RGB), "TIFF", save_all=True, append_images=[Image.fromarray(RGB)]),
          2, "x has pages that are not gray"),
+        (pages(np.zeros((4, 4, 5), np.float32)), 5, "x has pixels of 32 bits, whose range"),
+        (pages(np.zeros((4, 4, 2), np.int32)), 2, "x has pixels of 32 bits, whose range"),
         (array(np.zeros((4, 4, 1))), 1, "x holds float64 .4, 4, 1.: an image is an array of uint8"),
         (array(np.zeros((4, 4), np.uint8)), 1, "x holds uint8 .4, 4.: an image is an array"),
         (array(np.full((4, 4, 1), print, object)), 1, "x holds object"),
@@ -104,9 +115,52 @@ def test_what_has_other_channels_or_is_no_image_is_refused(encoded, channels, me
 def test_an_array_is_an_image_by_its_header(tmp_path):
     for name, pixels in {"a": FIVE, "b": np.zeros((4, 4)), "c": np.zeros(9, np.uint8)}.items():
         (tmp_path / f"{name}.npy").write_bytes(array(pixels))
-    sizes = [measure(path) for path in sorted(tmp_path.iterdir())]
+    sizes = [measure(path, channels=5) for path in sorted(tmp_path.iterdir())]
     assert sizes == [len(array(FIVE)), None, None]
-    assert len(find_images([str(tmp_path)])) == 3  # The others are told of as they are read.
+    assert find_images([str(tmp_path)], channels=5) == [str(tmp_path / "a.npy")]
+
+
+@pytest.mark.parametrize("pixels", [FIVE, DEEP[..., None]])
+def test_an_array_that_is_cut_off_is_found_by_its_size(tmp_path, pixels):
+    path = tmp_path / "a.npy"
+    path.write_bytes(array(pixels))
+    check_end(path)
+    path.write_bytes(array(pixels)[:-1])
+    whole = len(array(pixels))
+    with pytest.raises(UserError, match=f"is cut off, {whole - 1:,} of {whole:,} bytes are there"):
+        check_end(path)
+
+
+def test_arrays_beside_photographs_are_passed_over(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for index in range(4):
+            Image.fromarray(RGB).save(tmp_path / name / f"{index}.png")
+    found, before = find_images([str(tmp_path)]), open_folder(str(tmp_path))
+    (tmp_path / "a" / "labels.npy").write_bytes(array(np.zeros(9, np.uint8)))
+    (tmp_path / "b" / "mask.npy").write_bytes(array(RGB))
+    assert find_images([str(tmp_path)]) == found
+    folder = open_folder(str(tmp_path))
+    assert folder.splits == before.splits
+    assert folder.notes[-1].endswith("2 passed over that are no images (.npy)")
+    (tmp_path / "list.csv").write_text("path,label\na/0.png,a\nb/mask.npy,b")
+    with pytest.raises(UserError, match=r"mask\.npy is not an image"):
+        open_list(str(tmp_path / "list.csv"))
+
+
+def test_an_array_that_is_no_image_is_broken_where_arrays_are_images(tmp_path):
+    for name, pixels in {"a": FIVE, "b": FIVE / 2}.items():
+        (tmp_path / name).mkdir()
+        for index in range(2):
+            (tmp_path / name / f"{index}.npy").write_bytes(array(FIVE))
+        (tmp_path / name / "3.npy").write_bytes(array(pixels))
+    with pytest.raises(UserError, match=r"b/3\.npy holds float64 .*, or leave it out by dataset"):
+        open_folder(str(tmp_path), FileRules(channels=5))
+    skipping = open_folder(str(tmp_path), FileRules(channels=5, broken="skip"))
+    assert sum(map(len, skipping.splits.values())) == 5
+    (tmp_path / "list.csv").write_text("path,label\na/0.npy,a\nb/3.npy,b")
+    with pytest.raises(UserError, match=r"b/3\.npy holds float64"):
+        open_list(str(tmp_path / "list.csv"), FileRules(channels=5))
 
 
 VIEWS = [evaluation(protocol, 8) for protocol in PROTOCOLS]

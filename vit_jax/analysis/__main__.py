@@ -72,8 +72,8 @@ def _of_model(
     command.keep_programs()
     from vit_jax.data.image_files import find_images  # With PIL: --help should not wait for it.
 
-    files = find_images(args.images)
     pretrained = flags.load(args)
+    files = find_images(args.images, pretrained.preprocessing.channels)
     names = _of_this(pretrained, names, asked=args.analysis)
     output.make()
     if "filters" in names:

@@ -7,8 +7,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from vit_jax import models
+from vit_jax.checkpoints import timm_config
 from vit_jax.checkpoints.pretrained import Pretrained, load_pretrained
 from vit_jax.checkpoints.save import save_pretrained
+from vit_jax.data.protocols import resized_sides
 from vit_jax.errors import UserError
 
 NUM_IMAGES = 2  # on which the logits are compared
@@ -61,6 +63,12 @@ def reader_notes(source: Pretrained, format: str) -> list[str]:
             notes += [
                 "timm's models with registers, and DeiT III, have no positions of the class token: "
                 "create the model with no_embed_class=False"
+            ]
+        seen = resized_sides(source.preprocessing)
+        if (written := timm_config.written_sides(source.preprocessing)) != seen:
+            notes += [
+                f"timm resizes to {written[0]} x {written[1]} before it crops, these weights saw "
+                f"{seen[0]} x {seen[1]}: no crop_pct gives both sides"
             ]
     if format == "official" and model.get("gelu") == "erf":
         notes += ["Google's code has the tanh form of GELU, these weights the exact one"]

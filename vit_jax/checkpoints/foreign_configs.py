@@ -72,7 +72,7 @@ def read_folder(
     if format == "official":
         return ModelInfo({"architecture": sizes["architecture"]})
     if format == "torchvision":
-        return timm_config.torchvision_info(image_size)
+        return timm_config.torchvision_info(sizes, image_size)
     files = {}
     if folder is not None:
         files = {name: read_json(folder / name) for name in _FORMATS[format].FILES}

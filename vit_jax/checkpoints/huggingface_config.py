@@ -132,6 +132,12 @@ _LOSSES = {"single_label_classification": "softmax", "multi_label_classification
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # PIL's numbers
 
 
+def _usual_processor(kind: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    """The processor where there is none; ImageNet's statistics are of RGB."""
+    usual, is_rgb = _USUAL_PROCESSORS.get(kind, {}), sizes.get("channels", 3) == 3
+    return {key: x for key, x in usual.items() if is_rgb or key not in _IMAGENET}
+
+
 def read_config(
     config: dict[str, Any],
     processor: dict[str, Any],
@@ -157,7 +163,7 @@ def read_config(
     check_fields(config, fixed, (*READ, *SHAPES, *OF_HEADS, *BESIDE[kind], *HARMLESS))
     _check_parts(config, sizes)
     config = _ELSE.get(kind, {}) | config
-    processor = processor or _USUAL_PROCESSORS.get(kind, {})
+    processor = processor or _usual_processor(kind, sizes)
     told = {**config, **_one_side(config, "patch_size")}
     check_shapes(told, sizes, SHAPES)
     image_size = _image_size(config, image_size)

@@ -230,14 +230,20 @@ def _image_size(
 def _usual_view(sizes: dict[str, Any]) -> dict[str, Any]:
     """The channel statistics of models that nothing is said of: of DeiT and DINOv2 ImageNet's."""
     if sizes.get("layer_scale") or sizes.get("distillation_token"):
-        return dict(IMAGENET_STATISTICS)
+        return _imagenet_statistics(sizes)
     return {}
 
 
-def torchvision_info(image_size: ImageSize) -> ModelInfo:
+def _imagenet_statistics(sizes: dict[str, Any]) -> dict[str, Any]:
+    """Statistics of RGB; of other channels nothing is known."""
+    return dict(IMAGENET_STATISTICS) if sizes.get("channels", 3) == 3 else {}
+
+
+def torchvision_info(sizes: dict[str, Any], image_size: ImageSize) -> ModelInfo:
     """Returns what is known of a ViT of torchvision, whose files hold arrays alone.
 
     Args:
+        sizes: of the model.
         image_size: that of the position embeddings.
     """
     usual: dict[str, Any] = (
@@ -245,7 +251,7 @@ def torchvision_info(image_size: ImageSize) -> ModelInfo:
     )
     return ModelInfo(
         {"architecture": "vit", "gelu": "erf", "layer_norm_epsilon": LAYER_NORM_EPSILON},
-        preprocessing(image_size, **IMAGENET_STATISTICS, **usual) if image_size else None,
+        preprocessing(image_size, **_imagenet_statistics(sizes), **usual) if image_size else None,
     )
 
 
@@ -359,13 +365,27 @@ def _timm_name(model: dict[str, Any]) -> str:
     return f"vit_{_SIZES[name]}_patch{model['patch_size']}_224"
 
 
+def written_sides(preprocessing: Preprocessing) -> tuple[int, int]:
+    """The height and width that timm resizes to by what `config_files` writes.
+
+    They are `protocols.resized_sides`, unless no `crop_pct` gives both.
+    """
+    return _resized(sides(preprocessing.image_size), _crop_pct(preprocessing))
+
+
+def _resized(view: tuple[int, int], crop_pct: float) -> tuple[int, int]:
+    return math.floor(view[0] / crop_pct), math.floor(view[1] / crop_pct)
+
+
 def _crop_pct(preprocessing: Preprocessing) -> float:
     view, resized = sides(preprocessing.image_size), resized_sides(preprocessing)
     crop = preprocessing.center_crop or 1.0
-    if all(math.floor(x / crop) == y for x, y in zip(view, resized, strict=True)):
+    if _resized(view, crop) == resized:
         return crop
-    # timm takes the floor, which a quotient of whole numbers may miss by its rounding.
-    return view[0] / (resized[0] + 0.5)
+    # timm takes the floor, which others round: a side allows the fractions of an interval.
+    least = max(x / (y + 1) for x, y in zip(view, resized, strict=True))
+    most = min(x / y for x, y in zip(view, resized, strict=True))
+    return (least + most) / 2 if least < most else crop
 
 
 def _img_size(image_size: ImageSize) -> int | list[int]:

@@ -1,5 +1,7 @@
 """Images in NumPy's own files, .npy: arrays of any number of channels."""
 
+import math
+import os
 from collections.abc import Callable
 from io import BytesIO
 from typing import BinaryIO
@@ -30,6 +32,27 @@ def is_image(head: bytes) -> bool:
     return True
 
 
+def fault(path: str | os.PathLike[str]) -> str:
+    """Says why a file is no image although it holds an array; "" if it holds none or is one."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(len(MAGIC)) == MAGIC:
+                file.seek(0)
+                _read_header(file, path)
+    except UserError as error:
+        return str(error)
+    except (OSError, ValueError):
+        pass
+    return ""
+
+
+def num_bytes(head: bytes) -> int:
+    """The size of the whole file of an array that begins so, see `is_image`."""
+    file = BytesIO(head)
+    shape, _, dtype = _read_header(file, "")
+    return file.tell() + math.prod(shape) * dtype.itemsize
+
+
 def read_array(file: BinaryIO, path: object, check: Callable[[int, int, int], None]) -> np.ndarray:
     """Reads an image, uint8 [height, width, channels]; of 16 bits the high byte is kept.
 
@@ -46,7 +69,7 @@ def read_array(file: BinaryIO, path: object, check: Callable[[int, int, int], No
     """
     shape, is_fortran, dtype = _read_header(file, path)
     check(*shape)
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     content = file.read(size)
     if len(content) < size:
         raise ValueError(f"{len(content):,} of {size:,} bytes are there")

@@ -55,7 +55,7 @@ def open_folder(path: str, rules: FileRules = _DEFAULTS) -> LabeledFiles:
             f"folder {path!r} does not exist: name one with a directory per class in it, or with "
             "train/, and test/ or validation/"
         )
-    survey = Survey(f"folder {path!r}", rules.broken == "skip", rules.skip_flag)
+    survey = Survey(f"folder {path!r}", rules.broken == "skip", rules.skip_flag, rules.channels)
     found = {directory: name for directory, name in SPLITS.items() if (root / directory).is_dir()}
     for name in found.values():
         same = [f"{directory}/" for directory, other in found.items() if other == name]
@@ -167,12 +167,12 @@ def _scan(directory: Path, survey: Survey, prefix: str = "") -> dict[str, list[E
 def _size(path: str, name: str, class_name: str, survey: Survey) -> int | None:
     """The size of an image in bytes, None for a file that is none."""
     try:
-        size, fault = measure(path), no_image(path)
+        size, fault = measure(path, survey.channels), ""
     except OSError as error:
         size, fault = None, f"{path} cannot be read ({error.strerror}): mend or remove it"
     if size is None:
-        if os.path.splitext(path)[1].lower() in SUFFIXES:
-            survey.broken[name] = Broken(fault, class_name)
+        if os.path.splitext(path)[1].lower() in survey.suffixes:
+            survey.broken[name] = Broken(fault or no_image(path, survey.channels), class_name)
         else:
             survey.pass_over(path.rpartition("/")[2])
     return size

@@ -16,8 +16,13 @@ _LONGEST = 32  # bytes that PIL looks at to tell a format
 _ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND", b"GIF8": b";"}
 
 
-def measure(path: str | os.PathLike[str]) -> int | None:
+def measure(path: str | os.PathLike[str], channels: int = 3) -> int | None:
     """The size in bytes of a file that begins like an image that `images.read_image` decodes.
+
+    Args:
+        path: of the file.
+        channels: of the images that are looked for. An array is one only where these are not 3:
+            among photographs it is a mask or a list of labels.
 
     Returns:
         None if it does not, or is no file but a directory, pipe or device.
@@ -35,7 +40,8 @@ def measure(path: str | os.PathLike[str]) -> int | None:
         os.close(descriptor)
     # PIL answers with a sentence where it was built without a format that it recognizes.
     known = any(accept(head[:_LONGEST]) is True for accept in _accepts())
-    return status.st_size if known or array_images.is_image(head) else None
+    known = known or (channels != 3 and array_images.is_image(head))
+    return status.st_size if known else None
 
 
 @functools.cache
@@ -60,8 +66,10 @@ def check_format(path: str | os.PathLike[str]) -> int:
     return size
 
 
-def no_image(path: str | os.PathLike[str]) -> str:
-    """Says that a file is no image, and what to do."""
+def no_image(path: str | os.PathLike[str], channels: int = 3) -> str:
+    """Says that a file is no image, and what to do; arguments are those of `measure`."""
+    if channels != 3 and (fault := array_images.fault(path)):
+        return fault
     return f"{path} is not an image ({', '.join(FORMATS)}): convert it or remove it"
 
 
@@ -69,14 +77,19 @@ def check_end(path: str | os.PathLike[str]) -> None:
     """Checks that an image file is not cut off, by its last bytes.
 
     A JPEG, PNG or GIF whose last bytes lack the mark of the end is decoded: some encoders leave it
-    out. What is damaged elsewhere is not found, nor a file of another format that is cut off.
+    out. Of an array the size tells. What is damaged elsewhere is not found, nor a file of another
+    format that is cut off.
 
     Raises:
         UserError: it cannot be decoded.
     """
     with open(path, "rb", buffering=0) as file:
-        head = file.read(_LONGEST)
-        file.seek(max(os.fstat(file.fileno()).st_size - _LONGEST, 0))
+        head, size = file.read(array_images.LONGEST_HEADER), os.fstat(file.fileno()).st_size
+        if array_images.is_image(head) and size < (whole := array_images.num_bytes(head)):
+            raise UserError(
+                f"{path} is cut off, {size:,} of {whole:,} bytes are there: fetch it again"
+            )
+        file.seek(max(size - _LONGEST, 0))
         tail = file.read()
     if any(head.startswith(begin) and end not in tail for begin, end in _ENDS.items()):
         read_image(path)

@@ -7,18 +7,21 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from vit_jax.data import array_images
+from vit_jax.data.headers import measure
 from vit_jax.data.images import SUFFIXES, open_image, preprocess
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 
-_SEARCHED = SUFFIXES | {array_images.SUFFIX}
 
-
-def find_images(paths: Iterable[str]) -> list[str]:
+def find_images(paths: Iterable[str], channels: int = 3) -> list[str]:
     """Lists the images that paths name, in their order.
 
     A directory stands for the files below it whose names end like an image's, sorted; hidden ones
     are left out, links to directories not followed. One that has none stands for itself.
+
+    Args:
+        paths: of images and directories.
+        channels: of the images. Where they are not 3, arrays in directories are images too.
     """
     files = []
     for path in paths:
@@ -26,12 +29,23 @@ def find_images(paths: Iterable[str]) -> list[str]:
         for directory, subdirectories, names in os.walk(path):
             subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
             found += [
-                os.path.join(directory, name)
+                path
                 for name in names
-                if not name.startswith(".") and os.path.splitext(name)[1].lower() in _SEARCHED
+                if not name.startswith(".")
+                and _is_image(path := os.path.join(directory, name), channels)
             ]
         files += sorted(found) or [path]
     return files
+
+
+def _is_image(path: str, channels: int) -> bool:
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix != array_images.SUFFIX or channels == 3:
+        return suffix in SUFFIXES
+    try:
+        return measure(path, channels) is not None
+    except OSError:  # Who reads it says so.
+        return True
 
 
 def read_batches(

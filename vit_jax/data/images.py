@@ -273,7 +273,8 @@ def _to_pixels(
     admit: Callable[[int], None],
 ) -> np.ndarray:
     """The pixels of an image, or of all pages of a TIFF where these are its channels."""
-    if channels in (1, 3) or image.format != "TIFF" or not _has_page(image, 1):
+    alone = channels in (1, 3) or image.format != "TIFF" or _bands(image) == channels
+    if alone or not _has_page(image, 1):
         return _page_to_pixels(image, path, turn, channels, admit)
     if _has_page(image, channels):
         raise UserError(f"{path} has more than {channels} pages, the channels: take some out")
@@ -281,6 +282,7 @@ def _to_pixels(
     for page in range(channels):
         if not _has_page(image, page):
             raise _other_channels(path, page, channels)
+        _check_range(image, path)
         if _bands(image) != 1:
             raise UserError(f"{path} has pages that are not gray: save each channel as a gray one")
         if not pages:
@@ -367,8 +369,7 @@ def _page_to_pixels(
     admit: Callable[[int], None],
 ) -> np.ndarray:
     _check_size(image.width, image.height, path)
-    if image.mode in ("F", "I"):
-        raise UserError(f"{path} has pixels of 32 bits, whose range is unknown: save it with 8")
+    _check_range(image, path)
     check_channels(image, path, channels)
     admit(image.width * image.height)
     image.load()
@@ -382,6 +383,11 @@ def _page_to_pixels(
         tile = image if whole else image.crop((left, top, right, bottom))
         as_stored[top:bottom, left:right] = _tile_to_pixels(tile, image.format, channels)
     return pixels
+
+
+def _check_range(image: Image.Image, path: str | os.PathLike[str]) -> None:
+    if image.mode in ("F", "I"):
+        raise UserError(f"{path} has pixels of 32 bits, whose range is unknown: save it with 8")
 
 
 def _check_size(width: int, height: int, path: str | os.PathLike[str]) -> None:

@@ -31,6 +31,7 @@ class FileRules:
         partition: to follow in place of drawing one, where the files are in no splits.
         must_fit: whether `partition` is of a run that goes on: then each of its images must be as
             it was. Else it is followed only if it fits, as far as the images are there.
+        channels: of the images, see `headers.measure`.
     """
 
     holdout: float = 0.2
@@ -39,6 +40,7 @@ class FileRules:
     least_classes: int = 1
     partition: Partition | None = None
     must_fit: bool = True
+    channels: int = 3
 
 
 class Entry(NamedTuple):

@@ -64,7 +64,7 @@ def open_list(path: str, rules: FileRules = _DEFAULTS) -> LabeledFiles:
     Raises:
         UserError: the list cannot be read, or all that is wrong with its images, in one line.
     """
-    survey = Survey(f"list {path!r}", rules.broken == "skip", rules.skip_flag)
+    survey = Survey(f"list {path!r}", rules.broken == "skip", rules.skip_flag, rules.channels)
     file = Path(path).expanduser()
     lines, multi_label = read_list(file)
     entries = _entries(file.parent, lines, survey)
@@ -94,12 +94,13 @@ def _entries(directory: Path, lines: Sequence[Line], survey: Survey) -> list[Ent
     for line in _without_repetitions(directory, lines, survey):
         path = os.path.join(directory, line.path)
         try:
-            size, fault = measure(path), no_image(path)
+            size, fault = measure(path, survey.channels), ""
         except (OSError, ValueError) as error:  # ValueError: no path has a NUL in it.
             reason = getattr(error, "strerror", None) or first_line(error)
             fault = f"{path} of line {line.number} cannot be read ({reason}): mend that"
             size = None
         if size is None:
+            fault = fault or no_image(path, survey.channels)
             survey.broken[line.path] = Broken(fault, ";".join(line.labels))
         else:
             entries.append(Entry(line.path, path, line.labels, size))

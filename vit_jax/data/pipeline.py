@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from absl import flags, logging
 
+from vit_jax.data.images import read_image
 from vit_jax.data.order import Order, Shuffled, augmentation_rng
 from vit_jax.data.preprocess import eval_view, train_view
 from vit_jax.data.protocols import Preprocessing, evaluation
@@ -36,6 +37,21 @@ Batch = dict[str, np.ndarray]
 INPUT_VERSION = 2
 
 _CHUNK = 8  # images that a thread makes in one go, at most: what Grain takes for each is spread
+
+
+def check_channels(source: Source, channels: int) -> None:
+    """Checks the first image of a source, which else is read when all is compiled.
+
+    Args:
+        source: of at least one image.
+        channels: that an image must have; any can be made one of 3.
+
+    Raises:
+        UserError: it has others, or cannot be read.
+    """
+    if channels != 3:
+        example = source[0]
+        read_image(example["id"], example["image"], channels=channels)
 
 
 def train_batches(

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from vit_jax.data import array_images
 from vit_jax.data.images import SUFFIXES
 from vit_jax.errors import UserError, brief_name
 
@@ -27,6 +28,7 @@ class Survey:
         what: the data set, as messages name it.
         skip: leave broken files out, and tell of them in a note.
         skip_flag: by which a user asks for that, "" where a run goes on, which needs them all.
+        channels: of the images, see `headers.measure`.
         empty: classes without an image.
         unknown: classes to evaluate on that are not trained.
         broken: files that should be images, by their name in the data set.
@@ -40,6 +42,7 @@ class Survey:
     what: str
     skip: bool = False
     skip_flag: str = "dataset.broken=skip"
+    channels: int = 3
     empty: list[str] = dataclasses.field(default_factory=list)
     unknown: list[str] = dataclasses.field(default_factory=list)
     broken: dict[str, Broken] = dataclasses.field(default_factory=dict)
@@ -49,10 +52,15 @@ class Survey:
     links: int = 0
     remarks: list[str] = dataclasses.field(default_factory=list)
 
+    @property
+    def suffixes(self) -> frozenset[str]:
+        """The suffixes of images."""
+        return SUFFIXES | {array_images.SUFFIX} if self.channels != 3 else SUFFIXES
+
     def pass_over(self, name: str) -> None:
         """Counts a file that lies in no class, or in one but is no image."""
         suffix = os.path.splitext(name)[1].lower()
-        if suffix in SUFFIXES:
+        if suffix in self.suffixes:
             self.outside += 1
         else:
             self.passed_over[suffix or name] += 1

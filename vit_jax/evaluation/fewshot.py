@@ -246,7 +246,7 @@ def create(settings: Mapping[str, Any], watched: Watched) -> Callable[[Any], dic
         settings: "dataset", "data_dir", "split", of the images to recognize, and "shots".
         watched: the run.
     """
-    from vit_jax.data import datasets
+    from vit_jax.data import datasets, pipeline
 
     train, test = datasets.open_dataset(
         settings["dataset"],
@@ -254,6 +254,8 @@ def create(settings: Mapping[str, Any], watched: Watched) -> Callable[[Any], dic
         eval_split=settings["split"],
         files=watched.files_of(settings["dataset"]),
     )
+    for source in (train, test):
+        pipeline.check_channels(source, watched.preprocessing.channels)
     watched.tell(train)
     accuracies = create_fewshot(
         watched.trunk,

@@ -59,7 +59,8 @@ class Watched:
 
         is_own = is_of_files(name) and is_same(name, self.dataset)
         partition = self.eval_source.partition if is_own else None
-        return FileRules(broken=self.broken, partition=partition)
+        channels = self.preprocessing.channels
+        return FileRules(broken=self.broken, partition=partition, channels=channels)
 
     def open(self, settings: Mapping[str, Any]) -> "Source":
         """Opens the images of an entry, their labels being those of the run's head.
@@ -111,9 +112,14 @@ class Watched:
         return labeled
 
     def batches(self, source: "Source") -> "EvalBatches":
-        """This process' padded batches of a source."""
-        from vit_jax.data.pipeline import eval_batches
+        """This process' padded batches of a source, whose first image is looked at now.
 
+        Raises:
+            UserError: it has other channels than the run's.
+        """
+        from vit_jax.data.pipeline import check_channels, eval_batches
+
+        check_channels(source, self.preprocessing.channels)
         return eval_batches(
             source,
             batch_size=self.batch_size,

@@ -72,7 +72,7 @@ def read_images(
         ) as image:
             return preprocess(image, preprocessing)
 
-    files = find_images([directory])
+    files = find_images([directory], preprocessing.channels)
     files = (
         [files[i * len(files) // number] for i in range(number)] if len(files) > number else files
     )

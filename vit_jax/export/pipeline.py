@@ -69,10 +69,13 @@ class Photographs:
 
     def _open(self, pretrained: "Pretrained") -> Any:
         from vit_jax.data.classes import difference
-        from vit_jax.data.datasets import open_evaluation
+        from vit_jax.data.datasets import FileRules, open_evaluation
         from vit_jax.evaluation.class_names import label
 
-        source = open_evaluation(self.dataset, data_dir=self.data_dir, split=self.split)
+        files = FileRules(channels=pretrained.preprocessing.channels)
+        source = open_evaluation(
+            self.dataset, data_dir=self.data_dir, split=self.split, files=files
+        )
         num_classes, names = pretrained.model["num_classes"], pretrained.class_names
         labeled, _ = label(
             source,
