@@ -142,6 +142,8 @@ def start():
         flags = (
             f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
         )
+        if devices > 1:  # Which takes minutes to compile.
+            flags += " --xla_backend_optimization_level=0"
         environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
         processes.append(
             subprocess.Popen(
