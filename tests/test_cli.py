@@ -80,23 +80,22 @@ def test_a_mistake_is_one_line_that_names_the_nearest(vit_jax_command, arguments
 
 
 @pytest.mark.parametrize(
-    ("module", "flags", "message"),
+    ("module", "flags"),
     [
         (
             "vit_jax.main",
             ["--config=configs/b16.py:finetune,cifar10", "--config.init_from=no.npz"],
-            "no.npz does not exist",
         ),
-        ("vit_jax.evaluate", ["--checkpoint=no.npz", "--dataset=folder:{}"], "holds no classes"),
-        ("vit_jax.export", ["--checkpoint=no.npz", "--output={}"], "no.npz does not exist"),
+        ("vit_jax.evaluate", ["--checkpoint=no.npz", "--dataset=folder:{}"]),
+        ("vit_jax.export", ["--checkpoint=no.npz", "--output={}"]),
     ],
 )
-def test_a_mistake_of_a_process_is_all_that_it_prints(module, flags, message, tmp_path):
+def test_a_mistake_of_a_process_is_all_that_it_prints(module, flags, tmp_path):
     flags = [flag.format(tmp_path) for flag in flags]
     command = [sys.executable, "-m", module, *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith("error: ") and message in done.stderr
+    assert done.stderr.startswith("error: ") and "no.npz does not exist" in done.stderr
 
 
 def test_print_config_trains_nothing(vit_jax_command, tmp_path, monkeypatch):

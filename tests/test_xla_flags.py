@@ -1,7 +1,4 @@
 import functools
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +13,8 @@ from vit_jax.models import create_model, model_config
 from vit_jax.state import TrainState, adam
 from vit_jax.steps import classification, train_step
 from vit_jax.xla_flags import WITHOUT_XNNPACK, has_stale_weights
+
+from .stale_weights import PRODUCT, errors_by_itself, need_fault, run
 
 FAULTY = has_stale_weights(jaxlib.__version__)
 only_faulty = pytest.mark.skipif(not FAULTY, reason="this jaxlib multiplies rightly by itself")
@@ -34,26 +33,6 @@ def test_versions_with_the_fault(version, faulty):
     assert has_stale_weights(version) == faulty
 
 
-# The product of the fault's report: right at first, then that of the first weights.
-PRODUCT = """
-import jax, numpy as np
-rng = np.random.default_rng(0)
-a, w = (jax.numpy.asarray(rng.normal(size=s).astype("f")) for s in ((64, 768), (768, 1000)))
-product, update = jax.jit(lambda a, w: a @ w), jax.jit(lambda w: w[::-1] * 2, donate_argnums=0)
-for _ in range(4):
-    exact = np.asarray(a, float) @ np.asarray(w, float)
-    print(np.abs(product(a, w) - exact).max() / np.abs(exact).max())
-    w = update(w)
-"""
-
-
-def run(code, flags=""):
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
-
-
 @pytest.mark.parametrize(
     "imports",
     [
@@ -70,15 +49,15 @@ def test_weights_that_are_updated_in_place_are_multiplied_by(imports):
     assert max(errors) < 1e-5
 
 
-@only_faulty
 def test_without_vit_jax_this_jaxlib_is_wrong():
-    errors = [float(line) for line in run(PRODUCT).stdout.split()]
+    need_fault()
+    errors = errors_by_itself()
     assert errors[0] < 1e-5
     assert min(errors[1:]) > 0.1
 
 
-@only_faulty
 def test_too_late_is_one_line_again_and_again():
+    need_fault()
     code = """
 import jax; jax.devices()
 for _ in range(2):
@@ -93,8 +72,8 @@ for _ in range(2):
     assert all(f"start it with XLA_FLAGS={WITHOUT_XNNPACK}" in line for line in lines)
 
 
-@only_faulty
 def test_a_flag_that_comes_too_late_does_not_hide_the_fault():
+    need_fault()
     code = f"""
 import jax, os; jax.devices()
 os.environ["XLA_FLAGS"] = "{WITHOUT_XNNPACK}"

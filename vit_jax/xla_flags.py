@@ -1,10 +1,10 @@
 """Flags that XLA needs to compute right numbers; `import vit_jax` sets them.
 
-On CPUs with AVX2, jaxlib before 0.8.2 multiplies by weights that are no longer there: XNNPACK packs
-the right side of a product once and finds it again by its address, so that a matrix that is updated
-in place, as donated parameters are, counts as what it was at first. Training then learns nothing,
-and nothing says so. Measured: 0.7.1, 0.7.2 and 0.8.1 are wrong; 0.8.2, 0.8.3, 0.9.0, 0.9.1, 0.9.2,
-0.10.2 and 0.12.0.1 are right.
+On many CPUs with AVX2, jaxlib before 0.8.2 multiplies by weights that are no longer there: XNNPACK
+packs the right side of a product once and finds it again by its address, so that a matrix that is
+updated in place, as donated parameters are, counts as what it was at first. Training then learns
+nothing, and nothing says so. Measured: 0.7.1, 0.7.2 and 0.8.1 are wrong; 0.8.2, 0.8.3, 0.9.0,
+0.9.1, 0.9.2, 0.10.2 and 0.12.0.1 are right. On an AMD EPYC with avx512_bf16 0.7.1 is right as well.
 """
 
 import contextlib

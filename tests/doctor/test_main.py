@@ -3,12 +3,12 @@ import subprocess
 import sys
 
 import jax
-import jaxlib
 import pytest
 
 from vit_jax.doctor import arithmetic, environment
 from vit_jax.doctor.__main__ import main
-from vit_jax.xla_flags import has_stale_weights
+
+from ..stale_weights import need_fault
 
 
 @pytest.fixture
@@ -57,10 +57,8 @@ def test_prepared_data_sets_are_listed(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not has_stale_weights(jaxlib.__version__), reason="this jaxlib has no fault to be found"
-)
 def test_the_fault_of_this_jaxlib_is_found():
+    need_fault()
     # vit_jax takes it for one without the fault, and leaves it as it is.
     code = """
 import importlib.metadata, runpy
