@@ -27,16 +27,16 @@ def dense_features(
     Args:
         model: without its head, and without `scan_layers` and `remat`.
         params: its parameters.
-        images: [batch, height, width, 3], as the model takes them, but for their sides: what is
-            left of them beyond whole patches, at the right and below, is not looked at, as the
+        images: [batch, height, width, channels], as the model takes them, but for their sides: what
+            is left of them beyond whole patches, at the right and below, is not looked at, as the
             official code's convolution without padding does not.
         layers: numbers of layers, from 1 on.
 
     Returns:
-        - what the head is applied to, [batch, features]
-        - the tokens after the last LayerNorm (Eq. 4 before its choice of one), [batch, tokens,
-          hidden_size]: those of `prefix_names` first, then the patches, row by row
-        - z_l of Eq. 3 for every l of `layers`, likewise; no LayerNorm has been applied
+        What the head is applied to, [batch, features]; the tokens after the last LayerNorm (Eq. 4
+        before its choice of one), [batch, tokens, hidden_size], those of `prefix_names` first, then
+        the patches, row by row; and z_l of Eq. 3 for every l of `layers`, likewise, to which no
+        LayerNorm has been applied.
     """
     found: dict[str | None, Array] = {}
 
