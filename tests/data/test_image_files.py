@@ -26,6 +26,9 @@ def test_a_folder_stands_for_its_images_and_any_other_path_for_itself(photos):
     names = ["a.png", "b/c.PNG", "c.jpg", "d.bmp"]
     expected = ["absent", *(str(photos / name) for name in names), str(photos / "notes.txt")]
     assert find_images(["absent", str(photos), str(photos / "notes.txt")]) == expected
+    (photos / "texts").mkdir()
+    (photos / "texts/a.txt").write_text("no image")
+    assert find_images([str(photos / "texts")]) == [str(photos / "texts")]
 
 
 def test_batches_have_one_shape_and_leave_out_what_cannot_be_read(photos):

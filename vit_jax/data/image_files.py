@@ -28,12 +28,8 @@ def find_images(paths: Iterable[str], channels: int = 3) -> list[str]:
         found = []
         for directory, subdirectories, names in os.walk(path):
             subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
-            found += [
-                path
-                for name in names
-                if not name.startswith(".")
-                and _is_image(path := os.path.join(directory, name), channels)
-            ]
+            visible = (os.path.join(directory, x) for x in names if not x.startswith("."))
+            found += [file for file in visible if _is_image(file, channels)]
         files += sorted(found) or [path]
     return files
 
