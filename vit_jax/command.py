@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from vit_jax import signals
 from vit_jax.errors import UserError, nearest
 from vit_jax.files import cache_dir
-from vit_jax.image_size import ImageSize, size_problem
+from vit_jax.image_size import ImageSize, from_text, size_problem
 from vit_jax.printable import printable
 
 # Each of the random numbers of an initialization takes about as long to compile, in seconds.
@@ -70,7 +70,7 @@ def positive(text: str) -> int:
 
 def image_size(text: str) -> ImageSize:
     """The type of a flag that is the size of images: 224, or 224x320, height and width."""
-    size = int(text) if text.isdecimal() else text
+    size = from_text(text)
     if problem := size_problem(size):
         raise argparse.ArgumentTypeError(problem.removeprefix("is "))
     return size

@@ -24,7 +24,7 @@ from vit_jax.config_migration import complete_sections
 from vit_jax.config_rules import text_problem
 from vit_jax.errors import UserError, brief, brief_name, first_line, nearest
 from vit_jax.evaluation import registry
-from vit_jax.image_size import ImageSize
+from vit_jax.image_size import ImageSize, from_text
 from vit_jax.printable import printable
 
 # Of ml_collections, for what is no value, or no key.
@@ -35,8 +35,7 @@ class _ImageSizeParser(flags.ArgumentParser):
     """Reads 224 as a number and 224x320 as it is written."""
 
     def parse(self, argument: str | int) -> ImageSize:
-        text = str(argument)
-        return int(text) if text.isdecimal() else text
+        return from_text(str(argument))
 
 
 config_flags.register_flag_parser_for_type(ImageSize, _ImageSizeParser())

@@ -21,6 +21,11 @@ def sides(image_size: ImageSize) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def from_text(text: str) -> ImageSize:
+    """Reads 224 as a number and 224x320, or what `size_problem` refuses, as it is written."""
+    return int(text) if text.isdecimal() else text
+
+
 def of_sides(height: int, width: int) -> ImageSize:
     """The size of images of a height and width in pixels."""
     return height if height == width else f"{height}x{width}"

@@ -12,8 +12,8 @@ from PIL import Image, ImageOps
 
 from vit_jax.checkpoints.pretrained import Pretrained, load_pretrained
 from vit_jax.data import imagenet
-from vit_jax.data.image_files import find_images, read_batches
-from vit_jax.data.images import check_channels, convert, open_image, preprocess
+from vit_jax.data.image_files import find_images, read_batches, read_view
+from vit_jax.data.images import check_channels, convert, preprocess
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.dense_features import DenseFeatures, Extractor
 from vit_jax.errors import UserError
@@ -400,9 +400,7 @@ def top(
 
 def _view(image: "str | np.ndarray", preprocessing: Preprocessing) -> np.ndarray:
     if isinstance(image, str):
-        dct, channels = preprocessing.jpeg_dct, preprocessing.channels
-        with open_image(image, jpeg_dct=dct, channels=channels) as pixels:
-            return preprocess(pixels, preprocessing)
+        return read_view(image, preprocessing)
     return preprocess(image, preprocessing)
 
 

@@ -44,6 +44,17 @@ def _is_image(path: str, channels: int) -> bool:
         return True
 
 
+def read_view(path: str, preprocessing: Preprocessing) -> np.ndarray:
+    """Reads what evaluation sees of an image, float32 [height, width, channels].
+
+    Raises:
+        UserError: as `images.read_image` does.
+    """
+    dct, channels = preprocessing.jpeg_dct, preprocessing.channels
+    with open_image(path, jpeg_dct=dct, channels=channels) as image:
+        return preprocess(image, preprocessing)
+
+
 def read_batches(
     files: Sequence[str],
     preprocessing: Preprocessing,
@@ -63,14 +74,12 @@ def read_batches(
         float32, whose rows beyond these files are 0.
     """
     batch_size = min(batch_size, len(files))
-    dct, channels = preprocessing.jpeg_dct, preprocessing.channels
 
     def read(file: str) -> np.ndarray | UserError:
         try:
             if os.path.isdir(file):
                 raise UserError(f"{file} holds no image")
-            with open_image(file, jpeg_dct=dct, channels=channels) as image:
-                return preprocess(image, preprocessing)
+            return read_view(file, preprocessing)
         except UserError as error:
             return error
 

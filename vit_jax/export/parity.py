@@ -62,21 +62,14 @@ def read_images(
     Raises:
         UserError: there are no images, or one is damaged.
     """
-    from vit_jax.data.image_files import find_images
+    from vit_jax.data.image_files import find_images, read_view
     from vit_jax.data.imagenet import comparable
-    from vit_jax.data.images import open_image, preprocess
-
-    def read(file: str) -> np.ndarray:
-        with open_image(
-            file, jpeg_dct=preprocessing.jpeg_dct, channels=preprocessing.channels
-        ) as image:
-            return preprocess(image, preprocessing)
 
     files = find_images([directory], preprocessing.channels)
     files = (
         [files[i * len(files) // number] for i in range(number)] if len(files) > number else files
     )
-    images = np.stack([read(file) for file in files])
+    images = np.stack([read_view(file, preprocessing) for file in files])
     indices = {comparable(name): i for i, name in enumerate(class_names or ())}
     labels = [indices.get(comparable(os.path.basename(os.path.dirname(file)))) for file in files]
     return images, None if None in labels else np.array(labels)
