@@ -1,4 +1,4 @@
-"""Figure 9: the class token against global average pooling, at two learning rates (D.3)."""
+"""Figure 9: the class token against global average pooling, at three learning rates (D.3)."""
 
 import json
 from typing import TYPE_CHECKING
