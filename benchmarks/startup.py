@@ -2,6 +2,8 @@
 
     python benchmarks/startup.py                       # help of every command, and ViT-B/16
     python benchmarks/startup.py --config b16:pretrain,digits --scan False True
+    python benchmarks/startup.py --config vit:ViT-Ti/16,finetune,folder:DIR --scan False \
+        --batch 32 --config.init_from=Ti_16.npz --config.dataset.image_size=224
 
 Training is started on the digits, which need no download, with a compilation cache of its own that
 is empty at first, and then again with what the first run left there. Each process begins when its
@@ -86,7 +88,7 @@ def time_help(rounds: int) -> dict[str, list[float]]:
     return times
 
 
-def train_words(config: str, batch: int, workdir: str, scan: bool) -> list[str]:
+def train_words(config: str, batch: int, workdir: str, scan: bool, further: list[str]) -> list[str]:
     """A run of ten steps without evaluation, whose first step is told as it is done."""
     values = {
         "batch_size": batch,
@@ -97,15 +99,19 @@ def train_words(config: str, batch: int, workdir: str, scan: bool) -> list[str]:
         "model.dtype": "float32",
     }
     flags = [f"--config.{key}={value}" for key, value in values.items()]
-    return command("train", "--config", config, "--workdir", workdir, *flags)
+    return command("train", "--config", config, "--workdir", workdir, *flags, *further)
 
 
-def time_training(config: str, batch: int, scan: bool) -> dict[str, dict[str, float]]:
+def time_training(
+    config: str, batch: int, scan: bool, further: list[str]
+) -> dict[str, dict[str, float]]:
     """Seconds to the moments of a run with an empty cache, and of the same with a full one."""
     with tempfile.TemporaryDirectory() as folder:
         return {
             name: time_moments(
-                train_words(config, batch, f"{folder}/{name}", scan), MOMENTS, f"{folder}/cache"
+                train_words(config, batch, f"{folder}/{name}", scan, further),
+                MOMENTS,
+                f"{folder}/cache",
             )
             for name in ("cold", "warm")
         }
@@ -122,7 +128,9 @@ def main(argv: list[str] | None = None) -> None:
     scans.choices = ["False", "True"]
     parser.add_argument("--rounds", type=int, default=3, help="of the commands' help; 0 for none")
     parser.add_argument("--output", help="a file for the numbers as JSON")
-    args = parser.parse_args(argv)
+    args, further = parser.parse_known_args(argv)
+    if other := [flag for flag in further if not flag.startswith("--config.")]:
+        parser.error(f"{other[0]} is no flag, nor --config.KEY=VALUE of the run")
     found: dict[str, Any] = {"help": {}, "training": {}}
     rows = []
     for name, times in time_help(args.rounds).items() if args.rounds else ():
@@ -132,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
         print(paired.markdown(["", "first words, s"], rows), flush=True)
     rows = []
     for scan in args.scan if args.config else ():
-        moments = time_training(args.config, args.batch, scan == "True")
+        moments = time_training(args.config, args.batch, scan == "True", further)
         found["training"][f"scan_layers={scan}"] = moments
         for cache, seconds in moments.items():
             cells = [f"{seconds[name]:.1f}" for name in MOMENTS]

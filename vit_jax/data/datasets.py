@@ -8,7 +8,6 @@ from typing import NamedTuple, Protocol
 from vit_jax.data import digits, folder, listing, vtab
 from vit_jax.data.labeled_files import FileRules, LabeledFiles
 from vit_jax.data.source import Source, check_splits, relabel
-from vit_jax.data.tfds_datasets import RealDataset, TfdsDataset, VtabDataset
 from vit_jax.errors import UserError, brief, first_line
 
 __all__ = [
@@ -176,6 +175,8 @@ def open_real(*, data_dir: str = "", split: str = "validation") -> Source:
     Raises:
         UserError: `imagenet2012_real` is not prepared, or the split does not exist.
     """
+    from vit_jax.data.tfds_datasets import RealDataset
+
     return _open_split(RealDataset(REAL, data_dir), REAL, split)
 
 
@@ -193,11 +194,16 @@ def _open(name: str, data_dir: str, files: FileRules) -> _Dataset:
         return listing.open_list(name.removeprefix(listing.PREFIX), files)
     if name == digits.NAME:
         return digits.DigitsDataset()
+    from vit_jax.data.tfds_datasets import TfdsDataset, VtabDataset  # They import TFDS.
+
     return (VtabDataset if vtab.is_vtab(name) else TfdsDataset)(name, data_dir)
 
 
 def _default_splits(dataset: _Dataset, name: str, development: bool = False) -> tuple[str, str]:
-    if isinstance(dataset, VtabDataset):
+    if vtab.is_vtab(name):
+        from vit_jax.data.tfds_datasets import VtabDataset
+
+        assert isinstance(dataset, VtabDataset)
         return dataset.splits(development)
     return default_splits(name, development=development)
 

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from PIL import Image
-from scipy.sparse import csr_array
 
 from vit_jax.data.protocols import Preprocessing, whole_pixels
 from vit_jax.image_size import ImageSize, sides
@@ -238,6 +237,8 @@ def _resample(image: np.ndarray, rows: _Taps, columns: _Taps) -> np.ndarray:
 
 def _sum(pixels: np.ndarray, taps: _Taps) -> np.ndarray:
     """Sums over the second axis of [width, length, channels], float32 [size, width, channels]."""
+    from scipy.sparse import csr_array  # Half a second, which a start need not wait for.
+
     channels = pixels.shape[-1]
     sums = np.empty((len(taps.source), channels * len(pixels)), np.float32)
     is_strip, first = pixels.size > _MAX_TURNED, 0
