@@ -33,6 +33,7 @@ LAYERS = (
     ("analysis", "checkpoints"),
     ("config_files", "dense_features", "doctor", "export", "inference", "provenance"),
     ("analysis.of_images",),
+    ("serving",),
     ("teacher",),
     ("writers",),
     ("trackers", "profiling"),
@@ -57,6 +58,7 @@ LAYERS = (
         "doctor.__main__",
         "export.__main__",
         "plan.__main__",
+        "serving.__main__",
     ),
     ("cli", "__main__"),
 )
