@@ -67,6 +67,22 @@ def serve(app: Any, listening: socket.socket, upload_seconds: float) -> None:
         listening: from `bind`; is closed.
         upload_seconds: how long a body may take, which is waited for in the end.
     """
+    server = make_server(app, upload_seconds)
+
+    def stop() -> None:
+        server.should_exit = True
+
+    with signals.catching(signal.SIGINT, signal.SIGTERM) as caught, caught.held(stop):
+        server.run(sockets=[listening])
+
+
+def make_server(app: Any, upload_seconds: float) -> uvicorn.Server:
+    """Makes the server of an application, which runs until its `should_exit` is set.
+
+    Args:
+        app: in ASGI.
+        upload_seconds: see `serve`.
+    """
     config = uvicorn.Config(
         app,
         http=Protocol,
@@ -80,13 +96,7 @@ def serve(app: Any, listening: socket.socket, upload_seconds: float) -> None:
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=round(upload_seconds) + _GRACE_SECONDS,
     )
-    server = _Server(config)
-
-    def stop() -> None:
-        server.should_exit = True
-
-    with signals.catching(signal.SIGINT, signal.SIGTERM) as caught, caught.held(stop):
-        server.run(sockets=[listening])
+    return _Server(config)
 
 
 class _Server(uvicorn.Server):
@@ -99,7 +109,7 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         signals.told()
         count = len(self.server_state.tasks)
-        print(f"ends: {count} requests are still answered", flush=True)
+        print(f"ends: {count} in work are answered first", flush=True)
         await super().shutdown(sockets)
 
 
