@@ -280,6 +280,8 @@ BAD = {
     "another path": ("POST", "/classify", {}, 404, "/classify is not here: use one of /"),
     "a path that climbs": ("GET", "/..%2f..%2fetc%2fpasswd", {}, 404, "is not here"),
     "a path of HTML": ("GET", "/%3Cscript%3E%1b", {}, 404, "is not here"),
+    "a slash too many": ("GET", "/model/", {}, 404, "/model/ is not here"),
+    "a host that is none": ("GET", "/x", {"headers": {"Host": "["}}, 404, "/x is not here"),
     "attention without weights": ("POST", "/attention", {"content": IMAGE}, 404, "--checkpoint"),
 }
 
@@ -366,6 +368,22 @@ def test_an_image_turned_by_its_camera_is_upright(client):
     exif[0x0112] = 3
     Image.fromarray(np.ascontiguousarray(image[::-1, ::-1])).save(data, "PNG", exif=exif)
     tiny.check(client.post("/predict", content=data.getvalue()), image)
+
+
+def test_many_pictures_are_looked_at_one_by_one_and_no_more_than_eight(start_app):
+    gate = threading.Event()
+
+    class Attention:
+        def draw(self, _, encoded):
+            assert gate.wait(30)
+            return encoded
+
+    client = start_app(attention=Attention())
+    with ThreadPoolExecutor(9) as pool:
+        answers = [pool.submit(post, client, tiny.pixels(0), "/attention") for _ in range(9)]
+        wait_for(lambda: any(answer.done() for answer in answers))
+        gate.set()
+    assert sorted(answer.result().status_code for answer in answers) == [200] * 8 + [503]
 
 
 def test_answers_are_json_that_anything_reads(client):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import vit_jax
 from vit_jax.checkpoints.pretrained import Pretrained
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
@@ -81,6 +82,38 @@ def test_classes_and_attention_are_those_of_the_weights(folder, start_app):
     for content, status, message in ((b"junk", 422, "not an image"), (b"", 400, "empty")):
         refused = client.post("/attention", content=content)
         assert refused.status_code == status and message in refused.json()["error"]
+
+
+def test_weights_are_served_without_an_export(tmp_path, monkeypatch):
+    from fastapi.testclient import TestClient
+
+    from vit_jax.checkpoints.save import save_pretrained
+    from vit_jax.serving import __main__, server
+
+    save_pretrained(make_pretrained(), tmp_path / "tiny.npz", "official")
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(PHOTO)
+    found = {}
+
+    def serve(app, *_):
+        with TestClient(app) as client:
+            found["classes"] = client.post("/predict", content=PHOTO).json()
+            found["attention"] = client.post("/attention", content=PHOTO)
+
+    monkeypatch.setattr(server, "serve", serve)
+    flags = ["--model", str(tmp_path / "tiny.npz"), "--port", "0", "--max_batch", "3"]
+    assert __main__.main(flags) == 0
+    (expected,) = vit_jax.load(tmp_path / "tiny.npz").predict(photo)
+    (result,) = found["classes"]["results"]
+    assert [x["label"] for x in result["predictions"]] == [x["label"] for x in expected]
+    for one, other in zip(result["predictions"], expected, strict=True):
+        np.testing.assert_allclose(one["probability"], other["probability"], rtol=1e-4)
+    assert found["attention"].headers["content-type"] == "image/png"
+
+    with pytest.raises(UserError, match="is no export: leave out --checkpoint"):
+        __main__.main([*flags, "--checkpoint", "B_16"])
+    with pytest.raises(UserError, match="--device cuda is for ONNX files"):
+        __main__.main([*flags, "--device", "cuda"])
 
 
 def test_weights_of_another_model_are_refused(folder):

@@ -1,6 +1,7 @@
 """Serves an exported model over HTTP: `python -m vit_jax.serving --model DIR`."""
 
 import argparse
+import contextlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,13 +20,14 @@ _INSTALL = "pip install '.[serve]'"
 _EPILOG = """examples:
   %(prog)s --model deploy/b16
   %(prog)s --model deploy/b16 --checkpoint B_16 --port 0
+  %(prog)s --model runs/flowers
   curl -F image=@photo.jpg 'http://127.0.0.1:8000/predict?top_k=3'
 
 routes:
   /            a page on which one drops a picture
   /predict     POST an image, or several as a form: classes with names and probabilities
   /logits      POST likewise: what the model gives; of an export of features /features, and so on
-  /attention   POST an image: what the model looks at, as a PNG; with --checkpoint
+  /attention   POST an image: what the model looks at, as a PNG; where its weights are known
   /model       input, preprocessing, classes, SHA-256
   /health      whether it lives, and is ready
   /metrics     for Prometheus
@@ -43,37 +45,55 @@ def main(argv: Sequence[str] | None = None) -> int:
         from vit_jax.serving.server import bind, serve, url
     except ImportError as error:
         raise UserError(f"serving needs more packages ({error}): {_INSTALL}") from error
-    from vit_jax.serving.served import load
-
     warnings.simplefilter("ignore")  # PIL warns of odd metadata, from several threads.
-    listening = bind(args.host, args.port)
-    with listening:
-        served = load(Path(args.model), args.device)
-        options = Options(
-            max_batch=min(args.max_batch, served.largest or args.max_batch),
-            max_delay_ms=args.max_delay_ms,
-            max_queue=max(args.max_queue, args.max_files),
-            max_bytes=args.max_bytes,
-            max_files=args.max_files,
-            upload_seconds=args.upload_seconds,
-        )
-        app = create_app(served, options, _attention(args, served))
-        size = "x".join(map(str, served.preprocessing.image_shape))
-        print(f"{served.name}: {size} to {served.output}, {served.facts['runtime']}")
-        print(f"listening on {url(listening)}", flush=True)
-        serve(app, listening, args.upload_seconds)
+    with bind(args.host, args.port) as listening:
+        served, attention = _load(args)
+        with contextlib.closing(served):
+            options = Options(
+                max_batch=min(args.max_batch, served.largest or args.max_batch),
+                max_delay_ms=args.max_delay_ms,
+                max_queue=max(args.max_queue, args.max_files),
+                max_bytes=args.max_bytes,
+                max_files=args.max_files,
+                upload_seconds=args.upload_seconds,
+            )
+            size = "x".join(map(str, served.preprocessing.image_shape))
+            print(f"{served.name}: {size} to {served.output}, {served.facts['runtime']}")
+            print(f"listening on {url(listening)}", flush=True)
+            serve(create_app(served, options, attention), listening, args.upload_seconds)
     return 0
 
 
-def _attention(args: argparse.Namespace, served: "Served") -> "Attention | None":
-    if args.checkpoint is None:
-        return None
+def _load(args: argparse.Namespace) -> "tuple[Served, Attention | None]":
+    """The model, and what draws its attention where its weights are known."""
+    from vit_jax.serving.served import is_exported, load
+
+    path = Path(args.model)
+    exported = is_exported(path) or (path.is_dir() and args.checkpoint is not None)
+    if not exported and args.checkpoint is not None:
+        raise UserError(
+            f"--model {args.model} is no export: leave out --checkpoint to serve it as weights"
+        )
+    served = load(path, args.device) if exported else None
+    if served is not None and args.checkpoint is None:
+        return served, None
+    if served is None and args.device is not None:
+        raise UserError(f"--device {args.device} is for ONNX files: JAX takes what it finds")
     command.keep_programs()
     from vit_jax.checkpoints.pretrained import load_pretrained
     from vit_jax.serving.attention import Attention
+    from vit_jax.serving.weights import from_weights
 
-    print(printable(f"compiling the attention of {args.checkpoint}"), flush=True)
-    return Attention(load_pretrained(args.checkpoint), served)
+    pretrained = load_pretrained(args.checkpoint or args.model)
+    print(printable(f"compiling {pretrained.source}"), flush=True)
+    if served is not None:
+        return served, Attention(pretrained, served)
+    served = from_weights(pretrained, args.max_batch)
+    try:
+        return served, Attention(pretrained, served)
+    except UserError as error:
+        print(f"attention is left out: {error}", flush=True)
+        return served, None
 
 
 def build_parser(prog: str) -> command.Parser:
@@ -88,12 +108,12 @@ def build_parser(prog: str) -> command.Parser:
         required=True,
         metavar="DIR",
         help="what vit-jax export --output wrote: its engine where TensorRT is, else its ONNX "
-        "file; or one of these files",
+        "file; or one of these files; or weights, a run, a file or a name, which JAX runs",
     )
     parser.add_argument(
         "--checkpoint",
         metavar="C",
-        help="what was exported, a run, a file or a name, to show what it looks at; needs JAX",
+        help="the weights that were exported, to show what the model looks at, which JAX computes",
     )
     parser.add_argument(
         "--device", metavar="D", help="of an ONNX file: cpu, cuda or tensorrt, or cuda:1 [cpu]"

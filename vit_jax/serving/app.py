@@ -97,6 +97,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,  # These pages load scripts from elsewhere.
         redoc_url=None,
+        redirect_slashes=False,
     )
     _add_errors(app)
     page, policy = make_page(served, options, attention is not None)
@@ -216,8 +217,8 @@ class _Service:
             Refusal: as `answer`.
             ClientDisconnect: likewise.
         """
+        (file,) = await uploads.read(request, 1)
         with self._room_for(self._looking_room, 1):
-            (file,) = await uploads.read(request, 1)
             loop = asyncio.get_running_loop()
             name = _name(file)
             work = loop.run_in_executor(self._looking, attention.draw, name, file.content)
@@ -294,7 +295,7 @@ def _add_errors(app: FastAPI) -> None:
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
         if isinstance(error, Refusal):
             return reply(error.status_code, error.detail, error.headers)
-        path = brief_name(request.url.path)
+        path = brief_name(request.scope["path"])  # The URL has what the client calls this host.
         ways = {route.path: sorted(route.methods) for route in _routes(app)}
         if error.status_code == 405 and path in ways:
             allowed = ", ".join(ways[path])

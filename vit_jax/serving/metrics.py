@@ -27,7 +27,7 @@ class Metrics:
         ProcessCollector(registry=registry)
         self._requests = Counter(
             "vit_jax_requests",
-            "Requests by path and status; 0: the client left",
+            "Requests by path and status; 499: the client left, 0: no answer",
             ["path", "status"],
             registry=registry,
         )

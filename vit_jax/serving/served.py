@@ -40,6 +40,7 @@ class Served:
         metadata: what the export wrote beside it, see `Forward.metadata`.
         facts: what else is told of it, by name.
         predict: maps [batch, height, width, channels] to float32 [batch, ...], in one thread.
+        close: gives up what the model holds.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Served:
     metadata: Mapping[str, str]
     facts: Mapping[str, Any]
     predict: Callable[[np.ndarray], np.ndarray]
+    close: Callable[[], None] = lambda: None
 
     @property
     def has_classes(self) -> bool:
@@ -127,6 +129,12 @@ def find(path: Path) -> Path:
     return onnx
 
 
+def is_exported(path: Path) -> bool:
+    """Tells whether a path is an export's, and not of weights."""
+    inside = (ONNX, ENGINE, "saved_model.pb")
+    return path.suffix in (".onnx", ".engine", ".plan") or any((path / x).is_file() for x in inside)
+
+
 def load(path: Path, device: str | None = None) -> Served:
     """Loads an exported model, and runs it once.
 
@@ -166,6 +174,7 @@ def load(path: Path, device: str | None = None) -> Served:
         metadata=model.metadata,
         facts={"runtime": _runtime(file, device), "sha256": _sha256(file)},
         predict=model.predict,
+        close=model.close,
     )
     _check(served, file)
     return served
