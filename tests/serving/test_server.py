@@ -226,6 +226,6 @@ def test_a_signal_loses_no_request(start, folder, number):
             tiny.check(answer.result(), tiny.pixels(seed))
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
-    assert output == "ends: 6 in work are answered first\n"
+    assert output == "ends, 6 requests in work are answered first\n"
     with pytest.raises(ConnectionRefusedError):
         post(port)

@@ -109,7 +109,7 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         signals.told()
         count = len(self.server_state.tasks)
-        print(f"ends: {count} in work are answered first", flush=True)
+        print(f"ends, {count} requests in work are answered first" if count else "ends", flush=True)
         await super().shutdown(sockets)
 
 
