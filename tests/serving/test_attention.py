@@ -98,6 +98,7 @@ def test_weights_are_served_without_an_export(tmp_path, monkeypatch):
     def serve(app, *_):
         with TestClient(app) as client:
             found["classes"] = client.post("/predict", content=PHOTO).json()
+            found["model"] = client.get("/model").text
             found["attention"] = client.post("/attention", content=PHOTO)
 
     monkeypatch.setattr(server, "serve", serve)
@@ -109,6 +110,7 @@ def test_weights_are_served_without_an_export(tmp_path, monkeypatch):
     for one, other in zip(result["predictions"], expected, strict=True):
         np.testing.assert_allclose(one["probability"], other["probability"], rtol=1e-4)
     assert found["attention"].headers["content-type"] == "image/png"
+    assert "tiny.npz" in found["model"] and str(tmp_path) not in found["model"]
 
     with pytest.raises(UserError, match="is no export: leave out --checkpoint"):
         __main__.main([*flags, "--checkpoint", "B_16"])

@@ -7,7 +7,7 @@ import pytest
 
 from vit_jax.errors import UserError
 from vit_jax.export.to_tensorrt import build
-from vit_jax.serving import served
+from vit_jax.serving import __main__, served
 
 from ..export import fake_tensorrt
 from . import tiny
@@ -24,6 +24,7 @@ def test_a_folder_without_a_model_says_what_it_lacks(tmp_path):
     ("metadata", "message"),
     [
         ({"preprocessing": None}, "does not say how images are prepared"),
+        ({"output": "{path}/predict"}, "gives '{path}/predict': export one of logits"),
         ({"class_names": '["a", "b"]'}, "has 2 class names for 5 classes"),
         (
             {"preprocessing": tiny.METADATA["preprocessing"].replace("8", "16", 1)},
@@ -57,3 +58,10 @@ def test_the_engine_is_taken_where_tensorrt_is(folder, monkeypatch, capsys):
     (folder / "model.onnx").unlink()
     with pytest.raises(UserError, match="TensorRT is not installed here"):
         served.find(folder)
+
+
+def test_without_fastapi_it_says_what_to_install(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    monkeypatch.delitem(sys.modules, "vit_jax.serving.app", raising=False)
+    with pytest.raises(UserError, match=r"serving needs more packages .*pip install '\.\[serve\]'"):
+        __main__.main(["--model", str(folder), "--port", "0"])

@@ -88,7 +88,7 @@ def _load(args: argparse.Namespace) -> "tuple[Served, Attention | None]":
     print(printable(f"compiling {pretrained.source}"), flush=True)
     if served is not None:
         return served, Attention(pretrained, served)
-    served = from_weights(pretrained, args.max_batch)
+    served = from_weights(pretrained, args.model, args.max_batch)
     try:
         return served, Attention(pretrained, served)
     except UserError as error:

@@ -79,10 +79,8 @@ def create_app(
         options: its bounds.
         attention: draws what the model looks at; None: that is not served.
     """
-    raw = f"/{served.output}"
-    metrics = Metrics(
-        frozenset({"/", "/health", "/metrics", "/model", "/predict", "/attention", raw})
-    )
+    paths = "/", "/health", "/metrics", "/model", "/predict", "/attention", f"/{served.output}"
+    metrics = Metrics(frozenset(paths))
     service = _Service(served, options, metrics)
 
     @contextlib.asynccontextmanager
@@ -100,7 +98,20 @@ def create_app(
         redirect_slashes=False,
     )
     _add_errors(app)
-    page, policy = make_page(served, options, attention is not None)
+    _add_facts(app, service, attention is not None)
+    _add_answers(app, service, attention)
+    return Limits(
+        app,
+        max_bytes=options.max_bytes,
+        seconds=options.upload_seconds,
+        answered=metrics.answered,
+    )
+
+
+def _add_facts(app: FastAPI, service: "_Service", has_attention: bool) -> None:
+    """Adds the routes that tell of the model and of the server."""
+    served, options = service.served, service.options
+    page, policy = make_page(served, options, has_attention)
 
     @app.get("/", response_class=HTMLResponse)
     async def index() -> HTMLResponse:
@@ -117,17 +128,20 @@ def create_app(
     @app.get("/metrics")
     async def prometheus() -> Response:
         """Counters and times, as Prometheus reads them."""
-        metrics.in_work.set(service.room.taken)
-        return Response(metrics.text(), media_type=CONTENT_TYPE)
+        service.metrics.in_work.set(service.room.taken)
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
     @app.get("/model")
     async def model() -> dict[str, Any]:
         """The model: its input, preprocessing, classes, checksums, and the bounds of the server."""
-        return {
-            **served.describe(),
-            "limits": dataclasses.asdict(options),
-            "attention": attention is not None,
-        }
+        bounds = dataclasses.asdict(options)
+        return {**served.describe(), "limits": bounds, "attention": has_attention}
+
+
+def _add_answers(app: FastAPI, service: "_Service", attention: "Attention | None") -> None:
+    """Adds the routes that take images."""
+    served = service.served
+    raw = f"/{served.output}"
 
     @app.post("/predict", openapi_extra=_BODY)
     async def predict(
@@ -157,25 +171,22 @@ def create_app(
             )
         return Response(await service.look(request, attention), media_type="image/png")
 
-    return Limits(
-        app,
-        max_bytes=options.max_bytes,
-        seconds=options.upload_seconds,
-        answered=metrics.answered,
-    )
-
 
 class _Service:
     """The model at work for requests: threads that decode, and batches.
 
     Attributes:
+        served: the model.
+        options: the bounds of the server.
+        metrics: what it counts.
         room: of images in work.
         batcher: runs the model.
     """
 
     def __init__(self, served: Served, options: Options, metrics: Metrics):
-        self._served = served
-        self._options = options
+        self.served = served
+        self.options = options
+        self.metrics = metrics
         threads = min(4, os.cpu_count() or 1)
         self._decoding = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._looking = ThreadPoolExecutor(1, thread_name_prefix="attention")
@@ -202,7 +213,7 @@ class _Service:
         """
         with self._room_for(self.room, 1):  # Before the body is read.
             pass
-        files = await uploads.read(request, self._options.max_files)
+        files = await uploads.read(request, self.options.max_files)
         with self._room_for(self.room, len(files)):
             work = asyncio.gather(*(self._result(file, of_row) for file in files))
             results = await _while_here(request, work)
@@ -229,7 +240,7 @@ class _Service:
 
     async def _result(self, file: Upload, of_row: OfRow) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
-        work = loop.run_in_executor(self._decoding, self._served.view, _name(file), file.content)
+        work = loop.run_in_executor(self._decoding, self.served.view, _name(file), file.content)
         try:
             view = await work
         except UserError as error:

@@ -10,13 +10,14 @@ import numpy as np
 
 from vit_jax.data.image_files import read_view
 from vit_jax.data.protocols import Preprocessing
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, brief
 from vit_jax.evaluation.ranking import top
 from vit_jax.export import runtime
 from vit_jax.export.engine import ENGINE
 from vit_jax.export.nvidia import import_tensorrt
 from vit_jax.export.onnx_file import read_onnx
 from vit_jax.export.parity import as_pixels
+from vit_jax.export.stages import OUTPUTS
 from vit_jax.printable import printable
 
 ONNX = "model.onnx"
@@ -181,6 +182,8 @@ def load(path: Path, device: str | None = None) -> Served:
 
 
 def _check(served: Served, file: Path) -> None:
+    if served.output not in OUTPUTS:
+        raise UserError(f"{file} gives {brief(served.output)}: export one of {', '.join(OUTPUTS)}")
     if not served.has_classes:
         return
     if len(served.output_shape) != 1:

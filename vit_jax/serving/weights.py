@@ -15,16 +15,18 @@ if TYPE_CHECKING:
     from vit_jax.checkpoints.pretrained import Pretrained
 
 
-def from_weights(pretrained: "Pretrained", max_batch: int) -> Served:
+def from_weights(pretrained: "Pretrained", name: str, max_batch: int) -> Served:
     """Compiles a model for every batch size that it will be padded to, powers of two.
 
     Args:
         pretrained: the model.
+        name: by which it was asked for. Of a path the last part is told, which clients may know.
         max_batch: the images that it runs at once, at most.
 
     Raises:
         UserError: it has no head or an untrained one.
     """
+    name = printable(name.rstrip("/").rpartition("/")[2])
     model = VisionModel(pretrained, max_batch)
     shape = pretrained.preprocessing.image_shape
     size = 1
@@ -32,7 +34,7 @@ def from_weights(pretrained: "Pretrained", max_batch: int) -> Served:
         outputs = model.logits(np.zeros((min(size, max_batch), *shape), np.float32))
         size *= 2
     return Served(
-        name=printable(pretrained.source.rstrip("/").rpartition("/")[2]),
+        name=name,
         output="logits",
         output_shape=outputs.shape[1:],
         preprocessing=pretrained.preprocessing,
@@ -43,7 +45,7 @@ def from_weights(pretrained: "Pretrained", max_batch: int) -> Served:
         metadata={
             "architecture": pretrained.model["architecture"],
             "model": json.dumps(prediction_fields(pretrained.model)),
-            "source": pretrained.source,
+            "source": name,
         },
         facts={"runtime": f"JAX {jax.__version__} on {jax.default_backend()}", "sha256": {}},
         predict=model.logits,
