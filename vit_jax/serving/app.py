@@ -120,7 +120,7 @@ def _add_facts(app: FastAPI, service: "_Service", has_attention: bool) -> None:
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        """Whether the server lives, and whether it is ready for images."""
+        """Tells whether the server lives, and whether it is ready for images."""
         live = service.batcher.is_running
         ready = live and service.room.taken < options.max_queue
         return JSONResponse({"live": live, "ready": ready}, 200 if ready else 503)
@@ -163,7 +163,7 @@ def _add_answers(app: FastAPI, service: "_Service", attention: "Attention | None
 
     @app.post("/attention", response_class=Response, openapi_extra=_BODY)
     async def look(request: Request) -> Response:
-        """What the model looks at in an image, as a PNG."""
+        """A picture of what the model looks at in an image, as a PNG."""
         _check_query(request)
         if attention is None:
             raise Refusal(

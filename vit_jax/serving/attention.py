@@ -1,4 +1,4 @@
-"""What a model looks at in an image, as a picture; by Flax, for a graph gives no attention."""
+"""Pictures of what a model looks at in an image; by Flax, for a graph gives no attention."""
 
 import io
 import json

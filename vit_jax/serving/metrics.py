@@ -1,4 +1,4 @@
-"""What a server counts and measures, in Prometheus's format."""
+"""Counts and times of a server, in Prometheus's format."""
 
 from prometheus_client import (
     CollectorRegistry,
