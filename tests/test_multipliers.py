@@ -97,6 +97,7 @@ def test_rates_decay_by_layer_as_in_beit_and_mae(model, fields):
     assert set(found.values()) == {0.0625, 0.125, 0.25, 0.5, 1.0}
 
 
+@pytest.mark.versions
 def test_rates_decay_by_layer_as_in_timm():
     timm = pytest.importorskip("timm")
     from timm.optim import param_groups_layer_decay
