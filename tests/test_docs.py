@@ -133,13 +133,11 @@ def test_what_the_comparison_says_can_be_typed(code):
         check_command(words)
     elif name.startswith("--") and not name.startswith("--config."):
         assert has_flag(name, " ".join(words))
-    elif value:
-        check_command([*BASE, f"--config.{key}={value}"])
     else:
-        assert key in flatten_dict(config_files.load(BASE[2]).config.to_dict(), sep=".")
+        check_command([*BASE, f"--config.{key}={value}"])
 
 
-def test_the_comparison_has_a_command_in_most_rows():
+def test_the_comparison_has_commands_and_keys():
     assert sum(code.startswith("vit-jax ") for code in claims()) >= 15
     assert sum(code.startswith("--config.") for code in claims()) >= 15
 
