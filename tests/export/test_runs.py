@@ -21,7 +21,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason=REASON)
 def test_a_run_with_adapters_is_exported_merged_and_named(
     tiny_config, tmp_path, finished, converter
 ):
-    lora = {"lora.rank": 2, "lora.alpha": 6.0, "lora.targets": "query,value,mlp"}
+    lora = {"lora.rank": 2, "lora.alpha": 600.0, "lora.targets": "query,value,mlp"}
     config = tiny_config(init_from=str(finished), duration="3 steps", **lora)
     train.train(config, tmp_path / "flowers")
     step, out = tmp_path / "flowers/checkpoints/3", tmp_path / "out"
@@ -38,7 +38,7 @@ def test_a_run_with_adapters_is_exported_merged_and_named(
     for _, *layer, part in arrays.keys() - plain.keys():
         if part == "a":
             a, b = arrays["lora", *layer, "a"], arrays["lora", *layer, "b"]
-            merged[*layer, "kernel"] = plain[*layer, "kernel"] + (6 / 2 * a @ b).reshape(
+            merged[*layer, "kernel"] = plain[*layer, "kernel"] + (600 / 2 * a @ b).reshape(
                 plain[*layer, "kernel"].shape
             )
     images = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 3)).astype(np.float32)
