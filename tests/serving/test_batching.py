@@ -118,6 +118,22 @@ def test_an_error_is_of_its_batch_alone():
     assert str(error) == "a negative image" and float(row.item()) == 6
 
 
+def test_a_model_that_gives_too_few_rows_fails_its_batch_and_the_next_is_answered():
+    def predict(images):
+        return images[:1] * 2
+
+    async def use(batcher):
+        async with asyncio.timeout(20):
+            failed = await asyncio.gather(
+                *(batcher.submit(image(i)) for i in range(2)), return_exceptions=True
+            )
+            return failed, await batcher.submit(image(3))
+
+    failed, row = run(predict, use)
+    assert [str(error) for error in failed] == ["the model gave 1 rows for 2 images"] * 2
+    assert float(row.item()) == 6
+
+
 def test_room_is_given_back_and_not_exceeded():
     room = Room(3)
     with room.hold(2):

@@ -1,5 +1,7 @@
 """The model of a folder: found, checked, and refused in a line."""
 
+import dataclasses
+import json
 import sys
 
 import numpy as np
@@ -39,6 +41,29 @@ def test_a_model_that_cannot_be_served_is_one_line(folder, metadata, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_model_that_prepares_images_itself_is_one_line(folder):
+    """Else they would be prepared twice."""
+    tiny.save_onnx(folder / "model.onnx", dtype="UINT8", pixels="raw")
+    with pytest.raises(UserError, match="without --preprocessing in_graph"):
+        served.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("predict", "message"),
+    [
+        (lambda images: np.zeros((1, 5), np.float32), r"gives \(1, 5\) for 2 images"),
+        (lambda images: 1 // 0, "cannot run 2 images"),
+    ],
+)
+def test_a_model_without_a_row_for_each_image_is_one_line(folder, monkeypatch, predict, message):
+    load = served.runtime.load
+    monkeypatch.setattr(
+        served.runtime, "load", lambda *args: dataclasses.replace(load(*args), _run=predict)
+    )
+    with pytest.raises(UserError, match=message):
+        served.load(folder)
+
+
 def test_a_fixed_batch_is_the_largest(folder):
     tiny.save_onnx(folder / "model.onnx", batch=3)
     model = served.load(folder)
@@ -58,6 +83,23 @@ def test_the_engine_is_taken_where_tensorrt_is(folder, monkeypatch, capsys):
     (folder / "model.onnx").unlink()
     with pytest.raises(UserError, match="TensorRT is not installed here"):
         served.find(folder)
+
+
+def test_an_engine_of_another_export_is_left_out(folder, monkeypatch, capsys):
+    inputs = [("images", "FLOAT", (-1, 8, 8, 3))]
+    fake_tensorrt.install(monkeypatch, "10.0.1", inputs=inputs)
+    build(folder / "model.onnx", folder, batch="1:4:8")
+    tiny.save_onnx(folder / "model.onnx", weights=2 * tiny.WEIGHTS)
+    capsys.readouterr()
+    assert served.find(folder) == folder / "model.onnx"
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "model.engine is left out for model.onnx" in line and "another SHA-256" in line
+    description = folder / "engine.json"
+    entries = json.loads(description.read_text())
+    description.write_text(json.dumps(entries | {"onnx": None}))
+    assert served.find(folder) == folder / "model.onnx"
+    description.unlink()
+    assert served.find(folder) == folder / "model.engine"
 
 
 def test_without_fastapi_it_says_what_to_install(folder, monkeypatch):

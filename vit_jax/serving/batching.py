@@ -113,6 +113,8 @@ class Batcher:
             batch = await self._gather()
             try:
                 rows = await loop.run_in_executor(self._thread, self._call, batch)
+                if len(rows) != len(batch):
+                    raise ValueError(f"the model gave {len(rows)} rows for {len(batch)} images")
             except Exception as error:
                 for each in batch:
                     if not each.answer.done():

@@ -10,12 +10,12 @@ import numpy as np
 
 from vit_jax.data.image_files import read_view
 from vit_jax.data.protocols import Preprocessing
-from vit_jax.errors import UserError, brief
+from vit_jax.errors import UserError, brief, first_line
 from vit_jax.evaluation.ranking import top
 from vit_jax.export import runtime
-from vit_jax.export.engine import ENGINE
+from vit_jax.export.engine import ENGINE, read_description
 from vit_jax.export.nvidia import import_tensorrt
-from vit_jax.export.onnx_file import read_onnx
+from vit_jax.export.onnx_file import RAW, read_onnx
 from vit_jax.export.parity import as_pixels
 from vit_jax.export.stages import OUTPUTS
 from vit_jax.printable import printable
@@ -105,6 +105,8 @@ class Served:
 def find(path: Path) -> Path:
     """The file of a folder that `vit-jax export` wrote: its engine where there is TensorRT.
 
+    An engine that was built of another ONNX file than lies beside it is left out.
+
     Args:
         path: of the folder; whatever else is named is taken as it is.
 
@@ -117,6 +119,8 @@ def find(path: Path) -> Path:
     if engine.is_file():
         try:
             import_tensorrt()
+            if onnx.is_file():
+                _check_engine(engine, onnx)
             return engine
         except UserError as error:
             if not onnx.is_file():
@@ -128,6 +132,19 @@ def find(path: Path) -> Path:
             "wrote"
         )
     return onnx
+
+
+def _check_engine(engine: Path, onnx: Path) -> None:
+    """Raises a UserError where an engine says that it was built of another ONNX file."""
+    description = read_description(engine)
+    built = description.get("onnx")
+    if description and (
+        not isinstance(built, dict) or built.get("sha256") != read_onnx(onnx).sha256
+    ):
+        raise UserError(
+            "its engine.json names another SHA-256, so it was built of another export; build it "
+            "again: python -m vit_jax.export.to_tensorrt"
+        )
 
 
 def is_exported(path: Path) -> bool:
@@ -144,8 +161,8 @@ def load(path: Path, device: str | None = None) -> Served:
         device: see `runtime.load`.
 
     Raises:
-        UserError: as `runtime.load` does; or the file does not say how images are prepared, or is
-            damaged.
+        UserError: as `runtime.load` does; or the file does not say how images are prepared, takes
+            them as they are, or is damaged.
     """
     file = find(path)
     model = runtime.load(file, device)
@@ -153,6 +170,11 @@ def load(path: Path, device: str | None = None) -> Served:
     if preprocessing is None:
         raise UserError(
             f"{file} does not say how images are prepared: serve one that vit-jax export wrote"
+        )
+    if model.metadata.get("pixels") == RAW:  # They would wait decoded, of any size: 0.5 GB each.
+        raise UserError(
+            f"{file} prepares raw images itself, and here they are prepared before: export it "
+            "without --preprocessing in_graph"
         )
     # Height and width may be free.
     wanted = (-1, preprocessing.image_shape[0]), (-1, preprocessing.image_shape[1])
@@ -162,11 +184,10 @@ def load(path: Path, device: str | None = None) -> Served:
             f"{file} takes images of {model.image_shape}, and its preprocessing makes "
             f"{preprocessing.image_shape}: export it again"
         )
-    blank = np.zeros((1, *preprocessing.image_shape), model.image_dtype)
     served = Served(
         name=printable(file.absolute().parent.name if path.is_dir() else file.name),
         output=model.metadata.get("output", "logits"),
-        output_shape=model.predict(blank).shape[1:],
+        output_shape=_output_shape(model, preprocessing),
         preprocessing=preprocessing,
         takes_pixels=model.image_dtype == np.uint8,
         class_names=model.class_names,
@@ -179,6 +200,26 @@ def load(path: Path, device: str | None = None) -> Served:
     )
     _check(served, file)
     return served
+
+
+def _output_shape(model: runtime.Model, preprocessing: Preprocessing) -> tuple[int, ...]:
+    """The shape of what a model gives for an image; two are run, of which each must have its own.
+
+    Raises:
+        UserError: the model cannot run them.
+    """
+    blank = np.zeros((2, *preprocessing.image_shape), model.image_dtype)
+    try:
+        outputs = model.predict(blank)
+    except Exception as error:  # Those of onnxruntime have no common type.
+        raise UserError(
+            f"{model.path} cannot run 2 images ({first_line(error)}): export it again"
+        ) from error
+    if outputs.shape[:1] != (2,):
+        raise UserError(
+            f"{model.path} gives {outputs.shape} for 2 images, not a row for each: export it again"
+        )
+    return outputs.shape[1:]
 
 
 def _check(served: Served, file: Path) -> None:
