@@ -22,6 +22,7 @@ from ..webpages import Page
 from . import tiny
 
 pytest.importorskip("fastapi", reason="needs the serve extra: pip install '.[serve]'")
+from vit_jax.serving import app, limits, served
 
 PNG = {"Content-Type": "image/png"}
 
@@ -193,6 +194,59 @@ class TestBatches:
         assert failed.status_code == 500 and "not finite" in failed.json()["error"]
         tiny.check(post(client, tiny.pixels(0)), tiny.pixels(0))
 
+    def test_one_image_that_is_too_much_for_the_model_is_its_own_files(self, start_app, caplog):
+        def changes(served):
+            def predict(images):
+                rows = served.predict(images)
+                rows[(images > 0).all((1, 2, 3))] = np.nan
+                return rows
+
+            return {"predict": predict}
+
+        white = np.full((8, 8, 3), 255, np.uint8)
+        files = [
+            (x, (f"{x}.png", tiny.encode(y))) for x, y in (("a", tiny.pixels(0)), ("b", white))
+        ]
+        client = start_app(changes)
+        good, bad = client.post("/predict", files=files).json()["results"]
+        tiny.check_classes(good["predictions"], tiny.pixels(0))
+        assert bad == {
+            "file": "b.png",
+            "error": "the model gives outputs that are not finite: mend it",
+        }
+        assert "not finite" in caplog.text and "b.png" not in caplog.text
+        files[0] = ("a", ("a.png", b"junk"))
+        assert client.post("/predict", files=files).status_code == 500
+
+    def test_a_failure_gives_its_room_back_when_all_of_its_images_have_ended(
+        self, start_app, monkeypatch
+    ):
+        gate = threading.Event()
+
+        def changes(served):
+            def predict(images):
+                assert gate.wait(30)
+                return served.predict(images)
+
+            return {"predict": predict}
+
+        def read(name, *args):
+            if name == "bad":
+                raise RuntimeError("no memory")
+            return read_view(name, *args)
+
+        monkeypatch.setattr(served, "read_view", read)
+        client = start_app(changes)
+        files = [("a", ("good", IMAGE)), ("b", ("bad", IMAGE))]
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(client.post, "/predict", files=files)
+            wait_for(lambda: in_work(client) == 2)
+            time.sleep(0.3)
+            assert in_work(client) == 2 and not answer.done()
+            gate.set()
+            assert answer.result().status_code == 500
+        assert in_work(client) == 0
+
 
 def wait_for(condition):
     deadline = time.monotonic() + 60
@@ -249,6 +303,14 @@ BAD = {
         *("POST", "/predict"),
         {"content": IMAGE, "headers": {"Content-Type": "multipart/form-data"}},
         *(400, "Missing boundary"),
+    ),
+    "a form of a charset that is none": (
+        *("POST", "/predict"),
+        {
+            "content": PART % (b'; filename="a.png"', IMAGE),
+            "headers": {"Content-Type": f"{FORM['Content-Type']}; charset=undefined"},
+        },
+        *(400, "the form cannot be read"),
     ),
     "a form of junk": ("POST", "/predict", {"content": IMAGE, "headers": FORM}, 400, "the form"),
     "a form without a file": ("POST", "/predict", form(b""), 400, "is text, not a file"),
@@ -310,6 +372,30 @@ class TestBadRequests:
     def test_there_are_twenty_kinds(self):
         assert len(BAD) >= 20
 
+    def test_large_answers_are_of_few_files(self, start_app, monkeypatch):
+        monkeypatch.setattr(app, "_MOST_VALUES", 2 * tiny.CLASSES)
+        client = start_app()
+        files = [("a", ("a.png", IMAGE))] * 3
+        refused = client.post("/logits", files=files)
+        assert refused.status_code == 400 and "at most 2 files" in refused.json()["error"]
+        assert client.post("/logits", files=files[:2]).status_code == 200
+        assert client.post("/predict", files=files).status_code == 200
+
+    def test_the_log_has_no_text_of_a_form(self, client, caplog):
+        client.post("/predict", content=PART % (b"", b"x") + b"--x\x1b[2J", headers=FORM)
+        client.post("/predict", content=b"--x%$?!\r\n", headers=FORM)
+        assert not [x for x in caplog.records if x.name.startswith("python_multipart")]
+
+    def test_too_many_requests_at_a_time_are_turned_away_in_json(self, client, monkeypatch):
+        monkeypatch.setattr(limits, "REQUESTS", 0)
+        refused = post(client, tiny.pixels(0))
+        assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
+        assert refused.headers["x-content-type-options"] == "nosniff"
+        assert "requests at a time" in refused.json()["error"]
+        monkeypatch.undo()
+        tiny.check(post(client, tiny.pixels(0)), tiny.pixels(0))
+        assert 'path="/predict",status="503"} 1.0' in client.get("/metrics").text
+
     def test_too_many_bytes_at_a_time_are_turned_away(self, client):
         client.app.held = 16 * 200_000
         refused = post(client, tiny.pixels(0))
@@ -355,6 +441,14 @@ class TestPage:
         assert len(read.all("script")) == 1 and "\x1b" not in answer.text
         assert not [image for image in read.all("img") if "onerror" in image]
         assert "<img src=x onerror=alert(1)>" in read.text
+
+    def test_classes_stay_where_attention_fails(self, page):
+        answer, _ = page()
+        classify, look = re.findall(
+            r"^async function (?:classify|look)\(.*?^}", answer.text, re.M | re.S
+        )
+        assert "/attention" not in classify and "/attention" in look
+        assert "catch" in look and "hidden" not in look
 
     def test_without_weights_it_says_what_attention_needs(self, page):
         _, read = page()

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import dataclasses
+import logging
+import math
 import os
 from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +38,9 @@ OfRow = Callable[[np.ndarray], dict[str, Any]]
 
 # Beyond these it would be minutes until an answer; each takes a few tenths of a second.
 _ATTENTION_IN_WORK = 8
+# Numbers in an answer, but for that to one image: some 20 bytes each in JSON.
+_MOST_VALUES = 2**20
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +147,7 @@ def _add_answers(app: FastAPI, service: "_Service", attention: "Attention | None
     """Adds the routes that take images."""
     served = service.served
     raw = f"/{served.output}"
+    most = max(1, _MOST_VALUES // max(1, math.prod(served.output_shape)))
 
     @app.post("/predict", openapi_extra=_BODY)
     async def predict(
@@ -159,7 +165,7 @@ def _add_answers(app: FastAPI, service: "_Service", attention: "Attention | None
     async def outputs(request: Request) -> dict[str, Any]:
         """The outputs of the model for images, as they are."""
         _check_query(request)
-        return await service.answer(request, lambda row: {served.output: row.tolist()})
+        return await service.answer(request, lambda row: {served.output: row.tolist()}, most)
 
     @app.post("/attention", response_class=Response, openapi_extra=_BODY)
     async def look(request: Request) -> Response:
@@ -204,22 +210,41 @@ class _Service:
         self._decoding.shutdown()
         self._looking.shutdown()
 
-    async def answer(self, request: Request, of_row: OfRow) -> dict[str, Any]:
+    async def answer(
+        self, request: Request, of_row: OfRow, most_files: int | None = None
+    ) -> dict[str, Any]:
         """The answer to a request: for each of its files the result of a row, or its error.
 
+        Args:
+            request: whose body was not read yet.
+            of_row: makes the result.
+            most_files: of this answer, where it is large.
+
         Raises:
-            Refusal: there is no room, or no file is an image.
+            Refusal: there is no room, or no file has a result.
             ClientDisconnect: nobody waits for it any more.
         """
         with self._room_for(self.room, 1):  # Before the body is read.
             pass
-        files = await uploads.read(request, self.options.max_files)
+        most = min(self.options.max_files, most_files or self.options.max_files)
+        files = await uploads.read(request, most)
         with self._room_for(self.room, len(files)):
-            work = asyncio.gather(*(self._result(file, of_row) for file in files))
-            results = await _while_here(request, work)
-        if all("error" in result for result in results):
-            raise Refusal(422, results[0]["error"])
-        return {"results": results}
+            # The room is held until the last has ended, whatever became of the others.
+            work = (self._result(file, of_row) for file in files)
+            results = await _while_here(request, asyncio.gather(*work, return_exceptions=True))
+        refusals = [result for result in results if isinstance(result, Refusal)]
+        for result in results:
+            if isinstance(result, BaseException) and not isinstance(result, Refusal):
+                raise result
+        if len(refusals) == len(files):
+            raise max(refusals, key=lambda refusal: refusal.status_code)
+        return {
+            "results": [
+                {"file": file.name}
+                | ({"error": result.detail} if isinstance(result, Refusal) else result)
+                for file, result in zip(files, results, strict=True)
+            ]
+        }
 
     async def look(self, request: Request, attention: "Attention") -> bytes:
         """A picture of what the model looks at in the one file of a request.
@@ -244,11 +269,12 @@ class _Service:
         try:
             view = await work
         except UserError as error:
-            return {"file": file.name, "error": str(error)}
+            raise Refusal(422, str(error)) from error
         row = await self.batcher.submit(view)
         if not np.isfinite(row).all():
+            _log.error("the model gives outputs that are not finite for an image")
             raise Refusal(500, "the model gives outputs that are not finite: mend it")
-        return {"file": file.name, **of_row(row)}
+        return of_row(row)
 
     @contextlib.contextmanager
     def _room_for(self, room: Room, count: int) -> Generator[None]:

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -15,6 +16,9 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 # Bodies of the largest size that are held at a time, over all requests.
 _BODIES = 16
+# Requests at a time, most of which wait for bodies: fewer than the connections of `server`, so that
+# who comes beyond them still gets an answer of ours.
+REQUESTS = 512
 # For how long the rest of a body is read that is not wanted: else the system resets the connection,
 # and the client never sees why.
 _LINGER_SECONDS = 2.0
@@ -34,7 +38,7 @@ class Refusal(HTTPException):
 
 
 class Limits:
-    """An ASGI application around another, which bounds the bodies of requests.
+    """An ASGI application around another, which bounds requests and their bodies.
 
     Every answer has `HEADERS`, where it has none of that name.
 
@@ -58,6 +62,7 @@ class Limits:
         self.max_bytes = max_bytes
         self.seconds = seconds
         self.held = 0
+        self._requests = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Serves one request."""
@@ -66,9 +71,12 @@ class Limits:
             return
         start = time.monotonic()
         body = _Body(self, scope, receive, send)
+        app = _too_many if self._requests >= REQUESTS else self._app
+        self._requests += 1
         try:
-            await self._app(scope, body.receive, body.send)
+            await app(scope, body.receive, body.send)
         finally:
+            self._requests -= 1
             self.held -= body.size
             self._answered(scope["path"], body.status, time.monotonic() - start)
 
@@ -81,6 +89,11 @@ class Limits:
         if self.held + count > _BODIES * self.max_bytes:
             raise Refusal(503, "too many uploads at a time: try again in a second", RETRY_AFTER)
         self.held += count
+
+
+async def _too_many(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    error = f"more than {REQUESTS} requests at a time: try again in a second"
+    await JSONResponse({"error": error}, 503, RETRY_AFTER)(scope, receive, send)
 
 
 class _Body:

@@ -51,13 +51,22 @@ async function classify(file) {
     show(at("picture"), file);
     at("result").hidden = false;
     at("result").classList.remove("busy");
-    if (!at("attention")) return;
-    const picture = await (await post("/attention", file)).blob();
-    if (mine === newest) show(at("attention"), picture);
   } catch (error) {
     if (mine !== newest) return;
     at("result").hidden = true;
     fail(error.message);
+    return;
+  }
+  if (at("attention")) await look(file, mine);
+}
+
+// The classes stay where this fails.
+async function look(file, mine) {
+  try {
+    const picture = await (await post("/attention", file)).blob();
+    if (mine === newest) show(at("attention"), picture);
+  } catch (error) {
+    if (mine === newest) fail(error.message);
   }
 }
 

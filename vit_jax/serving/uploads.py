@@ -1,5 +1,6 @@
 """The image files in a request: its body, or the parts of a form."""
 
+import logging
 import sys
 from typing import NamedTuple
 
@@ -7,13 +8,15 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from vit_jax.errors import brief
+from vit_jax.errors import brief, first_line
 from vit_jax.printable import printable
 from vit_jax.serving.limits import Refusal
 
 _HOW = "send an image with Content-Type: image/jpeg or its like, or files as multipart/form-data"
 _FORM = "multipart/form-data"
 _BYTES = "application/octet-stream"
+# It warns of what clients send, and quotes it.
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 
 class Upload(NamedTuple):
@@ -54,10 +57,10 @@ async def _read_form(request: Request, max_files: int) -> list[Upload]:
     parser = _InMemory(request.headers, request.stream(), max_files=max_files, max_fields=max_files)
     try:
         form = await parser.parse()
-    except MultiPartException as error:
+    except (MultiPartException, UnicodeError) as error:  # The latter of some charsets.
         raise Refusal(
             400,
-            f"the form cannot be read ({error.message.rstrip('.')}): send at most {max_files} "
+            f"the form cannot be read ({first_line(error).rstrip('.')}): send at most {max_files} "
             "files, as multipart/form-data with a boundary",
         ) from error
     try:
