@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +20,7 @@ from vit_jax.serving import __main__
 from . import tiny
 
 pytest.importorskip("fastapi", reason="needs the serve extra: pip install '.[serve]'")
-from vit_jax.serving import server
+from vit_jax.serving import limits, server
 from vit_jax.serving.app import Options, create_app
 from vit_jax.serving.served import load
 
@@ -183,6 +184,47 @@ def test_paths_lead_nowhere(port, path):
     assert status == 404 and "is not here" in json.loads(text)["error"]
 
 
+@pytest.mark.parametrize("more", [[], ["Connection: close"]])
+def test_who_never_takes_an_answer_is_cut_off(monkeypatch, more):
+    monkeypatch.setattr(server, "SEND_SECONDS", 0.5)
+
+    async def app(scope, receive, send):
+        if scope["type"] == "lifespan":
+            for kind in ("startup", "shutdown"):
+                await receive()
+                await send({"type": f"lifespan.{kind}.complete"})
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x" * 50_000_000})
+
+    listening = server.bind("127.0.0.1", 0)
+    running = server.make_server(app, 1.0)
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        with connect(listening.getsockname()[1]) as client:
+            client.sendall(head(None, *more, line="GET / HTTP/1.1"))
+            client.recv(10)
+            assert running.server_state.connections
+            deadline = time.monotonic() + 20
+            while running.server_state.connections:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+    finally:
+        running.should_exit = True
+        thread.join(60)
+
+
+def test_the_page_has_the_bounds_in_time():
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    page = " ".join(page.split())
+    idle, kept = server.HEAD_SECONDS, server._KEEP_ALIVE_SECONDS
+    assert f"asks nothing for {idle:g} s, or for {kept} s after an answer, is closed" in page
+    assert f"does not take its answer in {server.SEND_SECONDS:g} s" in page
+    assert f"{limits.REQUESTS} requests at a time" in page
+    assert f"beyond {server._CONNECTIONS} connections" in page
+
+
 def test_a_taken_port_is_one_line(folder):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         number = taken.getsockname()[1]
@@ -198,6 +240,8 @@ def test_a_taken_port_is_one_line(folder):
         (["--upload_seconds", "nan"], "'nan' is not a number from 0.1 to 3600"),
         (["--max_batch", "0"], "'0' is not a whole number of at least 1"),
         (["--host", "no.such.host.invalid"], "name a host of this machine"),
+        (["--host", "a..b"], "name a host of this machine"),
+        (["--host", "a" * 64], "name a host of this machine"),
         (["--device", "gpu"], "use cpu, cuda or tensorrt"),
     ],
 )

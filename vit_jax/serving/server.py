@@ -14,14 +14,19 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vit_jax import signals
-from vit_jax.errors import UserError, first_line
+from vit_jax.errors import UserError, brief_name, first_line
 from vit_jax.printable import printable
 from vit_jax.serving.limits import HEADERS
 
 # For the line and the headers of a request to arrive.
 HEAD_SECONDS = 10.0
 _KEEP_ALIVE_SECONDS = 20
-# Connections at a time. Most systems allow a process 1,024 files.
+# For a client to take an answer that does not fit into the buffers of the system.
+SEND_SECONDS = 60.0
+# For what is sent before a connection is closed to be taken.
+CLOSE_SECONDS = 5.0
+# Connections at a time, idle ones too; beyond them uvicorn refuses in plain text, and so `Limits`
+# refuses before. Most systems allow a process 1,024 files.
 _CONNECTIONS = 800
 # For what was accepted to be answered after a signal, beyond the time of an upload.
 _GRACE_SECONDS = 30
@@ -42,14 +47,15 @@ def bind(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         return socket.create_server(address, family=family, backlog=1024)
-    except OSError as error:
-        reason = error.strerror or first_line(error)
+    except (OSError, UnicodeError) as error:  # The latter of names that DNS cannot have.
+        reason = getattr(error, "strerror", None) or first_line(error)
+        number = getattr(error, "errno", None)
         way_out = "name a host of this machine, such as 127.0.0.1 or 0.0.0.0"
-        if error.errno == errno.EADDRINUSE:
+        if number == errno.EADDRINUSE:
             way_out = "end what has it, or choose another --port; 0 takes a free one"
-        elif error.errno == errno.EACCES:
+        elif number == errno.EACCES:
             way_out = "choose a --port of 1024 or more"
-        where = f"--host {host} --port {port}"
+        where = f"--host {brief_name(host)} --port {port}"
         raise UserError(f"{where} cannot be had ({reason}): {way_out}") from error
 
 
@@ -114,9 +120,13 @@ class _Server(uvicorn.Server):
 
 
 class Protocol(H11Protocol):
-    """A connection whose requests must begin in time, and whose junk is answered in JSON."""
+    """A connection whose requests must begin in time, whose answers must be taken in time.
+
+    Junk is answered in JSON.
+    """
 
     _late: asyncio.TimerHandle | None = None
+    _stuck: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Waits for the first request."""
@@ -134,7 +144,30 @@ class Protocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Waits no longer."""
         self._unwatch()
+        self._flows()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Waits for the client to take what has been sent."""
+        super().pause_writing()
+        if self._stuck is None:
+            self._stuck = self.loop.call_later(SEND_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Waits no longer: the most of it has been taken."""
+        self._flows()
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Closes a connection that has asked nothing after an answer."""
+        super().timeout_keep_alive_handler()
+        self._abort_in(CLOSE_SECONDS)
+
+    def on_response_complete(self) -> None:
+        """Goes on to the next request, or waits for the end of the answer to be taken."""
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._abort_in(SEND_SECONDS)
 
     def send_400_response(self, msg: str) -> None:
         """Answers what is not HTTP, where an answer has not begun."""
@@ -150,7 +183,7 @@ class Protocol(H11Protocol):
             reply = h11.Response(status_code=400, headers=list(headers.items()), reason=b"")
             for event in (reply, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
+        self._close()
 
     def _watch(self) -> None:
         if self._late is None:
@@ -161,6 +194,17 @@ class Protocol(H11Protocol):
             self._late.cancel()
             self._late = None
 
+    def _flows(self) -> None:
+        if self._stuck is not None:
+            self._stuck.cancel()
+            self._stuck = None
+
     def _close(self) -> None:
+        """Closes, also where the client never takes what is still to be sent."""
         if not self.transport.is_closing():
             self.transport.close()
+            self._abort_in(CLOSE_SECONDS)
+
+    def _abort_in(self, seconds: float) -> None:
+        if self.transport.get_write_buffer_size():
+            self.loop.call_later(seconds, self.transport.abort)
