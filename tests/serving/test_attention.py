@@ -25,13 +25,13 @@ MODEL |= {"mlp_dim": 64, "num_heads": 2, "num_classes": 5}
 PHOTO = tiny.encode(np.random.default_rng(3).integers(0, 256, (40, 30, 3), np.uint8), "JPEG")
 
 
-def make_pretrained(size=16):
+def make_pretrained(size=16, seed=0):
     shapes = jax.eval_shape(
         create_model(MODEL).init,
         jax.random.key(0),
         jax.ShapeDtypeStruct((1, size, size, 3), np.float32),
     )["params"]
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     params = jax.tree.map(
         lambda x: generator.standard_normal(x.shape, np.float32) * np.float32(0.3), shapes
     )
@@ -85,6 +85,7 @@ def test_classes_and_attention_are_those_of_the_weights(folder, start_app):
 
 
 def test_weights_are_served_without_an_export(tmp_path, monkeypatch):
+    pytest.importorskip("httpx2", reason="needs the test extra", exc_type=ImportError)
     from fastapi.testclient import TestClient
 
     from vit_jax.checkpoints.save import save_pretrained
@@ -128,3 +129,23 @@ def test_weights_of_another_model_are_refused(folder):
         Attention(deeper, served)
     with pytest.raises(UserError, match="preprocessing differ"):
         Attention(make_pretrained(24), served)
+
+
+@pytest.mark.parametrize("takes_pixels", [False, True])
+def test_other_weights_of_the_same_architecture_are_refused(takes_pixels):
+    from vit_jax.serving.attention import Attention
+    from vit_jax.serving.weights import from_weights
+
+    pretrained = make_pretrained()
+    served = from_weights(pretrained, "tiny", 1)
+    if takes_pixels:
+
+        def predict(images):
+            assert images.dtype == np.uint8
+            return model.logits(images)
+
+        model = VisionModel(pretrained, 1)
+        served = dataclasses.replace(served, takes_pixels=True, predict=predict)
+    Attention(pretrained, served)
+    with pytest.raises(UserError, match="the weights differ, as the logits of an image do"):
+        Attention(make_pretrained(seed=1), served)
