@@ -6,7 +6,8 @@ Starts a server of the model on a free port, or takes the one at --url, and send
 number of connections, each of which waits for its answer before the next. Every answer is compared
 with the first that the same image had; of bad requests, a share of all, the status is. What is not
 as it should be counts as an error. Before the load and after it, bare onnxruntime runs batches of 8
-of the same images, while the server waits. The last line has the ratio of the two rates.
+of the same images, or of the model's own size, while the server waits. The last line has the ratio
+of the two rates.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from PIL import Image
 
 from vit_jax.data.image_files import find_images, read_view
 from vit_jax.export import runtime
+from vit_jax.export.parity import as_pixels
 
 ROOT = Path(__file__).parents[1]
 BATCH = 8
@@ -173,21 +175,27 @@ def read_images(folder: str | None) -> list[bytes]:
 
 
 def bare(model: str, images: list[bytes], seconds: float) -> float:
-    """Images a second of onnxruntime alone, in batches of 8 that were prepared before."""
+    """Images a second of onnxruntime alone, in batches that were prepared before.
+
+    They are of 8, or of the model's own size.
+    """
     import onnxruntime
 
     path = Path(model, "model.onnx")
     with runtime.load(path) as loaded:
-        preprocessing = loaded.preprocessing
-    views = [read_view("the image", preprocessing, image) for image in images[:BATCH]]
-    batch = np.stack([views[i % len(views)] for i in range(BATCH)])
+        preprocessing, size = loaded.preprocessing, loaded.sizes[1] or BATCH
+    views = [read_view("the image", preprocessing, image) for image in images[:size]]
+    batch = np.stack([views[i % len(views)] for i in range(size)])
+    if loaded.image_dtype == np.uint8:
+        batch = as_pixels(batch, preprocessing)
+    batch = batch.astype(loaded.image_dtype, copy=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (inputs,) = session.get_inputs()
     session.run(None, {inputs.name: batch})
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         session.run(None, {inputs.name: batch})
-        count += BATCH
+        count += size
     return count / (time.perf_counter() - start)
 
 
@@ -264,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     before, after = found["resident_mib"]
     rows = [
         [f"vit-jax serve, {args.connections} connections", f"{found['images_per_second']:.1f}"],
-        [f"bare onnxruntime, batch {BATCH}, before and after", f"{rates[0]:.1f}, {rates[1]:.1f}"],
+        ["bare onnxruntime, before and after", f"{rates[0]:.1f}, {rates[1]:.1f}"],
     ]
     print(paired.markdown(["", "images/s"], rows))
     if found["images"]:
