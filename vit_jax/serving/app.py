@@ -233,18 +233,17 @@ class _Service:
             work = (self._result(file, of_row) for file in files)
             results = await _while_here(request, asyncio.gather(*work, return_exceptions=True))
         refusals = [result for result in results if isinstance(result, Refusal)]
-        for result in results:
-            if isinstance(result, BaseException) and not isinstance(result, Refusal):
+        answers = []
+        for file, result in zip(files, results, strict=True):
+            if isinstance(result, Refusal):
+                answers.append({"file": file.name, "error": result.detail})
+            elif isinstance(result, BaseException):
                 raise result
+            else:
+                answers.append({"file": file.name, **result})
         if len(refusals) == len(files):
             raise max(refusals, key=lambda refusal: refusal.status_code)
-        return {
-            "results": [
-                {"file": file.name}
-                | ({"error": result.detail} if isinstance(result, Refusal) else result)
-                for file, result in zip(files, results, strict=True)
-            ]
-        }
+        return {"results": answers}
 
     async def look(self, request: Request, attention: "Attention") -> bytes:
         """A picture of what the model looks at in the one file of a request.
