@@ -41,13 +41,6 @@ def test_a_model_that_cannot_be_served_is_one_line(folder, metadata, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_that_prepares_images_itself_is_one_line(folder):
-    """Else they would be prepared twice."""
-    tiny.save_onnx(folder / "model.onnx", dtype="UINT8", pixels="raw")
-    with pytest.raises(UserError, match="without --preprocessing in_graph"):
-        served.load(folder)
-
-
 @pytest.mark.parametrize(
     ("predict", "message"),
     [

@@ -15,7 +15,7 @@ from vit_jax.evaluation.ranking import top
 from vit_jax.export import runtime
 from vit_jax.export.engine import ENGINE, read_description
 from vit_jax.export.nvidia import import_tensorrt
-from vit_jax.export.onnx_file import RAW, read_onnx
+from vit_jax.export.onnx_file import read_onnx
 from vit_jax.export.parity import as_pixels
 from vit_jax.export.stages import OUTPUTS
 from vit_jax.printable import printable
@@ -170,11 +170,6 @@ def load(path: Path, device: str | None = None) -> Served:
     if preprocessing is None:
         raise UserError(
             f"{file} does not say how images are prepared: serve one that vit-jax export wrote"
-        )
-    if model.metadata.get("pixels") == RAW:  # They would wait decoded, of any size: 0.5 GB each.
-        raise UserError(
-            f"{file} prepares raw images itself, and here they are prepared before: export it "
-            "without --preprocessing in_graph"
         )
     # Height and width may be free.
     wanted = (-1, preprocessing.image_shape[0]), (-1, preprocessing.image_shape[1])
