@@ -51,9 +51,9 @@ def test_the_next_batch_is_read_while_the_present_one_is_used(photos, monkeypatc
     read = {str(photos / name): threading.Event() for name in ("a.png", "b/c.PNG", "d.bmp")}
     original = image_files.open_image
 
-    def recorded(path, **options):
+    def recorded(path, *arguments, **options):
         read[path].set()
-        return original(path, **options)
+        return original(path, *arguments, **options)
 
     monkeypatch.setattr(image_files, "open_image", recorded)
     batches = read_batches(list(read), evaluation("pad", 8), 1, pytest.fail)
