@@ -14,6 +14,14 @@ TENSORFLOW = [
     "tensorflow>=2.21; sys_platform != 'linux' or platform_machine != 'x86_64'",
 ]
 
+SERVE = [
+    "fastapi>=0.165",
+    "onnxruntime>=1.31",
+    "prometheus-client>=0.26",
+    "python-multipart>=0.0.34",
+    "uvicorn>=0.54",
+]
+
 setup(
     name="vit_jax",
     version=VERSION,
@@ -27,6 +35,7 @@ setup(
     package_data={
         "vit_jax": ["py.typed", "webpage.css"],
         "vit_jax.analysis": ["page.css"],
+        "vit_jax.serving": ["page.css", "page.js"],
         "vit_jax.data": ["imagenet_classes.txt", "objectnet_classes.txt"],
     },
     entry_points={"console_scripts": ["vit-jax = vit_jax.cli:main"]},
@@ -95,10 +104,14 @@ setup(
             "mkdocs-material>=9.8",
             "mkdocstrings[python]>=1.0.8",
         ],
+        # `vit-jax serve`.
+        "serve": SERVE,
         # NVIDIA's own index has the libraries that these load; TensorRT 8.6 is for Python 3.10.
         "tensorrt": ["cuda-python>=12.2", "tensorrt>=10"],
         "test": [
+            *SERVE,
             *TENSORFLOW,  # What is compared with.
+            "httpx2>=2.16",  # Of the test client of FastAPI.
             "hypothesis>=6.170",
             "pytest>=9.2",
             "pytest-cov>=7.1",

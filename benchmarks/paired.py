@@ -41,6 +41,9 @@ PACKAGES = (
     "tensorflow-cpu",
     "tensorflow",
     "grain",
+    "onnxruntime",
+    "fastapi",
+    "uvicorn",
     "opencv-python-headless",
     "pillow",
 )

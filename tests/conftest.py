@@ -27,6 +27,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # What depends on the versions of JAX, TensorFlow, PyTorch and their like.
 VERSIONED = (
     *("analysis", "checkpoints", "doctor", "export", "models", "numerics"),
+    "serving/test_attention.py",
     *("data/test_images.py", "data/test_preprocess.py", "test_convert.py", "test_inference.py"),
     *("test_sharding.py", "test_state.py", "test_steps.py", "test_train.py", "test_xla_flags.py"),
 )

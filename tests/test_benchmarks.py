@@ -15,6 +15,8 @@ from PIL import Image
 
 from vit_jax.doctor import reference
 
+from .serving import tiny
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MODEL = "ViT-1-64-128/16"
 SMALL = [MODEL, "2", "--image_size", "32", "--rounds", "3", "--seconds", "0"]
@@ -242,3 +244,25 @@ def test_the_gpu_script_runs_without_what_a_gpu_machine_lacks(tmp_path):
     assert done.returncode == 0, done.stdout
     assert json.loads((tmp_path / "gpu_train_h.json").read_text())["dtype"] == "bfloat16"
     assert "| ours |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_a_server_under_load_is_compared_with_bare_onnxruntime(tmp_path, capsys):
+    for package in ("fastapi", "onnx", "onnxruntime"):
+        pytest.importorskip(package, reason=f"needs {package}", exc_type=ImportError)
+    tiny.save_onnx(tmp_path / "model" / "model.onnx")
+    flags = ["--seconds", "2", "--warm_up", "0.2", "--bare_seconds", "0.2", "--bad", "0.3"]
+    path = tmp_path / "found.json"
+    words = ["--model", str(tmp_path / "model"), "--connections", "4", "--output", str(path)]
+    assert benchmark("serving").main([*words, *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"served/bare \d+\.\d{3}", lines[-1]) and lines[-2] == "errors 0"
+    found = json.loads(path.read_text())
+    assert found["images"] > 0 and found["refused"] > 0 and found["errors"] == {}
+    assert found["resident_mib"][0] > 10 and min(found["bare"]) > 0
+
+
+def test_a_server_that_answers_otherwise_is_found_out():
+    load = benchmark("serving").Load("nowhere", 0, [b"image"], 0)
+    for probability in (0.5, 0.5001, 0.6):
+        load._compare(0, [{"index": 1, "probability": probability}])
+    assert load.errors == {"another answer to the same image": 1}

@@ -11,7 +11,7 @@ from vit_jax import cli
 from vit_jax.errors import nearest
 
 NAMES = ["train", "probe", "evaluate", "predict", "features", "convert", "export"]
-NAMES += ["analyze", "weights", "sweep", "plan", "doctor"]
+NAMES += ["serve", "analyze", "weights", "sweep", "plan", "doctor"]
 
 
 @pytest.fixture

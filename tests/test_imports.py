@@ -33,6 +33,7 @@ LAYERS = (
     ("analysis", "checkpoints"),
     ("config_files", "dense_features", "doctor", "export", "inference", "provenance"),
     ("analysis.of_images",),
+    ("serving",),
     ("teacher",),
     ("writers",),
     ("trackers", "profiling"),
@@ -57,6 +58,7 @@ LAYERS = (
         "doctor.__main__",
         "export.__main__",
         "plan.__main__",
+        "serving.__main__",
     ),
     ("cli", "__main__"),
 )
@@ -103,12 +105,13 @@ WITHOUT_TENSORFLOW = (
     "export.engine",
     "export.runtime",
     "export.to_tensorrt",
+    "serving",
 )
 # They read TFDS's data sets, for which it needs no TensorFlow.
 WITH_TFDS = ("data", "own_images", "preparation", "train", "evaluate")
 OF_TENSORFLOW = {"tensorflow", "tensorflow_datasets", "clu", "onnx", "onnxruntime", "tf2onnx"}
-# The machine that builds an engine has no JAX either.
-WITHOUT_JAX = ("export.engine", "export.runtime", "export.to_tensorrt")
+# Machines that build an engine, or serve one, have no JAX either.
+WITHOUT_JAX = ("export.engine", "export.runtime", "export.to_tensorrt", "serving.app")
 
 
 class Imports(NamedTuple):
@@ -250,7 +253,7 @@ def test_the_input_is_imported_without_tensorflow(name):
 
 
 @pytest.mark.parametrize("name", [f"{ROOT}.{name}" for name in WITHOUT_JAX])
-def test_the_tensorrt_stage_is_imported_without_jax(name):
+def test_what_deploys_is_imported_without_jax(name):
     roots = {module.partition(".")[0] for module in loaded_with(name)}
     assert roots & {"jax", "jaxlib", "flax", "optax"} == set()
 

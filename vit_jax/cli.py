@@ -24,6 +24,7 @@ COMMANDS = {
     "features": Command("vit_jax.features", "write features of every patch of images"),
     "convert": Command("vit_jax.convert", "write weights in Google's, timm's or HF's format"),
     "export": Command("vit_jax.export.__main__", "make a SavedModel, ONNX file or TensorRT engine"),
+    "serve": Command("vit_jax.serving.__main__", "answer over HTTP with an exported model"),
     "analyze": Command("vit_jax.analysis.__main__", "draw what a model looks at and has learned"),
     "weights": Command("vit_jax.checkpoints.__main__", "find and fetch published weights"),
     "sweep": Command("vit_jax.sweep", "choose the learning rate, then train with several seeds"),
@@ -38,6 +39,7 @@ _EPILOG = """examples:
   vit-jax train --config b16:finetune,cifar10 --config.init_from=B_16
   vit-jax evaluate --checkpoint runs/b16-finetune-cifar10 --dataset cifar10
   vit-jax export --checkpoint runs/digits --output digits
+  vit-jax serve --model digits
 
 `vit-jax COMMAND --help` has the flags of each, and its examples.
 

@@ -11,13 +11,13 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from vit_jax.checkpoints.pretrained import Pretrained, load_pretrained
-from vit_jax.data import imagenet
 from vit_jax.data.image_files import find_images, read_batches, read_view
 from vit_jax.data.images import check_channels, convert, preprocess
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.dense_features import DenseFeatures, Extractor
 from vit_jax.errors import UserError
 from vit_jax.evaluation.metrics import one_ahead
+from vit_jax.evaluation.ranking import TOP_K, top
 from vit_jax.image_size import ImageSize, in_words
 from vit_jax.models import create_model, model_keys
 from vit_jax.printable import printable
@@ -344,10 +344,6 @@ class VisionModel:
         return _GIVE.format(*self.preprocessing.image_shape)
 
 
-# The classes that are shown of an image unless another number is asked for.
-_TOP_K = 5
-
-
 def predictions(
     logits: np.ndarray, class_names: Sequence[str] | None, pretrained: Pretrained, topk: int | None
 ) -> list[dict[str, Any]]:
@@ -365,37 +361,7 @@ def predictions(
     if topk is None and pretrained.multi_label:
         every = top(logits, class_names, pretrained.loss, len(logits))
         return [each for each in every if each["probability"] > 0.5]
-    return top(logits, class_names, pretrained.loss, topk or _TOP_K)
-
-
-def top(
-    logits: np.ndarray, class_names: Sequence[str] | None, loss: str, topk: int
-) -> list[dict[str, Any]]:
-    """The most probable classes of one image, the first one first.
-
-    Args:
-        logits: [num_classes].
-        class_names: one per class, or None if nobody knows them; labels are then None. WordNet ids
-            of ImageNet's classes become their names.
-        loss: "softmax", or "sigmoid" for probabilities each on its own, that need not sum to 1.
-        topk: how many; all if there are fewer.
-
-    Returns:
-        `index`, `label` and `probability` of each.
-    """
-    logits = logits.astype(np.float64)
-    if loss == "sigmoid":
-        probabilities = np.exp(-np.logaddexp(0, -logits))
-    else:
-        probabilities = np.exp(logits - np.logaddexp.reduce(logits))
-    return [
-        {
-            "index": int(index),
-            "label": None if class_names is None else imagenet.readable(class_names[index]),
-            "probability": float(probabilities[index]),
-        }
-        for index in np.argsort(-logits, kind="stable")[:topk]
-    ]
+    return top(logits, class_names, pretrained.loss, topk or TOP_K)
 
 
 def _view(image: "str | np.ndarray", preprocessing: Preprocessing) -> np.ndarray:

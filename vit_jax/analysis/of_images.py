@@ -22,8 +22,8 @@ from vit_jax.analysis.output import Output
 from vit_jax.analysis.page import label_of
 from vit_jax.checkpoints.pretrained import Pretrained
 from vit_jax.data.image_files import read_batches
+from vit_jax.evaluation.ranking import top
 from vit_jax.image_size import sides
-from vit_jax.inference import top
 from vit_jax.models import create_model
 
 # As many as rollout.png shows; rollout.npz has all.

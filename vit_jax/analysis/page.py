@@ -44,7 +44,7 @@ class Page:
 
         Args:
             file: of the image.
-            predictions: its most probable classes, see `inference.top`; may be empty.
+            predictions: its most probable classes, see `ranking.top`; may be empty.
         """
         if len(self.images) >= MOST_IMAGES:
             self.skipped += 1
@@ -130,7 +130,7 @@ class Page:
 
 
 def label_of(prediction: Mapping[str, Any]) -> str:
-    """The name of a predicted class, see `inference.top`; its number where it has none."""
+    """The name of a predicted class, see `ranking.top`; its number where it has none."""
     label = prediction["label"]
     return f"class {prediction['index']}" if label is None else label
 

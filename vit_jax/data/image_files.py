@@ -44,14 +44,19 @@ def _is_image(path: str, channels: int) -> bool:
         return True
 
 
-def read_view(path: str, preprocessing: Preprocessing) -> np.ndarray:
+def read_view(path: str, preprocessing: Preprocessing, encoded: bytes | None = None) -> np.ndarray:
     """Reads what evaluation sees of an image, float32 [height, width, channels].
+
+    Args:
+        path: of the image; only a name where `encoded` is given.
+        preprocessing: of the model.
+        encoded: the content, where it has been read already.
 
     Raises:
         UserError: as `images.read_image` does.
     """
     dct, channels = preprocessing.jpeg_dct, preprocessing.channels
-    with open_image(path, jpeg_dct=dct, channels=channels) as image:
+    with open_image(path, encoded, jpeg_dct=dct, channels=channels) as image:
         return preprocess(image, preprocessing)
 
 

@@ -41,6 +41,11 @@ PARTS = (
         ("onnx", "onnxscript", "onnxruntime", "jax2onnx|tf2onnx"),
         stages.INSTALL_NEWEST,
     ),
+    Part(
+        "serve over HTTP",
+        ("fastapi", "uvicorn", "python-multipart", "prometheus-client", "onnxruntime"),
+        "pip install -e '.[serve]'",
+    ),
     Part("read PyTorch's files", ("torch",), "pip install -e '.[peers]'"),
     Part(
         "compute on an NVIDIA GPU",

@@ -44,6 +44,7 @@ class Model:
         sizes: (smallest, largest) batch that it runs at once; None: any.
         preprocessing: from pixels to what the model was trained on, or None if the file has none.
         class_names: in the order of the outputs, or None.
+        metadata: what the export wrote beside the graph, JSON by name, see `Forward.metadata`.
     """
 
     path: Path
@@ -53,6 +54,7 @@ class Model:
     sizes: tuple[int, int | None]
     preprocessing: Preprocessing | None
     class_names: tuple[str, ...] | None
+    metadata: Mapping[str, str]
     _run: Callable[[np.ndarray], np.ndarray]
     _resources: contextlib.ExitStack
 
@@ -295,6 +297,7 @@ def _model(
             sizes=sizes,
             preprocessing=None if fields is None else Preprocessing(**fields),
             class_names=names,
+            metadata=dict(metadata),
             _run=run,
             _resources=resources or contextlib.ExitStack(),
         )

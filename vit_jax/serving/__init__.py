@@ -1,0 +1,1 @@
+"""A model over HTTP: `python -m vit_jax.serving`, or `vit-jax serve`."""
