@@ -207,7 +207,8 @@ def test_a_second_call_replaces_the_first(directory):
     root = directory()
     (write_deploy(root, name="old") / "stray").touch()
     target = write_deploy(root, name="new")
-    assert sorted(path.name for path in (target / "models").iterdir()) == ["new_onnx"]
+    names = sorted(path.name for path in (target / "models").iterdir())
+    assert names == ["new", "new_decode", "new_onnx"]
     assert not (target / "stray").exists()
     assert sorted(path.name for path in root.iterdir()) == ["deploy", "model.onnx"]
     # Another user, the server's, can enter it.

@@ -7,6 +7,7 @@ is `data.resampling` and `data.protocols` again, for one rule, by NumPy, Pillow 
 import json
 
 from vit_jax.data.protocols import Preprocessing, resized_sides
+from vit_jax.export.onnx_file import OnnxFile
 from vit_jax.image_size import sides
 
 # What a server decodes. Of PIL's other readers some start programs.
@@ -52,6 +53,18 @@ def resample(x, source, w):
     """Sums over the first axis, one pixel after the other."""
     return sum(w[:, k, None, None] * x[source[:, k]] for k in range(w.shape[1]))
 '''
+
+
+def preprocessing_of(onnx: OnnxFile) -> Preprocessing | None:
+    """The preprocessing in the metadata of an ONNX file; None if there is none.
+
+    Raises:
+        ValueError, TypeError, KeyError: what is there is none.
+    """
+    fields = json.loads(onnx.metadata.get("preprocessing", "null"))
+    if fields is None:
+        return None
+    return Preprocessing(**fields | {name: tuple(fields[name]) for name in ("mean", "std")})
 
 
 def source(preprocessing: Preprocessing, kind: str, is_raw: bool = False) -> str:

@@ -13,10 +13,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vit_jax import command
-from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError, first_line
 from vit_jax.export import triton
 from vit_jax.export.build_commands import (
@@ -26,13 +25,15 @@ from vit_jax.export.build_commands import (
     trtexec_command,
 )
 from vit_jax.export.engine import DESCRIPTION, ENGINE, read_description
-from vit_jax.export.folder import preprocessing_of
 from vit_jax.export.nvidia import numbers
 from vit_jax.export.onnx_file import RAW, OnnxFile, Tensor, read_class_names, read_onnx
 from vit_jax.export.precisions import PRECISIONS
 from vit_jax.export.profiles import Profile, parse_batch
 from vit_jax.files import atomic_folder
 from vit_jax.printable import printable
+
+if TYPE_CHECKING:  # Only what decodes images needs NumPy here.
+    from vit_jax.data.protocols import Preprocessing
 
 
 def write_deploy(
@@ -81,7 +82,7 @@ def write_deploy(
         raise UserError(f"name {name!r} is not a directory name: use for example vit")
     directory = Path(directory)
     onnx = read_onnx(directory / "model.onnx")
-    _check_served(onnx)
+    preprocessing = _check_served(onnx)
     engine = directory / ENGINE
     has_engine = engine.is_file()
     description = read_description(engine) if has_engine else {}
@@ -105,7 +106,6 @@ def write_deploy(
             chosen, shapes = f"{name}_tensorrt", built or asked
             config = triton.triton_config(chosen, "tensorrt_plan", onnx, shapes, **queue)
             triton.write_model(models / chosen, config, onnx, [engine], "model.plan")
-        preprocessing = preprocessing_of(onnx)
         decodes = preprocessing is not None and triton.can_decode(onnx, preprocessing)
         if preprocessing is not None and decodes:
             largest = max(profile.max for profile in shapes)
@@ -120,7 +120,7 @@ def _write_ensemble(
     name: str,
     model: str,
     onnx: OnnxFile,
-    preprocessing: Preprocessing,
+    preprocessing: "Preprocessing",
     largest: int,
     decoders: int,
 ) -> None:
@@ -144,8 +144,14 @@ def _unknown_engine(engine: Path, asked: tuple[Profile, ...]) -> str:
     )
 
 
-def _check_served(onnx: OnnxFile) -> None:
-    """Raises a UserError if a file is no model of images, or what it says of them is damaged."""
+def _check_served(onnx: OnnxFile) -> "Preprocessing | None":
+    """The preprocessing of a file, if it has any.
+
+    Raises:
+        UserError: it is no model of images, or what it says of them is damaged.
+    """
+    from vit_jax.export.client_code import preprocessing_of
+
     if not onnx.inputs or not onnx.outputs or len(onnx.inputs[0].shape) != 4:
         raise UserError(f"{onnx.path} is no model of [batch, height, width, channels]: use another")
     if onnx.inputs[0].shape[0] == 0 or not onnx.outputs[0].shape:
@@ -153,7 +159,7 @@ def _check_served(onnx: OnnxFile) -> None:
     try:
         if "class_names" in onnx.metadata and read_class_names(onnx.metadata) is None:
             raise ValueError("class_names is null")
-        preprocessing_of(onnx)
+        return preprocessing_of(onnx)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         reason = first_line(error)
         raise UserError(

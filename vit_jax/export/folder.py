@@ -86,25 +86,13 @@ def describe(onnx: OnnxFile) -> dict[str, Any]:
     }
 
 
-def preprocessing_of(onnx: OnnxFile) -> Preprocessing | None:
-    """The preprocessing in the metadata of an ONNX file; None if there is none.
-
-    Raises:
-        ValueError, TypeError, KeyError: what is there is none.
-    """
-    fields = json.loads(onnx.metadata.get("preprocessing", "null"))
-    if fields is None:
-        return None
-    return Preprocessing(**fields | {name: tuple(fields[name]) for name in ("mean", "std")})
-
-
 def _known_preprocessing(onnx: OnnxFile) -> Preprocessing:
     """The preprocessing of a file that an export wrote.
 
     Raises:
         UserError: it has none.
     """
-    found = preprocessing_of(onnx)
+    found = client_code.preprocessing_of(onnx)
     if found is None:
         raise UserError(f"{onnx.path} does not say how images are prepared: export it again")
     return found

@@ -4,8 +4,8 @@ What `data.resampling` and `data.protocols` compute is computed here once more, 
 and the box in 64 bits or whatever the protocol has, the weights of the source pixels of each axis,
 and one loop over these weights for each axis, which adds the products in the same order. ONNX's
 own Resize knows neither a box of fractions of pixels nor means over areas. PIL is followed to the
-bit where it goes over the columns first; it goes over the rows first in some tall images, and a
-pixel may then be a gray level off.
+bit where it goes over the columns first; Pillow 13 goes over the rows first in some images, such as
+those that are twice as tall as wide, and a pixel may then be a gray level or more off.
 """
 
 import json
@@ -17,6 +17,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from vit_jax.data.protocols import Preprocessing, resized_sides
+from vit_jax.errors import UserError
 from vit_jax.export.forward import normalization
 from vit_jax.export.graph import Writer, known
 from vit_jax.export.onnx_file import RAW
@@ -42,11 +43,18 @@ def add_preprocessing(model: ir.Model) -> None:
         model: takes `images`, float32 [batch, height, width, channels], prepared as its metadata
             say; then uint8 [batch, height, width, channels], decoded and turned upright, of any
             height and width.
+
+    Raises:
+        UserError: the graph is one of pixels, or of images of any size.
     """
     preprocessing = Preprocessing(**json.loads(model.metadata_props["preprocessing"]))
     graph = model.graph
     (prepared,) = graph.inputs
-    batch = known(prepared.shape)[0]
+    batch, *image_shape = known(prepared.shape)
+    if prepared.dtype != ir.DataType.FLOAT or tuple(image_shape) != preprocessing.image_shape:
+        raise UserError(
+            "preprocessing in the graph goes without --free_size and --include_preprocessing"
+        )
     images = ir.Value(
         name="images",
         type=ir.TensorType(ir.DataType.UINT8),

@@ -5,13 +5,15 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
-from vit_jax.export import client_code
 from vit_jax.export.onnx_file import RAW, OnnxFile, Tensor, read_class_names
 from vit_jax.export.profiles import Profile
 from vit_jax.printable import printable
+
+if TYPE_CHECKING:  # Only what decodes images needs NumPy here.
+    from vit_jax.data.protocols import Preprocessing
 
 _TRITON = {"FLOAT": "FP32", "HALF": "FP16", "BF16": "BF16", "UINT8": "UINT8"}
 _NUMPY = {"FLOAT": "float32", "HALF": "float16", "UINT8": "uint8"}
@@ -58,7 +60,7 @@ for path in sys.argv[1:]:
 '''
 
 
-def can_decode(onnx: OnnxFile, preprocessing: Preprocessing | None) -> bool:
+def can_decode(onnx: OnnxFile, preprocessing: "Preprocessing | None") -> bool:
     """Tells whether there is an ensemble for a model: of gray or RGB images, and any batch."""
     return (
         preprocessing is not None
@@ -158,8 +160,10 @@ def decoder_config(name: str, onnx: OnnxFile, largest: int, instances: int) -> s
     )
 
 
-def decoder_code(onnx: OnnxFile, preprocessing: Preprocessing) -> str:
+def decoder_code(onnx: OnnxFile, preprocessing: "Preprocessing") -> str:
     """The model.py of the model that decodes; it needs what its first lines import."""
+    from vit_jax.export import client_code
+
     image = onnx.inputs[0]
     is_raw = onnx.metadata.get("pixels") == RAW
     code = client_code.source(preprocessing, _NUMPY[image.type], is_raw)
