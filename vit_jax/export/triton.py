@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # Only what decodes images needs NumPy here.
 
 _TRITON = {"FLOAT": "FP32", "HALF": "FP16", "BF16": "BF16", "UINT8": "UINT8"}
 _NUMPY = {"FLOAT": "float32", "HALF": "float16", "UINT8": "uint8"}
-# What onnxruntime's TensorRT is told of a file's precision; of bf16 Triton knows no word.
-_PRECISION_MODES = {"fp32": "FP32", "fp16": "FP16", "int8": "INT8"}
+# The precisions that Triton knows of TensorRT in onnxruntime; int8 wants a calibration table there.
+_PRECISION_MODES = {"fp32": "FP32", "fp16": "FP16"}
 ENCODED = "encoded"  # The ensemble's input: the bytes of a file.
 
 _DECODER = '''
