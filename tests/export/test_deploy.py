@@ -59,12 +59,16 @@ def triton_message():
     messages = {
         "ModelConfig": "name 1 s, platform 2 s, max_batch_size 4 i, input 5 *Tensor, "
         "output 6 *Output, instance_group 7 *Group, dynamic_batching 11 Batching, "
-        "optimization 12 Optimization",
+        "optimization 12 Optimization, ensemble_scheduling 15 Ensemble, backend 17 s",
         "Tensor": "name 1 s, data_type 2 @DataType, dims 4 *l",
         "Output": "name 1 s, data_type 2 @DataType, dims 3 *l, label_filename 4 s",
         "Group": "count 2 i, kind 4 @Kind, profile 5 *s",
         "Batching": "preferred_batch_size 1 *i, max_queue_delay_microseconds 2 u",
-        "Optimization": "cuda 3 Cuda",
+        "Optimization": "cuda 3 Cuda, execution_accelerators 4 Accelerators",
+        "Accelerators": "gpu_execution_accelerator 1 *Accelerator",
+        "Accelerator": "name 1 s, parameters 2 map",
+        "Ensemble": "step 1 *Step",
+        "Step": "model_name 1 s, model_version 2 l, input_map 3 map, output_map 4 map",
         "Cuda": "graphs 1 b",
     }
     scalars = {"s": 9, "i": 5, "l": 3, "u": 4, "b": 8}
@@ -72,6 +76,13 @@ def triton_message():
         message = file.message_type.add(name=name)
         for field in fields.split(", "):
             label, number, kind = field.split()
+            if kind == "map":
+                entry_name = f"{label.title().replace('_', '')}Entry"
+                nested = message.nested_type.add(name=entry_name)
+                nested.options.map_entry = True
+                for i, part in enumerate(("key", "value"), 1):
+                    nested.field.add(name=part, number=i, label=1, type=9)
+                kind = f"*{name}.{entry_name}"
             repeated, kind = kind.startswith("*"), kind.lstrip("*")
             entry = message.field.add(name=label, number=int(number), label=3 if repeated else 1)
             if kind in scalars:
@@ -196,7 +207,8 @@ def test_a_second_call_replaces_the_first(directory):
     root = directory()
     (write_deploy(root, name="old") / "stray").touch()
     target = write_deploy(root, name="new")
-    assert sorted(path.name for path in (target / "models").iterdir()) == ["new_onnx"]
+    names = sorted(path.name for path in (target / "models").iterdir())
+    assert names == ["new", "new_decode", "new_onnx"]
     assert not (target / "stray").exists()
     assert sorted(path.name for path in root.iterdir()) == ["deploy", "model.onnx"]
     # Another user, the server's, can enter it.

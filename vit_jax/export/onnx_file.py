@@ -27,6 +27,9 @@ from vit_jax.files import storage_errors
 _MAX_FIELDS = 1_000_000
 _MAX_DIMS = 64
 
+# What the metadata call the input of a graph that prepares images itself, under "pixels".
+RAW = "raw"
+
 # TensorProto.DataType.
 _TYPES = {1: "FLOAT", 2: "UINT8", 3: "INT8", 6: "INT32", 7: "INT64", 10: "HALF", 16: "BF16"}
 
