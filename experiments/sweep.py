@@ -3,8 +3,10 @@
 python -m experiments.sweep --config b16:finetune,cifar10 --config.init_from=B_16
 """
 
+import functools
+
 from vit_jax import command
 from vit_jax.sweep import main
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(functools.partial(main, prog="python -m experiments.sweep"))

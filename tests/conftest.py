@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -32,6 +33,13 @@ VERSIONED = (
     *("test_sharding.py", "test_state.py", "test_steps.py", "test_train.py", "test_xla_flags.py"),
 )
 
+# What only the pinned environment of CI has, which runs the slow tests and those marked `versions`.
+PEERS = re.compile(r"\b(peers|torch|torchvision|timm|transformers)\b")
+
+
+def is_versioned(path: pathlib.Path) -> bool:
+    return any(path.is_relative_to(ROOT / "tests" / name) for name in VERSIONED)
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
@@ -40,12 +48,33 @@ def pytest_collection_modifyitems(items):
     One that is left to the end keeps one process busy. They are those with slow tests, before
     `-m "not slow"` leaves these out.
     """
-    versioned = [ROOT / "tests" / name for name in VERSIONED]
     for item in items:
-        if any(item.path.is_relative_to(path) for path in versioned):
+        if is_versioned(item.path):
             item.add_marker("versions")
     slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """Fails a test that is skipped without its peers and would be left out where these are."""
+    report = yield
+    marks = (item.get_closest_marker(name) for name in ("versions", "slow"))
+    return report if any(marks) else refuse_to_skip(report)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """Fails a file of tests that is skipped likewise."""
+    report = yield
+    return report if is_versioned(collector.path) else refuse_to_skip(report)
+
+
+def refuse_to_skip(report):
+    if report.skipped and PEERS.search(reason := str(report.longrepr[2])):
+        report.outcome = "failed"
+        report.longrepr = f"{reason}: no environment of CI runs this: mark it versions"
+    return report
 
 
 @pytest.fixture(scope="module", autouse=True)

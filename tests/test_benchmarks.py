@@ -62,6 +62,7 @@ def test_models_are_compared(name, tmp_path, capsys):
         assert found["candidates"]["timm"]["errors"]
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("peer", ["timm", "Hugging Face"])
 def test_peers_of_pytorch_compute_the_same(peer, load):
     pytest.importorskip("torch")

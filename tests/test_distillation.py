@@ -53,6 +53,7 @@ def test_the_loss_is_that_of_deit(case):
     np.testing.assert_allclose(found, numpy_losses(*case), rtol=1e-5)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("case", CASES)
 def test_the_loss_is_that_of_pytorch(case):
     torch = pytest.importorskip("torch")

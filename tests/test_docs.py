@@ -17,13 +17,14 @@ from flax.traverse_util import flatten_dict
 from experiments.runner import scales
 from experiments.runner.command import build_parser
 from experiments.runner.setting import Setting
-from vit_jax import config_files, models, recipes
+from vit_jax import command, config_files, models, recipes
 from vit_jax.checkpoints.pretrained import load_pretrained
 from vit_jax.cli import COMMANDS
 from vit_jax.config import check_config
 from vit_jax.evaluation import registry
 from vit_jax.export import precisions
 from vit_jax.models import vit
+from vit_jax.program import check_multipliers
 from vit_jax.train import train
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -85,6 +86,62 @@ def test_flags_on_the_pages_exist(line):
     known = {flag for action in parser._actions for flag in action.option_strings}
     flags = {word.partition("=")[0] for word in words if word.startswith("--")}
     assert {flag for flag in flags if not flag.startswith("--config.")} <= known
+
+
+def claims() -> list[str]:
+    """The commands, flags and keys of configs in the last column of docs/compared.md."""
+    text = (ROOT / "docs/compared.md").read_text()
+    cells = [row.rsplit(" | ", 1)[-1] for row in re.findall(r"^\| .*(?= \|$)", text, re.M)]
+    code = [span for cell in cells for span in re.findall(r"`([^`]+)`", cell)]
+    return [span for span in code if re.match(r"vit-jax |--|[a-z]+\.[a-z_]+(=|$)", span)]
+
+
+def check_command(words: list[str]) -> None:
+    """Parses a command line as the command does, and checks the config that it names."""
+    name, *rest = words
+    parser = importlib.import_module(COMMANDS[name].module).build_parser(f"vit-jax {name}")
+    if "--config" not in parser._option_string_actions:
+        parser.parse_args(rest)
+        return
+    args, values = command.parse_config_flags(parser, rest)
+    if getattr(args, "data", None):
+        assert not values
+        return
+    config = config_files.load(args.config, values, parser).config
+    check_config(config, may_lack=name == "plan")
+    check_multipliers(config)
+
+
+def has_flag(flag: str, value: str) -> bool:
+    """Whether a command takes a flag with such a value, "" for one without."""
+    for each in COMMANDS.values():
+        parser = importlib.import_module(each.module).build_parser("")
+        if action := parser._option_string_actions.get(flag):
+            parser._get_values(action, [value] * bool(value))
+            return True
+    return False
+
+
+BASE = ["train", "--config", "b16:finetune,cifar10", "--config.init_from=B_16"]
+
+
+@pytest.mark.parametrize("code", sorted(set(claims())))
+def test_what_the_comparison_says_can_be_typed(code):
+    name, *words = shlex.split(code)
+    key, _, value = name.removeprefix("--config.").partition("=")
+    if name == "vit-jax":
+        check_command(words)
+    elif name.startswith("--") and not name.startswith("--config."):
+        assert has_flag(name, " ".join(words))
+    elif value:
+        check_command([*BASE, f"--config.{key}={value}"])
+    else:
+        assert key in flatten_dict(config_files.load(BASE[2]).config.to_dict(), sep=".")
+
+
+def test_the_comparison_has_a_command_in_most_rows():
+    assert sum(code.startswith("vit-jax ") for code in claims()) >= 15
+    assert sum(code.startswith("--config.") for code in claims()) >= 15
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

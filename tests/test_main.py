@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from vit_jax import command, main, train
+from vit_jax import command as commands
+from vit_jax import main, train
 from vit_jax.checkpoints.pretrained import abstract_params
 from vit_jax.config_files import default_workdir
 from vit_jax.models import model_config
@@ -28,7 +29,7 @@ def run_main(monkeypatch, capsys):
     def run(*flags):
         monkeypatch.setattr(sys, "argv", ["main", *flags])
         with pytest.raises(SystemExit) as end:
-            command.run(main.main)
+            commands.run(main.main)
         return end.value.code, "".join(capsys.readouterr())
 
     return run
@@ -166,6 +167,24 @@ def test_b16_takes_two_real_steps_at_a_reduced_size(tmp_path):
     losses = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     # The mean of two steps: the first guesses among 1,000 classes, the second after lr 0.
     assert losses[0]["loss"] == pytest.approx(6.9078, abs=1e-3)
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_run_keeps_its_programs_where_it_is_told(
+    tiny_config, tmp_path, command, run, monkeypatch, is_named
+):
+    by_default, named = tmp_path / "cache/xla", tmp_path / "named"
+    monkeypatch.setenv("VIT_JAX_CACHE", str(by_default.parent))
+    monkeypatch.delenv("JAX_ENABLE_COMPILATION_CACHE", raising=False)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    if is_named:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(named))
+    config = tiny_config(**{"duration": "2 steps", "schedule.warmup": "1 step"})
+    code, output = run(command(config, tmp_path / "run"))
+    assert code == 0, output
+    kept = [path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*train_step*-cache")]
+    assert kept == ["named" if is_named else "cache"]
+    assert by_default.exists() != is_named
 
 
 @pytest.mark.parametrize(

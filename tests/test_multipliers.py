@@ -1,3 +1,4 @@
+import functools
 import pathlib
 import re
 
@@ -97,6 +98,7 @@ def test_rates_decay_by_layer_as_in_beit_and_mae(model, fields):
     assert set(found.values()) == {0.0625, 0.125, 0.25, 0.5, 1.0}
 
 
+@pytest.mark.versions
 def test_rates_decay_by_layer_as_in_timm():
     timm = pytest.importorskip("timm")
     from timm.optim import param_groups_layer_decay
@@ -276,6 +278,91 @@ def test_a_training_step_leaves_what_is_frozen_and_its_norm(accumulate_steps):
     np.testing.assert_array_equal(after.ema_params["frozen"], params["frozen"])
     expected = np.array([2.0, 3.0]) * (1 - 0.1 * 0.1) - 0.1 * gradient
     np.testing.assert_allclose(after.params["trained"], expected, rtol=1e-6)
+
+
+NOISE = np.random.default_rng(0)
+NETWORK = {
+    name: {
+        "kernel": jnp.float32(NOISE.normal(size=(inputs, outputs))),
+        "bias": jnp.float32(NOISE.normal(size=outputs)),
+    }
+    for name, inputs, outputs in (("first", 3, 4), ("second", 4, 2))
+}
+FROZEN = "first/kernel=0,second/bias=0"
+BATCHES = [
+    {"image": np.float32(NOISE.normal(size=(6, 3))), "label": np.float32(NOISE.normal(size=(6, 2)))}
+    for _ in range(5)
+]
+
+
+def squared_error(params, batch, *, train, rng):
+    del train, rng
+    first, second = params["first"], params["second"]
+    x = jnp.tanh(batch["image"] @ first["kernel"] + first["bias"])
+    error = x @ second["kernel"] + second["bias"] - batch["label"]
+    return {"loss": jnp.square(error).mean(-1)}
+
+
+def trained(config):
+    """The network after a step of each batch, parts of it frozen."""
+    optimizer = create_optimizer(config | {"lr_multipliers": FROZEN}, lambda count: 0.1)
+    state = create_state(NETWORK, optimizer, seed=0, average=False)
+    step = functools.partial(
+        steps.train_step, objective=squared_error, optimizer=optimizer, lr_multipliers=FROZEN
+    )
+    step = jax.jit(step)
+    for batch in BATCHES:
+        state, _ = step(state, batch)
+    return flatten_dict(state.params, sep="/")
+
+
+@pytest.mark.versions
+def test_steps_with_frozen_parameters_are_those_of_pytorch():
+    torch = pytest.importorskip("torch")
+    params = {
+        name: torch.tensor(np.asarray(x)) for name, x in flatten_dict(NETWORK, sep="/").items()
+    }
+    free = [x.requires_grad_() for name, x in params.items() if f"{name}=0" not in FROZEN]
+    optimizer = torch.optim.SGD(params.values(), lr=0.1, momentum=0.9)
+    for batch in BATCHES:
+        images, targets = (torch.tensor(batch[key]) for key in ("image", "label"))
+        x = torch.tanh(images @ params["first/kernel"] + params["first/bias"])
+        error = x @ params["second/kernel"] + params["second/bias"] - targets
+        optimizer.zero_grad()
+        error.square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(free, 0.5)
+        optimizer.step()
+    found = trained(SGD | {"weight_decay": 0.0})
+    for name, expected in params.items():
+        np.testing.assert_allclose(found[name], expected.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_steps_with_frozen_parameters_are_those_of_set_to_zero():
+    kinds = {
+        "first": {"kernel": "frozen", "bias": "free"},
+        "second": {"kernel": "free", "bias": "frozen"},
+    }
+    adam = optax.adamw(
+        0.1, weight_decay=0.3, mask=lambda params: jax.tree.map(lambda x: x.ndim == 2, params)
+    )
+    free = optax.chain(optax.clip_by_global_norm(0.5), adam)
+    optimizer = optax.multi_transform({"free": free, "frozen": optax.set_to_zero()}, kinds)
+
+    @jax.jit
+    def step(params, state, batch):
+        grads = jax.grad(
+            lambda params: squared_error(params, batch, train=True, rng=None)["loss"].mean()
+        )(params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = NETWORK, optimizer.init(NETWORK)
+    for batch in BATCHES:
+        params, state = step(params, state, batch)
+    found, expected = trained(ADAM), flatten_dict(params, sep="/")
+    for name, before in flatten_dict(NETWORK, sep="/").items():
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6)
+        assert np.array_equal(found[name], before) == (f"{name}=0" in FROZEN)
 
 
 @pytest.mark.parametrize("recipe", ["pretrain", "masked", "finetune"])

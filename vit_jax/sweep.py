@@ -56,9 +56,14 @@ def add_seeds(parser: command.Parser, default: int) -> None:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
-    parser = build_parser("python -m vit_jax.sweep")
+def main(argv: Sequence[str] | None = None, prog: str = "python -m vit_jax.sweep") -> int:
+    """Runs the command; returns its exit code.
+
+    Args:
+        argv: without the program's name.
+        prog: how the command was typed.
+    """
+    parser = build_parser(prog)
     args, values = command.parse_config_flags(parser, argv)
     from vit_jax import config_files
 

@@ -190,8 +190,8 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("case", PUBLISHED)
-@pytest.mark.parametrize("prefix", ["", "module.", "teacher.backbone.", "model.encoder."])
-def test_the_models_own_files_are_read_with_any_prefix(tmp_path, case, prefix):
+@pytest.mark.parametrize("prefix", ["", "teacher.backbone."])
+def test_the_models_own_files_are_read(tmp_path, case, prefix):
     module = tiny_timm(case)
     state = published_names(module.state_dict(), PUBLISHED[case])
     state |= {} if case == "DeiT III" else {"mask_token": torch.zeros(1, 16)}
@@ -201,6 +201,31 @@ def test_the_models_own_files_are_read_with_any_prefix(tmp_path, case, prefix):
     ours = load_pretrained(tmp_path / "a.safetensors", num_heads=2)
     x = images(64)
     assert_close(logits_of(ours, x), logits_of_torch(module, x))
+
+
+def state_of(case):
+    """Random tensors by the names that a file of the model has."""
+    if case in TIMM:
+        return published_names(tiny_timm(case).state_dict(), PUBLISHED.get(case, {}))
+    if case in HUGGING_FACE:
+        return tiny_transformer(case).state_dict()
+    return tiny_torchvision().state_dict()
+
+
+@pytest.mark.parametrize("case", [*TIMM, *HUGGING_FACE, "torchvision"])
+def test_a_model_inside_any_other_module_is_read_as_on_its_own(tmp_path, case):
+    state = state_of(case)
+
+    def read(prefix):
+        path = tmp_path / f"{prefix}a.safetensors"
+        safetensors_torch.save_file({prefix + name: x for name, x in state.items()}, path)
+        return load_pretrained(path, num_heads=2)
+
+    alone = read("")
+    for prefix in ("module.", "teacher.", "backbone.", "teacher.backbone.", "model.encoder."):
+        inside = read(prefix)
+        assert (inside.model, inside.preprocessing) == (alone.model, alone.preprocessing)
+        jax.tree.map(np.testing.assert_array_equal, inside.params, alone.params)
 
 
 @pytest.mark.parametrize("named", ["teacher", "model"])
@@ -220,10 +245,14 @@ def test_a_teacher_beside_a_model_is_not_chosen(tmp_path):
         load_pretrained(tmp_path / "a.pth")
 
 
-def test_torchvisions_vit_is_read(tmp_path):
+def tiny_torchvision():
     vision = pytest.importorskip("torchvision", exc_type=ImportError).models.vision_transformer
-    module = vision.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=5)
-    safetensors_torch.save_file(randomize(module).state_dict(), tmp_path / "a.safetensors")
+    return randomize(vision.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=5))
+
+
+def test_torchvisions_vit_is_read(tmp_path):
+    module = tiny_torchvision()
+    safetensors_torch.save_file(module.state_dict(), tmp_path / "a.safetensors")
     ours = load_pretrained(tmp_path / "a.safetensors", num_heads=2)
     assert (ours.model["gelu"], ours.preprocessing.interpolation) == ("erf", "bilinear")
     assert ours.preprocessing.mean == (0.485, 0.456, 0.406)

@@ -36,6 +36,23 @@ def test_classes_are_sorted_directories_and_labels_index_them(image_folder):
             assert example["image"] == file.read()
 
 
+@pytest.mark.versions
+def test_a_folder_is_read_as_by_torchvision(tmp_path):
+    datasets = pytest.importorskip("torchvision", exc_type=ImportError).datasets
+    files = ["aster/b.png", "aster/a.JPG", "aster/deep/er/b.png", "Rose/x.webp", "ünder/c.jpeg"]
+    files += ["a rose/1.bmp", "a rose/10.ppm", "a rose/2.tiff"]
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "aster/notes.txt").write_text("no image")
+    theirs = datasets.ImageFolder(tmp_path)
+    ours = open_evaluation(f"folder:{tmp_path}")
+    assert list(ours.class_names) == theirs.classes
+    assert {name: label for label, name in enumerate(ours.class_names)} == theirs.class_to_idx
+    assert sorted((x["id"], x["label"]) for x in ours) == sorted(theirs.samples)
+    assert len(theirs.samples) == len(files)
+
+
 def test_slices_are_disjoint_complete_and_mixed(image_folder):
     name = f"folder:{image_folder}"
     first, rest = open_dataset(name, train_split="train[:75%]", eval_split="train[75%:]")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 from sklearn.preprocessing import MultiLabelBinarizer
 
@@ -61,6 +62,23 @@ def test_csv_and_json_lines_say_the_same(images):
         assert not train.multi_label and train.root == str(images)
         assert labels_of(open_evaluation(name)) == labels_of(train, held_out)
         assert {row.split for row in train.partition.rows.values()} == {"train", "validation"}
+
+
+def test_a_table_is_read_as_by_tensorflow(images):
+    """TensorFlow's reader is of RFC 4180 too, and shares no code with Python's."""
+    names = ['a,"b".png', "a b.png", "ä.png", "'c'.png", "d;e.png"]
+    for index, name in enumerate(names):
+        Image.new("RGB", (4, 4), (index, 0, 0)).save(images / name)
+    rows = ['"a,""b"".png","rose, ""red""",1', 'a b.png, lily ,"2"', '"ä.png",ünder,',
+            "'c'.png,'rose',3", '"d;e.png","a;b",4']  # fmt: skip
+    columns = tf.io.decode_csv(rows, [[""]] * 3)[:2]
+    expected = {path.decode(): label.decode().strip() for path, label in zip(
+        *(column.numpy() for column in columns), strict=True)}  # fmt: skip
+    assert [*expected] == names
+    source = open_evaluation(write(images, "\r\n".join(["path,label,size", *rows])))
+    found = {Path(x["id"]).name: source.class_names[x["label"]] for x in source}
+    assert found == expected
+    assert source.class_names == tuple(sorted(expected.values()))
 
 
 def test_splits_are_those_of_the_list(images):

@@ -1,5 +1,6 @@
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -37,6 +38,14 @@ def test_the_means_are_over_the_tasks_that_ran():
     assert not any(group == "specialized" for _, group in rows)
     assert "Only 3 of the 19 tasks have run" in vtab.summary(accuracies)
     assert "Only" not in vtab.summary(dict.fromkeys(TASKS, [0.5]))
+
+
+@pytest.mark.parametrize("name", ["vtab", "sweep"])
+def test_help_names_the_command_that_was_typed(run, name):
+    code, output = run([sys.executable, "-m", f"experiments.{name}", "--help"])
+    assert code == 0
+    assert output.startswith(f"usage: python -m experiments.{name} [-h] [--config ")
+    assert "--seeds N" in output and "vit_jax.sweep" not in output
 
 
 def tiny(task, data_dir, **overrides):

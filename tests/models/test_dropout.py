@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +29,27 @@ def test_the_share_that_is_asked_for_is_dropped_and_the_rest_keeps_the_sum(rate,
     assert np.abs(columns - rate).max() < 5 * np.sqrt(rate * (1 - rate) / len(y))
     neighbors = np.corrcoef((y[:, :-1] == 0).ravel(), (y[:, 1:] == 0).ravel())[0, 1]
     assert abs(neighbors) < 5 / np.sqrt(y.size)
+
+
+@pytest.mark.parametrize("rate", [0.25, 0.1])
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", 2e-5), ("bfloat16", 2**-7)])
+def test_it_is_that_of_flax_but_for_the_draws(rate, dtype, precision):
+    x = jax.random.uniform(jax.random.key(7), (64, 50, 40), minval=0.5, maxval=1.5).astype(dtype)
+    theirs, ours = nn.Dropout(rate).apply({}, x, False, rngs={"dropout": KEY}), drop(x, rate)
+    assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+    x, ours, theirs = (np.asarray(y, np.float64) for y in (x, ours, theirs))
+    both = (ours != 0) & (theirs != 0)
+    # 0.1 is no multiple of 2^-16, and 16 bits are rounded.
+    np.testing.assert_allclose(ours[both], theirs[both], rtol=precision)
+    np.testing.assert_allclose(ours[ours != 0], x[ours != 0] / (1 - rate), rtol=precision)
+    deviation = np.sqrt(rate * (1 - rate) / x.size)
+    for y in (ours, theirs):
+        assert np.mean(y == 0) == pytest.approx(rate, abs=5 * deviation)
+        # The expectation is x.
+        error = np.sqrt(rate / (1 - rate) * np.square(x).sum())
+        assert abs((y - x).sum()) < 5 * error
+    # Each element is drawn for itself: two draws agree as often as chance has it.
+    assert both.mean() == pytest.approx((1 - rate) ** 2, abs=0.006)
 
 
 def test_all_bits_are_fair():
