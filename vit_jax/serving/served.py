@@ -206,7 +206,7 @@ def _runtime(file: Path, device: str | None) -> str:
 
 
 def _sha256(file: Path) -> dict[str, str]:
-    """Of every file of the model, by name."""
+    """The hash of every file of the model, by name."""
     if file.suffix == ".onnx":
         return read_onnx(file).sha256
     if file.is_dir():
