@@ -17,6 +17,7 @@ from vit_jax.export import forward
 from vit_jax.export.folder import write_folder
 from vit_jax.export.parity_picture import draw
 from vit_jax.export.pipeline import Export
+from vit_jax.export.to_tensorrt import build
 from vit_jax.image_size import of_sides
 
 from . import fake_tensorrt
@@ -172,9 +173,15 @@ def test_the_lines_for_tensorrt_use_what_it_has(version, tmp_path, monkeypatch):
     if version.startswith("8"):
         pytest.skip("the README names TensorRT 10 and 11")
     linear(tmp_path, RULES["whole"])
-    fake_tensorrt.install(monkeypatch, version)
-    from vit_jax.export.to_tensorrt import build
+    trt = fake_tensorrt.install(monkeypatch, version)
 
+    class Logger(trt.ILogger):
+        """The one that the real module has beside."""
+
+        def __init__(self, _severity):
+            super().__init__()
+
+    trt.Logger = Logger
     build(tmp_path / "model.onnx", tmp_path, batch="1:1:2")
     monkeypatch.chdir(tmp_path)
     images = np.random.default_rng(0).random((1, 4, 4, 3), np.float32)
