@@ -8,7 +8,7 @@ import types
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from vit_jax.data.images import preprocess, read_image
 from vit_jax.data.protocols import Preprocessing
@@ -90,8 +90,20 @@ def decoder(monkeypatch):
 def encoded(height, width, kind="JPEG"):
     pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind)
+    if kind == "deep PNG":
+        deep = np.random.default_rng(height).integers(0, 65536, (height, width), np.uint16)
+        Image.fromarray(deep).save(file, "PNG")
+    elif kind == "transparent GIF":
+        indices = Image.fromarray(pixels[..., 0] % 4).convert("P")
+        indices.putpalette([9, 200, 30, 250, 240, 230, 10, 90, 250, 128, 5, 60])
+        indices.save(file, "GIF", transparency=1)
+    else:
+        Image.fromarray(pixels).save(file, kind)
     return file.getvalue()
+
+
+KINDS = ["PNG", "deep PNG", "GIF", "transparent GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000"]
+KINDS += ["AVIF"] * features.check("avif")
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -105,6 +117,18 @@ def test_the_decoder_prepares_images_as_evaluation_does(rule, tmp_path, decoder)
     images = [read_image("x", file, channels=rule.channels) for file in files]
     expected = np.stack([preprocess(image, rule) for image in images])
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_decoder_reads_what_evaluation_reads(kind, channels, tmp_path, decoder):
+    rule = RULES["whole"].with_channels(channels)
+    execute = decoder(deployed(tmp_path, rule, kind="UINT8", pixels="raw"))
+    file = encoded(20, 30, kind)
+    (answer,) = execute([[file]])
+    assert answer.error is None
+    expected = read_image("x", file, channels=channels)
+    np.testing.assert_array_equal(answer.tensors[0].as_numpy(), expected[None])
 
 
 def test_a_damaged_image_is_an_error_of_its_request_alone(tmp_path, decoder):

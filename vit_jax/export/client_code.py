@@ -11,7 +11,7 @@ from vit_jax.export.onnx_file import OnnxFile
 from vit_jax.image_size import sides
 
 # What a server decodes. Of PIL's other readers some start programs.
-_FORMATS = ["JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF"]
+_FORMATS = ["JPEG", "PNG", "BMP", "GIF", "PPM", "WEBP", "TIFF", "JPEG2000", "AVIF"]
 _MODES = {1: "L", 3: "RGB"}
 
 _WEIGHTS = '''
@@ -120,8 +120,18 @@ def _decoding(preprocessing: Preprocessing, imports: set[str]) -> list[str]:
             "    image = Image.fromarray(simplejpeg.decode_jpeg(encoded, fastdct=True))",
             "    image.getexif()[0x112] = orientation",
         ]
-    lines.append(f'image = ImageOps.exif_transpose(image).convert("{mode}")')
-    return [*lines, f"pixels = np.asarray(image){shape}"]
+    return [
+        *lines,
+        "kind, image = image.format, ImageOps.exif_transpose(image)",
+        'if image.mode in ("I", "F"):',
+        '    raise ValueError("pixels of 32 bits, whose range is unknown")',
+        'if image.mode.startswith("I;16"):  # The high byte.',
+        "    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))",
+        'elif kind == "GIF" and "transparency" in image.info:  # Black where nothing is.',
+        '    image = image.convert("RGBA")',
+        '    image = Image.composite(image, Image.new("RGBA", image.size), image.getchannel("A"))',
+        f'pixels = np.asarray(image.convert("{mode}")){shape}',
+    ]
 
 
 def _resizing(preprocessing: Preprocessing, imports: set[str]) -> tuple[list[str], list[str]]:
