@@ -12,8 +12,10 @@ from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 from vit_jax.export import forward, runtime
 from vit_jax.export.__main__ import main
+from vit_jax.export.onnx_file import read_onnx
 from vit_jax.export.parity import load_report
 from vit_jax.export.pipeline import Export
+from vit_jax.export.precisions import PRECISIONS
 from vit_jax.export.to_tensorrt import build
 from vit_jax.image_size import of_sides
 
@@ -120,6 +122,22 @@ def test_logits_of_raw_images_are_those_of_flax(rule, exported, converter, tmp_p
             np.testing.assert_allclose(model.predict(raw), expected, atol=1e-4)
         with pytest.raises(UserError, match="do not fit"):
             model.predict(raw.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "kind, forms", [("fp16", ["", ", emulated"]), ("bf16", [", emulated"]), ("int8", [""])]
+)
+def test_every_precision_prepares_images_as_float32_does(
+    kind, forms, exported, converter, tmp_path
+):
+    export, _ = exported(converter, precision=PRECISIONS[kind])
+    assert not export.failures
+    stages = load_report(tmp_path)
+    assert [stage["name"] for stage in stages] == [f"ONNX {kind}{form}" for form in forms]
+    # The limit of int8 is a wide one.
+    assert all(0 < stage["relative_difference"] < 0.3 for stage in stages)
+    (image,) = read_onnx(tmp_path / "model.onnx").inputs
+    assert (image.type, image.shape) == ("UINT8", (-1, -1, -1, 3))
 
 
 def test_an_engine_of_it_is_refused_in_one_line(exported, converter, tmp_path):
