@@ -1,5 +1,6 @@
 """A picture of the parity of an export: how far each form of the model is from Flax."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def draw(stages: Sequence[Mapping[str, Any]], path: Path) -> None:
     for row, stage in enumerate(stages):
         limit = limits[stage["precision"]]["relative_difference"]
         found = stage["relative_difference"]
-        found = float("inf") if found is None else max(found, _LEAST)
+        found = max(found, _LEAST) if found is not None and math.isfinite(found) else math.inf
         is_within = found <= limit
         shown = min(found, 10.0)
         axes.plot([_LEAST / 10, shown], [row, row], color="#d0d4d9", linewidth=1, zorder=1)
