@@ -54,7 +54,8 @@ def write_deploy(
     hard links where that is possible.
 
     Args:
-        directory: with model.onnx and, if it was built, model.engine. Without the engine.json that
+        directory: with model.onnx and, if it was built, model.engine, which is left out where
+            engine.json says that it was built from another file. Without the engine.json that
             `to_tensorrt` writes beside it, `batch` is what it was built for.
         batch: the batch sizes to serve, see `to_tensorrt.parse_batch`; engine.json has its own.
         name: of the model in Triton.
@@ -86,6 +87,9 @@ def write_deploy(
     engine = directory / ENGINE
     has_engine = engine.is_file()
     description = read_description(engine) if has_engine else {}
+    if onnx.is_stale(description):
+        print(printable(_stale_engine(engine)), file=sys.stderr)
+        has_engine, description = False, {}
     built = tuple(Profile(p["min"], p["opt"], p["max"]) for p in description.get("profiles", ()))
     if description and not built:
         raise UserError(f"{engine} has no profiles in its engine.json: build the engine again")
@@ -133,6 +137,14 @@ def _write_ensemble(
     config = triton.ensemble_config(name, model, decoder.name, onnx, largest)
     triton.write_model(folder / "models" / name, config, onnx, [])
     (folder / "client.py").write_text(triton.client(name, onnx), encoding="utf-8")
+
+
+def _stale_engine(engine: Path) -> str:
+    """Says that an engine is of an earlier export."""
+    return (
+        f"{engine} was built from another file than model.onnx beside it, and is left out: build "
+        "it again by a command of deploy/README.md"
+    )
 
 
 def _unknown_engine(engine: Path, asked: tuple[Profile, ...]) -> str:

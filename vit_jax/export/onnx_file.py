@@ -74,6 +74,17 @@ class OnnxFile:
         names = {self.precision, *self.weight_types}
         return [row for name, row in PRECISIONS.items() if name in names]
 
+    def is_stale(self, description: Mapping[str, Any]) -> bool:
+        """Tells whether an engine was built from another file than this.
+
+        Args:
+            description: the contents of its engine.json; of one without checksums nothing is told.
+        """
+        built_from = description.get("onnx")
+        sums = built_from.get("sha256") if isinstance(built_from, dict) else None
+        # By the bytes alone: a file may have been renamed.
+        return isinstance(sums, dict) and set(map(str, sums.values())) != set(self.sha256.values())
+
 
 def read_onnx(path: str | os.PathLike[str]) -> OnnxFile:
     """Reads types, metadata and checksums of an ONNX file.
