@@ -12,6 +12,7 @@ from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 from vit_jax.export.build_commands import polygraphy_command, trtexec_command
 from vit_jax.export.deploy import main, write_deploy
+from vit_jax.export.folder import write_folder
 from vit_jax.export.onnx_file import read_onnx
 from vit_jax.export.profiles import parse_batch
 from vit_jax.export.to_tensorrt import build
@@ -179,6 +180,26 @@ def test_an_engine_of_trtexec_is_served_too_and_said_so(directory, capsys):
     assert "model.engine has no engine.json" in said and "1:1:1,2:4:8" in said
     # The README goes on giving the commands of every version: which it was nobody knows.
     assert "### TensorRT 8.6" in (root / "deploy/README.md").read_text()
+
+
+def test_an_engine_of_an_earlier_model_is_left_out_and_said_so(directory, monkeypatch, capsys):
+    root = directory()
+    fake_tensorrt.install(monkeypatch, "11.4.0.106")
+    build(root / "model.onnx", root, batch="1:2:8")
+    write_deploy(root)
+    assert capsys.readouterr().err == ""
+    directory(names=["other", "classes", "here"])
+    target = write_deploy(root)
+    names = sorted(path.name for path in (target / "models").iterdir())
+    assert names == ["vit", "vit_decode", "vit_onnx"]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "model.engine was built from another file" in said
+    write_folder(root)
+    assert "| `model.engine` | **of an earlier model.onnx**" in (root / "README.md").read_text()
+    build(root / "model.onnx", root, batch="1:2:8")
+    assert (write_deploy(root) / "models/vit_tensorrt").is_dir()
+    write_folder(root)
+    assert "| `model.engine` | the same, built by" in (root / "README.md").read_text()
 
 
 def test_a_fixed_batch_is_no_dynamic_one(directory):

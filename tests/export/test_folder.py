@@ -1,11 +1,14 @@
 """The folder of an export is enough: its README is followed without this package."""
 
+import contextlib
 import dataclasses
 import json
 import re
 import subprocess
 import sys
+import types
 
+import ml_dtypes
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,10 +16,12 @@ from PIL import Image
 from vit_jax.checkpoints.pretrained import Pretrained
 from vit_jax.data.images import preprocess, read_image
 from vit_jax.data.protocols import Preprocessing
-from vit_jax.export import forward
+from vit_jax.errors import UserError
+from vit_jax.export import __main__, forward, parity
 from vit_jax.export.folder import write_folder
 from vit_jax.export.parity_picture import draw
 from vit_jax.export.pipeline import Export
+from vit_jax.export.stages import Resolution
 from vit_jax.export.to_tensorrt import build
 from vit_jax.image_size import of_sides
 
@@ -75,7 +80,7 @@ def followed(folder):
     return np.load(folder / "found.npy"), done.stdout
 
 
-def linear(folder, rule, pixels="preprocessed", names=None):
+def linear(folder, rule, pixels="preprocessed", names=None, dtype="float32"):
     """Writes a model of one product; returns its weights."""
     kind = onnx.TensorProto.UINT8 if pixels == "uint8" else onnx.TensorProto.FLOAT
     weights = np.random.default_rng(1).normal(size=(np.prod(rule.image_shape), 5)) / 30
@@ -89,7 +94,7 @@ def linear(folder, rule, pixels="preprocessed", names=None):
         "graph",
         [helper.make_tensor_value_info("images", kind, ["batch", *rule.image_shape])],
         [helper.make_tensor_value_info("logits", 1, ["batch", 5])],
-        [onnx.numpy_helper.from_array(weights.astype(np.float32), "weights")],
+        [onnx.numpy_helper.from_array(weights.astype(dtype), "weights")],
     )
     opset = [helper.make_opsetid("", 17)]
     model = helper.make_model(graph, opset_imports=opset, ir_version=10)
@@ -168,8 +173,69 @@ def test_the_readme_says_how_an_image_is_resized(tmp_path):
     assert "until it just covers 17 x 17; then the central 16 x 16" in text
 
 
+def test_outputs_that_are_not_finite_are_told_and_the_readme_is_written(
+    converter, make_forward, tmp_path, monkeypatch, capsys
+):
+    made = make_forward(num_layers=1)
+    model, rule = json.loads(made.metadata["model"]), RULES["timm"]
+    pretrained = Pretrained(made.params, model, rule, None, "softmax", "random")
+    monkeypatch.setattr(__main__.flags, "load", lambda _: pretrained)
+    # The outputs of Flax, and then those of the ONNX file.
+    expected = np.ones((16, 5), np.float32)
+    outputs = iter([expected, expected * np.nan])
+    monkeypatch.setattr(parity, "in_batches", lambda *_: next(outputs))
+    arguments = ["--checkpoint=x", f"--output={tmp_path}", "--stages=onnx", "--latency_seconds=0"]
+    assert __main__.main([*arguments, f"--converter={converter}"]) == 1
+    assert "error: ONNX fp32: relative difference nan is above 1e-05" in capsys.readouterr().err
+    assert "| ONNX fp32 | nan | nan | nan | nan |" in (tmp_path / "README.md").read_text()
+
+
+def test_the_readme_of_another_is_not_overwritten(tmp_path):
+    linear(tmp_path, RULES["whole"], names=list(NAMES))
+    linear(tmp_path, RULES["whole"])
+    assert not (tmp_path / "classes.txt").exists()
+    files = {"README.md": "# My own", "classes.txt": "cat\ndog\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "model.onnx").unlink()
+    for stage in (lambda x: x.convert(None), Export.build_engine):
+        with pytest.raises(UserError, match=r"README.md is not an export's.*another folder"):
+            stage(Export(tmp_path))
+    with pytest.raises(UserError, match="is not an export's"):
+        write_folder(tmp_path)
+    assert {name: (tmp_path / name).read_text() for name in files} == files
+
+
+def test_what_is_no_longer_true_does_not_stay(tmp_path, monkeypatch):
+    (tmp_path / "parity.png").touch()
+    linear(tmp_path, RULES["whole"], names=list(NAMES))
+    assert not (tmp_path / "parity.png").exists()
+    (tmp_path / "model.onnx").unlink()
+    monkeypatch.setattr(Export, "_resolve", lambda *_: Resolution(("tf",), "", ()))
+    monkeypatch.setattr(Export, "_to_tf", lambda *_: None)
+    rule = RULES["whole"]
+    made = types.SimpleNamespace(jitted=lambda: lambda images: images.reshape(len(images), -1))
+    monkeypatch.setattr(forward, "make_forward", lambda *_, **__: made)
+    Export(tmp_path).convert(types.SimpleNamespace(preprocessing=rule, class_names=None))
+    assert [path.name for path in tmp_path.iterdir()] == ["parity_reference.npz"]
+
+
+def test_of_what_onnxruntime_does_not_compute_the_readme_prepares_images_alone(tmp_path):
+    linear(tmp_path, RULES["whole"], dtype=ml_dtypes.bfloat16)
+    text = (tmp_path / "README.md").read_text()
+    assert "onnxruntime does not compute bf16 on a CPU" in text
+    assert not any("onnxruntime" in block for block in blocks(tmp_path))
+    photograph(tmp_path / "photo.jpg")
+    with contextlib.chdir(tmp_path):
+        found = {}
+        exec(blocks(tmp_path)[0], found)
+    expected = preprocess(read_image(tmp_path / "photo.jpg"), RULES["whole"])
+    np.testing.assert_allclose(found["images"], expected[None], atol=1e-5)
+
+
 @pytest.mark.parametrize("version", fake_tensorrt.VERSIONS)
-def test_the_lines_for_tensorrt_use_what_it_has(version, tmp_path, monkeypatch):
+@pytest.mark.parametrize("batch", ["1:1:2", "8:8:8"])
+def test_the_lines_for_tensorrt_use_what_it_has(version, batch, tmp_path, monkeypatch):
     if version.startswith("8"):
         pytest.skip("the README names TensorRT 10 and 11")
     linear(tmp_path, RULES["whole"])
@@ -182,13 +248,16 @@ def test_the_lines_for_tensorrt_use_what_it_has(version, tmp_path, monkeypatch):
             super().__init__()
 
     trt.Logger = Logger
-    build(tmp_path / "model.onnx", tmp_path, batch="1:1:2")
+    build(tmp_path / "model.onnx", tmp_path, batch=batch)
     monkeypatch.chdir(tmp_path)
     images = np.random.default_rng(0).random((1, 4, 4, 3), np.float32)
     found = {"np": np, "images": images.swapaxes(1, 2).copy().swapaxes(1, 2)}
     exec(blocks(tmp_path)[1], found)
     expected = images.mean() * np.arange(1, fake_tensorrt.OUTPUTS + 1)
-    np.testing.assert_allclose(found["outputs"][0], expected, rtol=1e-5)
+    np.testing.assert_allclose(found["outputs"], expected[None], rtol=1e-5)
+    found["images"] = np.repeat(images, 9, axis=0)
+    with pytest.raises(AssertionError, match="built for other batches"):
+        exec(blocks(tmp_path)[1], found)
 
 
 def test_the_picture_draws_what_is_infinite_and_what_is_equal(tmp_path):

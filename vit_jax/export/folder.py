@@ -12,13 +12,15 @@ from typing import Any
 from vit_jax.data.protocols import Preprocessing, resized_sides
 from vit_jax.errors import UserError
 from vit_jax.export import client_code, parity
-from vit_jax.export.engine import ENGINE
+from vit_jax.export.engine import ENGINE, read_description
 from vit_jax.export.onnx_file import RAW, OnnxFile, read_class_names, read_onnx
-from vit_jax.files import atomic_write, write_json
+from vit_jax.export.precisions import PRECISIONS
+from vit_jax.files import atomic_write, storage_errors, write_json
 from vit_jax.image_size import sides
 from vit_jax.printable import printable
 
 README, PREPROCESS, CLASSES, PICTURE = "README.md", "preprocess.json", "classes.txt", "parity.png"
+_MARK = "<!-- Written by vit_jax.export, which will replace it. -->"
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "UINT8": "uint8"}
 _COLORS = {1: "gray", 3: "RGB"}
 
@@ -36,12 +38,37 @@ _CONTENTS = {
 }
 
 
+def check_folder(directory: Path) -> None:
+    """Checks that a README.md in a folder, if there is one, is an export's own.
+
+    Raises:
+        UserError: it is another's, or cannot be read.
+    """
+    path = directory / README
+    with storage_errors(lambda reason: f"{path} cannot be read: {reason}; name another folder"):
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else _MARK
+    if _MARK not in text.splitlines():
+        raise UserError(
+            f"{path} is not an export's, and would be overwritten: name another folder by "
+            "--output, or move it away"
+        )
+
+
 def write_folder(directory: Path) -> None:
     """Writes README.md, preprocess.json, classes.txt and parity.png beside `model.onnx`.
 
+    Where there is no ONNX file, those of an earlier one are removed. A classes.txt is taken for an
+    export's own where README.md is.
+
     Raises:
-        UserError: there is no ONNX file, or the disk refuses.
+        UserError: README.md is not an export's, the ONNX file is damaged, or the disk refuses.
     """
+    check_folder(directory)
+    if not (directory / "model.onnx").exists():
+        if (directory / README).exists():
+            for name in (README, PREPROCESS, CLASSES, PICTURE):
+                (directory / name).unlink(missing_ok=True)
+        return
     onnx = read_onnx(directory / "model.onnx")
     described = describe(onnx)
     write_json(directory / PREPROCESS, described)
@@ -56,6 +83,8 @@ def write_folder(directory: Path) -> None:
 
         with atomic_write(directory / PICTURE) as temporary:
             draw(stages, temporary)
+    else:
+        (directory / PICTURE).unlink(missing_ok=True)
     _write(directory / README, _readme(onnx, described, directory, stages))
 
 
@@ -111,22 +140,34 @@ def _readme(
     lines = [
         f"# {source}",
         "",
+        _MARK,
+        "",
         f"`{printable(metadata.get('architecture', ''))}`, {onnx.precision}, written by vit_jax. "
         "All that is needed to run it stands here.",
         "",
         "| | |",
         "|-|-|",
     ]
+    engine = directory / ENGINE
+    contents = dict(_CONTENTS)
+    if engine.is_file() and onnx.is_stale(read_description(engine)):
+        contents[ENGINE] = "**of an earlier model.onnx**: build it again"
     lines += [
         f"| `{name}` | {text} |"
-        for name, text in _CONTENTS.items()
+        for name, text in contents.items()
         if name == "deploy" or (directory / name).exists()
     ]
     is_raw = metadata.get("pixels") == RAW
     lines += ["", "## In and out", "", *_in_and_out(described, preprocessing, is_raw)]
     code = client_code.source(preprocessing, described["input"]["dtype"], is_raw)
-    lines += ["", "## Python and onnxruntime", "", *_packages(code)]
-    lines += ["```python", *_with_onnxruntime(onnx, code, directory).splitlines(), "```"]
+    if PRECISIONS[onnx.precision].runs_on_cpu:
+        lines += ["", "## Python and onnxruntime", "", *_packages(code, "onnxruntime")]
+        lines += ["```python", *_with_onnxruntime(onnx, code, directory).splitlines(), "```"]
+    else:
+        lines += ["", "## Python", "", f"onnxruntime does not compute {onnx.precision} on a CPU: "]
+        lines[-1] += "the model is for a GPU. An image is prepared by:"
+        lines += ["", *_packages(code), "```python", *code.rstrip().splitlines(), "", ""]
+        lines += [*_images(onnx), "```"]
     lines += ["", *_keys()]
     if is_raw:
         lines += ["", "## TensorRT", "", "TensorRT has neither an antialiased Resize nor 64-bit "]
@@ -223,16 +264,24 @@ def _kernel(rule: Preprocessing) -> str:
     )
 
 
-def _packages(code: str) -> list[str]:
+def _packages(code: str, *more: str) -> list[str]:
     names = {"PIL": "pillow", "cv2": "opencv-python-headless", "simplejpeg": "simplejpeg"}
     found = [package for module, package in names.items() if module in code]
-    return [f"    pip install numpy onnxruntime {' '.join(found)}".rstrip(), ""]
+    return [f"    pip install {' '.join(('numpy', *more, *found))}", ""]
+
+
+def _images(onnx: OnnxFile) -> list[str]:
+    """Lines that prepare the batch `images` of one photograph."""
+    batch = onnx.inputs[0].shape[0]
+    repeated = "" if batch in (-1, 1) else f".repeat({batch}, axis=0)"
+    return [
+        'with open("photo.jpg", "rb") as file:',
+        f"    images = prepare(file.read())[None]{repeated}",
+    ]
 
 
 def _with_onnxruntime(onnx: OnnxFile, code: str, directory: Path) -> str:
     name, output = onnx.inputs[0].name, onnx.outputs[0].name
-    batch = onnx.inputs[0].shape[0]
-    repeated = "" if batch in (-1, 1) else f".repeat({batch}, axis=0)"
     imports, _, functions = code.partition("\n\n\n")
     lines = [
         imports.replace("import numpy as np", "import numpy as np\nimport onnxruntime"),
@@ -242,8 +291,7 @@ def _with_onnxruntime(onnx: OnnxFile, code: str, directory: Path) -> str:
         "",
         "",
         'session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])',
-        'with open("photo.jpg", "rb") as file:',
-        f"    images = prepare(file.read())[None]{repeated}",
+        *_images(onnx),
         f"({output},) = session.run(None, {{{json.dumps(name)}: images}})",
     ]
     if output not in ("logits", "probabilities"):
@@ -288,22 +336,28 @@ def _with_tensorrt(onnx: OnnxFile) -> list[str]:
         f'with open("{ENGINE}", "rb") as file:',
         "    engine = runtime.deserialize_cuda_engine(file.read())",
         "context = engine.create_execution_context()",
-        "images = np.ascontiguousarray(images)",
+        f'least = engine.get_tensor_profile_shape("{image.name}", 0)[0][0]',
+        "number = len(images)  # The engine may take no fewer than some: the last one again.",
+        "filled = np.concatenate([images, *[images[-1:]] * (least - number)])",
+        "images = np.ascontiguousarray(filled)",
         f"outputs = np.empty(({shape}), np.{kind})",
         "_, stream = cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking)",
         "stream = int(stream)",
         "context.set_optimization_profile_async(0, stream)",
         "_, place = cudart.cudaMalloc(images.nbytes)",
         "_, result = cudart.cudaMalloc(outputs.nbytes)",
-        f'context.set_input_shape("{image.name}", images.shape)',
+        f'fits = context.set_input_shape("{image.name}", images.shape)',
+        'assert fits, "the engine was built for other batches or sizes"',
         f'context.set_tensor_address("{image.name}", place)',
         f'context.set_tensor_address("{output.name}", result)',
         "to, back = (cudart.cudaMemcpyKind.cudaMemcpyHostToDevice,",
         "            cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost)",
         "cudart.cudaMemcpyAsync(place, images.ctypes.data, images.nbytes, to, stream)",
-        "context.execute_async_v3(stream)",
+        "is_started = context.execute_async_v3(stream)",
+        'assert is_started, "TensorRT says above what failed"',
         "cudart.cudaMemcpyAsync(outputs.ctypes.data, result, outputs.nbytes, back, stream)",
         "cudart.cudaStreamSynchronize(stream)",
+        "outputs = outputs[:number]",
         "```",
     ]
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from vit_jax.export import parity, runtime
 from vit_jax.export.deploy import write_deploy
-from vit_jax.export.folder import write_folder
+from vit_jax.export.folder import README, check_folder, write_folder
 from vit_jax.export.onnx_file import read_onnx
 from vit_jax.export.precisions import PRECISIONS, Precision
 from vit_jax.export.profiles import parse_batch
@@ -162,10 +162,12 @@ class Export:
             photographs: what to compare on.
 
         Raises:
-            UserError: a stage cannot be had here, an image is damaged, or the disk refuses.
+            UserError: a stage cannot be had here, an image is damaged, README.md in the directory
+                is not an export's, or the disk refuses.
         """
         from vit_jax.export.forward import make_forward
 
+        check_folder(self.directory)
         forward = make_forward(
             pretrained,
             outputs=outputs,
@@ -202,14 +204,17 @@ class Export:
             self._to_onnx(forward, resolution.converter, calibration, in_graph)
             if free_size and self.precision.runs_on_cpu:
                 self._compare_sizes(forward, pretrained)
+        if "onnx" in resolution.stages or (self.directory / README).exists():
             write_folder(self.directory)
 
     def build_engine(self) -> None:
         """The stage that needs TensorRT and a GPU, and neither JAX nor TensorFlow.
 
         Raises:
-            UserError: there is no ONNX file, no TensorRT or no GPU, or no engine comes of it.
+            UserError: there is no ONNX file, no TensorRT or no GPU, no engine comes of it, or
+                README.md in the directory is not an export's.
         """
+        check_folder(self.directory)
         if self._reference is None:
             self._reference = parity.load_reference(self.directory)
             self._stages = parity.load_report(self.directory)
