@@ -12,6 +12,7 @@ from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 from vit_jax.export.build_commands import polygraphy_command, trtexec_command
 from vit_jax.export.deploy import main, write_deploy
+from vit_jax.export.folder import write_folder
 from vit_jax.export.onnx_file import read_onnx
 from vit_jax.export.profiles import parse_batch
 from vit_jax.export.to_tensorrt import build
@@ -59,12 +60,16 @@ def triton_message():
     messages = {
         "ModelConfig": "name 1 s, platform 2 s, max_batch_size 4 i, input 5 *Tensor, "
         "output 6 *Output, instance_group 7 *Group, dynamic_batching 11 Batching, "
-        "optimization 12 Optimization",
+        "optimization 12 Optimization, ensemble_scheduling 15 Ensemble, backend 17 s",
         "Tensor": "name 1 s, data_type 2 @DataType, dims 4 *l",
         "Output": "name 1 s, data_type 2 @DataType, dims 3 *l, label_filename 4 s",
         "Group": "count 2 i, kind 4 @Kind, profile 5 *s",
         "Batching": "preferred_batch_size 1 *i, max_queue_delay_microseconds 2 u",
-        "Optimization": "cuda 3 Cuda",
+        "Optimization": "cuda 3 Cuda, execution_accelerators 4 Accelerators",
+        "Accelerators": "gpu_execution_accelerator 1 *Accelerator",
+        "Accelerator": "name 1 s, parameters 2 map",
+        "Ensemble": "step 1 *Step",
+        "Step": "model_name 1 s, model_version 2 l, input_map 3 map, output_map 4 map",
         "Cuda": "graphs 1 b",
     }
     scalars = {"s": 9, "i": 5, "l": 3, "u": 4, "b": 8}
@@ -72,6 +77,13 @@ def triton_message():
         message = file.message_type.add(name=name)
         for field in fields.split(", "):
             label, number, kind = field.split()
+            if kind == "map":
+                entry_name = f"{label.title().replace('_', '')}Entry"
+                nested = message.nested_type.add(name=entry_name)
+                nested.options.map_entry = True
+                for i, part in enumerate(("key", "value"), 1):
+                    nested.field.add(name=part, number=i, label=1, type=9)
+                kind = f"*{name}.{entry_name}"
             repeated, kind = kind.startswith("*"), kind.lstrip("*")
             entry = message.field.add(name=label, number=int(number), label=3 if repeated else 1)
             if kind in scalars:
@@ -170,6 +182,26 @@ def test_an_engine_of_trtexec_is_served_too_and_said_so(directory, capsys):
     assert "### TensorRT 8.6" in (root / "deploy/README.md").read_text()
 
 
+def test_an_engine_of_an_earlier_model_is_left_out_and_said_so(directory, monkeypatch, capsys):
+    root = directory()
+    fake_tensorrt.install(monkeypatch, "11.4.0.106")
+    build(root / "model.onnx", root, batch="1:2:8")
+    write_deploy(root)
+    assert capsys.readouterr().err == ""
+    directory(names=["other", "classes", "here"])
+    target = write_deploy(root)
+    names = sorted(path.name for path in (target / "models").iterdir())
+    assert names == ["vit", "vit_decode", "vit_onnx"]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "model.engine was built from another file" in said
+    write_folder(root)
+    assert "| `model.engine` | **of an earlier model.onnx**" in (root / "README.md").read_text()
+    build(root / "model.onnx", root, batch="1:2:8")
+    assert (write_deploy(root) / "models/vit_tensorrt").is_dir()
+    write_folder(root)
+    assert "| `model.engine` | the same, built by" in (root / "README.md").read_text()
+
+
 def test_a_fixed_batch_is_no_dynamic_one(directory):
     target = write_deploy(directory(batch=3))
     config = read_config(target / "models/vit_onnx/config.pbtxt")
@@ -196,7 +228,8 @@ def test_a_second_call_replaces_the_first(directory):
     root = directory()
     (write_deploy(root, name="old") / "stray").touch()
     target = write_deploy(root, name="new")
-    assert sorted(path.name for path in (target / "models").iterdir()) == ["new_onnx"]
+    names = sorted(path.name for path in (target / "models").iterdir())
+    assert names == ["new", "new_decode", "new_onnx"]
     assert not (target / "stray").exists()
     assert sorted(path.name for path in root.iterdir()) == ["deploy", "model.onnx"]
     # Another user, the server's, can enter it.
@@ -238,7 +271,7 @@ def test_the_readme_gives_commands_that_a_shell_reads_as_they_were_meant(directo
     options = {"workspace_mib": 64, "version_compatible": True}
     assert trtexec_command("10.16.1.11", model, profiles, options) in commands
     assert polygraphy_command("10.16.1.11", model, profiles, options) in commands
-    (own,) = [words for words in commands if words[0] == "python"]
+    (own,) = [words for words in commands if words[:2] == ["python", "-m"]]
     assert own[:3] == ["python", "-m", "vit_jax.export.to_tensorrt"]
     assert own[3:] == [
         "model.onnx",

@@ -71,6 +71,7 @@ def _convert(args: argparse.Namespace, export: "Export") -> None:
         layer=args.layer,
         include_preprocessing=args.include_preprocessing,
         free_size=args.free_size,
+        in_graph=args.preprocessing == "in_graph",
         photographs=Photographs(
             dataset=args.dataset or "",
             split=args.split,
@@ -134,6 +135,13 @@ def build_parser(prog: str = "python -m vit_jax.export") -> command.Parser:
         action="store_true",
         help="take uint8 pixels; resizing and cropping are the caller's in any case",
     )
+    parser.add_argument(
+        "--preprocessing",
+        choices=("outside", "in_graph"),
+        default="outside",
+        help="in_graph: an ONNX file for raw uint8 pixels of any height and width, which it "
+        "resizes, crops and normalizes itself [outside]",
+    )
     group = parser.add_argument_group("parity")
     group.add_argument(
         "--dataset",
@@ -174,6 +182,8 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.free_size and {"tf", "tensorrt"} & set(args.stages or ()):
         raise UserError("--free_size is for the ONNX file alone: use --stages onnx")
+    if args.preprocessing == "in_graph":
+        _check_in_graph(args)
     makes_onnx = args.stages is None or "onnx" in args.stages
     precision = PRECISIONS[args.precision]
     if precision.calibration_images and not (args.data or args.dataset) and makes_onnx:
@@ -183,6 +193,23 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.data and not os.path.isdir(args.data):
         raise UserError(f"--data {args.data} is not a directory")
+
+
+def _check_in_graph(args: argparse.Namespace) -> None:
+    if "tensorrt" in (args.stages or ()):
+        raise UserError(
+            "--preprocessing in_graph is for the ONNX file alone, as TensorRT has neither an "
+            "antialiased Resize nor 64-bit floats: use --stages onnx, or leave it out and have "
+            "Triton's ensemble in deploy/ prepare images"
+        )
+    if "tf" in (args.stages or ()):
+        raise UserError("--preprocessing in_graph is for the ONNX file alone: use --stages onnx")
+    for flag in ("free_size", "include_preprocessing"):
+        if getattr(args, flag):
+            raise UserError(
+                f"--preprocessing in_graph goes without --{flag}: the graph resizes raw pixels to "
+                "the model's own size, and normalizes them"
+            )
 
 
 def _stages(text: str) -> list[str]:

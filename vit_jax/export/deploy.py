@@ -10,14 +10,14 @@ none there that somebody else built.
 import json
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vit_jax import command
 from vit_jax.errors import UserError, first_line
+from vit_jax.export import triton
 from vit_jax.export.build_commands import (
     input_shape,
     own_command,
@@ -26,13 +26,14 @@ from vit_jax.export.build_commands import (
 )
 from vit_jax.export.engine import DESCRIPTION, ENGINE, read_description
 from vit_jax.export.nvidia import numbers
-from vit_jax.export.onnx_file import OnnxFile, Tensor, read_class_names, read_onnx
+from vit_jax.export.onnx_file import RAW, OnnxFile, Tensor, read_class_names, read_onnx
 from vit_jax.export.precisions import PRECISIONS
 from vit_jax.export.profiles import Profile, parse_batch
 from vit_jax.files import atomic_folder
 from vit_jax.printable import printable
 
-_TRITON = {"FLOAT": "FP32", "HALF": "FP16", "BF16": "BF16", "UINT8": "UINT8"}
+if TYPE_CHECKING:  # Only what decodes images needs NumPy here.
+    from vit_jax.data.protocols import Preprocessing
 
 
 def write_deploy(
@@ -41,19 +42,27 @@ def write_deploy(
     batch: str = "1:8:64",
     name: str = "vit",
     instances: int = 1,
+    cpu_instances: int = 0,
+    decoders: int = 2,
     queue_delay_us: int = 1000,
 ) -> Path:
     """Writes `directory/deploy`, replacing one that is there.
 
     In it are README.md, and models/, a Triton model repository with `NAME_onnx` and, if there is an
-    engine, `NAME_tensorrt`. The model files are hard links where that is possible.
+    engine, `NAME_tensorrt`; where images are gray or RGB also `NAME_decode`, which decodes and
+    prepares them, `NAME`, the ensemble of both, and client.py, which asks that. The model files are
+    hard links where that is possible.
 
     Args:
-        directory: with model.onnx and, if it was built, model.engine. Without the engine.json that
+        directory: with model.onnx and, if it was built, model.engine, which is left out where
+            engine.json says that it was built from another file. Without the engine.json that
             `to_tensorrt` writes beside it, `batch` is what it was built for.
         batch: the batch sizes to serve, see `to_tensorrt.parse_batch`; engine.json has its own.
         name: of the model in Triton.
-        instances: copies of the model that each GPU runs at the same time.
+        instances: copies of the model that each GPU runs at the same time; 0 on a machine that has
+            none, where an engine is left out.
+        cpu_instances: copies of the ONNX model that the CPU runs.
+        decoders: processes that decode images.
         queue_delay_us: how long a request may wait for others to share its batch, in microseconds.
 
     Returns:
@@ -63,20 +72,28 @@ def write_deploy(
         UserError: there is no ONNX file, it is no model of images, its metadata or engine.json is
             damaged, a value is out of range, or the disk is full.
     """
-    if instances < 1 or queue_delay_us < 0:
+    if instances < 0 or queue_delay_us < 0:
         raise UserError(f"instances {instances} or queue_delay_us {queue_delay_us} is too small")
+    if cpu_instances < 0 or decoders < 1 or instances + cpu_instances < 1:
+        raise UserError(
+            f"instances {instances} and cpu_instances {cpu_instances} must be one at least, and "
+            f"so must decoders {decoders}"
+        )
     if not name or set(name) & set("/\\") or name.startswith("."):
         raise UserError(f"name {name!r} is not a directory name: use for example vit")
     directory = Path(directory)
     onnx = read_onnx(directory / "model.onnx")
-    _check_served(onnx)
+    preprocessing = _check_served(onnx)
     engine = directory / ENGINE
     has_engine = engine.is_file()
     description = read_description(engine) if has_engine else {}
+    if onnx.is_stale(description):
+        print(printable(_stale_engine(engine)), file=sys.stderr)
+        has_engine, description = False, {}
     built = tuple(Profile(p["min"], p["opt"], p["max"]) for p in description.get("profiles", ()))
     if description and not built:
         raise UserError(f"{engine} has no profiles in its engine.json: build the engine again")
-    asked = _fixed_batch(onnx) or parse_batch(batch)
+    asked = triton.fixed_batch(onnx) or parse_batch(batch)
     if has_engine and not description:
         print(printable(_unknown_engine(engine, asked)), file=sys.stderr)
     target = directory / "deploy"
@@ -84,15 +101,50 @@ def write_deploy(
     with atomic_folder(target, replace=True) as new:
         models = new / "models"
         files = [directory / file for file in onnx.sha256]
-        config = triton_config(f"{name}_onnx", "onnxruntime_onnx", onnx, asked, **queue)
-        _write_model(models / f"{name}_onnx", config, onnx, files)
-        if has_engine:
-            shapes = built or asked
-            config = triton_config(f"{name}_tensorrt", "tensorrt_plan", onnx, shapes, **queue)
-            _write_model(models / f"{name}_tensorrt", config, onnx, [engine], "model.plan")
-        text = _readme(onnx, description, built or asked, name)
+        chosen, shapes = f"{name}_onnx", asked
+        config = triton.triton_config(
+            chosen, "onnxruntime_onnx", onnx, asked, cpu_instances=cpu_instances, **queue
+        )
+        triton.write_model(models / chosen, config, onnx, files)
+        if has_engine and instances:
+            chosen, shapes = f"{name}_tensorrt", built or asked
+            config = triton.triton_config(chosen, "tensorrt_plan", onnx, shapes, **queue)
+            triton.write_model(models / chosen, config, onnx, [engine], "model.plan")
+        decodes = preprocessing is not None and triton.can_decode(onnx, preprocessing)
+        if preprocessing is not None and decodes:
+            largest = max(profile.max for profile in shapes)
+            _write_ensemble(new, name, chosen, onnx, preprocessing, largest, decoders)
+        text = _readme(onnx, description, built or asked, name, chosen if decodes else None)
         (new / "README.md").write_text(text, encoding="utf-8")
     return target
+
+
+def _write_ensemble(
+    folder: Path,
+    name: str,
+    model: str,
+    onnx: OnnxFile,
+    preprocessing: "Preprocessing",
+    largest: int,
+    decoders: int,
+) -> None:
+    """Writes what decodes images, the ensemble of it and a model, and the client of that."""
+    decoder = folder / "models" / f"{name}_decode"
+    config = triton.decoder_config(decoder.name, onnx, largest, decoders)
+    triton.write_model(decoder, config, onnx, [])
+    code = triton.decoder_code(onnx, preprocessing)
+    (decoder / "1" / "model.py").write_text(code, encoding="utf-8")
+    config = triton.ensemble_config(name, model, decoder.name, onnx, largest)
+    triton.write_model(folder / "models" / name, config, onnx, [])
+    (folder / "client.py").write_text(triton.client(name, onnx), encoding="utf-8")
+
+
+def _stale_engine(engine: Path) -> str:
+    """Says that an engine is of an earlier export."""
+    return (
+        f"{engine} was built from another file than model.onnx beside it, and is left out: build "
+        "it again by a command of deploy/README.md"
+    )
 
 
 def _unknown_engine(engine: Path, asked: tuple[Profile, ...]) -> str:
@@ -104,8 +156,14 @@ def _unknown_engine(engine: Path, asked: tuple[Profile, ...]) -> str:
     )
 
 
-def _check_served(onnx: OnnxFile) -> None:
-    """Raises a UserError if a file is no model of images, or what it says of them is damaged."""
+def _check_served(onnx: OnnxFile) -> "Preprocessing | None":
+    """The preprocessing of a file, if it has any.
+
+    Raises:
+        UserError: it is no model of images, or what it says of them is damaged.
+    """
+    from vit_jax.export.client_code import preprocessing_of
+
     if not onnx.inputs or not onnx.outputs or len(onnx.inputs[0].shape) != 4:
         raise UserError(f"{onnx.path} is no model of [batch, height, width, channels]: use another")
     if onnx.inputs[0].shape[0] == 0 or not onnx.outputs[0].shape:
@@ -113,81 +171,52 @@ def _check_served(onnx: OnnxFile) -> None:
     try:
         if "class_names" in onnx.metadata and read_class_names(onnx.metadata) is None:
             raise ValueError("class_names is null")
-        json.loads(onnx.metadata.get("preprocessing", "null"))
-    except (ValueError, RecursionError) as error:
+        return preprocessing_of(onnx)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         reason = first_line(error)
         raise UserError(
             f"the metadata of {onnx.path} is damaged ({reason}): export it again"
         ) from error
 
 
-def triton_config(
-    name: str,
-    platform: str,
-    onnx: OnnxFile,
-    profiles: tuple[Profile, ...],
-    *,
-    instances: int = 1,
-    queue_delay_us: int = 1000,
-) -> str:
-    """The config.pbtxt of a model for NVIDIA Triton.
-
-    Args:
-        name: of the model, and of its directory.
-        platform: "onnxruntime_onnx" or "tensorrt_plan".
-        onnx: the ONNX file that the model is, or was built from.
-        profiles: the batch sizes to serve.
-        instances: see `write_deploy`.
-        queue_delay_us: see `write_deploy`.
-    """
-    fixed = _fixed_batch(onnx) is not None
-    labels = "class_names" in onnx.metadata
-    lines = [
-        f"name: {json.dumps(name)}",
-        f'platform: "{platform}"',
-        # 0: the batch is a dimension like any other, and requests cannot share one.
-        f"max_batch_size: {0 if fixed else max(profile.max for profile in profiles)}",
-        f"input [ {{ {_tensor(onnx.inputs[0], fixed)} }} ]",
-    ]
-    label = ' label_filename: "labels.txt"' if labels else ""
-    lines.append(f"output [ {{ {_tensor(onnx.outputs[0], fixed)}{label} }} ]")
-    group = f"count: {instances} kind: KIND_GPU"
-    if platform == "tensorrt_plan":
-        # Triton loads the first profile only unless it is told of the others.
-        group += f" profile: [ {', '.join(json.dumps(str(i)) for i in range(len(profiles)))} ]"
-        lines.append("optimization { cuda { graphs: true } }")
-    lines.append(f"instance_group [ {{ {group} }} ]")
-    if not fixed:
-        preferred = sorted({profile.opt for profile in profiles} | {p.max for p in profiles})
-        lines.append(
-            f"dynamic_batching {{ preferred_batch_size: {preferred} "
-            f"max_queue_delay_microseconds: {queue_delay_us} }}"
-        )
-    return "\n".join(lines) + "\n"
-
-
 def _readme(
-    onnx: OnnxFile, description: dict[str, Any], profiles: tuple[Profile, ...], name: str
+    onnx: OnnxFile,
+    description: dict[str, Any],
+    profiles: tuple[Profile, ...],
+    name: str,
+    decoded: str | None,
 ) -> str:
+    """The page; `decoded` is the model of the ensemble, where there is one."""
     image = onnx.inputs[0]
     preprocessing = json.loads(onnx.metadata.get("preprocessing", "null"))
     versions = [description["tensorrt"]] if description else ["11", "10", "8.6"]
-    input_type = _TRITON.get(image.type, image.type)
     shape = "x".join(map(str, input_shape(image, profiles[0].opt)))
     lines = [
         f"# {name}",
         "",
-        f"`{_named(image)}` {input_type} {list(image.shape)} -> `{_named(onnx.outputs[0])}` "
+        f"`{_named(image)}` {image.type} {list(image.shape)} -> `{_named(onnx.outputs[0])}` "
         f"{list(onnx.outputs[0].shape)}, {onnx.precision}; -1 is free, the batch first.",
     ]
     if (prefix := onnx.metadata.get("prefix", "[]")) != "[]":
         lines += ["", f"Features of every patch, row by row; tokens before them: `{_code(prefix)}`"]
+    is_raw = onnx.metadata.get("pixels") == RAW
     if preprocessing:
         lines += ["", f"Preprocessing: `{json.dumps(preprocessing)}`"]
-        lines += ["Each field is explained in `vit_jax/data/protocols.py`, resize's rules on top."]
-        if image.type == "UINT8":
+        lines += ["README.md beside model.onnx explains each field, and has the Python for it."]
+        if is_raw:
+            lines += ["All of it is in the graph: it takes decoded pixels of any size."]
+        elif image.type == "UINT8":
             lines += ["mean and std are in the graph: it takes cropped and resized pixels."]
     lines += ["", "## Serve", "", "    tritonserver --model-repository=models"]
+    if decoded:
+        lines += _served(name, decoded, is_raw)
+    if is_raw:
+        lines += [
+            "",
+            "TensorRT has neither an antialiased Resize nor 64-bit floats: export without "
+            "--preprocessing in_graph to build an engine, and let the ensemble prepare images.",
+        ]
+        return "\n".join(lines) + "\n"
     if -1 in image.shape[1:]:
         lines += ["", "An engine is built for one size of images: export without --free_size."]
         return "\n".join(lines) + "\n"
@@ -222,34 +251,21 @@ def _readme(
     return "\n".join(lines) + "\n"
 
 
-def _write_model(
-    directory: Path, config: str, onnx: OnnxFile, files: list[Path], name: str | None = None
-) -> None:
-    """Writes a model of a Triton repository, in its version 1."""
-    (directory / "1").mkdir(parents=True)
-    (directory / "config.pbtxt").write_text(config, encoding="utf-8")
-    labels = read_class_names(onnx.metadata)
-    if labels is not None:
-        # A name that goes on in the next line would move those of all classes after it.
-        text = "".join(f"{printable(label)}\n" for label in labels)
-        (directory / "labels.txt").write_text(text, encoding="utf-8")
-    for file in files:
-        target = directory / "1" / (name or file.name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            # ONNX refuses external data that has a second name, as it may stem from elsewhere.
-            if len(files) > 1:
-                raise OSError
-            os.link(file, target)
-        except OSError:  # Also a file system without links.
-            shutil.copyfile(file, target)
-
-
-def _tensor(tensor: Tensor, fixed: bool) -> str:
-    if tensor.type not in _TRITON:
-        raise UserError(f"{tensor.name} is {tensor.type}: use one of {', '.join(_TRITON)}")
-    dims = list(tensor.shape if fixed else tensor.shape[1:])
-    return f"name: {json.dumps(tensor.name)} data_type: TYPE_{_TRITON[tensor.type]} dims: {dims}"
+def _served(name: str, model: str, is_raw: bool) -> list[str]:
+    """The part on the ensemble: what it is, and how it is asked."""
+    work = "decodes" if is_raw else "decodes and prepares"
+    same = " Images of one request must have one size." if is_raw else ""
+    return [
+        "",
+        f"`{name}` takes the bytes of image files, `encoded` BYTES [batch, 1]: `{name}_decode`, a "
+        f"model of Triton's Python backend, {work} them for `{model}`.{same} Its model.py needs "
+        "what its first lines import, in the server's Python. Ask it by",
+        "",
+        "    pip install tritonclient[http]",
+        "    python client.py photo.jpg",
+        "",
+        "No server has run these files yet.",
+    ]
 
 
 def _named(tensor: Tensor) -> str:
@@ -259,12 +275,6 @@ def _named(tensor: Tensor) -> str:
 def _code(text: str) -> str:
     """A text for a page in Markdown, where it stands between backticks."""
     return printable(text).replace("`", "'")
-
-
-def _fixed_batch(onnx: OnnxFile) -> tuple[Profile, ...] | None:
-    """The one profile of a file whose batch is fixed; None if it is free."""
-    size = onnx.inputs[0].shape[0]
-    return None if size == -1 else (Profile(size, size, size),)
 
 
 def _indented(words: list[str]) -> str:
@@ -294,8 +304,10 @@ def build_parser(prog: str = "python -m vit_jax.export.deploy") -> command.Parse
     parser.add_argument("directory", help="with model.onnx and perhaps model.engine")
     parser.add_argument("--batch", default="1:8:64", help="batch sizes where no engine has its own")
     parser.add_argument("--name", default="vit", help="of the model in Triton")
+    parser.add_argument("--instances", type=int, default=1, help="copies on each GPU (1)")
+    parser.add_argument("--cpu_instances", type=int, default=0, help="copies on the CPU (0)")
     parser.add_argument(
-        "--instances", type=command.positive, default=1, help="copies on each GPU (1)"
+        "--decoders", type=command.positive, default=2, help="processes that decode images (2)"
     )
     parser.add_argument(
         "--queue_delay_us", type=int, default=1000, help="wait for a fuller batch, microseconds"

@@ -8,7 +8,6 @@ which one Resize fits to the grid (Section 3.2). Sides need be no multiples of t
 
 import dataclasses
 import functools
-import itertools
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import onnx_ir as ir
 from flax.traverse_util import flatten_dict, unflatten_dict
-from onnx_ir import tape
 from onnx_ir.passes import common as passes
 
 from vit_jax import models
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.export.forward import Forward, normalization, tokens_of
+from vit_jax.export.graph import Writer
 from vit_jax.export.stages import DENSE
 from vit_jax.image_size import MAX_IMAGE_SIZE
 from vit_jax.models.base import Grid
@@ -107,10 +106,8 @@ def add_stem(model: ir.Model, forward: Forward) -> None:
     z = stem.tokens(stem.patches(x, grid), stem.positions(grid))
     tokens.replace_all_uses_with(z)
     graph.inputs[:] = [images]
-    for node in reversed(stem.nodes):
-        graph.insert_before(graph[0], node)
+    stem.put_in_front(graph)
     if forward.output_name == "grid":
-        stem.nodes.clear()
         graph.outputs[:] = [stem.on_grid(graph.outputs[0], grid)]
         graph.extend(stem.nodes)
     for value in stem.weights:
@@ -118,22 +115,15 @@ def add_stem(model: ir.Model, forward: Forward) -> None:
     passes.ShapeInferencePass()(model)
 
 
-class _Stem:
-    """Writes the nodes from images to z_0.
-
-    Attributes:
-        nodes: those that were written, in their order.
-        weights: their constants.
-    """
+class _Stem(Writer):
+    """Writes the nodes from images to z_0."""
 
     def __init__(self, config: ViTConfig, params: Mapping[str, Any], own: Grid):
         """Takes the rows and columns of patches that the position embeddings are of."""
-        self.nodes: list[ir.Node] = []
-        self.weights: list[ir.Value] = []
+        super().__init__("stem")
         self._config = config
         self._params = params
         self._own = own
-        self._names: set[str] = set()
         self._width = config.hidden_size
 
     def normalized(self, images: ir.Value, forward: Forward) -> ir.Value:
@@ -141,14 +131,14 @@ class _Stem:
         scale, offset = normalization(
             Preprocessing(**json.loads(forward.metadata["preprocessing"]))
         )
-        x = self._op("Cast", [images], to=ir.DataType.FLOAT)
-        x = self._op("Mul", [x, self._constant("scale", scale)])
-        return self._op("Sub", [x, self._constant("offset", offset)])
+        x = self.op("Cast", [images], to=ir.DataType.FLOAT)
+        x = self.op("Mul", [x, self.constant("scale", scale)])
+        return self.op("Sub", [x, self.constant("offset", offset)])
 
     def grid(self, images: ir.Value) -> ir.Value:
         """The numbers of rows and columns of whole patches, [2]."""
-        sides = self._op("Slice", [self._op("Shape", [images]), *self._ints([1], [3])])
-        return self._op("Div", [sides, *self._ints([self._config.patch_size] * 2)])
+        sides = self.op("Slice", [self.op("Shape", [images]), *self.ints([1], [3])])
+        return self.op("Div", [sides, *self.ints([self._config.patch_size] * 2)])
 
     def patches(self, x: ir.Value, grid: ir.Value) -> ir.Value:
         """x_p E of Eq. 1, [batch, patches, hidden_size].
@@ -157,16 +147,16 @@ class _Stem:
         """
         size, embedding = self._config.patch_size, self._params["embedding"]
         row = size * np.shape(embedding["kernel"])[2]  # of a patch's pixels
-        ends = self._op("Mul", [grid, *self._ints([size] * 2)])
-        x = self._op("Slice", [x, *self._ints([0, 0]), ends, *self._ints([1, 2])])
-        x = self._op("Reshape", [x, *self._ints([0, 0, -1, row])])
-        x = self._op("Transpose", [x], perm=[0, 2, 1, 3])  # [batch, columns, height, ...]
-        x = self._op("Reshape", [x, *self._ints([0, 0, -1, size * row])])
-        x = self._op("Transpose", [x], perm=[0, 2, 1, 3])  # [batch, rows, columns, ...]
-        x = self._op("Reshape", [x, *self._ints([0, -1, size * row])])
+        ends = self.op("Mul", [grid, *self.ints([size] * 2)])
+        x = self.op("Slice", [x, *self.ints([0, 0]), ends, *self.ints([1, 2])])
+        x = self.op("Reshape", [x, *self.ints([0, 0, -1, row])])
+        x = self.op("Transpose", [x], perm=[0, 2, 1, 3])  # [batch, columns, height, ...]
+        x = self.op("Reshape", [x, *self.ints([0, 0, -1, size * row])])
+        x = self.op("Transpose", [x], perm=[0, 2, 1, 3])  # [batch, rows, columns, ...]
+        x = self.op("Reshape", [x, *self.ints([0, -1, size * row])])
         kernel = np.asarray(embedding["kernel"]).reshape(-1, self._width)
-        x = self._op("MatMul", [x, self._constant("embedding/kernel", kernel)])
-        return self._op("Add", [x, self._constant("embedding/bias", embedding["bias"])])
+        x = self.op("MatMul", [x, self.constant("embedding/kernel", kernel)])
+        return self.op("Add", [x, self.constant("embedding/bias", embedding["bias"])])
 
     def positions(self, grid: ir.Value) -> ir.Value:
         """E_pos of the patches, [1, patches, hidden_size]."""
@@ -180,31 +170,31 @@ class _Stem:
                 of["pos_embedding_y"][0].T[None, :, :, None], [*half[:1], half[1][::-1], *half[2:]]
             )
             rows, columns = self._rows_and_columns(grid)
-            one = self._ints([1])
+            one = self.ints([1])
             x = self._resized("pos_embedding_x", x, [*one, columns])
             y = self._resized("pos_embedding_y", y, [rows, *one])
-            x = self._op("Add", [y, x])
+            x = self.op("Add", [y, x])
         else:
             x = self._resized("pos_embedding", self._learned(), [grid])
-        x = self._op("Reshape", [x, *self._ints([1, self._width, -1])])
-        return self._op("Transpose", [x], perm=[0, 2, 1])
+        x = self.op("Reshape", [x, *self.ints([1, self._width, -1])])
+        return self.op("Transpose", [x], perm=[0, 2, 1])
 
     def tokens(self, x: ir.Value, positions: ir.Value) -> ir.Value:
         """z_0 of Eq. 1."""
         prefix = self._prefix()
         if prefix.shape[1]:
             # As in `encoder.Encoder`: a token is not repeated for each image.
-            x = self._op("Pad", [x, *self._ints([0, prefix.shape[1], 0, 0, 0, 0])])
-            tokens = self._constant("prefix", prefix)
-            positions = self._op("Concat", [tokens, positions], axis=1)
-        return self._op("Add", [x, positions])
+            x = self.op("Pad", [x, *self.ints([0, prefix.shape[1], 0, 0, 0, 0])])
+            tokens = self.constant("prefix", prefix)
+            positions = self.op("Concat", [tokens, positions], axis=1)
+        return self.op("Add", [x, positions])
 
     def on_grid(self, tokens: ir.Value, grid: ir.Value) -> ir.Value:
         """The patches of tokens, [batch, rows, columns, hidden_size], the output `grid`."""
         first, end = self._config.num_prefix_tokens, np.iinfo(np.int64).max
-        x = self._op("Slice", [tokens, *self._ints([first], [end], [1])])
-        batch, width = self._ints([0], [self._width])
-        x = self._op("Reshape", [x, self._op("Concat", [batch, grid, width], axis=0)])
+        x = self.op("Slice", [tokens, *self.ints([first], [end], [1])])
+        batch, width = self.ints([0], [self._width])
+        x = self.op("Reshape", [x, self.op("Concat", [batch, grid, width], axis=0)])
         tokens.name = "tokens"
         x.name, x.type = "grid", ir.TensorType(ir.DataType.FLOAT)
         x.shape = ir.Shape(("batch", "rows", "columns", self._width))
@@ -217,19 +207,19 @@ class _Stem:
         x[0, :half] = sincos2d((1, sides), self._width)[:, :half].T
         y[0, half:] = sincos2d((sides, 1), self._width)[:, half:].T
         rows, columns = self._rows_and_columns(grid)
-        first, row_axis, column_axis = self._ints([0], [2], [3])
-        x, y = self._constant("columns", x[:, :, None, :]), self._constant("rows", y[..., None])
-        x = self._op("Slice", [x, first, columns, column_axis])
-        return self._op("Add", [self._op("Slice", [y, first, rows, row_axis]), x])
+        first, row_axis, column_axis = self.ints([0], [2], [3])
+        x, y = self.constant("columns", x[:, :, None, :]), self.constant("rows", y[..., None])
+        x = self.op("Slice", [x, first, columns, column_axis])
+        return self.op("Add", [self.op("Slice", [y, first, rows, row_axis]), x])
 
     def _rows_and_columns(self, grid: ir.Value) -> list[ir.Value]:
-        return [self._op("Slice", [grid, *self._ints([i], [i + 1])]) for i in range(2)]
+        return [self.op("Slice", [grid, *self.ints([i], [i + 1])]) for i in range(2)]
 
     def _resized(self, name: str, table: np.ndarray, size: list[ir.Value]) -> ir.Value:
         """A table [1, hidden_size, rows, columns] for another grid, the corners kept in place."""
-        sizes = self._op("Concat", [*self._ints([1, self._width]), *size], axis=0)
-        value = self._constant(f"{'/'.join(_POSITIONS)}/{name}", table)
-        return self._op(
+        sizes = self.op("Concat", [*self.ints([1, self._width]), *size], axis=0)
+        value = self.constant(f"{'/'.join(_POSITIONS)}/{name}", table)
+        return self.op(
             "Resize",
             [value, None, None, sizes],
             mode="linear",
@@ -256,34 +246,3 @@ class _Stem:
         if config.position_embedding == "learned":
             prefix[:, :count] += self._of_positions()["pos_embedding"][:, :count]
         return prefix
-
-    def _op(self, kind: str, inputs: list[ir.Value | None], **attributes: Any) -> ir.Value:
-        recorder = tape.Tape()
-        value = recorder.op(kind, inputs, attributes)
-        (node,) = recorder.nodes
-        node.name = self._unique(f"stem/{kind}")
-        value.name = f"{node.name}:0"
-        self.nodes.append(node)
-        return value
-
-    def _ints(self, *values: list[int]) -> list[ir.Value]:
-        return [self._constant("sizes", np.array(x, np.int64)) for x in values]
-
-    def _constant(self, name: str, array: np.ndarray) -> ir.Value:
-        name = self._unique(name if "/" in name else f"stem/{name}")
-        tensor = ir.Tensor(np.ascontiguousarray(array), name=name)
-        value = ir.Value(
-            name=name,
-            const_value=tensor,
-            type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(array.shape),
-        )
-        self.weights.append(value)
-        return value
-
-    def _unique(self, name: str) -> str:
-        found = next(
-            x for n in itertools.count() if (x := f"{name}_{n}" if n else name) not in self._names
-        )
-        self._names.add(found)
-        return found

@@ -27,6 +27,9 @@ from vit_jax.files import storage_errors
 _MAX_FIELDS = 1_000_000
 _MAX_DIMS = 64
 
+# What the metadata call the input of a graph that prepares images itself, under "pixels".
+RAW = "raw"
+
 # TensorProto.DataType.
 _TYPES = {1: "FLOAT", 2: "UINT8", 3: "INT8", 6: "INT32", 7: "INT64", 10: "HALF", 16: "BF16"}
 
@@ -70,6 +73,17 @@ class OnnxFile:
         """The rows of its own precision and of those of its weights, in the table's order."""
         names = {self.precision, *self.weight_types}
         return [row for name, row in PRECISIONS.items() if name in names]
+
+    def is_stale(self, description: Mapping[str, Any]) -> bool:
+        """Tells whether an engine was built from another file than this.
+
+        Args:
+            description: the contents of its engine.json; of one without checksums nothing is told.
+        """
+        built_from = description.get("onnx")
+        sums = built_from.get("sha256") if isinstance(built_from, dict) else None
+        # By the bytes alone: a file may have been renamed.
+        return isinstance(sums, dict) and set(map(str, sums.values())) != set(self.sha256.values())
 
 
 def read_onnx(path: str | os.PathLike[str]) -> OnnxFile:

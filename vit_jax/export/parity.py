@@ -1,6 +1,7 @@
 """The difference of an exported model from Flax in float32, and its speed. Imports no JAX."""
 
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -15,13 +16,34 @@ from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 from vit_jax.export.precisions import PRECISIONS, thresholds
 from vit_jax.files import atomic_write, write_json
-from vit_jax.image_size import sides
+from vit_jax.image_size import of_sides, sides
 from vit_jax.printable import table_cell
 
 Predict = Callable[[np.ndarray], np.ndarray]
 
+
+class RawImages:
+    """Images of any size, which are decoded where they are asked for."""
+
+    def __init__(self, read: Sequence[Callable[[], np.ndarray]]):
+        """Takes what decodes each, uint8 [height, width, channels]."""
+        self._read = list(read)
+
+    def __len__(self) -> int:
+        return len(self._read)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self._read[index]()
+
+    def chosen(self, mask: np.ndarray) -> "RawImages":
+        """The images of which a bool [n] is true."""
+        return RawImages([read for read, is_one in zip(self._read, mask, strict=True) if is_one])
+
+
 _ENOUGH = 200  # photographs, for the first class to tell something
 SYNTHETIC = "synthetic"
+# Of synthetic raw images, the heights and widths by those of the model.
+_RAW_SIZES = ((1, 1), (1.4, 2.1), (2.3, 1.2), (0.6, 0.7), (3.1, 4.2))
 _PERCENTILES = (50, 90, 99)
 _REFERENCE, _REPORT = "parity_reference.npz", "parity.json"
 _STAGES = "hops"  # The key that parity.json has always had for the stages.
@@ -32,13 +54,13 @@ class Reference:
     """The outputs of Flax for some images in float32.
 
     Attributes:
-        images: [n, height, width, channels], of the type of the model's input.
+        images: [n, height, width, channels], of the type of the model's input, or raw ones.
         outputs: float32 [n, ...].
         labels: [n], the true classes, or None.
         data: where the images are from.
     """
 
-    images: np.ndarray
+    images: np.ndarray | RawImages
     outputs: np.ndarray
     labels: np.ndarray | None
     data: str
@@ -62,17 +84,40 @@ def read_images(
     Raises:
         UserError: there are no images, or one is damaged.
     """
-    from vit_jax.data.image_files import find_images, read_view
+    raw, labels = raw_files(directory, preprocessing, class_names, number)
+    return prepared(raw, preprocessing), labels
+
+
+def prepared(raw: RawImages, preprocessing: Preprocessing) -> np.ndarray:
+    """The view of raw images that evaluation has, float32 [n, height, width, channels].
+
+    Raises:
+        UserError: an image is damaged.
+    """
+    from vit_jax.data.images import preprocess
+
+    return np.stack([preprocess(raw[i], preprocessing) for i in range(len(raw))])
+
+
+def raw_files(
+    directory: str, preprocessing: Preprocessing, class_names: Sequence[str] | None, number: int
+) -> tuple[RawImages, np.ndarray | None]:
+    """The images of `read_images` before they are prepared, and their labels [n] or None."""
+    from vit_jax.data.image_files import find_images
     from vit_jax.data.imagenet import comparable
+    from vit_jax.data.images import read_image
 
     files = find_images([directory], preprocessing.channels)
     files = (
         [files[i * len(files) // number] for i in range(number)] if len(files) > number else files
     )
-    images = np.stack([read_view(file, preprocessing) for file in files])
+    dct, channels = preprocessing.jpeg_dct, preprocessing.channels
+    raw = RawImages(
+        [functools.partial(read_image, x, jpeg_dct=dct, channels=channels) for x in files]
+    )
     indices = {comparable(name): i for i, name in enumerate(class_names or ())}
     labels = [indices.get(comparable(os.path.basename(os.path.dirname(file)))) for file in files]
-    return images, None if None in labels else np.array(labels)
+    return raw, None if None in labels else np.array(labels)
 
 
 def read_dataset(
@@ -88,11 +133,35 @@ def read_dataset(
     """
     from vit_jax.data.pipeline import eval_batches
 
+    chosen = _spread(source, number)
+    size = chosen.num_examples
+    (batch,) = eval_batches(chosen, batch_size=size, preprocessing=preprocessing)
+    return batch["image"], batch["label"]
+
+
+def raw_dataset(
+    source: Any, preprocessing: Preprocessing, number: int
+) -> tuple[RawImages, np.ndarray]:
+    """The images of `read_dataset` before they are prepared, and their labels [n]."""
+    from vit_jax.data.images import read_image
+
+    chosen = _spread(source, number)
+    dct, channels, border = preprocessing.jpeg_dct, preprocessing.channels, source.border
+
+    def read(index: int) -> np.ndarray:
+        encoded = chosen[index]["image"]
+        image = read_image("the image", encoded, dct, turn=source.turn, channels=channels)
+        return image[border : len(image) - border, border : image.shape[1] - border]
+
+    reading = [functools.partial(read, i) for i in range(chosen.num_examples)]
+    return RawImages(reading), chosen.labels()
+
+
+def _spread(source: Any, number: int) -> Any:
+    """Examples of a data set, at most `number`, evenly spread over it."""
     total = source.num_examples
     number = min(number, total)
-    chosen = source.select(-(-np.arange(1, number + 1) * total // number) - 1)
-    (batch,) = eval_batches(chosen, batch_size=number, preprocessing=preprocessing)
-    return batch["image"], batch["label"]
+    return source.select(-(-np.arange(1, number + 1) * total // number) - 1)
 
 
 def synthetic_images(number: int, preprocessing: Preprocessing) -> np.ndarray:
@@ -111,13 +180,34 @@ def synthetic_images(number: int, preprocessing: Preprocessing) -> np.ndarray:
     return ((pixels - preprocessing.mean) / preprocessing.std).astype(np.float32)
 
 
+def synthetic_raw(number: int, preprocessing: Preprocessing) -> RawImages:
+    """Synthetic images of several sizes, smaller and larger than the model's, odd ones too."""
+
+    def read(index: int) -> np.ndarray:
+        factors = _RAW_SIZES[index % len(_RAW_SIZES)]
+        image_sides = zip(sides(preprocessing.image_size), factors, strict=True)
+        height, width = (max(1, round(side * x)) | 1 for side, x in image_sides)
+        at_size = dataclasses.replace(preprocessing, image_size=of_sides(height, width))
+        at_size = dataclasses.replace(at_size, center_crop=None)
+        return as_pixels(synthetic_images(index + 1, at_size)[index:], at_size)[0]
+
+    return RawImages([functools.partial(read, i) for i in range(number)])
+
+
 def as_pixels(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     """The nearest uint8 pixels of normalized images, for models that take these."""
     return np.rint(preprocessing.to_pixels(images) * 255).astype(np.uint8)
 
 
-def in_batches(predict: Predict, images: np.ndarray, batch_size: int = 16) -> np.ndarray:
-    """Runs a model on many images, a few at a time; every call has the same batch size."""
+def in_batches(
+    predict: Predict, images: np.ndarray | RawImages, batch_size: int = 16
+) -> np.ndarray:
+    """Runs a model on many images, a few at a time; every call has the same batch size.
+
+    Raw images go one by one: each has a size of its own.
+    """
+    if isinstance(images, RawImages):
+        return np.concatenate([predict(images[i][None]) for i in range(len(images))])
     parts = []
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size]
@@ -225,8 +315,9 @@ def table(stages: Sequence[Mapping[str, Any]]) -> str:
 
     Args:
         stages: each has a `name` and what `compare` gives; a `latency` if it was timed; and of an
-            emulation its `range` and the name of its `precision`.
+            emulation its `range` and the name of its `precision`. None: not finite.
     """
+    stages = [{k: float("nan") if v is None else v for k, v in x.items()} for x in stages]
     accuracy = any("accuracy" in stage for stage in stages)
     limits = {PRECISIONS[stage["precision"]].largest for stage in stages if "largest" in stage}
     ranged = bool(limits)
@@ -256,7 +347,13 @@ def table(stages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def save_reference(reference: Reference, directory: Path, number: int = 64) -> None:
-    """Writes `parity_reference.npz`, with which an engine is checked on another machine."""
+    """Writes `parity_reference.npz`, with which an engine is checked on another machine.
+
+    There is none of raw images: of a graph that takes these no engine is built.
+    """
+    if isinstance(reference.images, RawImages):
+        (directory / _REFERENCE).unlink(missing_ok=True)
+        return
     arrays: dict[str, Any] = {
         "images": reference.images[:number],
         "outputs": reference.outputs[:number],

@@ -14,6 +14,7 @@ import numpy as np
 
 from vit_jax.export import parity, runtime
 from vit_jax.export.deploy import write_deploy
+from vit_jax.export.folder import README, check_folder, write_folder
 from vit_jax.export.onnx_file import read_onnx
 from vit_jax.export.precisions import PRECISIONS, Precision
 from vit_jax.export.profiles import parse_batch
@@ -67,6 +68,18 @@ class Photographs:
             return parity.read_images(self.directory, preprocessing, names, number)
         return parity.synthetic_images(min(number, 16), preprocessing), None
 
+    def read_raw(
+        self, pretrained: "Pretrained", number: int, named: bool
+    ) -> tuple[parity.RawImages, np.ndarray | None]:
+        """The images of `read` before they are prepared, and labels; synthetic ones of any size."""
+        preprocessing = pretrained.preprocessing
+        if self.dataset:
+            return parity.raw_dataset(self._open(pretrained), preprocessing, number)
+        if self.directory:
+            names = pretrained.class_names if named else None
+            return parity.raw_files(self.directory, preprocessing, names, number)
+        return parity.synthetic_raw(min(number, 16), preprocessing), None
+
     def _open(self, pretrained: "Pretrained") -> Any:
         from vit_jax.data.classes import difference
         from vit_jax.data.datasets import FileRules, open_evaluation
@@ -90,7 +103,8 @@ class Export:
     """Makes, compares and times the forms of a model, and writes them to a directory.
 
     Attributes:
-        directory: gets saved_model, model.onnx, model.engine, deploy, and parity.json.
+        directory: gets saved_model, model.onnx, model.engine, deploy, parity.json, and what
+            `write_folder` makes of them.
         failures: what is not as close to Flax as its precision allows, a line each.
     """
 
@@ -130,6 +144,7 @@ class Export:
         layer: int | None = None,
         include_preprocessing: bool = False,
         free_size: bool = False,
+        in_graph: bool = False,
         photographs: Photographs = Photographs(),
     ) -> None:
         """The stages in which JAX takes part: the SavedModel and the ONNX file.
@@ -142,13 +157,17 @@ class Export:
             layer: likewise.
             include_preprocessing: likewise.
             free_size: likewise; there is no SavedModel then.
+            in_graph: have the ONNX file take raw pixels of any height and width, and prepare them
+                itself as evaluation does; there is no SavedModel then, either.
             photographs: what to compare on.
 
         Raises:
-            UserError: a stage cannot be had here, an image is damaged, or the disk refuses.
+            UserError: a stage cannot be had here, an image is damaged, README.md in the directory
+                is not an export's, or the disk refuses.
         """
         from vit_jax.export.forward import make_forward
 
+        check_folder(self.directory)
         forward = make_forward(
             pretrained,
             outputs=outputs,
@@ -156,18 +175,25 @@ class Export:
             include_preprocessing=include_preprocessing,
             free_size=free_size,
         )
-        resolution = self._resolve(("onnx",) if free_size else stages, converter)
-        images, labels = photographs.read(
-            pretrained,
-            photographs.number + self.precision.calibration_images,
-            named=bool(pretrained.class_names) and outputs in ("logits", "probabilities"),
-        )
+        only_onnx = free_size or in_graph
+        resolution = self._resolve(("onnx",) if only_onnx else stages, converter)
+        number = photographs.number + self.precision.calibration_images
+        named = bool(pretrained.class_names) and outputs in ("logits", "probabilities")
+        raw = None
+        if in_graph:
+            raw, labels = photographs.read_raw(pretrained, number, named)
+            images = parity.prepared(raw, pretrained.preprocessing)
+        else:
+            images, labels = photographs.read(pretrained, number, named)
         if include_preprocessing:
             images = parity.as_pixels(images, pretrained.preprocessing)
-        images, labels, calibration = self._set_aside(images, labels)
+        kept = self._kept(len(images))
+        calibration = None if kept.all() else images[~kept]
+        images, labels = images[kept], None if labels is None else labels[kept]
         expected = parity.in_batches(forward.jitted(), images)
         data = photographs.dataset or photographs.directory or parity.SYNTHETIC
-        self._reference = parity.Reference(images, expected, labels, data)
+        given = images if raw is None else raw.chosen(kept)
+        self._reference = parity.Reference(given, expected, labels, data)
         make_folder(self.directory)
         parity.save_reference(self._reference, self.directory)
         for line in resolution.left_out:
@@ -175,16 +201,20 @@ class Export:
         if "tf" in resolution.stages:
             self._to_tf(forward)
         if "onnx" in resolution.stages:
-            self._to_onnx(forward, resolution.converter, calibration)
+            self._to_onnx(forward, resolution.converter, calibration, in_graph)
             if free_size and self.precision.runs_on_cpu:
                 self._compare_sizes(forward, pretrained)
+        if "onnx" in resolution.stages or (self.directory / README).exists():
+            write_folder(self.directory)
 
     def build_engine(self) -> None:
         """The stage that needs TensorRT and a GPU, and neither JAX nor TensorFlow.
 
         Raises:
-            UserError: there is no ONNX file, no TensorRT or no GPU, or no engine comes of it.
+            UserError: there is no ONNX file, no TensorRT or no GPU, no engine comes of it, or
+                README.md in the directory is not an export's.
         """
+        check_folder(self.directory)
         if self._reference is None:
             self._reference = parity.load_reference(self.directory)
             self._stages = parity.load_report(self.directory)
@@ -195,6 +225,7 @@ class Export:
         with runtime.load(self.directory / "model.engine") as model:
             self._compare(f"TensorRT {precision.name}", model.predict, precision.limits("engine"))
         write_deploy(self.directory, batch=self.batch)
+        write_folder(self.directory)
 
     def _resolve(self, stages: Sequence[str] | None, converter: str | None) -> Resolution:
         import jax
@@ -208,17 +239,13 @@ class Export:
             needs_onnx=self.precision.converts,
         )
 
-    def _set_aside(
-        self, images: np.ndarray, labels: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """Images and labels to compare on, and others of the same kind to take the scales from."""
+    def _kept(self, number: int) -> np.ndarray:
+        """The images to compare on, bool [number]; of the others the scales are taken."""
         wanted = self.precision.calibration_images
         if not wanted:
-            return images, labels, None
+            return np.ones(number, bool)
         # Every few images one, at most every other.
-        chosen = np.arange(len(images)) % max(2, len(images) // wanted) == 1
-        kept = None if labels is None else labels[~chosen]
-        return images[~chosen], kept, images[chosen]
+        return np.arange(number) % max(2, number // wanted) != 1
 
     def _to_tf(self, forward: "Forward") -> None:
         from vit_jax.export.to_tf import to_tf
@@ -229,12 +256,22 @@ class Export:
         with runtime.load(path) as model:
             self._compare("SavedModel", model.predict, self._limits(PRECISIONS["fp32"], forward))
 
-    def _to_onnx(self, forward: "Forward", converter: str, calibration: np.ndarray | None) -> None:
+    def _to_onnx(
+        self,
+        forward: "Forward",
+        converter: str,
+        calibration: np.ndarray | None,
+        in_graph: bool,
+    ) -> None:
         from vit_jax.export import to_onnx
         from vit_jax.export.emulation import Emulation
 
         start = time.perf_counter()
         model = self.precision.apply(to_onnx.to_model(forward, converter), calibration)
+        if in_graph:
+            from vit_jax.export.in_graph import add_preprocessing
+
+            add_preprocessing(model)
         path = to_onnx.save(model, self.directory)
         count = collections.Counter(node.op_type for node in model.graph)
         operators = ", ".join(f"{number} {name}" for name, number in count.most_common())

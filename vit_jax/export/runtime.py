@@ -22,8 +22,11 @@ import numpy as np
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError, first_line
 from vit_jax.export.engine import EngineRunner, load_engine
-from vit_jax.export.onnx_file import read_class_names, read_metadata
+from vit_jax.export.onnx_file import RAW, read_class_names, read_metadata
 from vit_jax.image_size import MAX_IMAGE_SIZE
+
+# In pixels, of images that a model prepares itself: what `data.images` reads.
+_MAX_RAW_SIDE = 2**20
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -63,8 +66,9 @@ class Model:
 
         Args:
             images: [batch, height, width, 3] that were cropped and resized as `preprocessing` says;
-                uint8 pixels, or floats whose mean and std were adjusted already. A batch larger
-                than the model takes is run in parts, a smaller one is filled up.
+                uint8 pixels, or floats whose mean and std were adjusted already. A model that
+                prepares images itself takes uint8 pixels of any size, turned upright. A batch
+                larger than the model takes is run in parts, a smaller one is filled up.
 
         Returns:
             float32 [batch, ...].
@@ -288,11 +292,12 @@ def _model(
         if fields is not None:
             fields |= {name: tuple(fields[name]) for name in ("mean", "std")}
         names = read_class_names(metadata)
-        model = json.loads(metadata.get("model", "{}")) if free else {}
+        raw = metadata.get("pixels") == RAW
+        patch = json.loads(metadata.get("model", "{}")).get("patch_size", 1) if free else 1
         return Model(
             path=path,
             image_shape=(height, width, channels),
-            free_sides=range(model.get("patch_size", 1), MAX_IMAGE_SIZE + 1),
+            free_sides=range(1, _MAX_RAW_SIDE + 1) if raw else range(patch, MAX_IMAGE_SIZE + 1),
             image_dtype=np.dtype(dtype),
             sizes=sizes,
             preprocessing=None if fields is None else Preprocessing(**fields),

@@ -25,7 +25,7 @@ from vit_jax.errors import UserError
 from vit_jax.export.engine import DESCRIPTION, ENGINE, HARDWARE_COMPATIBILITY, deserialize
 from vit_jax.export.engine_report import inspect, report, summary, tensors
 from vit_jax.export.nvidia import create, find_device, import_tensorrt, make_logger
-from vit_jax.export.onnx_file import OnnxFile, read_onnx
+from vit_jax.export.onnx_file import RAW, OnnxFile, read_onnx
 from vit_jax.export.precisions import PRECISIONS
 from vit_jax.export.profiles import Profile, parse_batch
 from vit_jax.files import atomic_files
@@ -77,6 +77,7 @@ def build(
     if workspace_mib is not None and workspace_mib < 1:
         raise UserError(f"workspace_mib {workspace_mib} is not positive: give it in MiB")
     onnx = read_onnx(onnx_path)
+    check_prepared(onnx)
     trt = import_tensorrt()
     device = find_device()
     output = Path(output)
@@ -111,6 +112,20 @@ def build(
         (temporary / LAYERS).write_bytes(_json(layers))
         (temporary / TIMING_CACHE).write_bytes(built.timing_cache)
     return description
+
+
+def check_prepared(onnx: OnnxFile) -> None:
+    """Checks that a file is one of prepared images.
+
+    Raises:
+        UserError: its preprocessing is in the graph.
+    """
+    if onnx.metadata.get("pixels") == RAW:
+        raise UserError(
+            f"{onnx.path} prepares images of any size itself, for which TensorRT has neither an "
+            "antialiased Resize nor 64-bit floats: export without --preprocessing in_graph, and "
+            "have Triton's ensemble in deploy/ prepare them"
+        )
 
 
 class _Built(NamedTuple):
