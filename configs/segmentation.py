@@ -6,7 +6,7 @@
     --config configs/segmentation.py:tiny,folder:shapes
 
 The first two are Segmenter's recipe (`vit_jax.recipes.presets.segmentation`). `tiny` is a ViT of 4
-layers on images of 48 pixels, from scratch and in minutes on a CPU.
+layers on images of 48 pixels, from scratch.
 """
 
 from ml_collections import ConfigDict

@@ -5,8 +5,8 @@ python -m experiments.segmentation [--small] [--workdir W]
 Draws discs, squares and triangles of any color on noise, and their masks. Says how well logits of
 patches can do that are enlarged bilinearly, whatever the model. Then trains
 configs/segmentation.py:tiny, prints its mIoU beside that ceiling, and writes a picture of images,
-true and predicted masks. With --small, a minute on a CPU, the color of a shape tells its class,
-images have 32 pixels and the model one layer. Started again it goes on where it stopped.
+true and predicted masks. With --small the color of a shape tells its class, images have 32
+pixels and the model one layer. Started again it goes on where it stopped.
 """
 
 import argparse

@@ -200,3 +200,13 @@ def test_what_it_would_not_read_is_refused(segmentation_config, key, value, mess
     check_config(segmentation_config(augment="erase(0.25)"))
     with pytest.raises(UserError, match=message):
         check_config(segmentation_config(**{key: value}))
+
+
+def test_lora_changes_the_trunk_and_trains_the_decoder(finished, segmentation_config, tmp_path):
+    config = segmentation_config(init_from=str(finished), **{"lora.rank": 2, "ema_decay": 0.0})
+    check_config(config)
+    final = train.train(config, tmp_path / "run")
+    assert final["loss"] < np.log(4)
+    pretrained = load_pretrained(tmp_path / "run")
+    assert pretrained.segmentation.params["kernel"].any()
+    assert "lora" not in pretrained.params

@@ -182,6 +182,8 @@ def _readme(
     ]
     if (prefix := onnx.metadata.get("prefix", "[]")) != "[]":
         lines += ["", f"Features of every patch, row by row; tokens before them: `{_code(prefix)}`"]
+    if pixel_classes := onnx.metadata.get("pixel_classes"):
+        lines += ["", f"Logits of every pixel, of the classes: `{_code(pixel_classes)}`"]
     if preprocessing:
         lines += ["", f"Preprocessing: `{json.dumps(preprocessing)}`"]
         lines += ["Each field is explained in `vit_jax/data/protocols.py`, resize's rules on top."]
