@@ -427,6 +427,12 @@ def _tile_to_pixels(tile: Image.Image, file_format: str | None, channels: int) -
     return convert(tile, channels)
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """The width and height that an image which was opened has when it is turned upright."""
+    width, height = image.size
+    return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
+
+
 def _orientation(image: Image.Image) -> int:
     """One of `_TURNS`, or 1: upright."""
     try:

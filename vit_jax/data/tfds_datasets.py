@@ -1,5 +1,6 @@
 """Data sets of TFDS, those of VTAB and ReaL among them, as sources. TensorFlow is not imported."""
 
+import dataclasses
 import difflib
 import functools
 import importlib.util
@@ -14,6 +15,7 @@ from vit_jax.data import labels, vtab
 from vit_jax.data.source import Example, Examples, Source
 from vit_jax.data.tfds_records import RecordExamples
 from vit_jax.errors import UserError, first_line
+from vit_jax.pixel_classes import numbered
 
 _DATA_DIR = "config.dataset.data_dir (of evaluate: --data_dir)"
 _NO_DATA = "`--config configs/digits.py` needs no data at all"
@@ -89,6 +91,48 @@ class TfdsDataset:
         total = sum(part.num_examples for part in info.splits.values())
         num_bytes = info.dataset_size * len(examples) // total if total else 0
         return Source(self._name, split, self._class_names, num_bytes, examples, turn=False)
+
+
+class MaskDataset(TfdsDataset):
+    """A data set of images with a mask each, the index of the class of every pixel."""
+
+    _LABEL = "segmentation_mask"
+
+    def __init__(self, name: str, data_dir: str, num_classes: int):
+        """Opens the builder.
+
+        Args:
+            name: as of `TfdsDataset`.
+            data_dir: likewise.
+            num_classes: of the masks; 0 where the data set itself tells.
+
+        Raises:
+            UserError: likewise, or it does not tell.
+        """
+        self._num_classes = num_classes
+        super().__init__(name, data_dir)
+
+    def _check_features(self, features: Mapping[str, Any]) -> None:
+        images = tfds.features.Image
+        if not all(isinstance(features.get(x), images) for x in ("image", self._LABEL)):
+            raise UserError(
+                f"data set {self._name!r} has no masks: it needs the features image and "
+                f"{self._LABEL}, and has {', '.join(features) or 'none'}"
+            )
+        if not self._class_names:
+            raise UserError(
+                f"data set {self._name!r} does not tell how many classes its masks have: set "
+                "--config.model.num_classes to one more than their largest index"
+            )
+
+    @property
+    def _class_names(self) -> tuple[str, ...]:
+        names = getattr(self._builder.info.features[self._LABEL], "names", None)
+        return tuple(names or numbered(self._num_classes))
+
+    def source(self, split: str) -> Source:
+        """Returns a split, as `TfdsDataset.source`."""
+        return dataclasses.replace(super().source(split), has_masks=True)
 
 
 class VtabDataset(TfdsDataset):

@@ -18,7 +18,7 @@ from vit_jax.export.folder import write_folder
 from vit_jax.export.onnx_file import read_onnx
 from vit_jax.export.precisions import PRECISIONS, Precision
 from vit_jax.export.profiles import parse_batch
-from vit_jax.export.stages import DENSE, Resolution, missing_packages, obstacles, resolve
+from vit_jax.export.stages import DENSE, PIXELS, Resolution, missing_packages, obstacles, resolve
 from vit_jax.export.to_tensorrt import build, summary
 from vit_jax.files import make_folder
 from vit_jax.image_size import of_sides
@@ -283,7 +283,7 @@ class Export:
     @staticmethod
     def _limits(precision: Precision, forward: "Forward") -> str:
         """The name of the tolerance for a function in a precision."""
-        return precision.limits("tokens" if forward.output_name in DENSE else "")
+        return precision.limits("tokens" if forward.output_name in (*DENSE, PIXELS) else "")
 
     def _compare_sizes(self, forward: "Forward", pretrained: "Pretrained") -> None:
         """Measures the ONNX file at other heights and widths, each against Flax at these."""
