@@ -250,7 +250,7 @@ def test_the_readme_gives_commands_that_a_shell_reads_as_they_were_meant(directo
     options = {"workspace_mib": 64, "version_compatible": True}
     assert trtexec_command("10.16.1.11", model, profiles, options) in commands
     assert polygraphy_command("10.16.1.11", model, profiles, options) in commands
-    (own,) = [words for words in commands if words[0] == "python"]
+    (own,) = [words for words in commands if words[:2] == ["python", "-m"]]
     assert own[:3] == ["python", "-m", "vit_jax.export.to_tensorrt"]
     assert own[3:] == [
         "model.onnx",

@@ -143,7 +143,7 @@ def test_the_ensemble_leads_from_files_to_logits(tmp_path):
         for name in ("flowers", "flowers_decode", "flowers_onnx")
     )
     assert (ensemble.platform, ensemble.max_batch_size) == ("ensemble", 8)
-    assert ensemble.input[0] == decode.input[0]
+    assert str(ensemble.input[0]) == str(decode.input[0])  # Of two classes of messages.
     assert (decode.input[0].data_type, list(decode.input[0].dims)) == (13, [1])
     first, second = ensemble.ensemble_scheduling.step
     assert (first.model_name, second.model_name) == ("flowers_decode", "flowers_onnx")
