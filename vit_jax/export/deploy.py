@@ -242,7 +242,7 @@ def _readme(
 
 
 def _served(name: str, model: str, is_raw: bool) -> list[str]:
-    """What the ensemble is, and how it is asked."""
+    """The part on the ensemble: what it is, and how it is asked."""
     work = "decodes" if is_raw else "decodes and prepares"
     same = " Images of one request must have one size." if is_raw else ""
     return [

@@ -79,7 +79,7 @@ class _Front(Writer):
         self._view = sides(preprocessing.image_size)
 
     def resized(self, images: ir.Value) -> ir.Value:
-        """What evaluation sees of images, float32 [batch, height, width, channels], up to 255."""
+        """The view of images that evaluation has, float32 [batch, height, width, channels], up to 255."""
         shape = self.op("Shape", [images])
         height, width = (
             self.op("Gather", [shape, self._int(axis)], axis=0) for axis in (_ROWS, _COLUMNS)
@@ -118,7 +118,7 @@ class _Front(Writer):
         return images
 
     def _eval_box(self, height: ir.Value, width: ir.Value) -> tuple[_Pair, _Pair]:
-        """Where the box begins and how far it extends, in rows and in columns."""
+        """Begin and extent of the box, in rows and in columns."""
         crop = self._rule.center_crop
         if crop is None:
             zero = self._double(0)

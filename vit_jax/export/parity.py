@@ -36,7 +36,7 @@ class RawImages:
         return self._read[index]()
 
     def chosen(self, mask: np.ndarray) -> "RawImages":
-        """Those of which a bool [n] is true."""
+        """The images of which a bool [n] is true."""
         return RawImages([read for read, is_one in zip(self._read, mask, strict=True) if is_one])
 
 
@@ -89,7 +89,7 @@ def read_images(
 
 
 def prepared(raw: RawImages, preprocessing: Preprocessing) -> np.ndarray:
-    """What evaluation sees of raw images, float32 [n, height, width, channels].
+    """The view of raw images that evaluation has, float32 [n, height, width, channels].
 
     Raises:
         UserError: an image is damaged.

@@ -235,7 +235,7 @@ class Export:
         )
 
     def _kept(self, number: int) -> np.ndarray:
-        """Which images to compare on, bool [number]; of the others the scales are taken."""
+        """The images to compare on, bool [number]; of the others the scales are taken."""
         wanted = self.precision.calibration_images
         if not wanted:
             return np.ones(number, bool)
