@@ -1,4 +1,4 @@
-"""What goes with the objective of a run: the keys of a config that another one would not read."""
+"""The objective of a run: the keys of a config that another one would not read."""
 
 from collections.abc import Mapping
 from typing import Any

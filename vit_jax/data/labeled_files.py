@@ -239,7 +239,7 @@ def in_hashed_order(
 
 
 def hashed(entry: Entry) -> bytes:
-    """What the images of a split are ordered by, see `in_hashed_order`."""
+    """The key that orders the images of a split, see `in_hashed_order`."""
     # A name may have bytes that are no text.
     return hashlib.sha256(entry.name.encode(errors="surrogateescape")).digest()
 

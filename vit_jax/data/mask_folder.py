@@ -43,7 +43,7 @@ _DEFAULTS = FileRules()
 
 @dataclasses.dataclass
 class _Found:
-    """What is found below images/ and masks/ of all splits.
+    """The files below images/ and masks/ of all splits.
 
     Attributes:
         survey: of the data set.
