@@ -244,7 +244,7 @@ def _box_of_evaluation(preprocessing: Preprocessing, height: int, width: int) ->
 def _box_of_resized(
     resized: tuple[int, int, int, int], image: tuple[int, int], size: ImageSize
 ) -> Box:
-    """The box that a crop of a resized image shows: height and width of that, top and left of the crop."""
+    """The box of a crop of a resized image: height and width of that, top and left of the crop."""
     height, width, top, left = resized
     y, x = image[0] / height, image[1] / width
     tall, wide = sides(size)

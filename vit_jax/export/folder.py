@@ -1,4 +1,4 @@
-"""The files that make an export's folder enough for a stranger: README.md, preprocess.json and so on.
+"""The files that make an export's folder enough: README.md, preprocess.json and so on.
 
 It is written of the ONNX file and of parity.json, and needs neither JAX nor TensorFlow.
 """

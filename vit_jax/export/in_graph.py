@@ -79,7 +79,7 @@ class _Front(Writer):
         self._view = sides(preprocessing.image_size)
 
     def resized(self, images: ir.Value) -> ir.Value:
-        """The view of images that evaluation has, float32 [batch, height, width, channels], up to 255."""
+        """The view of evaluation, float32 [batch, height, width, channels], up to 255."""
         shape = self.op("Shape", [images])
         height, width = (
             self.op("Gather", [shape, self._int(axis)], axis=0) for axis in (_ROWS, _COLUMNS)
