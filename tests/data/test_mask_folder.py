@@ -1,13 +1,14 @@
 """Folders of images and masks, and data sets of TFDS with masks."""
 
+import io
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from vit_jax.data import datasets
+from vit_jax.data import datasets, mask_folder
 from vit_jax.data.labeled_files import FileRules
-from vit_jax.data.masks import read_mask
 from vit_jax.data.pipeline import eval_batches, train_batches
 from vit_jax.data.protocols import evaluation
 from vit_jax.errors import UserError
@@ -41,8 +42,8 @@ def test_splits_and_names_are_those_of_the_folder(tmp_path):
     assert train.class_names == ("sky", "road", "car", "man")
     example = test[0]
     name = example["id"].rpartition("/")[2].replace(".jpg", ".png")
-    expected = read_mask(str(tmp_path / "test/masks/a" / name))
-    np.testing.assert_array_equal(read_mask("mask", example["label"]), expected)
+    expected = np.asarray(Image.open(tmp_path / "test/masks/a" / name))
+    np.testing.assert_array_equal(Image.open(io.BytesIO(example["label"])), expected)
 
 
 def test_a_folder_without_splits_is_divided_as_one_of_classes_is(tmp_path):
@@ -140,6 +141,162 @@ def test_data_sets_of_labels_have_no_masks(name):
         datasets.open_dataset(name, mask_classes=0)
 
 
+def write_mask(path, *indices):
+    """A mask of 16 x 16 pixels in equal stripes of some indices."""
+    stripes = np.repeat(np.array(indices, np.uint8), 16 // len(indices))
+    Image.fromarray(np.tile(stripes, (16, 1))).save(path)
+
+
+def test_a_single_class_is_refused(tmp_path):
+    save(tmp_path / "train", 2)
+    save(tmp_path / "test", 2)
+    for path in tmp_path.rglob("masks/a/*.png"):
+        write_mask(path, 0, 255)
+    expected = "has one class alone, '0', so there is nothing to tell apart: give other pixels an"
+    with pytest.raises(UserError, match=expected):
+        open_folder(tmp_path)
+    (tmp_path / "classes.txt").write_text("street\n")
+    with pytest.raises(UserError, match="has one class alone, 'street'"):
+        open_folder(tmp_path)
+
+
+def test_indices_that_no_mask_has_are_told_of(tmp_path):
+    save(tmp_path, 4)
+    for path in tmp_path.rglob("masks/a/*.png"):
+        write_mask(path, 0, 128)
+    train, _ = open_folder(tmp_path)
+    assert len(train.class_names) == 129
+    told = "no pixel of a mask has 127 of the 129 indices up to the largest (1, 2, 3, 4, 5, 6, 7, "
+    assert any(told in note for note in train.notes), train.notes
+    (tmp_path / "classes.txt").write_text("\n".join(f"c{i}" for i in range(129)))
+    train, _ = open_folder(tmp_path)
+    assert not any("no pixel of a mask" in note for note in train.notes)
+
+
+def test_two_masks_of_an_image_are_refused(tmp_path):
+    save(tmp_path, 3)
+    write_mask(tmp_path / "masks/a/0.PNG", 0, 1)
+    message = "masks/a/0.png is beside .*masks/a/0.PNG, of the same image: keep one"
+    with pytest.raises(UserError, match=message):
+        open_folder(tmp_path)
+
+
+def test_a_mask_without_an_image_is_named_as_it_is_written(tmp_path):
+    save(tmp_path, 3)
+    write_mask(tmp_path / "masks/a/9.PNG", 0, 1)
+    with pytest.raises(UserError, match=r"1 mask has no image \(masks/a/9.PNG\)"):
+        open_folder(tmp_path)
+
+
+def test_a_file_beside_an_image_does_not_take_its_mask(tmp_path):
+    save(tmp_path, 3)
+    (tmp_path / "images/a/0.json").write_text("{}")  # Before 0.jpg, in the order of names.
+    assert open_folder(tmp_path)[0].num_examples == 2
+
+
+def test_a_split_without_images_is_a_fault(tmp_path):
+    save(tmp_path / "train", 3)
+    (tmp_path / "val" / "pictures").mkdir(parents=True)
+    with pytest.raises(UserError, match="val/images does not exist"):
+        open_folder(tmp_path, eval_split="train")
+
+
+def test_an_empty_list_of_classes_is_refused(tmp_path):
+    save(tmp_path, 3)
+    (tmp_path / "classes.txt").write_text("")
+    with pytest.raises(
+        UserError, match="classes.txt is empty: write one name a line, or remove it"
+    ):
+        open_folder(tmp_path)
+
+
+def break_masks(folder):
+    """Of five masks one is missing, one is damaged, and one of another size."""
+    (folder / "0.png").unlink()
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:-30])
+    Image.fromarray(np.zeros((16, 8), np.uint8)).save(folder / "2.png")
+
+
+@pytest.mark.parametrize("split", ["", "train"])
+def test_images_with_broken_masks_may_be_skipped(tmp_path, split):
+    save(tmp_path / split, 5)
+    if split:
+        save(tmp_path / "test", 1)
+    break_masks(tmp_path / split / "masks" / "a")
+    rules = FileRules(broken="skip")
+    train, test = open_folder(tmp_path, files=rules)
+    names = {x.rpartition("/")[2] for x in [*train.ids(), *(test.ids() if not split else ())]}
+    assert names == {"3.jpg", "4.jpg"}
+    (note,) = (x for x in train.notes if "left out that are broken" in x)
+    prefix = f"{split}/a" if split else "a"
+    assert all(f"{prefix}/{i}.jpg" in note for i in range(3))
+    with pytest.raises(
+        UserError, match="1 image has no mask .* 1.png is damaged .* has 8 x 16 pix"
+    ):
+        open_folder(tmp_path)
+    write_mask(tmp_path / split / "masks/a/3.png", 0, 7)
+    (tmp_path / "classes.txt").write_text("sky\nroad\ncar\n")
+    with pytest.raises(UserError, match="3.png has class 7, and there are 3"):
+        open_folder(tmp_path, files=rules)
+
+
+def test_a_run_goes_on_beside_an_image_that_came_later_without_a_mask(tmp_path):
+    save(tmp_path, 6)
+    train, test = open_folder(tmp_path)
+    later = (tmp_path / "images/a/0.jpg").read_bytes()
+    (tmp_path / "images/a/later.jpg").write_bytes(later)
+    with pytest.raises(UserError, match="1 image has no mask"):
+        open_folder(tmp_path)
+    again = open_folder(tmp_path, files=FileRules(partition=train.partition))
+    assert [x.ids() for x in again] == [train.ids(), test.ids()]
+    assert any("1 left out that the run began without" in note for note in again[0].notes)
+    (tmp_path / "masks/a/0.png").unlink()
+    with pytest.raises(UserError, match=r"1 image has no mask \(images/a/0.jpg\)"):
+        open_folder(tmp_path, files=FileRules(partition=train.partition))
+
+
+def test_a_run_does_not_go_on_with_other_masks(tmp_path):
+    save(tmp_path, 6)
+    train, _ = open_folder(tmp_path)
+    path = tmp_path / "masks/a/2.png"
+    Image.open(path).save(path, compress_level=0)  # Other bytes, the same indices.
+    open_folder(tmp_path, files=FileRules(partition=train.partition))
+    write_mask(path, 2, 1)
+    with pytest.raises(UserError, match=r"1 of the images have another class or mask .*a/2.jpg"):
+        open_folder(tmp_path, files=FileRules(partition=train.partition))
+
+
+def test_masks_of_splits_that_are_not_asked_for_are_not_read(tmp_path, monkeypatch):
+    for index, split in enumerate(("train", "test", "val")):
+        save(tmp_path / split, 2 + index)
+    read, original = [], mask_folder.open_mask
+
+    def spy(path, **options):
+        read.append(path.removeprefix(f"{tmp_path}/").partition("/")[0])
+        return original(path, **options)
+
+    def splits_of(**options):
+        read.clear()
+        datasets.open_evaluation(f"folder:{tmp_path}", **options)
+        return {*read}
+
+    monkeypatch.setattr(mask_folder, "open_mask", spy)
+    assert splits_of(mask_classes=3) == {"val"}
+    assert splits_of(mask_classes=3, split="test[:1]") == {"test"}
+    assert splits_of(mask_classes=0) == {"train", "test", "val"}  # The largest index counts.
+    (tmp_path / "classes.txt").write_text("sky\nroad\ncar\n")
+    assert splits_of(mask_classes=0, split="train+test") == {"train", "test"}
+    read.clear()
+    open_folder(tmp_path, eval_split="test")
+    assert {*read} == {"train", "test"} and len(read) == 5
+
+
+def test_masks_are_no_labels_to_count(tmp_path):
+    save(tmp_path, 3)
+    with pytest.raises(TypeError, match="images with masks have no labels"):
+        open_folder(tmp_path)[0].labels()
+
+
 class Streets(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Six images with masks, whose classes have names."""
 
@@ -170,10 +327,16 @@ class Lanes(Streets, skip_registration=True):
     MASK = tfds.features.Image(shape=(None, None, 1), use_colormap=True)
 
 
+class Unnumbered(Streets, skip_registration=True):
+    """The same, of classes whose number is not told either."""
+
+    MASK = tfds.features.LabeledImage(labels=None, shape=(None, None, 1))
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     data_dir = tmp_path_factory.mktemp("tfds")
-    for builder in (Streets, Lanes):
+    for builder in (Streets, Lanes, Unnumbered):
         builder(data_dir=data_dir).download_and_prepare()
     return str(data_dir)
 
@@ -187,14 +350,16 @@ def test_masks_of_tfds_are_read(prepared):
     np.testing.assert_allclose(gray, 80.0 * batch["label"], atol=1)
 
 
-def test_tfds_need_not_tell_how_many_classes_there_are(prepared):
+@pytest.mark.parametrize("name", ["lanes", "unnumbered"])
+def test_tfds_need_not_tell_how_many_classes_there_are(prepared, name):
     with pytest.raises(UserError, match="not tell how many classes its masks have: set --conf"):
-        datasets.open_dataset("lanes", data_dir=prepared, mask_classes=0)
-    train, _ = datasets.open_dataset("lanes", data_dir=prepared, mask_classes=4)
+        datasets.open_dataset(name, data_dir=prepared, mask_classes=0)
+    train, _ = datasets.open_dataset(name, data_dir=prepared, mask_classes=4)
     assert train.class_names == ("0", "1", "2", "3")
-    few, _ = datasets.open_dataset("lanes", data_dir=prepared, mask_classes=1)
-    with pytest.raises(UserError, match=r"image lanes-.*: the mask has class 2, and there are 1"):
-        list(eval_batches(few, batch_size=6, preprocessing=evaluation("inception", 8)))
+    with pytest.raises(UserError, match=r"image .*: the mask has class 2, and there are 2"):
+        datasets.open_dataset(name, data_dir=prepared, mask_classes=2)
+    with pytest.raises(UserError, match="has one class alone, so there is nothing to tell apart"):
+        datasets.open_dataset(name, data_dir=prepared, mask_classes=1)
 
 
 def test_tfds_of_labels_has_no_masks(sharded_dir):

@@ -113,7 +113,9 @@ def open_dataset(
             split does not exist or is empty, or images that are held out would be trained on.
     """
     check_splits(train_split=train_split, eval_split=eval_split, development=development)
-    dataset = _open(name, data_dir, files, mask_classes)
+    usual = default_splits(name, development=development)
+    wanted = (train_split or usual[0], eval_split or usual[1])
+    dataset = _open(name, data_dir, files, mask_classes, wanted)
     default_train, default_eval = _default_splits(dataset, name, development)
     divided = _divided(dataset)
     if divided and re.search(r"\bvalidation\b", train_split):
@@ -152,7 +154,8 @@ def open_evaluation(
     Raises:
         UserError: as `open_dataset` does.
     """
-    dataset = _open(name, data_dir, files, mask_classes)
+    wanted = split or default_splits(name, development=False)[1]
+    dataset = _open(name, data_dir, files, mask_classes, (wanted,))
     if not split and (divided := _divided(dataset)):
         followed = divided.partition is files.partition
         source = _open_split(dataset, name, "validation" if followed else "train+validation")
@@ -196,9 +199,16 @@ class _Dataset(Protocol):
     def source(self, split: str) -> Source: ...
 
 
-def _open(name: str, data_dir: str, files: FileRules, mask_classes: int | None) -> _Dataset:
+def _open(
+    name: str,
+    data_dir: str,
+    files: FileRules,
+    mask_classes: int | None,
+    wanted: tuple[str, ...],
+) -> _Dataset:
+    """Opens a data set, of one of masks the splits that are wanted, see `mask_folder`."""
     if mask_classes is not None:
-        return _open_masks(name, data_dir, files, mask_classes)
+        return _open_masks(name, data_dir, files, mask_classes, wanted)
     if name.startswith(folder.PREFIX):
         return folder.open_folder(name.removeprefix(folder.PREFIX), files)
     if name.startswith(listing.PREFIX):
@@ -210,9 +220,12 @@ def _open(name: str, data_dir: str, files: FileRules, mask_classes: int | None) 
     return (VtabDataset if vtab.is_vtab(name) else TfdsDataset)(name, data_dir)
 
 
-def _open_masks(name: str, data_dir: str, files: FileRules, mask_classes: int) -> _Dataset:
+def _open_masks(
+    name: str, data_dir: str, files: FileRules, mask_classes: int, wanted: tuple[str, ...]
+) -> _Dataset:
     if name.startswith(folder.PREFIX):
-        return mask_folder.open_mask_folder(name.removeprefix(folder.PREFIX), files, mask_classes)
+        path = name.removeprefix(folder.PREFIX)
+        return mask_folder.open_mask_folder(path, files, mask_classes, wanted)
     if name.startswith(listing.PREFIX) or name == digits.NAME or vtab.is_vtab(name):
         raise UserError(
             f"data set {brief(name)} has labels of images, and no masks: give folder:PATH with "

@@ -159,6 +159,11 @@ class _Room:
 _room = _Room(PIXELS_AT_A_TIME)
 
 
+def room_for(pixels: int) -> contextlib.AbstractContextManager[None]:
+    """Waits until so many pixels fit in beside those of `open_image`, and holds them likewise."""
+    return _room.taken(pixels)
+
+
 def _read(
     path: str | os.PathLike[str],
     encoded: bytes | None,

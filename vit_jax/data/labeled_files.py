@@ -44,17 +44,21 @@ class FileRules:
 
 
 class Entry(NamedTuple):
-    """An image that was found: its name in the data set, its path, labels, and size in bytes."""
+    """An image that was found: its name in the data set, its path, labels, and size in bytes.
+
+    And where it has a mask and no labels, a digest of that.
+    """
 
     name: str
     path: str
     labels: tuple[str, ...]
     num_bytes: int
+    mask: str = ""
 
     @property
     def class_name(self) -> str:
-        """The labels in one text."""
-        return ";".join(self.labels)
+        """The labels in one text, or what stands for a mask."""
+        return ";".join(self.labels) or self.mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +137,10 @@ class MaskExamples(FileExamples):
         example = super().__getitem__(index)
         with unreadable(example["label"]):
             return example | {"label": Path(example["label"]).read_bytes()}
+
+    def labels(self) -> np.ndarray:
+        """Raises a TypeError: a mask is no label that could be counted."""
+        raise TypeError("images with masks have no labels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,7 +332,8 @@ def _follow(
     if other := [entry.name for entry, row in there if entry.class_name != row.class_name]:
         way_out = ": change them back, or begin anew in another --workdir" if must_fit else ""
         told.append(
-            f"{len(other):,} of the images have another class than in the run's {holdout.FILE} "
+            f"{len(other):,} of the images have another class or mask than in the run's "
+            f"{holdout.FILE} "
             f"({listed(other)}){way_out}"
         )
     if new:

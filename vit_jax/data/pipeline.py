@@ -24,7 +24,6 @@ import numpy as np
 from absl import flags, logging
 
 from vit_jax.data.images import read_image
-from vit_jax.data.masks import check_indices
 from vit_jax.data.order import Order, Shuffled, augmentation_rng
 from vit_jax.data.preprocess import eval_pair, eval_view, train_pair, train_view
 from vit_jax.data.protocols import Preprocessing, evaluation
@@ -266,9 +265,9 @@ class _View:
         try:
             if not self._has_masks:
                 return self._of_image(example["image"], drawn), example["label"]
-            view, mask = self._of_pair(example["image"], example["label"], drawn)
-            check_indices("the mask", mask, self._num_classes)
-            return view, mask
+            return self._of_pair(
+                example["image"], example["label"], drawn, num_classes=self._num_classes
+            )
         except UserError as error:
             fault = str(error)
             colon = ":" if fault.startswith("the mask ") else ""

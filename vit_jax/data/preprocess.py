@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from vit_jax.data.images import open_image, preprocess
-from vit_jax.data.masks import read_mask, sample_nearest
+from vit_jax.data.masks import check_indices, open_mask, sample_nearest
 from vit_jax.data.protocols import (
     Preprocessing,
     eval_box,
@@ -27,8 +27,8 @@ from vit_jax.data.resampling import (
     resize_area,
     sample_box,
 )
-from vit_jax.errors import UserError
 from vit_jax.image_size import ImageSize, sides
+from vit_jax.pixel_classes import MOST_CLASSES
 
 _ASPECTS = (3 / 4, 4 / 3)  # of an inception crop, width / height
 _AREAS = (0.05, 1.0)  # of an inception crop, of the image's
@@ -91,7 +91,12 @@ def train_view(
 
 
 def train_pair(
-    encoded: bytes, mask: bytes, rng: np.random.Generator, **options: Any
+    encoded: bytes,
+    mask: bytes,
+    rng: np.random.Generator,
+    *,
+    num_classes: int = MOST_CLASSES,
+    **options: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns what `train_view` does, and the same view of a mask, uint8 [height, width].
 
@@ -101,14 +106,16 @@ def train_pair(
         encoded: the image.
         mask: its mask, a PNG of indices of the same size.
         rng: as in `train_view`.
+        num_classes: the whole mask may have these alone.
         **options: as in `train_view`, but for RandAugment, which would move the pixels of the image
             and not those of its mask.
 
     Raises:
-        UserError: as in `train_view`, or the mask cannot be read or is of another size.
+        UserError: as in `train_view`, or the mask cannot be read, is of another size or has other
+            classes; it is called "the mask" there.
     """
     view, geometry = _train_view(encoded, rng, **options)
-    return view, _view_of_mask(mask, geometry, options["image_size"])
+    return view, _view_of_mask(mask, geometry, options["image_size"], num_classes)
 
 
 class _Geometry(NamedTuple):
@@ -146,8 +153,9 @@ def _train_view(
             pixels = _take(image, protocol, image_size, drawn)
             box = _box_of(drawn, (height, width), protocol, image_size)
         else:
-            pixels = _eval_crop(image, protocol, image_size)
-            box = _box_of_evaluation(evaluation(protocol, image_size), height, width)
+            preprocessing = evaluation(protocol, image_size)
+            pixels = _eval_crop(image, preprocessing)
+            box = _box_of_evaluation(preprocessing, height, width)
         del image  # Only the view is worked on from here on.
     # To the nearest, half to even; of what is bilinear nothing lies beyond 0 and 255.
     view = by_channel(cv2.convertScaleAbs, pixels) if pixels.dtype != np.uint8 else pixels
@@ -157,15 +165,13 @@ def _train_view(
     return view, _Geometry(height, width, box, is_mirrored)
 
 
-def _view_of_mask(encoded: bytes, geometry: _Geometry, size: ImageSize) -> np.ndarray:
-    mask = read_mask("the mask", encoded)
+def _view_of_mask(
+    encoded: bytes, geometry: _Geometry, size: ImageSize, num_classes: int
+) -> np.ndarray:
     height, width, box, is_mirrored = geometry
-    if mask.shape != (height, width):
-        raise UserError(
-            f"the mask has {mask.shape[0]} x {mask.shape[1]} pixels, and the image {height} x "
-            f"{width}: give a mask of the image's size"
-        )
-    view = sample_nearest(mask, box, sides(size))
+    with open_mask("the mask", encoded, (height, width)) as mask:
+        check_indices("the mask", mask, num_classes)
+        view = sample_nearest(mask, box, sides(size))
     return np.ascontiguousarray(view[:, ::-1]) if is_mirrored else view
 
 
@@ -192,7 +198,12 @@ def eval_view(
 
 
 def eval_pair(
-    encoded: bytes, mask: bytes, preprocessing: Preprocessing, *, turn: bool = True
+    encoded: bytes,
+    mask: bytes,
+    preprocessing: Preprocessing,
+    *,
+    turn: bool = True,
+    num_classes: int = MOST_CLASSES,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns what `eval_view` does, and the same view of a mask, uint8 [height, width].
 
@@ -201,6 +212,7 @@ def eval_pair(
         mask: its mask, a PNG of indices of the same size.
         preprocessing: of the model.
         turn: see `images.read_image`.
+        num_classes: as in `train_pair`.
 
     Raises:
         UserError: as in `train_pair`.
@@ -212,7 +224,7 @@ def eval_pair(
         height, width = image.shape[:2]
         view = preprocess(image, preprocessing)
     geometry = _Geometry(height, width, _box_of_evaluation(preprocessing, height, width))
-    return view, _view_of_mask(mask, geometry, preprocessing.image_size)
+    return view, _view_of_mask(mask, geometry, preprocessing.image_size, num_classes)
 
 
 def onto_image(
@@ -251,10 +263,10 @@ def _box_of_resized(
     return top * y, left * x, tall * y, wide * x
 
 
-def _eval_crop(image: np.ndarray, protocol: str, size: ImageSize) -> np.ndarray:
-    preprocessing = evaluation(protocol, size)
+def _eval_crop(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     if preprocessing.resize == "box":
-        return sample_box(image, eval_box(preprocessing, *image.shape[:2]), size)
+        box = eval_box(preprocessing, *image.shape[:2])
+        return sample_box(image, box, preprocessing.image_size)
     return resize_and_crop(image, preprocessing)
 
 

@@ -12,12 +12,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from vit_jax.data import labels, vtab
+from vit_jax.data.masks import check_indices, open_mask
 from vit_jax.data.source import Example, Examples, Source
 from vit_jax.data.tfds_records import RecordExamples
 from vit_jax.errors import UserError, first_line
 from vit_jax.pixel_classes import numbered
 
 _DATA_DIR = "config.dataset.data_dir (of evaluate: --data_dir)"
+_LOOKED_INTO = 100  # masks of a split, before anything is computed
 _NO_DATA = "`--config configs/digits.py` needs no data at all"
 
 
@@ -107,7 +109,7 @@ class MaskDataset(TfdsDataset):
             num_classes: of the masks; 0 where the data set itself tells.
 
         Raises:
-            UserError: likewise, or it does not tell.
+            UserError: likewise, or it does not tell, or there is one class alone.
         """
         self._num_classes = num_classes
         super().__init__(name, data_dir)
@@ -124,15 +126,36 @@ class MaskDataset(TfdsDataset):
                 f"data set {self._name!r} does not tell how many classes its masks have: set "
                 "--config.model.num_classes to one more than their largest index"
             )
+        if len(self._class_names) == 1:
+            raise UserError(
+                f"data set {self._name!r} has one class alone, so there is nothing to tell apart: "
+                "set --config.model.num_classes to one more than the largest index of its masks"
+            )
 
     @property
     def _class_names(self) -> tuple[str, ...]:
-        names = getattr(self._builder.info.features[self._LABEL], "names", None)
-        return tuple(names or numbered(self._num_classes))
+        feature = self._builder.info.features[self._LABEL]
+        # Of classes of an unknown number, TFDS raises where it is asked for their names.
+        named = getattr(feature, "num_classes", None)
+        return tuple(feature.names) if named else numbered(self._num_classes)
 
     def source(self, split: str) -> Source:
-        """Returns a split, as `TfdsDataset.source`."""
-        return dataclasses.replace(super().source(split), has_masks=True)
+        """Returns a split, as `TfdsDataset.source`.
+
+        Raises:
+            UserError: of some masks, evenly spread over it, one cannot be read or has other
+                classes.
+        """
+        source = dataclasses.replace(super().source(split), has_masks=True)
+        count = source.num_examples
+        for index in np.unique(np.linspace(0, count - 1, _LOOKED_INTO).astype(int)):
+            example = source[int(index)]
+            try:
+                with open_mask("the mask", example["label"]) as mask:
+                    check_indices("the mask", mask, len(self._class_names))
+            except UserError as error:
+                raise UserError(f"image {example['id']}: {error}") from error
+        return source
 
 
 class VtabDataset(TfdsDataset):
