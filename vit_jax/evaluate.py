@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # Pairs of classes that are listed.
 _CONFUSED = 10
+# Of images; and of masks, where each pixel has logits: 157 MB an image of 512 pixels, 150 classes.
+_BATCH_SIZE, _BATCH_SIZE_OF_MASKS = 128, 8
 
 
 def build_parser(prog: str = "python -m vit_jax.evaluate") -> command.Parser:
@@ -38,7 +40,7 @@ def build_parser(prog: str = "python -m vit_jax.evaluate") -> command.Parser:
         metavar="D",
         help="a TFDS name, folder:PATH, list:PATH, digits, imagenet2012_real, or objectnet:PATH",
     )
-    command.add_image_flags(parser)
+    command.add_image_flags(parser, batch_size=None, usual="128, of a model of pixels 8")
     parser.add_argument(
         "--per_class",
         action="store_true",
@@ -106,8 +108,10 @@ class _Checkpoint:
         from vit_jax.sharding import make_mesh
 
         self.mesh = make_mesh()
-        self.batch_size = -(-args.batch_size // self.mesh.size) * self.mesh.size
         self._take(flags.load(args))
+        usual = _BATCH_SIZE_OF_MASKS if self.mask_names else _BATCH_SIZE
+        batch_size = args.batch_size or usual
+        self.batch_size = -(-batch_size // self.mesh.size) * self.mesh.size
 
     def _take(self, pretrained: "Pretrained") -> None:
         import jax
@@ -287,8 +291,13 @@ def _evaluate_masks(
             f"{args.dataset} has masks, and a model of pixels: leave --fewshot and --among out"
         )
     pretrained, names = checkpoint.pretrained, checkpoint.mask_names
-    if not args.ignore_class_names:
-        check_same_classes(source.name, source.class_names, names, pretrained.source)
+    check_same_classes(
+        source.name,
+        source.class_names,
+        names,
+        pretrained.source,
+        by_name=not args.ignore_class_names,
+    )
     counting = make_counting(checkpoint.model, checkpoint.mesh)
     batches = checkpoint.batches(source)
     found = segmentation_metrics(counting, checkpoint.params, batches, checkpoint.mesh)

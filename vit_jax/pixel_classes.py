@@ -16,7 +16,12 @@ def numbered(count: int) -> tuple[str, ...]:
 
 
 def check_same_classes(
-    name: str, class_names: Sequence[str], of_model: Sequence[str], source: str
+    name: str,
+    class_names: Sequence[str],
+    of_model: Sequence[str],
+    source: str,
+    *,
+    by_name: bool = True,
 ) -> None:
     """Checks that an index in the masks of a data set means what it means to a model.
 
@@ -25,10 +30,18 @@ def check_same_classes(
         class_names: of the data set, by index.
         of_model: those of the model, which may have more.
         source: of the model, as messages name it.
+        by_name: whether the names count, or only how many there are.
 
     Raises:
         UserError: the data set has a class that the model does not have, or has at another index.
     """
+    if not by_name:
+        if len(class_names) > len(of_model):
+            raise UserError(
+                f"{name} has {len(class_names)} classes, and {source} {len(of_model)}: give masks "
+                "without others"
+            )
+        return
     for index, class_name in enumerate(class_names):
         known = of_model[index] if index < len(of_model) else None
         if class_name != known:
