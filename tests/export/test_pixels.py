@@ -6,15 +6,17 @@ import cv2
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from vit_jax import models
 from vit_jax.checkpoints.decoder import Decoder
 from vit_jax.checkpoints.pretrained import Pretrained
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
+from vit_jax.export import parity
 from vit_jax.export.forward import make_forward
 from vit_jax.export.parity import load_report
-from vit_jax.export.pipeline import Export
+from vit_jax.export.pipeline import Export, Photographs
 from vit_jax.export.precisions import PRECISIONS
 from vit_jax.export.to_tf import can_serialize_graphs
 
@@ -64,6 +66,60 @@ def test_every_stage_is_as_flax(pretrained, converter, precision, tmp_path):
     assert all(row["max_difference"] > 0 or row["cosine"] == 1 for row in rows)
     deploy = next((tmp_path / "out").rglob("README.md")).read_text()
     assert "Logits of every pixel, of the classes" in deploy
+
+
+@pytest.fixture
+def streets(tmp_path):
+    """Five images and their masks, in a folder without splits."""
+    rng = np.random.default_rng(0)
+    for kind in ("images", "masks"):
+        (tmp_path / "streets" / kind).mkdir(parents=True)
+    for index in range(5):
+        mask = rng.choice([0, 1, 2, 255], (16, 24)).astype(np.uint8)
+        pixels = rng.integers(0, 256, (16, 24, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"streets/images/{index}.png")
+        Image.fromarray(mask).save(tmp_path / f"streets/masks/{index}.png")
+    (tmp_path / "streets/classes.txt").write_text("\n".join(NAMES))
+    return f"folder:{tmp_path}/streets"
+
+
+def test_a_data_set_of_masks_is_one_of_images_and_pixels(pretrained, streets, tmp_path):
+    photographs = Photographs(dataset=streets)
+    images, masks = photographs.read(pretrained, 4, "pixels")
+    assert images.shape == (4, 16, 24, 3) and masks.shape == (4, 16, 24)
+    assert {*np.unique(masks)} == {0, 1, 2, 255}
+    assert photographs.read(pretrained, 4, "features")[1] is None
+    raw, labels = photographs.read_raw(pretrained, 4, "pixels")
+    assert len(raw) == 4 and labels is None
+    (tmp_path / "streets/classes.txt").write_text("sky\nroad\ntree\n")
+    with pytest.raises(UserError, match="class 2 of folder:.* is 'tree', and random has '<car>'"):
+        photographs.read(pretrained, 4, "pixels")
+
+
+def test_images_are_compared_a_few_at_a_time(pretrained, streets, tmp_path, monkeypatch):
+    forward = make_forward(pretrained, outputs="pixels")
+    assert forward.output_bytes == forward.jitted()(np.zeros((1, 16, 24, 3), np.float32)).nbytes
+    monkeypatch.setattr(parity, "_OF_ALL", 3 * forward.output_bytes)
+    monkeypatch.setattr(parity, "_OF_A_CALL", 2 * forward.output_bytes)
+    sizes, original = [], parity.in_batches
+
+    def spy(predict, images, batch_size):
+        sizes.append((len(images), batch_size))
+        return original(predict, images, batch_size)
+
+    monkeypatch.setattr(parity, "in_batches", spy)
+    export = Export(tmp_path / "out", batch="1:2:64", latency_seconds=0.001)
+    photographs = Photographs(dataset=streets)
+    # Of no stage: the reference alone is made.
+    monkeypatch.setattr(Export, "_to_onnx", lambda *_: None)
+    monkeypatch.setattr("vit_jax.export.pipeline.write_folder", lambda *_: None)
+    export.convert(pretrained, stages=["onnx"], outputs="pixels", photographs=photographs)
+    assert sizes == [(3, 2)]
+    export._compare("Flax", forward.jitted(), "fp32 tokens")
+    assert sizes[1] == (3, 2)
+    (row,) = load_report(tmp_path / "out")
+    assert [timed["batch"] for timed in row["latency"]] == [1, 2]
+    assert row["top1_agreement"] == 1 and row["accuracy"] == row["reference_accuracy"] < 1
 
 
 def test_of_other_models_and_other_outputs_they_are_refused(pretrained, make_forward):

@@ -57,6 +57,13 @@ class Forward:
         return self.apply(jax.tree.unflatten(jax.tree.structure(self.params), weights), images)
 
     @property
+    def output_bytes(self) -> int:
+        """The bytes of an image's output."""
+        images = jax.ShapeDtypeStruct((1, *self.image_shape), self.image_dtype)
+        output = jax.eval_shape(self.apply, self.params, images)
+        return output.size * output.dtype.itemsize
+
+    @property
     def step(self) -> int:
         """The side in pixels of what becomes a token or a position of the features."""
         return models.describe(json.loads(self.metadata["model"])).downsampling
