@@ -2,44 +2,20 @@
 
 import os
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax import models, segment
+from vit_jax import segment
 from vit_jax.checkpoints import flags
-from vit_jax.checkpoints.decoder import Decoder
-from vit_jax.checkpoints.pretrained import Pretrained
-from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 
-TINY = {
-    "architecture": "vit",
-    "patch_size": 4,
-    "hidden_size": 8,
-    "num_layers": 1,
-    "mlp_dim": 8,
-    "num_heads": 1,
-    "num_classes": 0,
-}
-
-
-@pytest.fixture(scope="module")
-def pretrained():
-    """A model of pixels whose weights are random."""
-    rng, images = np.random.default_rng(0), np.zeros((1, 8, 8, 3), np.float32)
-    shapes = jax.eval_shape(models.create_model(TINY).init, jax.random.key(0), images)["params"]
-    params = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), shapes)
-    kernel = rng.normal(size=(8, 2)).astype(np.float32)
-    decoder = Decoder({"kernel": kernel, "bias": np.zeros(2, np.float32)}, ("dark", "bright"))
-    return Pretrained(
-        params, TINY, Preprocessing(8), None, "softmax", "random", segmentation=decoder
-    )
+from .segmenters import random_segmenter
 
 
 @pytest.fixture(autouse=True)
-def loaded(monkeypatch, pretrained):
+def loaded(monkeypatch):
+    pretrained = random_segmenter(["dark", "bright"])
     monkeypatch.setattr(flags, "load", lambda args: pretrained)
 
 

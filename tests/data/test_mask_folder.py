@@ -78,6 +78,14 @@ def test_batches_have_masks_of_the_images_size(tmp_path):
     assert batch["label"].shape == (4, 8, 8) and batch["label"].dtype == np.uint8
 
 
+def test_randaugment_which_moves_no_masks_is_refused(tmp_path):
+    save(tmp_path, 4)
+    train, _ = open_folder(tmp_path)
+    options = {"protocol": "pad", "random_crop": True, "random_flip": True, "seed": 3}
+    with pytest.raises(UserError, match="has masks, whose pixels RandAugment would not move"):
+        train_batches(train, batch_size=2, image_size=8, num_operations=2, magnitude=9, **options)
+
+
 def test_all_that_is_wrong_with_a_folder_is_told_in_one_line(tmp_path):
     save(tmp_path / "train", 6)
     save(tmp_path / "test", 2)
