@@ -65,9 +65,11 @@ def write_report(
     sheet = []
     for name, pixels, truth, predicted in shown:
         colors = palette()
-        sheet.append(Shown(_small(pixels), (pathlib.PurePath(name).name,)))
-        sheet.append(Shown(_small(colors[truth]), ("true mask",)))
-        sheet.append(Shown(_small(colors[predicted]), ("predicted mask",)))
+        smooth, nearest = Image.Resampling.BICUBIC, Image.Resampling.NEAREST
+        sheet.append(Shown(_small(pixels, smooth), (pathlib.PurePath(name).name,)))
+        # Between the colors of two classes lies that of a third.
+        sheet.append(Shown(_small(colors[truth], nearest), ("true mask",)))
+        sheet.append(Shown(_small(colors[predicted], nearest), ("predicted mask",)))
     with atomic_files(folder) as new:
         contact_sheet(sheet, title).savefig(new / "masks.png", dpi=_DPI)
         with (new / "per_class.csv").open("w", newline="", encoding="utf-8") as file:
@@ -77,7 +79,7 @@ def write_report(
         return [folder / path.name for path in sorted(new.iterdir())]
 
 
-def _small(pixels: np.ndarray) -> np.ndarray:
+def _small(pixels: np.ndarray, resampling: Image.Resampling) -> np.ndarray:
     image = Image.fromarray(pixels)
-    image.thumbnail((_SIDE, _SIDE))
+    image.thumbnail((_SIDE, _SIDE), resampling)
     return np.asarray(image)
