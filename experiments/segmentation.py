@@ -6,7 +6,8 @@ Draws discs, squares and triangles of any color on noise, and their masks. Says 
 patches can do that are enlarged bilinearly, whatever the model. Then trains
 configs/segmentation.py:tiny, prints its mIoU beside that ceiling, and writes a picture of images,
 true and predicted masks. With --small the color of a shape tells its class, images have 32
-pixels and the model one layer. Started again it goes on where it stopped.
+pixels and the model one layer. Started again it goes on where it stopped. Each number of images,
+with --small or without, has a folder of its own in W.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from PIL import Image
 
 from vit_jax import command, config_files, tensorflow_env
 from vit_jax.evaluation.segmentation import SegmentationMetrics
+from vit_jax.files import atomic_folder, make_folder
 from vit_jax.models.segmentation import pixel_scores, upsample
 
 CLASSES = ("background", "disc", "square", "triangle")
@@ -86,7 +88,9 @@ def _inside(label: int, down: np.ndarray, right: np.ndarray, radius: float) -> n
 def write_folder(
     folder: pathlib.Path, counts: dict[str, int], side: int = 48, colored: bool = False
 ) -> None:
-    """Writes images and masks as `data.mask_folder` reads them; what is there already stays.
+    """Writes images and masks as `data.mask_folder` reads them, all or nothing.
+
+    Nothing is written where the folder is there already.
 
     Args:
         folder: gets a directory for each split, and classes.txt.
@@ -94,15 +98,19 @@ def write_folder(
         side: as in `draw`.
         colored: likewise.
     """
-    for seed, (split, count) in enumerate(counts.items()):
-        for kind in ("images", "masks"):
-            (folder / split / kind).mkdir(parents=True, exist_ok=True)
-        rng = np.random.default_rng(seed)
-        for index in range(count):
-            drawn, name = draw(rng, side, colored), f"{index:04}.png"
-            Image.fromarray(drawn.image).save(folder / split / "images" / name)
-            Image.fromarray(drawn.mask).save(folder / split / "masks" / name)
-    (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    if folder.exists():
+        return
+    make_folder(folder.parent, "--workdir")
+    with atomic_folder(folder) as new:
+        for seed, (split, count) in enumerate(counts.items()):
+            for kind in ("images", "masks"):
+                (new / split / kind).mkdir(parents=True)
+            rng = np.random.default_rng(seed)
+            for index in range(count):
+                drawn, name = draw(rng, side, colored), f"{index:04}.png"
+                Image.fromarray(drawn.image).save(new / split / "images" / name)
+                Image.fromarray(drawn.mask).save(new / split / "masks" / name)
+        (new / "classes.txt").write_text("\n".join(CLASSES) + "\n")
 
 
 def ceilings(masks: np.ndarray, patch: int) -> tuple[float, float]:
@@ -146,9 +154,9 @@ def _miou(logits: np.ndarray, masks: np.ndarray) -> float:
     return SegmentationMetrics(confusion.reshape(shape), 0.0, len(masks)).scalars()["mIoU"]
 
 
-def config_of(args: argparse.Namespace) -> ConfigDict:
-    """The config of the run."""
-    config = config_files.load(f"segmentation:tiny,folder:{args.workdir / 'shapes'}").config
+def config_of(args: argparse.Namespace, folder: pathlib.Path) -> ConfigDict:
+    """The config of the run on a folder of images and masks."""
+    config = config_files.load(f"segmentation:tiny,folder:{folder}").config
     if args.small:
         config.batch_size = 16
         config.dataset.image_size = _SMALL_SIDE
@@ -187,9 +195,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vit_jax import evaluate
     from vit_jax.train import train
 
-    folder, run = args.workdir / "shapes", args.workdir / "run"
-    config = config_of(args)
     counts = {"train": args.images or (500 if args.small else 2000), "test": 100}
+    place = args.workdir / f"{'small-' * args.small}{counts['train']}"
+    folder, run = place / "shapes", place / "run"
+    config = config_of(args, folder)
     write_folder(folder, counts, config.dataset.image_size, colored=args.small)
     paths = sorted((folder / "test" / "masks").iterdir())
     masks = np.stack([np.asarray(Image.open(path)) for path in paths])
@@ -198,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("  that were fitted to the masks of the test images themselves", flush=True)
     final = train(config, run)
     flags = ["--checkpoint", str(run), "--dataset", f"folder:{folder}", "--split", "test"]
-    evaluate.main([*flags, "--per_class", "--report", str(args.workdir / "report")])
+    evaluate.main([*flags, "--per_class", "--report", str(place / "report")])
     print(f"mIoU {final['mIoU']:.4f}, of a ceiling of {fitted:.4f}")
     return 0
 

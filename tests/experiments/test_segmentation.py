@@ -37,6 +37,45 @@ def test_what_is_drawn_is_a_function_of_the_split(tmp_path):
     assert np.asarray(first).tolist() != np.asarray(second).tolist()
 
 
+def test_images_are_written_whole_or_not_at_all_and_once(tmp_path, monkeypatch):
+    original, calls = experiment.draw, []
+
+    def interrupted(*args):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(experiment, "draw", interrupted)
+    folder = tmp_path / "runs" / "shapes"
+    with pytest.raises(KeyboardInterrupt):
+        experiment.write_folder(folder, {"train": 4}, 32)
+    assert not folder.exists() and not [*folder.parent.iterdir()]
+    experiment.write_folder(folder, {"train": 4}, 32)
+    assert len([*folder.rglob("*.png")]) == 8
+    drawn = len(calls)
+    experiment.write_folder(folder, {"train": 4}, 32)
+    assert len(calls) == drawn
+
+
+def test_runs_of_other_images_lie_apart(tmp_path, monkeypatch):
+    written = []
+
+    def stop(folder, counts, side, colored):
+        written.append((folder.relative_to(tmp_path).as_posix(), counts["train"], side, colored))
+        raise UserError("enough")
+
+    monkeypatch.setattr(experiment, "write_folder", stop)
+    for flags in ([], ["--small"], ["--small", "--images", "7"]):
+        with pytest.raises(UserError, match="enough"):
+            experiment.main(["--workdir", str(tmp_path), *flags])
+    assert written == [
+        ("2000/shapes", 2000, 48, False),
+        ("small-500/shapes", 500, 32, True),
+        ("small-7/shapes", 7, 32, True),
+    ]
+
+
 def test_the_ceiling_of_masks_that_follow_the_patches_is_one():
     coarse = np.random.default_rng(0).integers(0, 4, (3, 1, 1))
     whole = np.broadcast_to(coarse, (3, 16, 16)).astype(np.uint8)
