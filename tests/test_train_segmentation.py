@@ -2,7 +2,9 @@
 
 import json
 import re
+import socket
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,15 +15,17 @@ from vit_jax import evaluate, predict, segment, train
 from vit_jax.checkpoints.pretrained import load_pretrained
 from vit_jax.config import check_config
 from vit_jax.errors import UserError
+from vit_jax.mixing import erase
+from vit_jax.steps import pixels_to_inputs
 
-from .runs import assert_same_run, checkpoint_steps, read_losses, read_metrics, train_until
+from .runs import WIDE, assert_same_run, checkpoint_steps, read_losses, read_metrics, train_until
 
 SIDE = 32
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("shapes")
+    path = tmp_path_factory.mktemp("data") / "shapes"
     shapes.write_folder(path, {"train": 96, "test": 24}, SIDE, colored=True)
     return path
 
@@ -113,6 +117,7 @@ def test_the_commands_measure_what_scikit_learn_does(segmented, folder, tmp_path
     assert names == {"masks.png", "per_class.csv"}
 
 
+@pytest.mark.slow
 def test_it_resumes_with_the_same_bits(segmentation_config, tmp_path):
     train.train(segmentation_config(), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -120,12 +125,57 @@ def test_it_resumes_with_the_same_bits(segmentation_config, tmp_path):
     assert checkpoint_steps(tmp_path / "run")
     train.train(segmentation_config(), tmp_path / "run")
     assert_same_run(tmp_path / "whole", tmp_path / "run", 6)
+
+
+def test_gradients_may_be_accumulated(segmentation_config, tmp_path):
     parts = segmentation_config(accumulate_steps=2, **{"model.dropout_rate": 0.0})
     whole = segmentation_config(**{"model.dropout_rate": 0.0})
     train.train(parts, tmp_path / "parts")
     train.train(whole, tmp_path / "alike")
     found, expected = (read_losses(tmp_path / x) for x in ("parts", "alike"))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_devices_and_processes_give_the_losses_of_one(
+    segmentation_config, tmp_path, command, run, start
+):
+    config = segmentation_config(augment="erase(0.5)", **WIDE)
+    split = segmentation_config(augment="erase(0.5)", sharding="fsdp", **WIDE)
+    assert run(command(config, tmp_path / "one"))[0] == 0
+    code, output = run(command(split, tmp_path / "four"), 4)
+    assert code == 0 and "on 4 cpu device(s)" in output, output
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    flags = ("--coordinator", address, "--num_processes", "2", "--process_id")
+    logs = [tmp_path / f"{i}.log" for i in range(2)]
+    processes = [
+        start(command(split, tmp_path / "two", *flags, str(i)), 2, stdout=log.open("w"))
+        for i, log in enumerate(logs)
+    ]
+    assert [p.wait(300) for p in processes] == [0, 0], [log.read_text() for log in logs]
+    expected = read_losses(tmp_path / "one")
+    final = json.loads((tmp_path / "one" / "metrics.json").read_text())
+    assert final["examples"] == 24  # The last batch of 16 is padded.
+    for name in ("four", "two"):
+        np.testing.assert_allclose(read_losses(tmp_path / name), expected, atol=1e-5)
+        found = json.loads((tmp_path / name / "metrics.json").read_text())
+        assert found["mIoU"] == pytest.approx(final["mIoU"], abs=1e-3)
+        assert found["examples"] == 24
+
+
+def test_erasing_takes_pixels_of_images_and_leaves_their_masks():
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (8, 16, 16, 3)).astype(np.uint8),
+        "label": rng.integers(0, 4, (8, 16, 16)).astype(np.uint8),
+    }
+    erased = erase(jax.random.key(0), batch, 1.0)
+    np.testing.assert_array_equal(erased["label"], batch["label"])
+    difference = np.abs(erased["image"] - pixels_to_inputs(batch["image"]))
+    changed = (np.asarray(difference) > 1e-5).any(-1).mean((1, 2))
+    assert (changed > 0).all() and changed.max() < 0.5
 
 
 def test_it_begins_with_the_weights_of_classification_and_they_with_its(

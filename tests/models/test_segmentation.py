@@ -77,12 +77,31 @@ def test_every_class_is_as_probable_before_training():
     assert not np.asarray(model.apply({"params": params}, images)).any()
 
 
-def test_its_multiply_adds_are_those_of_the_compiler_or_a_little_fewer():
-    trunk = create_model(TINY)
-    of_trunk = trunk.without_head().config.multiply_adds("8x12")
-    # Six patches of 16 features to five logits; 2 rows to 8 of 3 columns, and those to 12.
-    expected = of_trunk + 6 * 16 * 5 + 8 * 3 * 2 * 5 + 8 * 12 * 3 * 5
-    assert multiply_adds(segmenter(trunk), "8x12", 3) == expected
+def test_its_multiply_adds_are_those_that_xla_counts():
+    wide = {"patch_size": 8, "hidden_size": 64, "mlp_dim": 256, "num_classes": 20}
+    model = segmenter(create_model({**TINY, **wide}))
+    images = jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    cost = jax.jit(model.apply).lower(variables, images).cost_analysis()
+    counted = 2 * 2 * multiply_adds(model, "64x96", 3)
+    assert counted == pytest.approx(cost["flops"], rel=0.05)
+
+
+def test_a_hybrid_has_a_decoder_on_the_positions_of_its_features():
+    hybrid = {"architecture": "hybrid", "patch_size": 2, "resnet_layers": ()}
+    trunk = create_model({**TINY, **hybrid})
+    model, rng = segmenter(trunk), np.random.default_rng(0)
+    images = rng.normal(size=(1, 32, 48, 3)).astype(np.float32)
+    params = jax.device_get(model.init(jax.random.key(0), images)["params"])
+    kernel = rng.normal(size=(16, 5)).astype(np.float32)
+    params[HEAD] = {"kernel": kernel, "bias": np.zeros(5, np.float32)}
+    of_trunk = {name: x for name, x in params.items() if name != HEAD}
+    _, tokens, _ = dense_features(trunk.without_head(), of_trunk, images)
+    rows, columns = trunk.config.grid(32, 48)
+    patches = np.asarray(tokens)[0, -rows * columns :].reshape(rows, columns, 16)
+    expected = cv2.resize(patches @ kernel, (48, 32), interpolation=cv2.INTER_LINEAR)
+    found = model.apply({"params": params}, images)
+    np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def drawn():
