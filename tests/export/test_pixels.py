@@ -18,6 +18,7 @@ from vit_jax.export.forward import make_forward
 from vit_jax.export.parity import load_report
 from vit_jax.export.pipeline import Export, Photographs
 from vit_jax.export.precisions import PRECISIONS
+from vit_jax.export.stages import Resolution
 from vit_jax.export.to_tf import can_serialize_graphs
 
 from .conftest import TINY
@@ -111,9 +112,9 @@ def test_images_are_compared_a_few_at_a_time(pretrained, streets, tmp_path, monk
     export = Export(tmp_path / "out", batch="1:2:64", latency_seconds=0.001)
     photographs = Photographs(dataset=streets)
     # Of no stage: the reference alone is made.
-    monkeypatch.setattr(Export, "_to_onnx", lambda *_: None)
-    monkeypatch.setattr("vit_jax.export.pipeline.write_folder", lambda *_: None)
-    export.convert(pretrained, stages=["onnx"], outputs="pixels", photographs=photographs)
+    none = Resolution(stages=(), converter="", left_out=())
+    monkeypatch.setattr(Export, "_resolve", lambda *_: none)
+    export.convert(pretrained, outputs="pixels", photographs=photographs)
     assert sizes == [(3, 2)]
     export._compare("Flax", forward.jitted(), "fp32 tokens")
     assert sizes[1] == (3, 2)

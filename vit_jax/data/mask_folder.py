@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -99,12 +99,11 @@ def open_mask_folder(
         whole = _pairs(root, found, "", is_read=True)
         entries, partition = divide(whole, rules, survey)
     elif with_images:
-        entries = {}
-        for directory, name in directories.items():
-            read = not number or _is_wanted(name, directories.values(), wanted)
-            entries[name] = _pairs(root / directory, found, f"{directory}/", is_read=read)
-            if name != "train":
-                entries[name] = without_cut_off(entries[name], survey)
+        are_read = _wanted(directories, wanted) if number else directories.keys()
+        entries = {
+            name: _of_split(root / directory, found, name, is_read=directory in are_read)
+            for directory, name in directories.items()
+        }
     else:
         raise UserError(
             f"folder {path!r} has no {IMAGES}/ and {MASKS}/, nor train/{IMAGES}/ and "
@@ -125,11 +124,21 @@ def open_mask_folder(
     )
 
 
-def _is_wanted(split: str, splits: Iterable[str], wanted: Sequence[str]) -> bool:
+def _wanted(directories: Mapping[str, str], wanted: Sequence[str]) -> Collection[str]:
+    """The directories of the splits that are wanted, see `open_mask_folder`."""
     # As `datasets` chooses what to evaluate on.
-    default = next((x for x in ("validation", "test") if x in splits), "")
-    named = re.compile(rf"\b({split}|all)\b")
-    return not wanted or any(named.search(x or default) for x in wanted)
+    default = next((x for x in ("validation", "test") if x in directories.values()), "")
+    text = "+".join(x or default for x in wanted)
+    return [
+        directory
+        for directory, name in directories.items()
+        if not wanted or re.search(rf"\b({name}|all)\b", text)
+    ]
+
+
+def _of_split(directory: Path, found: _Found, name: str, *, is_read: bool) -> list[Entry]:
+    entries = _pairs(directory, found, f"{directory.name}/", is_read=is_read)
+    return entries if name == "train" else without_cut_off(entries, found.survey)
 
 
 def _files(entries: list[Entry], masks: Mapping[str, str]) -> tuple[File, ...]:
