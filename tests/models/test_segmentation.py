@@ -84,7 +84,7 @@ def test_its_multiply_adds_are_those_that_xla_counts():
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     cost = jax.jit(model.apply).lower(variables, images).cost_analysis()
     counted = 2 * 2 * multiply_adds(model, "64x96", 3)
-    assert counted == pytest.approx(cost["flops"], rel=0.05)
+    assert counted == pytest.approx(cost["flops"], rel=0.08)
 
 
 def test_a_hybrid_has_a_decoder_on_the_positions_of_its_features():
