@@ -10,7 +10,7 @@ from PIL import Image, UnidentifiedImageError
 
 from vit_jax.data.images import MAX_PIXELS, room_for
 from vit_jax.data.resampling import Box
-from vit_jax.errors import UserError, brief_name, first_line
+from vit_jax.errors import UserError, first_line
 from vit_jax.pixel_classes import IGNORED
 
 # An index of one byte: gray, the place in a palette, or black and white, which are 0 and 1.
@@ -121,7 +121,7 @@ def check_largest(name: str, largest: int, num_classes: int) -> None:
     """Raises a UserError if the largest index of a mask, but for `IGNORED`, is no class."""
     if largest >= num_classes:
         raise UserError(
-            f"{brief_name(name)} has class {largest}, and there are {num_classes}, from 0 to "
+            f"{name} has class {largest}, and there are {num_classes}, from 0 to "
             f"{num_classes - 1}: mend it, or set {IGNORED} for what is not to count"
         )
 
