@@ -94,8 +94,16 @@ def add_config_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_image_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of a command that goes through the images of a data set once."""
+def add_image_flags(
+    parser: argparse.ArgumentParser, batch_size: int | None = 128, usual: str = "128"
+) -> None:
+    """Adds the flags of a command that goes through the images of a data set once.
+
+    Args:
+        parser: gets them.
+        batch_size: where the user gives none.
+        usual: what --help says of that.
+    """
     parser.add_argument("--split", default="", help="to score, in TFDS syntax [validation or test]")
     parser.add_argument("--data_dir", default="", help="where TFDS looks [its default]")
     parser.add_argument(
@@ -105,7 +113,7 @@ def add_image_flags(parser: argparse.ArgumentParser) -> None:
         help="of a folder or list, files that should be images and are not [refuse]",
     )
     parser.add_argument(
-        "--batch_size", type=positive, default=128, metavar="N", help="at a time [128]"
+        "--batch_size", type=positive, default=batch_size, metavar="N", help=f"at a time [{usual}]"
     )
 
 

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_dict
 
 from vit_jax import recipes
@@ -21,6 +20,7 @@ from vit_jax.config_migration import (
     migrate,
     of_kind,
 )
+from vit_jax.config_objective import check_objective
 from vit_jax.config_rules import (
     MOST_STEPS,
     RULES,
@@ -72,7 +72,7 @@ def check_config(config: ConfigDict, *, may_lack: bool = False) -> None:
     check_values(config)
     _check_evals(config.evals)
     _check_model(config.model, config.dataset.image_size)
-    _check_objective(config)
+    check_objective(config)
     _check_channels(config)
     check_teaching(config)
     if not may_lack:
@@ -291,45 +291,6 @@ def _check_end(schedule: ConfigDict) -> None:
         )
 
 
-# What is about classes, of which masked patch prediction has none.
-OF_CLASSES = (
-    "class_weights",
-    "dataset.sampling",
-    "label_smoothing",
-    "model.head_bias_init",
-    "model.num_classes",
-    "model.representation_size",
-)
-
-
-def _check_objective(config: ConfigDict) -> None:
-    values = flatten_dict(to_dict(config), sep=".")
-    objective = values["objective"]
-    augmentation = parse_augment(values["augment"])
-    if objective == "masked_patches" and (augmentation.mixup_alpha or augmentation.cutmix_alpha):
-        raise UserError(
-            f"config.augment is {values['augment']!r}, but objective masked_patches has no labels "
-            "to mix: leave mixup and cutmix out"
-        )
-    if objective == "masked_patches" and values.get("model.classifier") == "map":
-        raise UserError(
-            "config.model.classifier is 'map', but objective masked_patches has no pooling to "
-            "train: set --config.model.classifier=gap or token, and fine-tune with map"
-        )
-    for key in OF_CLASSES:
-        if objective == "masked_patches" and values.get(key):
-            off = "''" if isinstance(values[key], str) else 0
-            raise UserError(
-                f"config.{key} is {values[key]}, but objective masked_patches has no classes: "
-                f"add --config.{key}={off}"
-            )
-    if values["class_weights"] and values["dataset.sampling"]:
-        raise UserError(
-            "config.class_weights and config.dataset.sampling are both 'balanced', which would "
-            "balance the classes twice: set one of them to ''"
-        )
-
-
 def check_teaching(config: ConfigDict) -> None:
     """Checks that a model can learn all that it is for from its teacher, if it has one.
 
@@ -354,7 +315,7 @@ def check_teaching(config: ConfigDict) -> None:
 def _check_adapters(config: ConfigDict) -> None:
     if not config.lora.rank:
         return
-    if config.objective != "classification":
+    if config.objective == "masked_patches":
         raise UserError(
             f"config.lora.rank is {config.lora.rank}, but objective {config.objective} pre-trains "
             "all parameters: set --config.lora.rank=0"

@@ -33,7 +33,7 @@ from vit_jax.sharding import parse_sharding
 from vit_jax.state import DECAY_MASKS, DECAYS, DROPS, OPTIMIZERS
 from vit_jax.steps import LOSSES
 
-OBJECTIVES = ("classification", "masked_patches")
+OBJECTIVES = ("classification", "masked_patches", "segmentation")
 KEEP_HEAD = ("never", "auto")
 BROKEN = ("refuse", "skip")
 

@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"largest difference of the logits on {NUM_IMAGES} random images: {of_logits:g}")
     for note in reader_notes(source, args.format):
         print(f"note: {note}")
+    if source.segmentation is not None:
+        print("note: the decoder of pixels is left out: the run's checkpoints alone have it")
     return 0
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # Pairs of classes that are listed.
 _CONFUSED = 10
+# Of images; and of masks, where each pixel has logits: 157 MB an image of 512 pixels, 150 classes.
+_BATCH_SIZE, _BATCH_SIZE_OF_MASKS = 128, 8
 
 
 def build_parser(prog: str = "python -m vit_jax.evaluate") -> command.Parser:
@@ -38,7 +40,7 @@ def build_parser(prog: str = "python -m vit_jax.evaluate") -> command.Parser:
         metavar="D",
         help="a TFDS name, folder:PATH, list:PATH, digits, imagenet2012_real, or objectnet:PATH",
     )
-    command.add_image_flags(parser)
+    command.add_image_flags(parser, batch_size=None, usual="128, of a model of pixels 8")
     parser.add_argument(
         "--per_class",
         action="store_true",
@@ -54,7 +56,7 @@ def build_parser(prog: str = "python -m vit_jax.evaluate") -> command.Parser:
         "--report",
         metavar="DIR",
         help="write a page with the worst images, confusion and classes here: report.html, "
-        "worst.png, confusion.png, per_class.csv",
+        "worst.png, confusion.png, per_class.csv; of a model of pixels masks.png, per_class.csv",
     )
     parser.add_argument(
         "--among",
@@ -106,20 +108,25 @@ class _Checkpoint:
         from vit_jax.sharding import make_mesh
 
         self.mesh = make_mesh()
-        self.batch_size = -(-args.batch_size // self.mesh.size) * self.mesh.size
         self._take(flags.load(args))
+        usual = _BATCH_SIZE_OF_MASKS if self.mask_names else _BATCH_SIZE
+        batch_size = args.batch_size or usual
+        self.batch_size = -(-batch_size // self.mesh.size) * self.mesh.size
 
     def _take(self, pretrained: "Pretrained") -> None:
         import jax
 
+        from vit_jax.checkpoints.decoder import with_decoder
         from vit_jax.evaluation.metrics import make_apply_fn
         from vit_jax.models import create_model
         from vit_jax.sharding import state_sharding
 
         self.pretrained = pretrained
-        self.model = create_model(pretrained.model)
+        if pretrained.segmentation is None:
+            self.model, params = create_model(pretrained.model), pretrained.params
+        else:
+            self.model, params = with_decoder(pretrained)
         self.apply_fn = make_apply_fn(self.model, self.mesh)
-        params = pretrained.params
         self.params = jax.device_put(params, state_sharding(params, self.mesh))
 
     def label(self, source: Any, args: argparse.Namespace) -> tuple[Any, tuple[int, ...]]:
@@ -141,13 +148,23 @@ class _Checkpoint:
             print(f"classes are matched by name: {len(labels)} of the checkpoint's {num_classes}")
         return labeled, labels
 
-    def run(self, function: Callable, source: Any, **options: Any) -> Any:
-        """Calls a function of `evaluation.metrics` on a source."""
+    @property
+    def mask_names(self) -> tuple[str, ...]:
+        """The names of the classes of pixels; none of a model of whole images."""
+        decoder = self.pretrained.segmentation
+        return () if decoder is None else decoder.class_names
+
+    def batches(self, source: Any) -> Any:
+        """The images of a source, as the model sees them."""
         from vit_jax.data.pipeline import eval_batches
 
-        batches = eval_batches(
+        return eval_batches(
             source, batch_size=self.batch_size, preprocessing=self.pretrained.preprocessing
         )
+
+    def run(self, function: Callable, source: Any, **options: Any) -> Any:
+        """Calls a function of `evaluation.metrics` on a source."""
+        batches = self.batches(source)
         return function(self.apply_fn, self.params, batches, self.mesh, **options)
 
 
@@ -173,11 +190,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = _Checkpoint(args)
         files = _file_rules(args, checkpoint)
         source = datasets.open_evaluation(
-            args.dataset, data_dir=args.data_dir, split=args.split, files=files
+            args.dataset,
+            data_dir=args.data_dir,
+            split=args.split,
+            files=files,
+            mask_classes=len(checkpoint.mask_names) or None,
         )
         for note in source.notes:
             print(printable(note), flush=True)
         evaluate = _evaluate_several_labels if source.multi_label else _evaluate_classes
+        evaluate = _evaluate_masks if source.has_masks else evaluate
         result |= {"split": source.split} | evaluate(checkpoint, source, args)
         if args.fewshot:
             result |= _evaluate_fewshot(checkpoint, args)
@@ -255,6 +277,45 @@ def _show_classes(
     # Of the images of a class, the accuracy is the recall.
     of_classes = [{"name": row["name"], "accuracy": row["recall"], **row} for row in rows]
     return {"per_class": of_classes, "most_confused": pairs}
+
+
+def _evaluate_masks(
+    checkpoint: _Checkpoint, source: Any, args: argparse.Namespace
+) -> dict[str, Any]:
+    from vit_jax.evaluation.mask_pictures import write_report
+    from vit_jax.evaluation.segmentation import examples, make_counting, segmentation_metrics
+    from vit_jax.pixel_classes import check_same_classes
+
+    if args.fewshot or args.among == "dataset":
+        raise UserError(
+            f"{args.dataset} has masks, and a model of pixels: leave --fewshot and --among out"
+        )
+    pretrained, names = checkpoint.pretrained, checkpoint.mask_names
+    check_same_classes(
+        source.name,
+        source.class_names,
+        names,
+        pretrained.source,
+        by_name=not args.ignore_class_names,
+    )
+    counting = make_counting(checkpoint.model, checkpoint.mesh)
+    batches = checkpoint.batches(source)
+    found = segmentation_metrics(counting, checkpoint.params, batches, checkpoint.mesh)
+    result: dict[str, Any] = {**found.scalars()}
+    _print_rows(result)
+    rows = found.per_class(names)
+    if args.per_class:
+        result["per_class"] = rows
+        _print_per_class(rows)
+    if args.confusion:
+        _write_confusion(args.confusion, found.confusion, names)
+    if args.report:
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # As in `_write_report`.
+        title = f"{args.checkpoint} on {args.dataset}, {source.split}"
+        shown = examples(checkpoint.model, checkpoint.params, source, pretrained.preprocessing)
+        for path in write_report(pathlib.Path(args.report), title, shown, rows):
+            print(printable(str(path)), flush=True)
+    return result
 
 
 def _evaluate_several_labels(
@@ -374,7 +435,7 @@ def _print_per_class(rows: Sequence[dict[str, Any]]) -> None:
         print(f"{name:{width}}" + "".join(f"{cell:>11}" for cell in cells))
 
 
-_HEADERS = {"f1": "F1", "average_precision": "AP", "examples": "images"}
+_HEADERS = {"f1": "F1", "iou": "IoU", "average_precision": "AP", "examples": "images"}
 
 
 def _share(value: float | int | None) -> str:

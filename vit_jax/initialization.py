@@ -27,6 +27,7 @@ from vit_jax.data import classes
 from vit_jax.errors import UserError
 from vit_jax.models import family_of, prediction_fields
 from vit_jax.models.base import without_list
+from vit_jax.models.segmentation import HEAD
 from vit_jax.preparation import Prepared
 from vit_jax.program import adapt, create_objective
 from vit_jax.recipes import name_of, sizes_of
@@ -78,6 +79,8 @@ def read_weights(config: ConfigDict) -> tuple[ConfigDict, Weights]:
     _check_model(config.model, pretrained)
     filled = take_from_weights(config, pretrained.model)
     weights = {**fold_normalization(pretrained), **pretrained.masked}
+    if pretrained.segmentation is not None:
+        weights[HEAD] = pretrained.segmentation.params
     weights = _for_channels(weights, pretrained, config.dataset.channels)
     # Only the data set tells how many classes the head has, and weights do not fill the head.
     module, *_ = create_objective(filled, num_classes=1)
@@ -123,7 +126,7 @@ def _for_channels(params: Params, pretrained: Pretrained, channels: int) -> Para
 
 
 def _head(config: ConfigDict, pretrained: Pretrained, report: list[Row]) -> Head | None:
-    if config.keep_head == "never" or config.objective == "masked_patches":
+    if config.keep_head == "never" or config.objective != "classification":
         return None
     names, source = pretrained.class_names, pretrained.source
     if names is None or pretrained.has_untrained_head:

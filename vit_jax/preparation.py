@@ -46,7 +46,7 @@ class Prepared(NamedTuple):
         train_source: the images to train on.
         order: of these.
         eval_source: those of evaluation.
-        model: maps images to logits, or to predicted patches.
+        model: maps images to logits, or to predicted patches or logits of pixels.
         objective: what it is trained for.
         multiply_adds: of the forward pass of one image.
         schedule: from the step to the learning rate.
@@ -76,13 +76,18 @@ class Prepared(NamedTuple):
     teacher: Teacher | None = None
 
     @property
+    def mask_names(self) -> list[str] | None:
+        """The names of the classes of pixels; None where no masks are predicted."""
+        return list(self.train_source.class_names) if self.train_source.has_masks else None
+
+    @property
     def class_names(self) -> list[str] | None:
         """The class names in the order of the logits; None where no classes are predicted."""
         return list(self.train_source.class_names) if self.predicts_classes else None
 
     @property
     def predicts_classes(self) -> bool:
-        """Tells whether the model maps images to logits."""
+        """Tells whether the model maps images to logits of their classes."""
         return self.config.objective == "classification"
 
     @property
@@ -108,6 +113,7 @@ class Prepared(NamedTuple):
             batch_size=config.batch_size // config.accumulate_steps,
             mesh=self.mesh,
             report=say,
+            mask_names=self.mask_names,
         )
 
 
@@ -210,7 +216,10 @@ def schedule_of(
 
 
 def open_images(
-    data: ConfigDict, least_classes: int, partition: holdout.Partition | None = None
+    data: ConfigDict,
+    least_classes: int,
+    partition: holdout.Partition | None = None,
+    mask_classes: int | None = None,
 ) -> tuple[datasets.Source, datasets.Source]:
     """Opens the images that a config's section `dataset` names, to train and to evaluate on.
 
@@ -218,6 +227,7 @@ def open_images(
         data: the section.
         least_classes: see `data.labeled_files.FileRules`.
         partition: likewise.
+        mask_classes: see `datasets.open_dataset`.
 
     Raises:
         UserError: as `datasets.open_dataset` does, or the first image to train on has other
@@ -236,6 +246,7 @@ def open_images(
             partition=partition,
             channels=data.channels,
         ),
+        mask_classes=mask_classes,
     )
     pipeline.check_channels(train, data.channels)
     return train, evaluated
@@ -249,7 +260,12 @@ def _open_sources(
     # A single class is learned without a word: the loss is 0. A run of before goes on with it.
     tells_apart = config.objective == "classification" and not goes_on
     partition = holdout.read(split_file) if goes_on and split_file.exists() else None
-    train_source, eval_source = open_images(data, 2 if tells_apart else 1, partition)
+    train_source, eval_source = open_images(
+        data,
+        2 if tells_apart else 1,
+        partition,
+        config.model.num_classes if config.objective == "segmentation" else None,
+    )
     if goes_on and train_source.partition is not partition:
         if partition is not None:
             raise UserError(
@@ -271,7 +287,7 @@ def _with_labels(
     """The source with the labels that a run began with: folders of numbers were once text."""
     if list(source.class_names) == list(saved_names):
         return source
-    if sorted(source.class_names) != sorted(saved_names):
+    if source.has_masks or sorted(source.class_names) != sorted(saved_names):
         raise UserError(
             f"{workdir} holds a run whose {len(saved_names)} classes are not the "
             f"{len(source.class_names)} that {source.name} has now: choose another --workdir"

@@ -25,7 +25,7 @@ from vit_jax.distillation import Distillation
 from vit_jax.errors import UserError, brief
 from vit_jax.image_size import sides
 from vit_jax.mixing import Mix, create_mix
-from vit_jax.models import Model, create_model, masked, prediction_defaults
+from vit_jax.models import Model, create_model, masked, prediction_defaults, segmentation
 from vit_jax.multipliers import multipliers, parse_multipliers
 from vit_jax.sharding import AnyMesh, batch_sharding, gathering, state_sharding
 from vit_jax.state import Params, TrainState, create_optimizer, init_params, init_train_state
@@ -37,6 +37,7 @@ from vit_jax.steps import (
     masked_patches,
     train_step,
 )
+from vit_jax.steps import segmentation as segmentation_objective
 from vit_jax.teacher import Teacher
 
 
@@ -77,6 +78,11 @@ def create_objective(
             f"{num_classes} classes: use at least as many, or 0 to take the data set's"
         )
     num_classes = config.model.num_classes or num_classes
+    if config.objective == "segmentation":
+        check_teaching(config)
+        model = segmentation.segmenter(create_model(config.model, num_classes=num_classes))
+        multiply_adds = segmentation.multiply_adds(model, size, channels)
+        return model, segmentation_objective(model), multiply_adds
     model = create_model(config.model, num_classes=num_classes)
     check_teaching(config)  # What came from weights is known now.
     teaching, distillation = config.distillation, None
@@ -216,7 +222,7 @@ def abstract_state(init: Callable[[], TrainState], mesh: AnyMesh) -> TrainState:
 def abstract_batch(
     config: ConfigDict, mesh: AnyMesh, several_labels: int = 0
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes, dtypes and shardings of what a step reads.
+    """The shapes, dtypes and shardings of what a step reads, a mask of each image to segment.
 
     Args:
         config: of the run.
@@ -229,6 +235,8 @@ def abstract_batch(
     labels, dtype = (config.batch_size,), jnp.int32
     if several_labels:
         labels, dtype = (config.batch_size, several_labels), jnp.float32
+    elif config.objective == "segmentation":
+        labels, dtype = (config.batch_size, height, width), jnp.uint8
     return {
         "image": jax.ShapeDtypeStruct(images, jnp.uint8, sharding=rows),
         "label": jax.ShapeDtypeStruct(labels, dtype, sharding=rows),

@@ -13,6 +13,7 @@ import optax
 from vit_jax.distillation import Distillation
 from vit_jax.errors import UserError
 from vit_jax.models import masked
+from vit_jax.models.segmentation import SegmentationTransformer, pixel_scores
 from vit_jax.multipliers import freeze
 from vit_jax.state import TrainState
 
@@ -237,6 +238,24 @@ def masked_patches(model: masked.MaskedVisionTransformer, rate: float, target: s
     return objective
 
 
+def segmentation(model: SegmentationTransformer) -> Objective:
+    """The objective of predicting the class of every pixel, "label" [batch, height, width] uint8.
+
+    Args:
+        model: from `models.segmentation.segmenter`.
+    """
+
+    def objective(
+        params: Any, batch: Batch, *, train: bool, rng: jax.Array | None = None
+    ) -> Metrics:
+        rngs = {"dropout": _training_rng(rng)} if train else {}
+        images = pixels_to_inputs(batch["image"])
+        logits = _apply(model, params, images, train=train, rngs=rngs)
+        return pixel_scores(logits, batch["label"])
+
+    return objective
+
+
 def _training_rng(rng: jax.Array | None) -> jax.Array:
     if rng is None:
         raise ValueError("train is True but rng is None: training draws from a key")
@@ -265,7 +284,8 @@ def train_step(
     Args:
         state: the state before the step.
         batch: "image" [batch, height, width, 3], uint8 pixels or float32 in [-1, 1]; "label"
-            [batch] int32, or [batch, classes] float32 of 0 and 1 where an image has several.
+            [batch] int32, [batch, classes] float32 of 0 and 1 where an image has several, or uint8
+            [batch, height, width] of every pixel.
         objective: whose mean loss over the batch is brought down.
         optimizer: applied to the gradients of the whole batch.
         accumulate_steps: number of equal parts in which the batch is gone through, one after the

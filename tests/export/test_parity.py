@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -27,6 +28,48 @@ def test_measures_are_those_of_their_definitions():
     assert row["cosine"] == pytest.approx(24 / 25)
     assert row["top1_agreement"] == 0.5
     assert (row["accuracy"], row["reference_accuracy"]) == (0.0, 0.5)
+
+
+def test_of_pixels_the_first_class_is_that_of_each_and_ignored_ones_do_not_count():
+    rng = np.random.default_rng(0)
+    expected = rng.normal(size=(3, 4, 5, 6)).astype(np.float32)
+    labels = expected.argmax(-1).astype(np.uint8)
+    labels[:, 0] = 255
+    labels[0, 1, 1] = (labels[0, 1, 1] + 1) % 6
+    found = expected.copy()
+    found[1, 2, 2] = np.roll(expected[1, 2, 2], 1)
+    row = parity.compare(reference(expected, labels), found)
+    assert row["top1_agreement"] == pytest.approx(59 / 60)
+    assert row["reference_accuracy"] == pytest.approx(44 / 45)
+    assert row["accuracy"] == pytest.approx(43 / 45)
+    vectors = (x.astype(np.float64).reshape(3, -1) for x in (expected, found))
+    cosines = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(*vectors, strict=True)]
+    assert row["cosine"] == pytest.approx(min(cosines), rel=1e-12)
+
+
+def test_comparing_takes_no_copy_of_the_whole_in_float64():
+    outputs = np.ones((32, 64, 64, 8), np.float32)
+    expected = reference(outputs)
+    tracemalloc.start()
+    try:
+        parity.compare(expected, outputs)
+        assert tracemalloc.get_traced_memory()[1] < outputs.nbytes
+    finally:
+        tracemalloc.stop()
+
+
+def test_images_with_large_outputs_are_few():
+    image = 4 * 512 * 512 * 150  # bytes: the logits of every pixel
+    assert parity.at_a_time(image) == 1 and parity.compared(image, 256) == 6
+    assert parity.at_a_time(4 * 1000) == 16 and parity.compared(4 * 1000, 256) == 256
+    assert parity.at_a_time(2**40) == parity.compared(2**40, 256) == 1
+
+
+def test_the_file_of_a_reference_with_large_outputs_has_few_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(parity, "_OF_A_CALL", 3 * 4 * 100)
+    parity.save_reference(reference(np.zeros((9, 10, 10))), tmp_path)
+    loaded = parity.load_reference(tmp_path)
+    assert len(loaded.outputs) == len(loaded.images) == 3
 
 
 def test_thresholds_of_a_precision_fail_what_is_beyond_them():

@@ -21,6 +21,7 @@ from vit_jax.checkpoints import (
     torch_names,
 )
 from vit_jax.checkpoints.arrays import read_arrays, read_sharded
+from vit_jax.checkpoints.decoder import Decoder, split_decoder
 from vit_jax.checkpoints.formats import checks
 from vit_jax.checkpoints.layouts import Arrays
 from vit_jax.checkpoints.model_info import ModelInfo, info_from_run
@@ -58,6 +59,8 @@ class Pretrained:
         source: the file or directory that was read.
         masked: the parameters of a run of masked patch prediction that are not the trunk's: its
             head and mask embedding, which only more such training reads.
+        segmentation: of a run of segmentation its decoder; `params` and `model` are of the trunk,
+            which has no head then.
         multi_label: whether it predicts any number of classes of an image; its loss is "sigmoid".
     """
 
@@ -69,6 +72,7 @@ class Pretrained:
     source: str
     masked: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
     multi_label: bool = False
+    segmentation: Decoder | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def has_untrained_head(self) -> bool:
@@ -82,6 +86,11 @@ class Pretrained:
 
     def check_head(self) -> None:
         """Raises a UserError if there is no head that knows classes, with the way out."""
+        if self.segmentation is not None:
+            raise UserError(
+                f"{self.source} predicts the classes of pixels, none of whole images: use vit-jax "
+                "segment, evaluate, or export --outputs pixels"
+            )
         if not self.model["num_classes"]:
             raise UserError(f"{self.source} has no head, so it knows no classes: fine-tune it")
         if self.has_untrained_head:
@@ -407,6 +416,7 @@ def _assemble(
     arrays: Arrays, info: ModelInfo, overrides: dict[str, Any], source: str
 ) -> Pretrained:
     """Makes a model of arrays, checking that they are one whole model."""
+    arrays, info, decoder = split_decoder(arrays, info)
     model = _complete_model(info.model, overrides, infer.infer_model(arrays))
     channels = models.family_of(model["architecture"]).channels(arrays)
     preprocessing = info.preprocessing or _default_preprocessing(arrays, model)
@@ -423,7 +433,7 @@ def _assemble(
     if info.multi_label and loss != "sigmoid":
         raise UserError(f"multi_label is true and loss {loss!r}: several labels want the sigmoid")
     return Pretrained(
-        params, model, preprocessing, names, loss, source, of_masked, info.multi_label
+        params, model, preprocessing, names, loss, source, of_masked, info.multi_label, decoder
     )
 
 

@@ -11,14 +11,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vit_jax.errors import UserError, shortlist
 from vit_jax.models import ARCHITECTURES
 from vit_jax.models.base import Grid, Resize
+from vit_jax.models.segmentation import HEAD
 from vit_jax.models.vit import DISTILLATION_HEAD, POOLING, num_class_tokens
 from vit_jax.printable import printable
 
 Action = Literal["loaded", "resized", "matched", "dropped", "new"]
 
 
-# Of masked patch prediction: its head and mask embedding.
-_OF_MASKED = {"patch_head", "mask_embedding"}
+# Of masked patch prediction and segmentation: their heads, and the mask embedding.
+_OF_PATCHES = {"patch_head", "mask_embedding", HEAD}
 
 
 class Row(NamedTuple):
@@ -43,8 +44,9 @@ def transfer(
     `pre_logits` is dropped where the model has none. Position embeddings are fitted to the model's
     grid, see the `resizers` of `ModelConfig`. Everything else must be the same in name and shape.
 
-    The head of masked patch prediction is removed alike; its mask embedding goes on where the model
-    has one, is dropped where it has none, and is new where the weights have none.
+    The heads of masked patch prediction and of segmentation are removed alike. The former's mask
+    embedding goes on where the model has one, is dropped where it has none, and is new where the
+    weights have none.
 
     A "gap" model has neither `cls` nor a class position. A "gap" model drops those of a "token"
     model; a "token" model keeps its initial ones where the weights have none. So it is with the
@@ -69,7 +71,7 @@ def transfer(
     removed = one_sided & (init_params.keys() ^ pretrained_params.keys())
     if not keep_head:
         heads = {family.head for family in ARCHITECTURES.values()}
-        heads |= {"patch_head", DISTILLATION_HEAD}
+        heads |= {"patch_head", HEAD, DISTILLATION_HEAD}
         removed |= heads | ({"pre_logits"} - init_params.keys())
         removed |= {POOLING} & (init_params.keys() ^ pretrained_params.keys())
     init = flatten_dict(init_params, sep="/")
@@ -114,7 +116,7 @@ def removed_head(
     old = {name: np.asarray(x) for name, x in flatten_dict(pretrained_params, sep="/").items()}
     new = {row.name for row in report if row.action == "new"}
     dropped = {row.name for row in report if row.action == "dropped"}
-    of_masked = {name for name in new ^ dropped if name.split("/")[0] in _OF_MASKED}
+    of_masked = {name for name in new ^ dropped if name.split("/")[0] in _OF_PATCHES}
     if (new ^ dropped) - of_masked:
         return {}
     return {name: old[name] for name in new & dropped if old[name].shape[-1:] == (num_classes,)}

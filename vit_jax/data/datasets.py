@@ -5,7 +5,7 @@ import os
 import re
 from typing import NamedTuple, Protocol
 
-from vit_jax.data import digits, folder, listing, vtab
+from vit_jax.data import digits, folder, listing, mask_folder, vtab
 from vit_jax.data.labeled_files import FileRules, LabeledFiles
 from vit_jax.data.source import Source, check_splits, relabel
 from vit_jax.errors import UserError, brief, first_line
@@ -90,6 +90,7 @@ def open_dataset(
     eval_split: str = "",
     development: bool = False,
     files: FileRules = _AS_THEY_ARE,
+    mask_classes: int | None = None,
 ) -> tuple[Source, Source]:
     """Returns the sources to train and to evaluate on.
 
@@ -104,13 +105,17 @@ def open_dataset(
             (paper, Appendix B.1.1: 10% of Pets and Flowers, 2% of CIFAR, 1% of ImageNet, the 200
             validation images of a VTAB task).
         files: what is done with those of a folder or list.
+        mask_classes: the number of classes that masks have, 0 where the data set tells it: then
+            an image's label is its mask, in a folder as `mask_folder` says. None for labels.
 
     Raises:
         UserError: if the data set is unknown, not prepared or not one of labeled images, or if a
             split does not exist or is empty, or images that are held out would be trained on.
     """
     check_splits(train_split=train_split, eval_split=eval_split, development=development)
-    dataset = _open(name, data_dir, files)
+    usual = default_splits(name, development=development)
+    wanted = (train_split or usual[0], eval_split or usual[1])
+    dataset = _open(name, data_dir, files, mask_classes, wanted)
     default_train, default_eval = _default_splits(dataset, name, development)
     divided = _divided(dataset)
     if divided and re.search(r"\bvalidation\b", train_split):
@@ -129,7 +134,12 @@ def open_dataset(
 
 
 def open_evaluation(
-    name: str, *, data_dir: str = "", split: str = "", files: FileRules = _AS_THEY_ARE
+    name: str,
+    *,
+    data_dir: str = "",
+    split: str = "",
+    files: FileRules = _AS_THEY_ARE,
+    mask_classes: int | None = None,
 ) -> Source:
     """Returns the source to evaluate on alone: the data set need not have any other split.
 
@@ -139,11 +149,13 @@ def open_evaluation(
         data_dir: likewise.
         split: `eval_split` of `open_dataset`.
         files: as in `open_dataset`.
+        mask_classes: likewise.
 
     Raises:
         UserError: as `open_dataset` does.
     """
-    dataset = _open(name, data_dir, files)
+    wanted = split or default_splits(name, development=False)[1]
+    dataset = _open(name, data_dir, files, mask_classes, (wanted,))
     if not split and (divided := _divided(dataset)):
         followed = divided.partition is files.partition
         source = _open_split(dataset, name, "validation" if followed else "train+validation")
@@ -187,7 +199,16 @@ class _Dataset(Protocol):
     def source(self, split: str) -> Source: ...
 
 
-def _open(name: str, data_dir: str, files: FileRules) -> _Dataset:
+def _open(
+    name: str,
+    data_dir: str,
+    files: FileRules,
+    mask_classes: int | None,
+    wanted: tuple[str, ...],
+) -> _Dataset:
+    """Opens a data set, of one of masks the splits that are wanted, see `mask_folder`."""
+    if mask_classes is not None:
+        return _open_masks(name, data_dir, files, mask_classes, wanted)
     if name.startswith(folder.PREFIX):
         return folder.open_folder(name.removeprefix(folder.PREFIX), files)
     if name.startswith(listing.PREFIX):
@@ -197,6 +218,22 @@ def _open(name: str, data_dir: str, files: FileRules) -> _Dataset:
     from vit_jax.data.tfds_datasets import TfdsDataset, VtabDataset  # They import TFDS.
 
     return (VtabDataset if vtab.is_vtab(name) else TfdsDataset)(name, data_dir)
+
+
+def _open_masks(
+    name: str, data_dir: str, files: FileRules, mask_classes: int, wanted: tuple[str, ...]
+) -> _Dataset:
+    if name.startswith(folder.PREFIX):
+        path = name.removeprefix(folder.PREFIX)
+        return mask_folder.open_mask_folder(path, files, mask_classes, wanted)
+    if name.startswith(listing.PREFIX) or name == digits.NAME or vtab.is_vtab(name):
+        raise UserError(
+            f"data set {brief(name)} has labels of images, and no masks: give folder:PATH with "
+            "images/ and masks/ in it, or a data set of TFDS with a segmentation_mask"
+        )
+    from vit_jax.data.tfds_datasets import MaskDataset
+
+    return MaskDataset(name, data_dir, mask_classes)
 
 
 def _default_splits(dataset: _Dataset, name: str, development: bool = False) -> tuple[str, str]:

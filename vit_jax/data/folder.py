@@ -56,12 +56,7 @@ def open_folder(path: str, rules: FileRules = _DEFAULTS) -> LabeledFiles:
             "train/, and test/ or validation/"
         )
     survey = Survey(f"folder {path!r}", rules.broken == "skip", rules.skip_flag, rules.channels)
-    found = {directory: name for directory, name in SPLITS.items() if (root / directory).is_dir()}
-    for name in found.values():
-        same = [f"{directory}/" for directory, other in found.items() if other == name]
-        if len(same) > 1:
-            raise UserError(f"folder {path!r} has both {' and '.join(same)}: keep one of them")
-    partition = None
+    found, partition = find_splits(path), None
     if found:
         _look_beside(root, found, survey)
         class_names, entries = _of_splits(root, found, survey)
@@ -84,6 +79,21 @@ def open_folder(path: str, rules: FileRules = _DEFAULTS) -> LabeledFiles:
         partition=partition,
         notes=survey.notes(),
     )
+
+
+def find_splits(path: str) -> dict[str, str]:
+    """The splits that a folder has directories of, by the names of these.
+
+    Raises:
+        UserError: there are two of one split.
+    """
+    root = Path(path).expanduser()
+    found = {directory: name for directory, name in SPLITS.items() if (root / directory).is_dir()}
+    for name in found.values():
+        same = [f"{directory}/" for directory, other in found.items() if other == name]
+        if len(same) > 1:
+            raise UserError(f"folder {path!r} has both {' and '.join(same)}: keep one of them")
+    return found
 
 
 def _look_beside(root: Path, found: Collection[str], survey: Survey) -> None:
@@ -111,7 +121,7 @@ def _look_beside(root: Path, found: Collection[str], survey: Survey) -> None:
 
 def _has_images(directory: str) -> bool:
     try:
-        paths = _files_below(directory, Survey(directory))
+        paths = files_below(directory, Survey(directory))
         return any(os.path.splitext(path)[1].lower() in SUFFIXES for path in paths)
     except UserError:  # It may not be read, nor need it be.
         return False
@@ -153,7 +163,7 @@ def _scan(directory: Path, survey: Survey, prefix: str = "") -> dict[str, list[E
             continue
         images, broken = [], len(survey.broken)
         found[entry.name] = images
-        for path in _files_below(entry.path, survey):
+        for path in files_below(entry.path, survey):
             name = path.removeprefix(f"{directory}/")
             if (size := _size(path, prefix + name, entry.name, survey)) is not None:
                 images.append(Entry(name, path, (entry.name,), size))
@@ -178,8 +188,15 @@ def _size(path: str, name: str, class_name: str, survey: Survey) -> int | None:
     return size
 
 
-def _files_below(directory: str, survey: Survey) -> Iterator[str]:
-    """The paths of all files, in no order; a loop of links would have no end."""
+def files_below(directory: str, survey: Survey) -> Iterator[str]:
+    """The paths of all files that are not hidden, in no order; links to directories are counted.
+
+    A loop of links would have no end.
+
+    Args:
+        directory: below which they lie.
+        survey: counts the links.
+    """
     directories = [directory]
     while directories:
         for entry in _listed(directories.pop()):

@@ -18,9 +18,10 @@ _TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newl
 
 
 class Row(NamedTuple):
-    """The class of an image (several are joined by ";"), and `TRAIN`, `HELD_OUT` or `BROKEN`.
+    """The class of an image, `TRAIN`, `HELD_OUT` or `BROKEN`, and its size, 0 if it is broken.
 
-    And its size in bytes, 0 if it is broken.
+    Several classes are joined by ";", and of an image with a mask a digest of that stands there.
+    The size is in bytes.
     """
 
     class_name: str

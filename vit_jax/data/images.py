@@ -159,6 +159,11 @@ class _Room:
 _room = _Room(PIXELS_AT_A_TIME)
 
 
+def room_for(pixels: int) -> contextlib.AbstractContextManager[None]:
+    """Waits until so many pixels fit in beside those of `open_image`, and holds them likewise."""
+    return _room.taken(pixels)
+
+
 def _read(
     path: str | os.PathLike[str],
     encoded: bytes | None,
@@ -425,6 +430,12 @@ def _tile_to_pixels(tile: Image.Image, file_format: str | None, channels: int) -
         rgb = np.where(rgba[..., 3:] > 0, rgba[..., :3], np.uint8(0))
         return rgb if channels == 3 else _luma(rgb)
     return convert(tile, channels)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """The width and height that an image which was opened has when it is turned upright."""
+    width, height = image.size
+    return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,25 +44,32 @@ class FileRules:
 
 
 class Entry(NamedTuple):
-    """An image that was found: its name in the data set, its path, labels, and size in bytes."""
+    """An image that was found: its name in the data set, its path, labels, and size in bytes.
+
+    And where it has a mask and no labels, a digest of that.
+    """
 
     name: str
     path: str
     labels: tuple[str, ...]
     num_bytes: int
+    mask: str = ""
 
     @property
     def class_name(self) -> str:
-        """The labels in one text."""
-        return ";".join(self.labels)
+        """The labels in one text, or what stands for a mask."""
+        return ";".join(self.labels) or self.mask
 
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """An image file, the index of its class or of each of its classes, and its size in bytes."""
+    """An image file, the index of its class or of each of its classes, and its size in bytes.
+
+    Where the label is a mask, it is the path of that.
+    """
 
     path: str
-    label: int | tuple[int, ...]
+    label: int | tuple[int, ...] | str
     num_bytes: int
 
 
@@ -115,10 +122,25 @@ class MultiLabelExamples(FileExamples):
         """Returns the labels, int64 [files, classes]."""
         return np.array([self._ones(file.label) for file in self.files])
 
-    def _ones(self, label: int | tuple[int, ...]) -> np.ndarray:
+    def _ones(self, label: Any) -> np.ndarray:
         ones = np.zeros(self.num_classes, np.int64)
         ones[np.array(label, np.int64)] = 1
         return ones
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskExamples(FileExamples):
+    """Image files each of which has a mask in a file of its own."""
+
+    def __getitem__(self, index: int) -> Example:
+        """Reads a file, and that of its mask, which is its label."""
+        example = super().__getitem__(index)
+        with unreadable(example["label"]):
+            return example | {"label": Path(example["label"]).read_bytes()}
+
+    def labels(self) -> np.ndarray:
+        """Raises a TypeError: a mask is no label that could be counted."""
+        raise TypeError("images with masks have no labels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +154,7 @@ class LabeledFiles:
         class_names: by label.
         splits: the files of each.
         multi_label: see `Source`.
+        has_masks: likewise.
         partition: likewise.
         notes: likewise.
     """
@@ -142,6 +165,7 @@ class LabeledFiles:
     class_names: tuple[str, ...]
     splits: Mapping[str, tuple[File, ...]]
     multi_label: bool = False
+    has_masks: bool = False
     partition: Partition | None = None
     notes: tuple[str, ...] = ()
 
@@ -155,19 +179,23 @@ class LabeledFiles:
         """
         if "train" not in self.splits and re.search(r"\btrain\b", split):
             raise UserError(
-                f"{self.what} has no train/, only {', '.join(self.splits)}: one directory "
-                "per class is expected in train/"
+                f"{self.what} has no train/, only {', '.join(self.splits)}: {self._train} expected "
+                "in train/"
             )
         nothing_held_out = self.partition is not None and not self.splits[holdout.HELD_OUT]
         if nothing_held_out and re.fullmatch(r"validation(\[.*\])?", split):
+            two = "there must be two" if self.has_masks else "a class must have two"
             raise UserError(
                 f"{self.what} has no splits and none of its images can be held out to evaluate on, "
-                "for which a class must have two: add images, or divide them yourself into train "
-                "and test"
+                f"for which {two}: add images, or divide them yourself into train and test"
             )
         sizes = {name: len(files) for name, files in self.splits.items()}
         parts = splits.slices(split, sizes)
         return sum((self.splits[name][part] for name, part in parts), ())
+
+    @property
+    def _train(self) -> str:
+        return "images/ and masks/ are" if self.has_masks else "one directory per class is"
 
     @property
     def split_names(self) -> tuple[str, ...]:
@@ -180,6 +208,8 @@ class LabeledFiles:
         examples = FileExamples(files)
         if self.multi_label:
             examples = MultiLabelExamples(files, len(self.class_names))
+        elif self.has_masks:
+            examples = MaskExamples(files)
         return Source(
             self.name,
             split,
@@ -187,6 +217,7 @@ class LabeledFiles:
             num_bytes=sum(file.num_bytes for file in files),
             examples=examples,
             multi_label=self.multi_label,
+            has_masks=self.has_masks,
             root=self.root,
             partition=self.partition,
             notes=self.notes,
@@ -208,15 +239,17 @@ def in_hashed_order(
     """
     index = {name: label for label, name in enumerate(class_names)}
 
-    def key(entry: Entry) -> bytes:
-        # A name may have bytes that are no text.
-        return hashlib.sha256(entry.name.encode(errors="surrogateescape")).digest()
-
     def label(entry: Entry) -> int | tuple[int, ...]:
         labels = tuple(index[name] for name in entry.labels)
         return labels if multi_label else labels[0]
 
-    return tuple(File(x.path, label(x), x.num_bytes) for x in sorted(entries, key=key))
+    return tuple(File(x.path, label(x), x.num_bytes) for x in sorted(entries, key=hashed))
+
+
+def hashed(entry: Entry) -> bytes:
+    """The key that orders the images of a split, see `in_hashed_order`."""
+    # A name may have bytes that are no text.
+    return hashlib.sha256(entry.name.encode(errors="surrogateescape")).digest()
 
 
 def without_cut_off(entries: Sequence[Entry], survey: Survey, prefix: str = "") -> list[Entry]:
@@ -299,7 +332,8 @@ def _follow(
     if other := [entry.name for entry, row in there if entry.class_name != row.class_name]:
         way_out = ": change them back, or begin anew in another --workdir" if must_fit else ""
         told.append(
-            f"{len(other):,} of the images have another class than in the run's {holdout.FILE} "
+            f"{len(other):,} of the images have another class or mask than in the run's "
+            f"{holdout.FILE} "
             f"({listed(other)}){way_out}"
         )
     if new:

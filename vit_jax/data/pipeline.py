@@ -25,7 +25,7 @@ from absl import flags, logging
 
 from vit_jax.data.images import read_image
 from vit_jax.data.order import Order, Shuffled, augmentation_rng
-from vit_jax.data.preprocess import eval_view, train_view
+from vit_jax.data.preprocess import eval_pair, eval_view, train_pair, train_view
 from vit_jax.data.protocols import Preprocessing, evaluation
 from vit_jax.data.source import Example, Source
 from vit_jax.errors import UserError
@@ -100,26 +100,35 @@ def train_batches(
 
     Returns:
         Dicts of "image" (uint8 [rows, height, width, channels]) and "label" (int32 [rows], of
-        several labels an image float32 [rows, classes]), rows = batch_size / process_count.
+        several labels an image float32 [rows, classes], of masks uint8 [rows, height, width]), rows
+        = batch_size / process_count.
 
     Raises:
-        UserError: if `batch_size` cannot be divided or `protocol` is unknown; while iterating, if
-            an image is broken, with its name.
+        UserError: if `batch_size` cannot be divided or `protocol` is unknown, or RandAugment is
+            asked for where there are masks; while iterating, if an image or mask is broken, with
+            the image's name.
     """
     rows = _rows_per_process(batch_size, process_count)
     evaluation(protocol, image_size, jpeg_dct, channels)  # Checks all.
-    view = functools.partial(
-        train_view,
-        image_size=image_size,
-        channels=channels,
-        protocol=protocol,
-        jpeg_dct=jpeg_dct,
-        random_crop=random_crop,
-        random_flip=random_flip,
-        num_operations=num_operations,
-        magnitude=magnitude,
-        contrast=contrast,
-        turn=source.turn,
+    if source.has_masks and num_operations:
+        raise UserError(
+            f"{source.name} has masks, whose pixels RandAugment would not move with those of the "
+            "image: leave randaugment out of config.augment"
+        )
+    geometry = {
+        "image_size": image_size,
+        "channels": channels,
+        "protocol": protocol,
+        "jpeg_dct": jpeg_dct,
+        "random_crop": random_crop,
+        "random_flip": random_flip,
+        "turn": source.turn,
+    }
+    colors = {"num_operations": num_operations, "magnitude": magnitude, "contrast": contrast}
+    view = _View(
+        functools.partial(train_view, **geometry, **colors),
+        functools.partial(train_pair, **geometry),
+        source,
     )
     first_row = first_step * batch_size + process_index * rows
     positions = _Positions(first_row, rows, batch_size)
@@ -214,7 +223,7 @@ class _TrainImages:
         seed: int,
         order: Order,
         positions: _Positions,
-        view: Callable[[bytes, np.random.Generator], np.ndarray],
+        view: "_View",
     ):
         self._source = source
         self._seed = seed
@@ -229,12 +238,47 @@ class _TrainImages:
     def __getitem__(self, index: int) -> tuple[np.ndarray, Any]:
         position = self._positions[index]
         example = self._source[self._order[position]]
-        rng = augmentation_rng(self._seed, position)
-        return _named(self._view, example, rng), example["label"]
+        return self._view(example, augmentation_rng(self._seed, position))
+
+
+class _View:
+    """From an example, and what a view depends on beside it, to the view and the label.
+
+    Args:
+        of_image: the view of an image.
+        of_pair: those of an image and its mask.
+        source: of the examples, whose labels may be masks.
+    """
+
+    def __init__(
+        self,
+        of_image: Callable[..., np.ndarray],
+        of_pair: Callable[..., tuple[np.ndarray, np.ndarray]],
+        source: Source,
+    ):
+        self._of_image = of_image
+        self._of_pair = of_pair
+        self._has_masks = source.has_masks
+        self._num_classes = len(source.class_names)
+
+    def __call__(self, example: Example, drawn: Any) -> tuple[np.ndarray, Any]:
+        try:
+            if not self._has_masks:
+                return self._of_image(example["image"], drawn), example["label"]
+            return self._of_pair(
+                example["image"], example["label"], drawn, num_classes=self._num_classes
+            )
+        except UserError as error:
+            fault = str(error)
+            colon = ":" if fault.startswith("the mask ") else ""
+            fault = fault.removeprefix("the image ")
+            raise UserError(f"image {example['id']}{colon} {fault}") from error
 
 
 def _label_dtype(source: Source) -> type:
     """Shares of classes are floats, which mixup and smoothing make other shares of."""
+    if source.has_masks:
+        return np.uint8
     return np.float32 if source.multi_label else np.int32
 
 
@@ -254,25 +298,22 @@ class _EvalImages:
         return self.positions.count(self.source.num_examples)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, Any]:
-        example = self.source[self.positions[index]]
-        view = functools.partial(eval_view, border=self.source.border, turn=self.source.turn)
-        return _named(view, example, self.preprocessing), example["label"]
+        source = self.source
+        view = _View(
+            functools.partial(eval_view, border=source.border, turn=source.turn),
+            functools.partial(eval_pair, turn=source.turn),
+            source,
+        )
+        return view(source[self.positions[index]], self.preprocessing)
 
     def nothing(self) -> Batch:
         """A batch of no image."""
-        label_shape = np.shape(self.source[0]["label"])
+        shape = self.preprocessing.image_shape
+        label_shape = shape[:2] if self.source.has_masks else np.shape(self.source[0]["label"])
         return {
-            "image": np.zeros((0, *self.preprocessing.image_shape), np.float32),
+            "image": np.zeros((0, *shape), np.float32),
             "label": np.zeros((0, *label_shape), self.label_dtype),
         }
-
-
-def _named(view: Callable[..., np.ndarray], example: Example, *args: Any) -> np.ndarray:
-    try:
-        return view(example["image"], *args)
-    except UserError as error:
-        fault = str(error).removeprefix("the image ")
-        raise UserError(f"image {example['id']} {fault}") from error
 
 
 def _pad(array: np.ndarray, rows: int) -> np.ndarray:

@@ -36,7 +36,8 @@ class Source:
     """A split of a data set.
 
     `source[i]` reads an example: {"image": bytes, encoded; "label": an int, of `open_real`,
-    `open_objectnet` and where `multi_label` int64 [classes]; "id": str, names the example}.
+    `open_objectnet` and where `multi_label` int64 [classes], where `has_masks` bytes, a PNG;
+    "id": str, names the example}.
 
     Attributes:
         name: of the data set, as it was asked for.
@@ -49,6 +50,7 @@ class Source:
             published pipelines decode them with TensorFlow, which knows no orientation.
         multi_label: whether an image has any number of labels, which are trained on: 1 for each
             class that it shows, 0 for the others.
+        has_masks: whether the label of an image is a mask, the class of each of its pixels.
         root: of the files that ids name, "" where they name none. What is below it identifies a
             file wherever the whole lies.
         partition: how the images were divided where the data set has no splits of its own.
@@ -63,6 +65,7 @@ class Source:
     border: int = 0
     turn: bool = True
     multi_label: bool = False
+    has_masks: bool = False
     root: str = ""
     partition: Partition | None = dataclasses.field(default=None, repr=False)
     notes: tuple[str, ...] = dataclasses.field(default=(), repr=False)

@@ -1,5 +1,6 @@
 """Data sets of TFDS, those of VTAB and ReaL among them, as sources. TensorFlow is not imported."""
 
+import dataclasses
 import difflib
 import functools
 import importlib.util
@@ -11,11 +12,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from vit_jax.data import labels, vtab
+from vit_jax.data.masks import check_indices, open_mask
 from vit_jax.data.source import Example, Examples, Source
 from vit_jax.data.tfds_records import RecordExamples
 from vit_jax.errors import UserError, first_line
+from vit_jax.pixel_classes import numbered
 
 _DATA_DIR = "config.dataset.data_dir (of evaluate: --data_dir)"
+_LOOKED_INTO = 100  # masks of a split, before anything is computed
 _NO_DATA = "`--config configs/digits.py` needs no data at all"
 
 
@@ -89,6 +93,69 @@ class TfdsDataset:
         total = sum(part.num_examples for part in info.splits.values())
         num_bytes = info.dataset_size * len(examples) // total if total else 0
         return Source(self._name, split, self._class_names, num_bytes, examples, turn=False)
+
+
+class MaskDataset(TfdsDataset):
+    """A data set of images with a mask each, the index of the class of every pixel."""
+
+    _LABEL = "segmentation_mask"
+
+    def __init__(self, name: str, data_dir: str, num_classes: int):
+        """Opens the builder.
+
+        Args:
+            name: as of `TfdsDataset`.
+            data_dir: likewise.
+            num_classes: of the masks; 0 where the data set itself tells.
+
+        Raises:
+            UserError: likewise, or it does not tell, or there is one class alone.
+        """
+        self._num_classes = num_classes
+        super().__init__(name, data_dir)
+
+    def _check_features(self, features: Mapping[str, Any]) -> None:
+        images = tfds.features.Image
+        if not all(isinstance(features.get(x), images) for x in ("image", self._LABEL)):
+            raise UserError(
+                f"data set {self._name!r} has no masks: it needs the features image and "
+                f"{self._LABEL}, and has {', '.join(features) or 'none'}"
+            )
+        if not self._class_names:
+            raise UserError(
+                f"data set {self._name!r} does not tell how many classes its masks have: set "
+                "--config.model.num_classes to one more than their largest index"
+            )
+        if len(self._class_names) == 1:
+            raise UserError(
+                f"data set {self._name!r} has one class alone, so there is nothing to tell apart: "
+                "set --config.model.num_classes to one more than the largest index of its masks"
+            )
+
+    @property
+    def _class_names(self) -> tuple[str, ...]:
+        feature = self._builder.info.features[self._LABEL]
+        # Of classes of an unknown number, TFDS raises where it is asked for their names.
+        named = getattr(feature, "num_classes", None)
+        return tuple(feature.names) if named else numbered(self._num_classes)
+
+    def source(self, split: str) -> Source:
+        """Returns a split, as `TfdsDataset.source`.
+
+        Raises:
+            UserError: of some masks, evenly spread over it, one cannot be read or has other
+                classes.
+        """
+        source = dataclasses.replace(super().source(split), has_masks=True)
+        count = source.num_examples
+        for index in np.unique(np.linspace(0, count - 1, _LOOKED_INTO).astype(int)):
+            example = source[int(index)]
+            try:
+                with open_mask("the mask", example["label"]) as mask:
+                    check_indices("the mask", mask, len(self._class_names))
+            except UserError as error:
+                raise UserError(f"image {example['id']}: {error}") from error
+        return source
 
 
 class VtabDataset(TfdsDataset):

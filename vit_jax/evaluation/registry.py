@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from vit_jax.errors import UserError, brief, nearest
-from vit_jax.evaluation import fewshot, metrics, multilabel
+from vit_jax.evaluation import fewshot, metrics, multilabel, segmentation
 from vit_jax.evaluation.watched import Watched
 from vit_jax.steps import eval_step
 
@@ -47,9 +47,12 @@ def describe(title: str, scalars: Scalars) -> str:
 def objective(settings: Settings, watched: Watched) -> Evaluate:
     """The training objective on other images: "loss", and "accuracy" where there is one.
 
-    Of images with several labels, all of `multilabel.MultiLabelMetrics` that is a number.
+    Of images with several labels, all of `multilabel.MultiLabelMetrics` that is a number, and of
+    those with masks, all of `segmentation.SegmentationMetrics`.
     """
     source = watched.open(settings)
+    if source.has_masks:
+        return _masks(source, watched)
     if source.multi_label and watched.class_names is not None:
         return _several_labels(source, watched)
     step = jax.jit(functools.partial(eval_step, objective=watched.objective))
@@ -87,6 +90,14 @@ def _several_labels(source: "Source", watched: Watched) -> Evaluate:
         return multilabel.multilabel_metrics(apply_fn, params, batches, watched.mesh).scalars()
 
     return scores
+
+
+def _masks(source: "Source", watched: Watched) -> Evaluate:
+    batches = watched.batches(source)
+    counting = segmentation.make_counting(watched.model, watched.mesh)
+    return lambda params: segmentation.segmentation_metrics(
+        counting, params, batches, watched.mesh
+    ).scalars()
 
 
 def real(settings: Settings, watched: Watched) -> Evaluate:

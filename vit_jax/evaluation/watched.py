@@ -10,6 +10,7 @@ import jax
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 from vit_jax.evaluation import class_names
+from vit_jax.pixel_classes import check_same_classes
 from vit_jax.sharding import Mesh
 from vit_jax.steps import Objective
 
@@ -31,6 +32,7 @@ class Watched:
         class_names: in the order of the logits; None where no classes are predicted.
         dataset: name of the run's data set.
         data_dir: of the same.
+        mask_names: the names of the classes of pixels; None where no masks are predicted.
         broken: what is done with broken files, see `data.labeled_files.FileRules`.
         eval_source: its split to evaluate on.
         preprocessing: what evaluation makes of an image.
@@ -52,6 +54,7 @@ class Watched:
     mesh: Mesh
     report: Callable[[str], None] = print
     broken: str = "refuse"
+    mask_names: Sequence[str] | None = None
 
     def files_of(self, name: str) -> "FileRules":
         """Rules for the files of a data set; the run's own is divided as the run has it."""
@@ -79,9 +82,15 @@ class Watched:
         name = settings["dataset"] or self.dataset
         data_dir = settings["data_dir"] or (self.data_dir if name == self.dataset else "")
         source = datasets.open_evaluation(
-            name, data_dir=data_dir, split=settings["split"], files=self.files_of(name)
+            name,
+            data_dir=data_dir,
+            split=settings["split"],
+            files=self.files_of(name),
+            mask_classes=None if self.mask_names is None else len(self.mask_names),
         )
         self.tell(source)
+        if self.mask_names is not None:
+            check_same_classes(source.name, source.class_names, self.mask_names, self.dataset)
         return source if self.class_names is None else self.label(source)
 
     def tell(self, source: "Source") -> None:

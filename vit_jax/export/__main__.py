@@ -110,7 +110,8 @@ def build_parser(prog: str = "python -m vit_jax.export") -> command.Parser:
         choices=OUTPUTS,
         default="logits",
         help="features: the pooled ones; tokens: those of every patch, a class token or registers "
-        "first; grid: those of the patches, in rows and columns [logits]",
+        "first; grid: those of the patches, in rows and columns; pixels: logits of every pixel, of "
+        "a run of segmentation [logits]",
     )
     parser.add_argument(
         "--layer",

@@ -199,6 +199,8 @@ def _readme(
     ]
     if (prefix := onnx.metadata.get("prefix", "[]")) != "[]":
         lines += ["", f"Features of every patch, row by row; tokens before them: `{_code(prefix)}`"]
+    if pixel_classes := onnx.metadata.get("pixel_classes"):
+        lines += ["", f"Logits of every pixel, of the classes: `{_code(pixel_classes)}`"]
     is_raw = onnx.metadata.get("pixels") == RAW
     if preprocessing:
         lines += ["", f"Preprocessing: `{json.dumps(preprocessing)}`"]

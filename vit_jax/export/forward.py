@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax import models
+from vit_jax.checkpoints.decoder import with_decoder
 from vit_jax.checkpoints.pretrained import Pretrained, abstract_params
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
-from vit_jax.export.stages import DENSE
+from vit_jax.export.stages import DENSE, PIXELS
 from vit_jax.models.base import ModelConfig
 from vit_jax.models.dense import check_dense, dense_features, prefix_names, whole_patches
 from vit_jax.models.vit import ViTConfig
@@ -57,6 +57,13 @@ class Forward:
         return self.apply(jax.tree.unflatten(jax.tree.structure(self.params), weights), images)
 
     @property
+    def output_bytes(self) -> int:
+        """The bytes of an image's output."""
+        images = jax.ShapeDtypeStruct((1, *self.image_shape), self.image_dtype)
+        output = jax.eval_shape(self.apply, self.params, images)
+        return output.size * output.dtype.itemsize
+
+    @property
     def step(self) -> int:
         """The side in pixels of what becomes a token or a position of the features."""
         return models.describe(json.loads(self.metadata["model"])).downsampling
@@ -68,7 +75,11 @@ class Forward:
         sizes = {size for leaf in jax.tree.leaves(self.params) for size in leaf.shape}
         sizes |= {-(-side >> halvings) for side in sides for halvings in range(6)}
         if isinstance(config, ViTConfig):
-            sizes.add(math.prod(whole_patches(config, *sides)) + config.num_prefix_tokens)
+            rows, columns = whole_patches(config, *sides)
+            sizes.add(rows * columns + config.num_prefix_tokens)
+            if self.output_name == PIXELS:
+                classes = len(json.loads(self.metadata["pixel_classes"]))
+                sizes |= {rows, columns, classes * columns}
         return sizes
 
     def with_params(self, params: Mapping[str, Any]) -> "Forward":
@@ -82,12 +93,18 @@ class Forward:
         return lambda images: np.asarray(apply(params, images))
 
 
-def check_free_size(config: ModelConfig) -> None:
+def check_free_size(config: ModelConfig, outputs: str) -> None:
     """Checks that a graph of a model can be one for images of any height and width.
+
+    Args:
+        config: of the model.
+        outputs: see `make_forward`.
 
     Raises:
         UserError: it cannot.
     """
+    if outputs == PIXELS:
+        raise UserError("pixels are exported for one size of images: leave --free_size out")
     if type(config) is not ViTConfig:
         raise UserError(
             "a hybrid, an axial model or a ResNet is exported for one size of images: leave "
@@ -121,7 +138,8 @@ def make_forward(
         outputs: "logits", "probabilities" (their softmax, or sigmoid if the model was trained so),
             "features" (what the head would be applied to), [batch, features], or "tokens" or "grid"
             (those of every patch, see `models.dense`), [batch, tokens, hidden_size] and [batch,
-            rows, columns, hidden_size].
+            rows, columns, hidden_size], or "pixels" (the logits of each, of a run of segmentation,
+            see `models.segmentation`), [batch, height, width, classes].
         layer: the number of the layer whose result tokens or grid are, before any LayerNorm; None:
             after the last LayerNorm.
         include_preprocessing: take uint8 pixels, with mean and std folded into the graph; resizing
@@ -136,16 +154,23 @@ def make_forward(
     params = pretrained.params
     preprocessing = pretrained.preprocessing
     if free_size:
-        check_free_size(models.describe(config))
+        check_free_size(models.describe(config), outputs)
     if outputs in ("features", *DENSE):
         kept = flatten_dict(abstract_params(config, preprocessing.image_size))
         params = unflatten_dict(
             {path: x for path, x in flatten_dict(params).items() if path in kept}
         )
-    elif not config["num_classes"]:
-        raise UserError(f"{pretrained.source} has no head, so no {outputs}: use --outputs features")
+    elif outputs != PIXELS and not config["num_classes"]:
+        pixels = " or pixels" if pretrained.segmentation else ""
+        raise UserError(
+            f"{pretrained.source} has no head, so no {outputs}: use --outputs features{pixels}"
+        )
     # Without a backward pass nothing is computed again, and jax2onnx does not know the call.
-    module = models.create_model(config, dtype="float32", remat="nothing")
+    plain = {"dtype": "float32", "remat": "nothing"}
+    if outputs == PIXELS:
+        module, params = with_decoder(pretrained, **plain)
+    else:
+        module = models.create_model(config, **plain)
     scale, offset = normalization(preprocessing)
 
     def apply(params: Any, images: jax.Array) -> jax.Array:
@@ -171,6 +196,9 @@ def make_forward(
         metadata["layer"] = json.dumps(layer)
     if outputs == "tokens":
         metadata["prefix"] = json.dumps(prefix_names(check_dense(module.config)))
+    if outputs == PIXELS and pretrained.segmentation is not None:
+        names = pretrained.segmentation.class_names
+        metadata["pixel_classes"] = json.dumps(names, ensure_ascii=False)
     if pretrained.class_names is not None and config["num_classes"]:
         metadata["class_names"] = json.dumps(pretrained.class_names, ensure_ascii=False)
     return Forward(

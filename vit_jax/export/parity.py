@@ -17,6 +17,7 @@ from vit_jax.errors import UserError
 from vit_jax.export.precisions import PRECISIONS, thresholds
 from vit_jax.files import atomic_write, write_json
 from vit_jax.image_size import of_sides, sides
+from vit_jax.pixel_classes import IGNORED
 from vit_jax.printable import table_cell
 
 Predict = Callable[[np.ndarray], np.ndarray]
@@ -45,6 +46,8 @@ SYNTHETIC = "synthetic"
 # Of synthetic raw images, the heights and widths by those of the model.
 _RAW_SIZES = ((1, 1), (1.4, 2.1), (2.3, 1.2), (0.6, 0.7), (3.1, 4.2))
 _PERCENTILES = (50, 90, 99)
+# Bytes of outputs: of a call, or kept in a file; and of all images that are compared.
+_OF_A_CALL, _OF_ALL = 2**28, 2**30
 _REFERENCE, _REPORT = "parity_reference.npz", "parity.json"
 _STAGES = "hops"  # The key that parity.json has always had for the stages.
 
@@ -56,7 +59,7 @@ class Reference:
     Attributes:
         images: [n, height, width, channels], of the type of the model's input, or raw ones.
         outputs: float32 [n, ...].
-        labels: [n], the true classes, or None.
+        labels: [n], the true classes, [n, height, width] of pixels, or None.
         data: where the images are from.
     """
 
@@ -126,7 +129,8 @@ def read_dataset(
     """Reads images of a `vit_jax.data.datasets.Source`, evenly spread over it.
 
     Returns:
-        float32 [n, height, width, channels] and labels [n], n at most `number`.
+        float32 [n, height, width, channels] and labels [n], of masks [n, height, width]; n is
+        `number` at most.
 
     Raises:
         UserError: an image is damaged.
@@ -141,8 +145,8 @@ def read_dataset(
 
 def raw_dataset(
     source: Any, preprocessing: Preprocessing, number: int
-) -> tuple[RawImages, np.ndarray]:
-    """The images of `read_dataset` before they are prepared, and their labels [n]."""
+) -> tuple[RawImages, np.ndarray | None]:
+    """The images of `read_dataset` before they are prepared, and labels [n]; none of masks."""
     from vit_jax.data.images import read_image
 
     chosen = _spread(source, number)
@@ -154,7 +158,7 @@ def raw_dataset(
         return image[border : len(image) - border, border : image.shape[1] - border]
 
     reading = [functools.partial(read, i) for i in range(chosen.num_examples)]
-    return RawImages(reading), chosen.labels()
+    return RawImages(reading), None if source.has_masks else chosen.labels()
 
 
 def _spread(source: Any, number: int) -> Any:
@@ -199,6 +203,26 @@ def as_pixels(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     return np.rint(preprocessing.to_pixels(images) * 255).astype(np.uint8)
 
 
+def at_a_time(output_bytes: int, most: int = 16) -> int:
+    """How many images go through a model together, so that outputs are no more than 256 MiB.
+
+    Args:
+        output_bytes: of an image.
+        most: of them where outputs are small.
+    """
+    return max(1, min(most, _OF_A_CALL // output_bytes))
+
+
+def compared(output_bytes: int, most: int) -> int:
+    """How many images are compared, so that the outputs of all are no more than 1 GiB.
+
+    Args:
+        output_bytes: of an image.
+        most: of them where outputs are small.
+    """
+    return max(1, min(most, _OF_ALL // output_bytes))
+
+
 def in_batches(
     predict: Predict, images: np.ndarray | RawImages, batch_size: int = 16
 ) -> np.ndarray:
@@ -219,33 +243,43 @@ def in_batches(
 def compare(reference: Reference, outputs: np.ndarray) -> dict[str, float]:
     """Metrics of the difference between two models on the same images.
 
-    All that is made of an image counts as one vector, also features of its patches.
+    All that is made of an image counts as one vector, also features of its patches; but the first
+    class is that along the last axis, so of pixels each has its own.
 
     Returns:
         `max_difference` and `mean_difference` of the outputs; `relative_difference`, the former by
         the reference's largest output; the smallest `cosine` of an image's outputs;
-        `top1_agreement`; and where labels are known `accuracy` and `reference_accuracy`.
+        `top1_agreement`; and where labels are known `accuracy` and `reference_accuracy`, of pixels
+        of those that count.
     """
-    expected, outputs = (
-        x.astype(np.float64).reshape(len(x), -1) for x in (reference.outputs, outputs)
-    )
-    difference = np.abs(outputs - expected)
-    norms = np.linalg.norm(outputs, axis=1) * np.linalg.norm(expected, axis=1)
-    cosines = (outputs * expected).sum(1) / np.where(norms, norms, 1)
+    pairs = list(zip(reference.outputs, outputs, strict=True))
+    # In float64 one image at a time: of the pixels of all there would not be the memory.
+    differences, means, cosines, largest = np.transpose([_difference(*pair) for pair in pairs])
     # Of a head of zeros nothing differs, and there is no largest output to divide by.
-    same = not difference.any()
-    first, expected_first = outputs.argmax(1), expected.argmax(1)
+    same = not differences.any()
+    firsts = [(expected.argmax(-1), found.argmax(-1)) for expected, found in pairs]
     row = {
-        "max_difference": difference.max(),
-        "mean_difference": difference.mean(),
-        "relative_difference": 0.0 if same else difference.max() / np.abs(expected).max(),
+        "max_difference": differences.max(),
+        "mean_difference": means.mean(),
+        "relative_difference": 0.0 if same else differences.max() / largest.max(),
         "cosine": 1.0 if same else cosines.min(),
-        "top1_agreement": (first == expected_first).mean(),
+        "top1_agreement": np.mean([(expected == found).mean() for expected, found in firsts]),
     }
     if reference.labels is not None:
-        row["accuracy"] = (first == reference.labels).mean()
-        row["reference_accuracy"] = (expected_first == reference.labels).mean()
+        counted = reference.labels != IGNORED if reference.labels.ndim > 1 else True
+        for name, which in (("accuracy", 1), ("reference_accuracy", 0)):
+            right = np.array([first[which] for first in firsts]) == reference.labels
+            row[name] = right.mean(where=counted)
     return {name: float(value) for name, value in row.items()}
+
+
+def _difference(expected: np.ndarray, found: np.ndarray) -> tuple[float, float, float, float]:
+    """Of an image the largest and the mean difference, the cosine, and the largest output."""
+    expected, found = (x.astype(np.float64).ravel() for x in (expected, found))
+    difference = np.abs(found - expected)
+    norms = np.linalg.norm(found) * np.linalg.norm(expected)
+    cosine = float(np.dot(found, expected) / (norms or 1))
+    return difference.max(), difference.mean(), cosine, np.abs(expected).max()
 
 
 def failures(row: Mapping[str, float], precision: str, reference: Reference) -> list[str]:
@@ -349,11 +383,13 @@ def table(stages: Sequence[Mapping[str, Any]]) -> str:
 def save_reference(reference: Reference, directory: Path, number: int = 64) -> None:
     """Writes `parity_reference.npz`, with which an engine is checked on another machine.
 
-    There is none of raw images: of a graph that takes these no engine is built.
+    There is none of raw images: of a graph that takes these no engine is built. Of large outputs
+    there are fewer images.
     """
     if isinstance(reference.images, RawImages):
         (directory / _REFERENCE).unlink(missing_ok=True)
         return
+    number = at_a_time(reference.outputs[0].nbytes, number)
     arrays: dict[str, Any] = {
         "images": reference.images[:number],
         "outputs": reference.outputs[:number],

@@ -18,10 +18,11 @@ from vit_jax.export.folder import README, check_folder, write_folder
 from vit_jax.export.onnx_file import read_onnx
 from vit_jax.export.precisions import PRECISIONS, Precision
 from vit_jax.export.profiles import parse_batch
-from vit_jax.export.stages import DENSE, Resolution, missing_packages, obstacles, resolve
+from vit_jax.export.stages import DENSE, PIXELS, Resolution, missing_packages, obstacles, resolve
 from vit_jax.export.to_tensorrt import build, summary
 from vit_jax.files import make_folder
 from vit_jax.image_size import of_sides
+from vit_jax.pixel_classes import check_same_classes
 from vit_jax.printable import printable
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from vit_jax.export.forward import Forward
 
 
+_OF_CLASSES = ("logits", "probabilities")
 # Of a graph for any size, the heights and widths that it is compared at, by those of the model.
 _OTHER_SIZES = ((0.5, 0.5), (1.5, 2), (2, 0.75))
 
@@ -53,30 +55,34 @@ class Photographs:
     number: int = 256
 
     def read(
-        self, pretrained: "Pretrained", number: int, named: bool
+        self, pretrained: "Pretrained", number: int, outputs: str
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Preprocessed images, at most `number`, and where classes are known (`named`) labels.
+        """Preprocessed images, at most `number`, and where the outputs have classes labels.
 
         Raises:
             UserError: an image is damaged, or the data set has other classes than the model.
         """
         preprocessing = pretrained.preprocessing
         if self.dataset:
-            return parity.read_dataset(self._open(pretrained), preprocessing, number)
+            source = self._open(pretrained)
+            images, labels = parity.read_dataset(source, preprocessing, number)
+            return images, labels if outputs in (*_OF_CLASSES, PIXELS) else None
         if self.directory:
-            names = pretrained.class_names if named else None
+            names = _class_names(pretrained, outputs)
             return parity.read_images(self.directory, preprocessing, names, number)
         return parity.synthetic_images(min(number, 16), preprocessing), None
 
     def read_raw(
-        self, pretrained: "Pretrained", number: int, named: bool
+        self, pretrained: "Pretrained", number: int, outputs: str
     ) -> tuple[parity.RawImages, np.ndarray | None]:
         """The images of `read` before they are prepared, and labels; synthetic ones of any size."""
         preprocessing = pretrained.preprocessing
         if self.dataset:
-            return parity.raw_dataset(self._open(pretrained), preprocessing, number)
+            source = self._open(pretrained)
+            raw, labels = parity.raw_dataset(source, preprocessing, number)
+            return raw, labels if outputs in _OF_CLASSES else None
         if self.directory:
-            names = pretrained.class_names if named else None
+            names = _class_names(pretrained, outputs)
             return parity.raw_files(self.directory, preprocessing, names, number)
         return parity.synthetic_raw(min(number, 16), preprocessing), None
 
@@ -85,10 +91,19 @@ class Photographs:
         from vit_jax.data.datasets import FileRules, open_evaluation
         from vit_jax.evaluation.class_names import label
 
-        files = FileRules(channels=pretrained.preprocessing.channels)
+        decoder = pretrained.segmentation
         source = open_evaluation(
-            self.dataset, data_dir=self.data_dir, split=self.split, files=files
+            self.dataset,
+            data_dir=self.data_dir,
+            split=self.split,
+            files=FileRules(channels=pretrained.preprocessing.channels),
+            mask_classes=None if decoder is None else len(decoder.class_names),
         )
+        if decoder is not None:
+            check_same_classes(
+                source.name, source.class_names, decoder.class_names, pretrained.source
+            )
+            return source
         num_classes, names = pretrained.model["num_classes"], pretrained.class_names
         labeled, _ = label(
             source,
@@ -97,6 +112,11 @@ class Photographs:
             lambda *classes: f"{difference(*classes)}: use --data, which takes any photographs",
         )
         return labeled
+
+
+def _class_names(pretrained: "Pretrained", outputs: str) -> Sequence[str] | None:
+    """The classes of images, where these are what comes out."""
+    return pretrained.class_names if outputs in _OF_CLASSES else None
 
 
 class Export:
@@ -177,20 +197,21 @@ class Export:
         )
         only_onnx = free_size or in_graph
         resolution = self._resolve(("onnx",) if only_onnx else stages, converter)
-        number = photographs.number + self.precision.calibration_images
-        named = bool(pretrained.class_names) and outputs in ("logits", "probabilities")
-        raw = None
+        most = parity.compared(forward.output_bytes, photographs.number)
+        number, raw = most + self.precision.calibration_images, None
         if in_graph:
-            raw, labels = photographs.read_raw(pretrained, number, named)
+            raw, labels = photographs.read_raw(pretrained, number, outputs)
             images = parity.prepared(raw, pretrained.preprocessing)
         else:
-            images, labels = photographs.read(pretrained, number, named)
+            images, labels = photographs.read(pretrained, number, outputs)
         if include_preprocessing:
             images = parity.as_pixels(images, pretrained.preprocessing)
         kept = self._kept(len(images))
         calibration = None if kept.all() else images[~kept]
+        kept &= np.cumsum(kept) <= most
         images, labels = images[kept], None if labels is None else labels[kept]
-        expected = parity.in_batches(forward.jitted(), images)
+        at_a_time = parity.at_a_time(forward.output_bytes)
+        expected = parity.in_batches(forward.jitted(), images, at_a_time)
         data = photographs.dataset or photographs.directory or parity.SYNTHETIC
         given = images if raw is None else raw.chosen(kept)
         self._reference = parity.Reference(given, expected, labels, data)
@@ -288,7 +309,7 @@ class Export:
     @staticmethod
     def _limits(precision: Precision, forward: "Forward") -> str:
         """The name of the tolerance for a function in a precision."""
-        return precision.limits("tokens" if forward.output_name in DENSE else "")
+        return precision.limits("tokens" if forward.output_name in (*DENSE, PIXELS) else "")
 
     def _compare_sizes(self, forward: "Forward", pretrained: "Pretrained") -> None:
         """Measures the ONNX file at other heights and widths, each against Flax at these."""
@@ -329,16 +350,18 @@ class Export:
         is_own, reference = reference is None, reference or self._reference
         if reference is None:
             raise ValueError("there is nothing to compare with")
-        row: dict[str, Any] = dict(
-            parity.compare(reference, parity.in_batches(predict, reference.images))
-        )
+        output_bytes = reference.outputs[0].nbytes
+        at_a_time = parity.at_a_time(output_bytes)
+        outputs = parity.in_batches(predict, reference.images, at_a_time)
+        row: dict[str, Any] = dict(parity.compare(reference, outputs))
         row |= emulation.range() if emulation else {}
         found = parity.failures(row, limits, reference)
         self.failures += [f"{name}: {failure}" for failure in found]
         stage = {"name": name, "precision": limits, "images": len(reference.images), **row}
         if self.seconds and not emulation and is_own:
             image = reference.images[0]
-            stage["latency"] = parity.latency(predict, image, self.batch_sizes, self.seconds)
+            timed = [x for x in self.batch_sizes if x <= parity.compared(output_bytes, x)]
+            stage["latency"] = parity.latency(predict, image, timed, self.seconds)
         self._stages = [old for old in self._stages if old["name"] != name] + [stage]
         parity.save_report(reference, self._stages, self.directory)
         print(parity.table([stage]), flush=True)

@@ -10,7 +10,9 @@ STAGES = ("tf", "onnx", "tensorrt")
 CONVERTERS = ("jax2tf", "jax2onnx")
 # Of every token, with a class token or registers first; or of the patches, in rows and columns.
 DENSE = ("tokens", "grid")
-OUTPUTS = ("logits", "probabilities", "features", *DENSE)
+# The logits of every pixel, of a run of segmentation.
+PIXELS = "pixels"
+OUTPUTS = ("logits", "probabilities", "features", *DENSE, PIXELS)
 _MAKES = {"tf": "SavedModel", "onnx": "ONNX file"}
 _ONNX_PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 # What installs the export's packages: with JAX 0.7.1, or for the newest JAX.

@@ -340,7 +340,7 @@ def base(model: str, dataset: str) -> ConfigDict:
             # Whether the weights' head stays where it knows the classes of the data: never, as the
             # paper's (Section 3.2 removes it), or auto.
             "keep_head": "never",
-            "objective": "classification",  # or masked_patches
+            "objective": "classification",  # or masked_patches, segmentation
             # Of masked patch prediction: the share of patches to corrupt, and what is predicted of
             # them: mean_color, downsized or pixels.
             "masking": {"rate": MASKED_RATE, "target": MASKED_TARGET},

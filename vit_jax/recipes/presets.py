@@ -7,6 +7,8 @@
                     78.5% in 150 and 80.0% in 300
     transfer        configs/transfer.py there, with which weights of augreg are fine-tuned: ViT-B/32
                     of ImageNet-21k to 98.55% on CIFAR-10
+    segmentation    "Segmenter" (Strudel et al., 2021, arXiv 2105.05633), with its linear decoder:
+                    Section 4.1, on ADE20K
     bit_hyperrule   "Big Transfer" (Kolesnikov et al., 2020, arXiv 1912.11370), Section 3.3, as
                     published in google-research/big_transfer, bit_hyperrule.py: R50x1 of
                     ImageNet-21k to 80.68% on ImageNet
@@ -111,6 +113,11 @@ _SIZES = {
     "oxford_iiit_pet": "small",
 }
 HYPERRULE_LR = 0.003
+SEGMENTATION_BATCH_SIZE = 8
+SEGMENTATION_STEPS = 160_000
+SEGMENTATION_CROP = 512
+SEGMENTATION_LR = 1e-3
+SEGMENTATION_DEPTH = 0.1
 # Crops, of images that are resized to 32 pixels more; the first of those below 96 x 96 pixels.
 SMALL_CROP, CROP = 128, 480
 # Of these the images are: of 8, 28, 32 and 64 pixels; those of TFDS by their names there.
@@ -249,6 +256,33 @@ def bit_hyperrule(model: str, dataset: str) -> ConfigDict:
     config.schedule.base_lr = HYPERRULE_LR
     config.schedule.decay = "staircase"
     HYPERRULE_SIZES[_SIZES.get(name, "small")](config)
+    return config
+
+
+def segmentation(model: str, dataset: str) -> ConfigDict:
+    """Segmenter with its linear decoder: all of a model is trained on images and their masks.
+
+    That is SGD with momentum 0.9 and no weight decay, a rate of 0.001, 160,000 steps of 8 crops of
+    512 pixels, no dropout and a stochastic depth of 0.1. Not as there: the rate falls linearly, not
+    with an exponent of 0.9; a crop is that of Inception, not of an image resized by 0.5 to 2, and
+    colors are not jittered; images are in [-1, 1], as the weights want them; evaluation sees the
+    whole image at the size of the crops, where Segmenter slides a window over it.
+    """
+    config = _from_weights(model, dataset)
+    downsampling = models.describe(config.model).downsampling
+    config.objective = "segmentation"
+    config.batch_size = SEGMENTATION_BATCH_SIZE
+    config.duration = f"{SEGMENTATION_STEPS} steps"
+    config.dataset.image_size = -(-SEGMENTATION_CROP // downsampling) * downsampling
+    config.dataset.protocol = "inception"
+    if "stochastic_depth" in config.model:
+        config.model.stochastic_depth = SEGMENTATION_DEPTH
+    config.optimizer.clip_norm = 0.0
+    config.schedule.base_lr = SEGMENTATION_LR
+    config.schedule.decay = "linear"
+    config.schedule.warmup = "0 steps"
+    config.evals.val.every = "8000 steps"
+    config.checkpoint_every = "8000 steps"
     return config
 
 

@@ -1,0 +1,178 @@
+"""From images to the class of every pixel: `python -m vit_jax.segment --checkpoint C IMAGE...`."""
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vit_jax import command
+from vit_jax.checkpoints import flags
+from vit_jax.errors import UserError
+from vit_jax.files import atomic_write, make_folder
+from vit_jax.printable import printable
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from vit_jax.checkpoints.pretrained import Pretrained
+
+_EPILOG = """Writes to the folder, for photo.jpg:
+  photo.png          the index of the class of every pixel, a PNG with a palette, of the image's
+                     size; 255 where the model did not look, as beyond a central crop
+  photo.overlay.jpg  the image under the colors of the classes
+
+examples:
+  %(prog)s --checkpoint runs/streets photos/ --output masks
+
+exit codes:
+  0  every image was segmented
+  1  some could not be read; each is one line on stderr, the others were done
+  2  none could be read, or a flag or the checkpoint is wrong"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    args = build_parser().parse_args(argv)
+    # PIL warns of odd metadata and large sizes, from several threads.
+    warnings.simplefilter("ignore")
+    command.keep_programs()
+    # Imported here: --help should wait for neither NumPy nor JAX.
+    from vit_jax.data.image_files import find_images
+
+    pretrained = flags.load(args)
+    files = find_images(args.images, pretrained.preprocessing.channels)
+    _check_names(files)
+    _check_output(args.output, args.images, files)
+    output, done = Path(args.output), 0
+    make_folder(output)
+    for file, mask in segment(pretrained, files, args.batch_size):
+        done += _write(output, file, mask, pretrained)
+    return 2 if not done else 0 if done == len(files) else 1
+
+
+def _check_names(files: Sequence[str]) -> None:
+    counts = Counter(Path(file).stem for file in files)
+    if twice := [file for file in files if counts[Path(file).stem] > 1]:
+        raise UserError(
+            f"{printable(twice[0])} and {printable(twice[1])} have masks of one name: segment them "
+            "into folders of their own"
+        )
+
+
+def _check_output(output: str, paths: Sequence[str], files: Sequence[str]) -> None:
+    """Refuses a folder where a mask would replace an image, or be taken for one the next time.
+
+    Args:
+        output: the folder that gets the masks.
+        paths: images and directories, as they were given.
+        files: the images that these stand for.
+
+    Raises:
+        UserError: an image lies in the folder, or the folder below a directory of images.
+    """
+    place = Path(os.path.realpath(output))
+    around = {str(place), *map(str, place.parents)}
+    for path in paths:
+        if os.path.isdir(path) and os.path.realpath(path) in around:
+            raise _mixed(output, path)
+    for file in files:
+        # Where it is, and where it lies if it is a link.
+        directory = os.path.dirname(file)
+        if str(place) in (os.path.realpath(directory), os.path.dirname(os.path.realpath(file))):
+            raise _mixed(output, file)
+
+
+def _mixed(output: str, path: str) -> UserError:
+    return UserError(
+        f"--output {printable(output)} has images in it or lies among them ({printable(path)}), "
+        "which masks would replace or be taken for: name a folder elsewhere"
+    )
+
+
+def segment(
+    pretrained: "Pretrained", files: Sequence[str], batch_size: int
+) -> Iterator[tuple[str, "np.ndarray"]]:
+    """Yields every image that can be read, with the class of each pixel that the model sees.
+
+    One that cannot is a line on stderr. Images are seen as in evaluation, in batches of one shape.
+
+    Args:
+        pretrained: of a run of segmentation.
+        files: image files.
+        batch_size: how many images are segmented at a time, at most.
+
+    Yields:
+        The file, and uint8 [height, width], of the size of the model's input.
+
+    Raises:
+        UserError: the checkpoint is no such one, or its logits are not finite.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from vit_jax.checkpoints.decoder import with_decoder
+    from vit_jax.data.image_files import read_batches
+    from vit_jax.evaluation.metrics import one_ahead
+
+    module, params = with_decoder(pretrained)
+    params = jax.device_put(params)
+
+    @jax.jit
+    def classify(params: dict, images: "np.ndarray") -> tuple[jax.Array, jax.Array]:
+        logits: Any = module.apply({"params": params}, images)
+        return jnp.argmax(logits, -1).astype(jnp.uint8), jnp.isfinite(logits).all()
+
+    batches = read_batches(files, pretrained.preprocessing, batch_size, command.report)
+    started = ((found, classify(params, batch)) for found, batch in batches)
+    for found, (masks, is_finite) in one_ahead(started):
+        if not is_finite:
+            raise UserError(f"{pretrained.source} gives logits that are not finite: mend it")
+        yield from zip(found, np.asarray(masks)[: len(found)], strict=True)
+
+
+def _write(output: Path, file: str, mask: "np.ndarray", pretrained: "Pretrained") -> bool:
+    """Writes the mask of an image, and it over the image; tells whether it could be read again."""
+    from PIL import Image
+
+    from vit_jax.data.images import read_image
+    from vit_jax.data.preprocess import onto_image
+    from vit_jax.evaluation.mask_pictures import overlay, save_mask
+
+    preprocessing, name = pretrained.preprocessing, Path(file).stem
+    try:
+        image = read_image(file, channels=preprocessing.channels)
+    except UserError as error:
+        command.report(error)
+        return False
+    whole = onto_image(mask, preprocessing, *image.shape[:2])
+    # Of other channels than three the first is shown.
+    rgb = image if image.shape[-1] == 3 else image[..., :1].repeat(3, axis=-1)
+    with atomic_write(output / f"{name}.png") as temporary:
+        save_mask(temporary, whole)
+    with atomic_write(output / f"{name}.overlay.jpg") as temporary:
+        Image.fromarray(overlay(rgb, whole)).save(temporary, "JPEG", quality=90)
+    print(printable(f"{file}: {output / name}.png"), flush=True)
+    return True
+
+
+def build_parser(prog: str = "python -m vit_jax.segment") -> command.Parser:
+    """The parser of the command line, under the name by which the command is called."""
+    parser = command.Parser(
+        prog=prog, description="Tells the class of every pixel of images.", epilog=_EPILOG
+    )
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE_OR_DIR", help="directories are searched recursively"
+    )
+    flags.add_flags(parser)
+    parser.add_argument("--output", required=True, metavar="DIR", help="gets two files an image")
+    parser.add_argument(
+        "--batch_size", type=command.positive, default=8, metavar="N", help="at a time [8]"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    command.run(main)
