@@ -11,7 +11,7 @@ import scipy.special
 from sklearn import metrics
 from sklearn.datasets import load_digits
 
-from vit_jax import command, evaluate
+from vit_jax import command, config_files, evaluate, train
 from vit_jax.checkpoints.model_info import info_path
 from vit_jax.checkpoints.pretrained import Pretrained, abstract_params
 from vit_jax.checkpoints.save import save_pretrained
@@ -27,7 +27,7 @@ from . import prepared
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: --checkpoint, --dataset"),
+        ([], "required: --checkpoint"),
         (["--dataset", "digits"], "required: --checkpoint"),
         (["--nonsense"], "required"),
         (["--checkpoint=c", "--dataset=d", "--nonsense"], "unrecognized arguments: --nonsense"),
@@ -422,6 +422,48 @@ def test_objectnet_needs_imagenets_classes_in_their_order(objectnet_folder, chec
     for flag in ("--fewshot=1", "--per_class", "--confusion=c.csv", "--split=test"):
         with pytest.raises(UserError, match="objectnet has several labels an image"):
             run_main("--checkpoint", str(other), *dataset, flag)
+
+
+@pytest.mark.parametrize("below", ["", "checkpoints", "best", "best/2"])
+def test_a_run_is_scored_on_what_it_held_out_unless_something_else_is_named(
+    tmp_path, monkeypatch, capsys, below
+):
+    """Training's own last evaluation is what it must agree with."""
+    monkeypatch.chdir(tmp_path)
+    for label, color in enumerate(("red", "lime", "blue")):
+        (tmp_path / "photos" / color).mkdir(parents=True)
+        for number in range(10):
+            image = PIL.Image.new("RGB", (8, 8), color if number else "white")
+            image.save(tmp_path / "photos" / color / f"{label}{number}.png")
+    config = config_files.load("digits").config
+    config.dataset.update(name="folder:photos", image_size=8, holdout=0.3, channels=3)
+    config.duration, config.checkpoint_every, config.evals.val.every = (
+        "2 steps",
+        "2 steps",
+        "2 steps",
+    )
+    config.batch_size = 4
+    config.schedule.warmup = "1 step"
+    config.model.update(num_layers=1, hidden_size=8, mlp_dim=8, num_heads=1, patch_size=4)
+    trained = train.train(config, tmp_path / "runs" / "photos")
+    capsys.readouterr()
+    checkpoint = str(pathlib.Path("runs/photos", below))
+    assert run_main("--checkpoint", checkpoint, "--json", "result.json") == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["dataset"] == "folder:photos"
+    assert result["examples"] == 9
+    assert result["accuracy"] == trained["accuracy"]
+    assert result["loss"] == pytest.approx(trained["loss"], rel=1e-5)
+    assert capsys.readouterr().out.startswith(
+        f"of {tmp_path}/runs/photos/config.json: --dataset folder:photos\n"
+    )
+    assert run_main("--checkpoint", checkpoint, "--dataset", "photos/", "--json", "again.json") == 0
+    assert json.loads((tmp_path / "again.json").read_text()) == result
+
+
+def test_weights_alone_have_no_data_set(checkpoint):
+    with pytest.raises(UserError, match="--dataset is missing, and .* is not a run"):
+        run_main("--checkpoint", checkpoint.source)
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):

@@ -124,31 +124,6 @@ def test_what_the_probe_learned_from_is_not_scored_later(tmp_path, weights, caps
     assert f"{result['test']['accuracy']:.4f}" in printed
 
 
-@pytest.mark.parametrize(
-    ("data", "name"),
-    [
-        ("photos", "folder:photos"),
-        ("./cifar10", "folder:./cifar10"),
-        ("cifar10", "cifar10"),
-        ("digits", "digits"),
-        ("a.csv", "list:a.csv"),
-        ("folder:photos", "folder:photos"),
-        ("nowhere", "nowhere"),  # Of TFDS, perhaps.
-    ],
-)
-def test_a_path_is_a_folder_or_list_unless_a_data_set_is_called_so(
-    tmp_path, monkeypatch, data, name
-):
-    monkeypatch.chdir(tmp_path)
-    for folder in ("photos", "cifar10", "digits"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "a.csv").touch()
-    (tmp_path / "a.txt").touch()
-    assert probe._dataset_name(data) == name
-    with pytest.raises(UserError, match="'a.txt' is no data set: give a folder"):
-        probe._dataset_name("a.txt")
-
-
 def test_what_is_interrupted_leaves_nothing(tmp_path, weights, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vit_jax import command, tensorflow_env
 from vit_jax.checkpoints import flags
 from vit_jax.errors import UserError
-from vit_jax.files import atomic_write, write_json
+from vit_jax.files import atomic_write, of_run, write_json
 from vit_jax.printable import csv_cell, printable
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ def build_parser(prog: str = "python -m vit_jax.evaluate") -> command.Parser:
     flags.add_flags(parser)
     parser.add_argument(
         "--dataset",
-        required=True,
         metavar="D",
-        help="a TFDS name, folder:PATH, list:PATH, digits, imagenet2012_real, or objectnet:PATH",
+        help="a folder or list of images, a TFDS name, digits, imagenet2012_real, or "
+        "objectnet:PATH [of a run its own, what it held out]",
     )
     command.add_image_flags(parser, batch_size=None, usual="128, of a model of pixels 8")
     parser.add_argument(
@@ -175,6 +175,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.keep_programs()
     from vit_jax.data import datasets, objectnet
 
+    if args.dataset is None:
+        _take_from_run(args)
+    args.dataset = datasets.name_or_path(args.dataset)
     result: dict[str, Any] = {"checkpoint": args.checkpoint, "dataset": args.dataset}
     if args.dataset == datasets.REAL:
         if args.fewshot or args.per_class or args.confusion or args.report:
@@ -206,6 +209,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         write_json(pathlib.Path(args.json), result)
     return 0
+
+
+def _take_from_run(args: argparse.Namespace) -> None:
+    """Completes the flags by the images that the run of the checkpoint was evaluated on."""
+    from vit_jax.config import read_config
+
+    path = of_run(args.checkpoint, "config.json")
+    if path is None or not (path.parent / "checkpoints").is_dir():
+        raise UserError(
+            f"--dataset is missing, and {args.checkpoint} is not a run, whose data set would be "
+            "taken: add --dataset, for example a folder with a directory of images for each class"
+        )
+    data = read_config(str(path)).dataset
+    args.dataset = data.name
+    args.data_dir = args.data_dir or data.data_dir
+    args.split = args.split or data.eval_split
+    print(printable(f"of {path}: --dataset {data.name}"), flush=True)
 
 
 def _file_rules(args: argparse.Namespace, checkpoint: _Checkpoint) -> Any:

@@ -28,6 +28,21 @@ def cache_dir() -> Path:
         raise UserError("this user has no home: set HOME to a folder") from error
 
 
+def of_run(checkpoint: str, name: str) -> Path | None:
+    """A file in the workdir of the run that a checkpoint belongs to, None if it is not there.
+
+    Args:
+        checkpoint: a run's workdir, its `checkpoints` or `best`, or a step in one of these.
+        name: of the file.
+    """
+    path = Path(checkpoint).absolute()
+    workdirs = [path]
+    for above in (path, path.parent):
+        if above.name in ("checkpoints", "best"):
+            workdirs.append(above.parent)
+    return next((workdir / name for workdir in workdirs if (workdir / name).is_file()), None)
+
+
 @contextlib.contextmanager
 def storage_errors(
     message: Callable[[str], str], errnos: Container[int | None] | None = None

@@ -124,7 +124,7 @@ def _open(args: argparse.Namespace, channels: int) -> _Sources:
     from vit_jax.data import datasets
 
     train, test = datasets.open_dataset(
-        _dataset_name(args.data),
+        datasets.name_or_path(args.data),
         data_dir=args.data_dir,
         eval_split=args.split,
         files=datasets.FileRules(broken=args.broken, skip_flag="--broken skip", channels=channels),
@@ -141,17 +141,6 @@ def _open(args: argparse.Namespace, channels: int) -> _Sources:
         flush=True,
     )
     return _Sources(train, test)
-
-
-def _dataset_name(data: str) -> str:
-    """The name of a data set, which may be given as the path of a folder or list.
-
-    That of a folder that is called like a data set begins with "./".
-    """
-    from vit_jax.data import datasets
-
-    is_path = not datasets.is_known(data) and os.path.exists(os.path.expanduser(data))
-    return datasets.name_of(data) if is_path else data
 
 
 def _features(

@@ -8,7 +8,14 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from experiments import paper
-from vit_jax.data.datasets import Source, open_dataset, open_evaluation, open_real, relabel
+from vit_jax.data.datasets import (
+    Source,
+    name_or_path,
+    open_dataset,
+    open_evaluation,
+    open_real,
+    relabel,
+)
 from vit_jax.data.pipeline import eval_batches
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
@@ -272,3 +279,28 @@ def test_other_labels_of_images_with_several_and_with_none():
     assert labels(relabel(source([1, -1, 0]), [2, 1], "xyz")) == [1, -1, 2]
     several = source([[1, 0], [1, 1], [0, 0]])
     assert labels(relabel(several, [2, 1], "xyz")) == [[0, 0, 1], [0, 1, 1], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ("photos", "folder:photos"),
+        ("./cifar10", "folder:./cifar10"),
+        ("cifar10", "cifar10"),
+        ("digits", "digits"),
+        ("a.csv", "list:a.csv"),
+        ("folder:photos", "folder:photos"),
+        ("nowhere", "nowhere"),  # Of TFDS, perhaps.
+    ],
+)
+def test_a_path_is_a_folder_or_list_unless_a_data_set_is_called_so(
+    tmp_path, monkeypatch, data, name
+):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos", "cifar10", "digits"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "a.csv").touch()
+    (tmp_path / "a.txt").touch()
+    assert name_or_path(data) == name
+    with pytest.raises(UserError, match="'a.txt' is no data set: give a folder"):
+        name_or_path("a.txt")

@@ -67,6 +67,18 @@ def is_known(name: str) -> bool:
     return kind or name == digits.NAME or (name.split(":")[0].split("/")[0] in _SPLITS)
 
 
+def name_or_path(text: str) -> str:
+    """The name of the data set that a user has named, or at the path that a user has given.
+
+    That of a folder that is called like a data set begins with "./".
+
+    Raises:
+        UserError: as `name_of` does.
+    """
+    is_path = not is_known(text) and os.path.exists(os.path.expanduser(text))
+    return name_of(text) if is_path else text
+
+
 def is_of_files(name: str) -> bool:
     """Tells whether a data set is a folder or list of image files, whose `FileRules` count."""
     return name.startswith((folder.PREFIX, listing.PREFIX))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vit_jax.errors import UserError, brief, first_line
-from vit_jax.files import atomic_write
+from vit_jax.files import atomic_write, of_run
 
 FILE = "split.csv"
 TRAIN, HELD_OUT, BROKEN = "train", "validation", "broken"
@@ -99,17 +99,13 @@ def of_checkpoint(checkpoint: str) -> Partition | None:
     """The partition of the run that a checkpoint belongs to, None if there is none.
 
     Args:
-        checkpoint: a run's workdir, its `checkpoints` or `best`, or a step in one of these.
+        checkpoint: as `files.of_run` takes it.
 
     Raises:
         UserError: as `read` does.
     """
-    path = Path(checkpoint).absolute()
-    workdirs = [path]
-    for above in (path, path.parent):
-        if above.name in ("checkpoints", "best"):
-            workdirs.append(above.parent)
-    return next((read(x / FILE) for x in workdirs if (x / FILE).is_file()), None)
+    path = of_run(checkpoint, FILE)
+    return None if path is None else read(path)
 
 
 def record(partition: Partition | None, workdir: Path) -> None:
