@@ -123,6 +123,16 @@ def test_the_readers_image_is_that_of_evaluation(rule, tmp_path):
     np.testing.assert_allclose(found, expected[None], atol=1e-4)
 
 
+def test_a_phones_jpeg_of_several_pictures_is_decoded_as_in_evaluation(tmp_path):
+    rule = RULES["fast"]
+    weights = linear(tmp_path, rule)
+    with Image.open(photograph(tmp_path / "one.jpg")) as one:
+        one.save(tmp_path / "photo.jpg", "MPO", save_all=True, append_images=[one.rotate(90)])
+    seen = preprocess(read_image(tmp_path / "photo.jpg", jpeg_dct="fast"), rule)
+    found, _ = followed(tmp_path)
+    np.testing.assert_allclose(found, (seen.ravel() @ weights)[None], atol=1e-4)
+
+
 @pytest.mark.parametrize("in_graph", [False, True], ids=["outside", "in_graph"])
 def test_the_readme_gives_the_logits_of_flax(in_graph, converter, make_forward, tmp_path):
     made = make_forward(num_layers=1)
@@ -239,6 +249,8 @@ def test_the_lines_for_tensorrt_use_what_it_has(version, batch, tmp_path, monkey
     if version.startswith("8"):
         pytest.skip("the README names TensorRT 10 and 11")
     linear(tmp_path, RULES["whole"])
+    cuda = fake_tensorrt.FakeCuda()  # The lines leave it to the end of the program to free memory.
+    monkeypatch.setattr(fake_tensorrt, "CUDA", cuda)
     trt = fake_tensorrt.install(monkeypatch, version)
 
     class Logger(trt.ILogger):
@@ -257,6 +269,9 @@ def test_the_lines_for_tensorrt_use_what_it_has(version, batch, tmp_path, monkey
     np.testing.assert_allclose(found["outputs"], expected[None], rtol=1e-5)
     found["images"] = np.repeat(images, 9, axis=0)
     with pytest.raises(AssertionError, match="built for other batches"):
+        exec(blocks(tmp_path)[1], found)
+    monkeypatch.setattr(cuda, "cudaMalloc", lambda _: (2, None))
+    with pytest.raises(AssertionError, match="error 2"):
         exec(blocks(tmp_path)[1], found)
 
 
