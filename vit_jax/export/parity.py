@@ -351,7 +351,7 @@ def table(stages: Sequence[Mapping[str, Any]]) -> str:
         stages: each has a `name` and what `compare` gives; a `latency` if it was timed; and of an
             emulation its `range` and the name of its `precision`. None: not finite.
     """
-    stages = [{k: float("nan") if v is None else v for k, v in x.items()} for x in stages]
+    stages = [_with_nans(stage) for stage in stages]
     accuracy = any("accuracy" in stage for stage in stages)
     limits = {PRECISIONS[stage["precision"]].largest for stage in stages if "largest" in stage}
     ranged = bool(limits)
@@ -378,6 +378,10 @@ def table(stages: Sequence[Mapping[str, Any]]) -> str:
             speed = f"{row['images_per_second']:.1f}"
             lines.append(f"| {table_cell(stage['name'])} | {row['batch']} | {times} | {speed} |")
     return "\n".join(lines)
+
+
+def _with_nans(stage: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: float("nan") if value is None else value for key, value in stage.items()}
 
 
 def save_reference(reference: Reference, directory: Path, number: int = 64) -> None:
