@@ -3,7 +3,9 @@
 The fake of a version has the names of that version's real bindings (tensorrt_names.json) and no
 others. Its engines compute: the mean of an image's pixels, times 1, 2, 3 and so on. What is queued
 on a stream runs when the stream is synchronised, not before, and memory that was freed is gone, so
-that a runtime that forgets one or the other gives wrong numbers.
+that a runtime that forgets one or the other gives wrong numbers. A copy from or to pageable memory
+is not queued: the real runtime has read or written it when it returns ("API synchronization
+behavior" in its manual).
 """
 
 import ctypes
@@ -344,7 +346,7 @@ class FakeCuda:
 
     def __init__(self):
         self.memory, self.pending, self.graphs, self.capture = {}, [], {}, None
-        self.streams = set()
+        self.streams, self.pinned, self.freed, self.pageable_copies = set(), set(), {}, 0
         self.cudaMemcpyKind = enum.Enum(
             "cudaMemcpyKind", ["cudaMemcpyHostToDevice", "cudaMemcpyDeviceToHost"]
         )
@@ -388,19 +390,34 @@ class FakeCuda:
         self.memory[ctypes.addressof(memory)] = memory
         return 0, ctypes.addressof(memory)
 
-    cudaMallocHost = cudaMalloc
+    def cudaMallocHost(self, size):
+        status, address = FakeCuda.cudaMalloc(self, size)
+        self.pinned.add(address)
+        return status, address
 
     def cudaFree(self, address):
-        del self.memory[address]
+        assert address not in self.pinned
+        # It is kept, so that no array of NumPy comes to lie there.
+        self.freed[address] = self.memory.pop(address)
         return (0,)
 
-    cudaFreeHost = cudaFree
+    def cudaFreeHost(self, address):
+        self.pinned.remove(address)
+        return self.cudaFree(address)
 
     def cudaMemcpyAsync(self, target, source, count, kind, stream):
-        assert isinstance(kind, self.cudaMemcpyKind)
-        assert target in self.memory and source in self.memory
-        assert count <= min(len(self.memory[target]), len(self.memory[source]))
-        self.queue(stream, lambda: ctypes.memmove(target, source, count))
+        device, host = target, source
+        if kind is self.cudaMemcpyKind.cudaMemcpyDeviceToHost:
+            device, host = source, target
+        assert device in self.memory and device not in self.pinned and host not in self.freed
+        assert isinstance(kind, self.cudaMemcpyKind) and count <= len(self.memory[device])
+        if host in self.pinned:
+            assert count <= len(self.memory[host])
+            self.queue(stream, lambda: ctypes.memmove(target, source, count))
+            return (0,)
+        self.pageable_copies += 1
+        self.cudaStreamSynchronize(stream)
+        ctypes.memmove(target, source, count)
         return (0,)
 
     def cudaStreamBeginCapture(self, stream, mode):

@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import types
 
 import ml_dtypes
 import numpy as np
@@ -18,6 +17,7 @@ from vit_jax.data.images import preprocess, read_image
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 from vit_jax.export import __main__, forward, parity
+from vit_jax.export.deploy import write_deploy
 from vit_jax.export.folder import write_folder
 from vit_jax.export.parity_picture import draw
 from vit_jax.export.pipeline import Export
@@ -123,6 +123,16 @@ def test_the_readers_image_is_that_of_evaluation(rule, tmp_path):
     np.testing.assert_allclose(found, expected[None], atol=1e-4)
 
 
+def test_a_phones_jpeg_of_several_pictures_is_decoded_as_in_evaluation(tmp_path):
+    rule = RULES["fast"]
+    weights = linear(tmp_path, rule)
+    with Image.open(photograph(tmp_path / "one.jpg")) as one:
+        one.save(tmp_path / "photo.jpg", "MPO", save_all=True, append_images=[one.rotate(90)])
+    seen = preprocess(read_image(tmp_path / "photo.jpg", jpeg_dct="fast"), rule)
+    found, _ = followed(tmp_path)
+    np.testing.assert_allclose(found, (seen.ravel() @ weights)[None], atol=1e-4)
+
+
 @pytest.mark.parametrize("in_graph", [False, True], ids=["outside", "in_graph"])
 def test_the_readme_gives_the_logits_of_flax(in_graph, converter, make_forward, tmp_path):
     made = make_forward(num_layers=1)
@@ -151,6 +161,25 @@ def test_the_readme_gives_the_logits_of_flax(in_graph, converter, make_forward, 
     assert (told["resize"], told["center_crop"], told["image_size"]) == ("timm", 0.9, [16, 16])
 
 
+def test_the_readme_tells_what_tokens_of_images_of_any_size_are(converter, make_forward, tmp_path):
+    made, rule = make_forward(num_layers=1), RULES["timm"]
+    pretrained = Pretrained(
+        made.params, json.loads(made.metadata["model"]), rule, NAMES, "softmax", "random"
+    )
+    Export(tmp_path, batch="1:1:1", latency_seconds=0).convert(
+        pretrained, converter=converter, stages=["onnx"], outputs="tokens", free_size=True
+    )
+    text = (tmp_path / "README.md").read_text("utf-8")
+    assert "[free, free, free, 3]" in text and "- **Other sizes**: height and width are" in text
+    assert "features of every patch, row by row, after those of other tokens: class." in text
+    assert "An engine is built for one size of images" in text
+    photograph(tmp_path / "photo.jpg")
+    with contextlib.chdir(tmp_path):
+        found = {}
+        exec(blocks(tmp_path)[0], found)
+    assert found["tokens"].shape == (1, 1 + 2 * 2, 32)
+
+
 def test_pixels_are_rounded_where_mean_and_std_are_in_the_graph(tmp_path):
     weights = linear(tmp_path, RULES["central"], "uint8", names=list(NAMES)) / 30
     photograph(tmp_path / "photo.jpg")
@@ -159,6 +188,16 @@ def test_pixels_are_rounded_where_mean_and_std_are_in_the_graph(tmp_path):
     off = np.abs(found / 30 - np.rint(seen).ravel() @ weights)
     assert off.max() < 5e-2
     assert "whole numbers from 0 to 255" in (tmp_path / "README.md").read_text()
+
+
+def test_classes_have_names_that_people_know(tmp_path):
+    linear(tmp_path, RULES["whole"], names=["n01440764", "n11939491", "rose", "tulip", "iris"])
+    lines = (tmp_path / "classes.txt").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["tench", "daisy", "rose", "tulip", "iris"]
+    labels = write_deploy(tmp_path) / "models/vit_onnx/labels.txt"
+    assert labels.read_text().splitlines() == lines
+    photograph(tmp_path / "photo.jpg")
+    assert "daisy" in followed(tmp_path)[1]
 
 
 def test_the_readme_says_how_an_image_is_resized(tmp_path):
@@ -206,17 +245,16 @@ def test_the_readme_of_another_is_not_overwritten(tmp_path):
     assert {name: (tmp_path / name).read_text() for name in files} == files
 
 
-def test_what_is_no_longer_true_does_not_stay(tmp_path, monkeypatch):
+def test_what_is_no_longer_true_does_not_stay(make_forward, tmp_path, monkeypatch):
     (tmp_path / "parity.png").touch()
     linear(tmp_path, RULES["whole"], names=list(NAMES))
     assert not (tmp_path / "parity.png").exists()
     (tmp_path / "model.onnx").unlink()
     monkeypatch.setattr(Export, "_resolve", lambda *_: Resolution(("tf",), "", ()))
     monkeypatch.setattr(Export, "_to_tf", lambda *_: None)
-    rule = RULES["whole"]
-    made = types.SimpleNamespace(jitted=lambda: lambda images: images.reshape(len(images), -1))
-    monkeypatch.setattr(forward, "make_forward", lambda *_, **__: made)
-    Export(tmp_path).convert(types.SimpleNamespace(preprocessing=rule, class_names=None))
+    made = make_forward(num_layers=1)
+    model, rule = json.loads(made.metadata["model"]), RULES["whole"]
+    Export(tmp_path).convert(Pretrained(made.params, model, rule, None, "softmax", "random"))
     assert [path.name for path in tmp_path.iterdir()] == ["parity_reference.npz"]
 
 
@@ -239,6 +277,8 @@ def test_the_lines_for_tensorrt_use_what_it_has(version, batch, tmp_path, monkey
     if version.startswith("8"):
         pytest.skip("the README names TensorRT 10 and 11")
     linear(tmp_path, RULES["whole"])
+    cuda = fake_tensorrt.FakeCuda()  # The lines leave it to the end of the program to free memory.
+    monkeypatch.setattr(fake_tensorrt, "CUDA", cuda)
     trt = fake_tensorrt.install(monkeypatch, version)
 
     class Logger(trt.ILogger):
@@ -257,6 +297,9 @@ def test_the_lines_for_tensorrt_use_what_it_has(version, batch, tmp_path, monkey
     np.testing.assert_allclose(found["outputs"], expected[None], rtol=1e-5)
     found["images"] = np.repeat(images, 9, axis=0)
     with pytest.raises(AssertionError, match="built for other batches"):
+        exec(blocks(tmp_path)[1], found)
+    monkeypatch.setattr(cuda, "cudaMalloc", lambda _: (2, None))
+    with pytest.raises(AssertionError, match="error 2"):
         exec(blocks(tmp_path)[1], found)
 
 

@@ -1,6 +1,9 @@
 """The logits of every pixel in every form, against Flax and the tokens that they are of."""
 
+import contextlib
+import io
 import json
+import re
 
 import cv2
 import jax
@@ -65,8 +68,33 @@ def test_every_stage_is_as_flax(pretrained, converter, precision, tmp_path):
     assert names[: len(made_in) + 1] == [*made_in, f"ONNX {precision}"]
     assert rows[-1]["relative_difference"] < (1e-5 if precision == "fp32" else 1e-2)
     assert all(row["max_difference"] > 0 or row["cosine"] == 1 for row in rows)
-    deploy = next((tmp_path / "out").rglob("README.md")).read_text()
+    deploy = (tmp_path / "out/deploy/README.md").read_text()
     assert "Logits of every pixel, of the classes" in deploy
+    assert (tmp_path / "out/classes.txt").read_text() == "sky\nroad\n<car>\n"
+    assert (
+        "[free, 16, 24, 3]: a score for each class of every pixel"
+        in (tmp_path / "out/README.md").read_text()
+    )
+
+
+def test_the_readme_tells_the_class_of_every_pixel(pretrained, converter, tmp_path):
+    Export(tmp_path, batch="1:1:1", latency_seconds=0).convert(
+        pretrained, stages=["onnx"], outputs="pixels", converter=converter
+    )
+    pixels = np.random.default_rng(2).integers(0, 256, (16, 24, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg", "PNG")
+    text = (tmp_path / "README.md").read_text("utf-8")
+    (block, *_) = re.findall(r"(?s)```python\n(.*?)```", text)
+    printed = io.StringIO()
+    with contextlib.chdir(tmp_path), contextlib.redirect_stdout(printed):
+        exec(block, {})
+    prepared = (pixels / 255 - 0.5) / 0.5
+    expected = make_forward(pretrained, outputs="pixels").jitted()(prepared[None].astype("f4"))
+    found, counts = np.unique(expected.argmax(-1), return_counts=True)
+    assert len(found) > 1
+    assert printed.getvalue().splitlines() == [
+        f"{count / (16 * 24):.2%} {NAMES[i]}" for i, count in zip(found, counts, strict=True)
+    ]
 
 
 @pytest.fixture

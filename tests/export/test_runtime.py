@@ -236,8 +236,11 @@ class TestSavedModel:
 class TestEngine:
     @pytest.fixture
     def load(self, tmp_path, monkeypatch):
-        """Builds an engine with fakes and loads it; nothing of the GPU may be left in the end."""
-        models = []
+        """Builds an engine with fakes and loads it; nothing of the GPU may be left in the end.
+
+        Nor may it copy from or to pageable memory: each copy would be waited for.
+        """
+        models, before = [], CUDA.pageable_copies
 
         def make(version="10.0.1", batch="1,2:4:8", cuda_graph=False, dtype="FLOAT"):
             inputs = [("images", dtype, (-1, 4, 4, 3))]
@@ -250,7 +253,7 @@ class TestEngine:
         yield make
         for model in models:
             model.close()
-        assert CUDA.in_use() == 0
+        assert (CUDA.in_use(), CUDA.pageable_copies) == (0, before)
 
     def runs(self):
         return [call[1:] for call in self.trt.calls if call[0].endswith("execute_async_v3")]

@@ -1,6 +1,7 @@
 """The routes: what is answered is what the model says, and the mistakes of one harm nobody else."""
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
@@ -104,6 +105,26 @@ class TestAnswers:
         (result,) = post(start_app(), tiny.pixels(0), "/logits").json()["results"]
         expected = tiny.pixels(0).reshape(-1).astype(np.float64) @ tiny.WEIGHTS
         np.testing.assert_allclose(result["logits"], expected, rtol=1e-4)
+
+    def test_a_graph_that_prepares_images_itself_gets_them_as_they_are(self, folder, start_app):
+        tiny.save_raw_onnx(folder / "model.onnx")
+        client = start_app()
+        assert client.get("/model").json()["input"]["height"] is None
+        assert "up to 1 image at a time" in client.get("/").text
+        shapes = (8, 8), (61, 47), (1, 1), (3, 200)
+        images = [
+            np.random.default_rng(i).integers(0, 256, (*shape, 3), np.uint8)
+            for i, shape in enumerate(shapes)
+        ]
+        files = [("image", (f"{i}.png", tiny.encode(x))) for i, x in enumerate(images)]
+        files += [("image", ("bad.png", b"junk"))]
+        files += [("image", ("long.png", tiny.encode(np.zeros((1, 2**14 + 1, 3), np.uint8))))]
+        *results, bad, long = client.post("/logits", files=files).json()["results"]
+        for image, result in zip(images, results, strict=True):
+            expected = image.mean((0, 1)) @ tiny.WEIGHTS[:3].astype(np.float64)
+            np.testing.assert_allclose(result["logits"], expected, rtol=1e-4)
+        assert "is not an image" in bad["error"] and "a side of 16385 pixels" in long["error"]
+        assert "vit_jax_batch_images_count 4.0" in client.get("/metrics").text
 
     def test_the_model_is_described(self, client, folder):
         found = client.get("/model").json()
@@ -217,6 +238,42 @@ class TestBatches:
         assert "not finite" in caplog.text and "b.png" not in caplog.text
         files[0] = ("a", ("a.png", b"junk"))
         assert client.post("/predict", files=files).status_code == 500
+
+    def test_few_images_are_decoded_while_a_model_that_prepares_them_is_busy(
+        self, folder, start_app, monkeypatch
+    ):
+        opened, most, gate, one = [], [], threading.Event(), threading.Lock()
+
+        @contextlib.contextmanager
+        def open_image(name, *args, **options):
+            with real(name, *args, **options) as image:
+                opened.append(name)
+                most.append(len(opened))
+                yield image
+                opened.remove(name)
+
+        def changes(served):
+            def predict(images):
+                assert gate.wait(30)
+                assert one.acquire(blocking=False), "two threads use the model"
+                rows = served.predict(images)
+                one.release()
+                return rows
+
+            return {"predict": predict}
+
+        real = served.open_image
+        monkeypatch.setattr(served, "open_image", open_image)
+        tiny.save_raw_onnx(folder / "model.onnx")
+        client = start_app(changes)
+        files = [("image", (f"{i}.png", tiny.encode(tiny.pixels(i)))) for i in range(20)]
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(client.post, "/predict", files=files)
+            wait_for(lambda: opened)
+            time.sleep(0.3)
+            gate.set()
+            assert len(answer.result().json()["results"]) == 20
+        assert len(most) == 20 and max(most) <= 4
 
     def test_a_failure_gives_its_room_back_when_all_of_its_images_have_ended(
         self, start_app, monkeypatch

@@ -11,6 +11,7 @@ from PIL import Image
 
 import vit_jax
 from vit_jax.checkpoints.pretrained import Pretrained
+from vit_jax.data.images import preprocess
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 from vit_jax.inference import VisionModel
@@ -131,21 +132,25 @@ def test_weights_of_another_model_are_refused(folder):
         Attention(make_pretrained(24), served)
 
 
-@pytest.mark.parametrize("takes_pixels", [False, True])
-def test_other_weights_of_the_same_architecture_are_refused(takes_pixels):
+@pytest.mark.parametrize("pixels", ["preprocessed", "uint8", "raw"])
+def test_other_weights_of_the_same_architecture_are_refused(pixels):
     from vit_jax.serving.attention import Attention
     from vit_jax.serving.weights import from_weights
 
-    pretrained = make_pretrained()
+    rule = Preprocessing(16, 0.5)
+    pretrained = dataclasses.replace(make_pretrained(), preprocessing=rule)
     served = from_weights(pretrained, "tiny", 1)
-    if takes_pixels:
+    if pixels != "preprocessed":
 
         def predict(images):
             assert images.dtype == np.uint8
+            if is_raw:
+                images = np.stack([preprocess(image, rule) for image in images])
             return model.logits(images)
 
-        model = VisionModel(pretrained, 1)
-        served = dataclasses.replace(served, takes_pixels=True, predict=predict)
+        model, is_raw = VisionModel(pretrained, 1), pixels == "raw"
+        served = dataclasses.replace(served, takes_pixels=True, takes_raw=is_raw, predict=predict)
     Attention(pretrained, served)
+    other = dataclasses.replace(make_pretrained(seed=1), preprocessing=rule)
     with pytest.raises(UserError, match="the weights differ, as the logits of an image do"):
-        Attention(make_pretrained(seed=1), served)
+        Attention(other, served)

@@ -41,6 +41,34 @@ def save_onnx(path, *, dtype="FLOAT", batch="batch", weights=WEIGHTS, **metadata
         [helper.make_tensor_value_info("outputs", onnx.TensorProto.FLOAT, [batch, len(weights.T)])],
         [from_array(shape, "shape"), from_array(weights, "weights")],
     )
+    return _save(path, graph, metadata)
+
+
+def save_raw_onnx(path, **metadata):
+    """outputs = the means of the channels of an image of any size @ the first rows of WEIGHTS."""
+    import onnx
+
+    helper = onnx.helper
+    nodes = [
+        helper.make_node("Cast", ["images"], ["floats"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["floats"], ["means"], axes=[1, 2], keepdims=0),
+        helper.make_node("MatMul", ["means", "weights"], ["outputs"]),
+    ]
+    shape = ["batch", "height", "width", 3]
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, shape)],
+        [helper.make_tensor_value_info("outputs", onnx.TensorProto.FLOAT, ["batch", CLASSES])],
+        [onnx.numpy_helper.from_array(WEIGHTS[:3], "weights")],
+    )
+    return _save(path, graph, {"pixels": "raw", **metadata})
+
+
+def _save(path, graph, metadata):
+    import onnx
+
+    helper = onnx.helper
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     given = {key: value for key, value in (METADATA | metadata).items() if value is not None}
     helper.set_model_props(model, given)

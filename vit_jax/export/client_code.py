@@ -115,7 +115,7 @@ def _decoding(preprocessing: Preprocessing, imports: set[str]) -> list[str]:
     if preprocessing.jpeg_dct == "fast":
         imports.add("import simplejpeg")
         lines += [
-            'if image.format == "JPEG" and image.mode != "CMYK":',
+            'if image.format in ("JPEG", "MPO") and image.mode != "CMYK":',
             "    orientation = image.getexif().get(0x112, 1)",
             "    image = Image.fromarray(simplejpeg.decode_jpeg(encoded, fastdct=True))",
             "    image.getexif()[0x112] = orientation",

@@ -14,10 +14,11 @@ import numpy as np
 
 from vit_jax.export import parity, runtime
 from vit_jax.export.deploy import write_deploy
-from vit_jax.export.folder import README, check_folder, write_folder
+from vit_jax.export.folder import check_folder, write_folder
 from vit_jax.export.onnx_file import read_onnx
 from vit_jax.export.precisions import PRECISIONS, Precision
 from vit_jax.export.profiles import parse_batch
+from vit_jax.export.readme import README
 from vit_jax.export.stages import DENSE, PIXELS, Resolution, missing_packages, obstacles, resolve
 from vit_jax.export.to_tensorrt import build, summary
 from vit_jax.files import make_folder

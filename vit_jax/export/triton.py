@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vit_jax.data import imagenet
 from vit_jax.errors import UserError
 from vit_jax.export.onnx_file import RAW, OnnxFile, Tensor, read_class_names
 from vit_jax.export.profiles import Profile
@@ -238,7 +239,7 @@ def write_model(
     labels = read_class_names(onnx.metadata)
     if labels is not None and "label_filename" in config:
         # A name that goes on in the next line would move those of all classes after it.
-        text = "".join(f"{printable(label)}\n" for label in labels)
+        text = "".join(f"{printable(imagenet.readable(label))}\n" for label in labels)
         (directory / "labels.txt").write_text(text, encoding="utf-8")
     for file in files:
         target = directory / "1" / (name or file.name)

@@ -6,6 +6,8 @@ import dataclasses
 import logging
 import math
 import os
+import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -197,6 +199,7 @@ class _Service:
         self._decoding = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._looking = ThreadPoolExecutor(1, thread_name_prefix="attention")
         self._looking_room = Room(_ATTENTION_IN_WORK)
+        self._turn = threading.Lock()
         self.room = Room(options.max_queue)
         self.batcher = Batcher(
             served.predict,
@@ -264,16 +267,28 @@ class _Service:
 
     async def _result(self, file: Upload, of_row: OfRow) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
-        work = loop.run_in_executor(self._decoding, self.served.view, _name(file), file.content)
+        read = self._run_raw if self.served.takes_raw else self.served.view
+        work = loop.run_in_executor(self._decoding, read, _name(file), file.content)
         try:
-            view = await work
+            result = await work
         except UserError as error:
             raise Refusal(422, str(error)) from error
-        row = await self.batcher.submit(view)
+        row = result if self.served.takes_raw else await self.batcher.submit(result)
         if not np.isfinite(row).all():
             _log.error("the model gives outputs that are not finite for an image")
             raise Refusal(500, "the model gives outputs that are not finite: mend it")
         return of_row(row)
+
+    def _run_raw(self, name: str, encoded: bytes) -> np.ndarray:
+        """The row of an image that the model prepares itself.
+
+        It is decoded by who waits for the model, as what is decoded may be large.
+        """
+        with self.served.opened(name, encoded) as image, self._turn:
+            start = time.monotonic()
+            row = self.served.predict(image[None])[0]
+            self.metrics.ran(1, time.monotonic() - start)
+        return row
 
     @contextlib.contextmanager
     def _room_for(self, room: Room, count: int) -> Generator[None]:

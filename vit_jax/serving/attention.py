@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from vit_jax.data.image_files import read_view
+from vit_jax.data.images import preprocess
 from vit_jax.errors import UserError
 from vit_jax.export.parity import as_pixels
 from vit_jax.inference import VisionModel
@@ -65,12 +66,13 @@ class Attention:
         """Tells whether an export gives for noise what the weights give."""
         rule = self._preprocessing
         noise = np.random.default_rng(0).random(rule.image_shape)
-        image = ((noise - rule.mean) / rule.std).astype(np.float32)[None]
+        given = image = ((noise - rule.mean) / rule.std).astype(np.float32)
+        if served.takes_pixels:
+            given = as_pixels(image, rule)
+        if served.takes_raw:
+            image = preprocess(given, rule)
         own = self._model.logits if served.output == "logits" else self._model.features
-        pair = (
-            own(image)[0],
-            served.predict(as_pixels(image, rule) if served.takes_pixels else image)[0],
-        )
+        pair = own(image[None])[0], served.predict(given[None])[0]
         if pair[0].shape != pair[1].shape:
             return False
         # What all classes have in common tells nothing.

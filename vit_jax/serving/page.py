@@ -79,11 +79,13 @@ def _no_classes(output: str) -> str:
 def _facts(served: Served, options: "Options") -> str:
     size = in_words(served.preprocessing.image_size)
     (shape,) = (" x ".join(map(str, served.output_shape)),)
+    most = min(options.max_batch, served.largest or options.max_batch)
     facts = {
         "Weights": served.metadata.get("source", ""),
-        "Input": f"{size} pixels, {served.preprocessing.channels} channels",
+        "Input": f"{size} pixels, {served.preprocessing.channels} channels"
+        + ", made of images of any size by the model itself" * served.takes_raw,
         "Output": f"{served.output}, {shape}",
-        "Runs in": f"{served.facts.get('runtime')}, up to {options.max_batch} images at a time",
+        "Runs in": f"{served.facts.get('runtime')}, up to {most} image{'s' * (most > 1)} at a time",
         **{f"SHA-256 of {name}": value for name, value in served.facts.get("sha256", {}).items()},
     }
     rows = (

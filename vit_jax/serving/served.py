@@ -1,21 +1,23 @@
 """A model that is served, and all that is told of it. No JAX."""
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vit_jax.data.image_files import read_view
+from vit_jax.data.images import open_image
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError, brief, first_line
 from vit_jax.evaluation.ranking import top
 from vit_jax.export import runtime
 from vit_jax.export.engine import ENGINE, read_description
 from vit_jax.export.nvidia import import_tensorrt
-from vit_jax.export.onnx_file import read_onnx
+from vit_jax.export.onnx_file import RAW, read_onnx
 from vit_jax.export.parity import as_pixels
 from vit_jax.export.stages import OUTPUTS
 from vit_jax.printable import printable
@@ -23,6 +25,9 @@ from vit_jax.printable import printable
 ONNX = "model.onnx"
 # Of the outputs of an export those that rank classes.
 _OF_CLASSES = ("logits", "probabilities")
+# In pixels, of images that a model prepares itself. Its graph resizes one axis after the other, and
+# takes 10 KB a pixel of the longer side for 224 pixels.
+_MAX_RAW_SIDE = 2**14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Served:
         output_shape: of one image.
         preprocessing: of an image.
         takes_pixels: whether the model takes uint8 pixels, with mean and std in it.
+        takes_raw: whether it takes images of any size, and prepares them itself; see `opened`.
         class_names: in the order of the outputs, or None.
         loss: "softmax" or "sigmoid", for which logits were trained.
         largest: the images that it runs at once, at most; None: any number.
@@ -49,6 +55,7 @@ class Served:
     output_shape: tuple[int, ...]
     preprocessing: Preprocessing
     takes_pixels: bool
+    takes_raw: bool
     class_names: tuple[str, ...] | None
     loss: str
     largest: int | None
@@ -75,6 +82,28 @@ class Served:
         view = read_view(name, self.preprocessing, encoded)
         return as_pixels(view, self.preprocessing) if self.takes_pixels else view
 
+    @contextlib.contextmanager
+    def opened(self, name: str, encoded: bytes) -> Generator[np.ndarray]:
+        """Yields the input of a model that prepares images itself, uint8 [height, width, channels].
+
+        Threads wait for each other as in `images.open_image`, so that few are decoded at a time.
+
+        Args:
+            name: of the file, for the message.
+            encoded: its content.
+
+        Raises:
+            UserError: as `images.read_image` does; or a side has more than 16,384 pixels.
+        """
+        dct, channels = self.preprocessing.jpeg_dct, self.preprocessing.channels
+        with open_image(name, encoded, jpeg_dct=dct, channels=channels) as image:
+            if max(image.shape[:2]) > _MAX_RAW_SIDE:
+                raise UserError(
+                    f"{name} has a side of {max(image.shape[:2])} pixels: a model that prepares "
+                    f"images itself is given at most {_MAX_RAW_SIDE} here, so make it smaller"
+                )
+            yield image
+
     def classes(self, row: np.ndarray, topk: int) -> list[dict[str, Any]]:
         """The most probable classes of a row of outputs, see `ranking.top`."""
         return top(row, self.class_names, self.loss if self.output == "logits" else None, topk)
@@ -85,8 +114,8 @@ class Served:
         return {
             "name": self.name,
             "input": {
-                "height": height,
-                "width": width,
+                "height": None if self.takes_raw else height,
+                "width": None if self.takes_raw else width,
                 "channels": channels,
                 "dtype": "uint8" if self.takes_pixels else "float32",
             },
@@ -179,15 +208,17 @@ def load(path: Path, device: str | None = None) -> Served:
             f"{file} takes images of {model.image_shape}, and its preprocessing makes "
             f"{preprocessing.image_shape}: export it again"
         )
+    takes_raw = model.metadata.get("pixels") == RAW
     served = Served(
         name=printable(file.absolute().parent.name if path.is_dir() else file.name),
         output=model.metadata.get("output", "logits"),
         output_shape=_output_shape(model, preprocessing),
         preprocessing=preprocessing,
         takes_pixels=model.image_dtype == np.uint8,
+        takes_raw=takes_raw,
         class_names=model.class_names,
         loss=model.metadata.get("loss", "softmax"),
-        largest=model.sizes[1],
+        largest=1 if takes_raw else model.sizes[1],
         metadata=model.metadata,
         facts={"runtime": _runtime(file, device), "sha256": _sha256(file)},
         predict=model.predict,

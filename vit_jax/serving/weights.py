@@ -39,6 +39,7 @@ def from_weights(pretrained: "Pretrained", name: str, max_batch: int) -> Served:
         output_shape=outputs.shape[1:],
         preprocessing=pretrained.preprocessing,
         takes_pixels=False,
+        takes_raw=False,
         class_names=pretrained.class_names,
         loss=pretrained.loss,
         largest=None,
