@@ -351,7 +351,8 @@ def table(stages: Sequence[Mapping[str, Any]]) -> str:
         stages: each has a `name` and what `compare` gives; a `latency` if it was timed; and of an
             emulation its `range` and the name of its `precision`. None: not finite.
     """
-    stages = [{k: float("nan") if v is None else v for k, v in x.items()} for x in stages]
+    nan: Any = float("nan")
+    stages = [{k: nan if v is None else v for k, v in x.items()} for x in stages]
     accuracy = any("accuracy" in stage for stage in stages)
     limits = {PRECISIONS[stage["precision"]].largest for stage in stages if "largest" in stage}
     ranged = bool(limits)
