@@ -351,15 +351,17 @@ def table(stages: Sequence[Mapping[str, Any]]) -> str:
         stages: each has a `name` and what `compare` gives; a `latency` if it was timed; and of an
             emulation its `range` and the name of its `precision`. None: not finite.
     """
-    nan: Any = float("nan")
-    stages = [{k: nan if v is None else v for k, v in x.items()} for x in stages]
-    accuracy = any("accuracy" in stage for stage in stages)
-    limits = {PRECISIONS[stage["precision"]].largest for stage in stages if "largest" in stage}
+    rows: list[dict[str, Any]] = [
+        {key: float("nan") if value is None else value for key, value in stage.items()}
+        for stage in stages
+    ]
+    accuracy = any("accuracy" in stage for stage in rows)
+    limits = {PRECISIONS[stage["precision"]].largest for stage in rows if "largest" in stage}
     ranged = bool(limits)
     lines = ["| | max | mean | relative | cosine | top-1 agreement |" + " accuracy |" * accuracy]
     lines[0] += f" largest, of {' or '.join(map(str, limits))} |" * ranged
     lines.append("|-|-|-|-|-|-|" + "-|" * (accuracy + ranged))
-    for stage in stages:
+    for stage in rows:
         cells = [
             table_cell(stage["name"]),
             *(f"{stage[f'{kind}_difference']:.1e}" for kind in ("max", "mean", "relative")),
@@ -372,12 +374,12 @@ def table(stages: Sequence[Mapping[str, Any]]) -> str:
             where = table_cell(stage.get("largest_at", ""))
             cells.append(f"{stage['largest']:.4g} at {where}" if "largest" in stage else "")
         lines.append(f"| {' | '.join(cells)} |")
-    if timed := [(stage, row) for stage in stages for row in stage.get("latency", ())]:
+    if timed := [(stage, timing) for stage in rows for timing in stage.get("latency", ())]:
         lines += ["", "| | batch | p50 ms | p90 ms | p99 ms | images/s |", "|-|-|-|-|-|-|"]
-        for stage, row in timed:
-            times = " | ".join(f"{row[f'p{p}_ms']:.2f}" for p in _PERCENTILES)
-            speed = f"{row['images_per_second']:.1f}"
-            lines.append(f"| {table_cell(stage['name'])} | {row['batch']} | {times} | {speed} |")
+        for stage, timing in timed:
+            times = " | ".join(f"{timing[f'p{p}_ms']:.2f}" for p in _PERCENTILES)
+            speed = f"{timing['images_per_second']:.1f}"
+            lines.append(f"| {table_cell(stage['name'])} | {timing['batch']} | {times} | {speed} |")
     return "\n".join(lines)
 
 
