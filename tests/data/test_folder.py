@@ -586,3 +586,25 @@ def test_a_file_whose_name_is_no_text_is_read(tmp_path):
     train, _ = open_dataset(f"folder:{tmp_path}", eval_split="train")
     (example,) = train
     assert example["id"] == str(path)
+
+
+@pytest.mark.parametrize("split", ["", "train", "test"])
+def test_images_and_their_masks_are_not_taken_for_two_classes(tmp_path, split):
+    folder = tmp_path / "my streets"
+    for name in ("images", "masks", "overlays"):
+        (folder / split / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(folder / split / name / "1.png")
+    with pytest.raises(UserError) as error:
+        open_evaluation(f"folder:{folder}")
+    prefix = f"{split}/" if split else ""
+    told = f"folder '{folder}' has {prefix}images/ and {prefix}masks/, which look like images and"
+    assert str(error.value).startswith(told)
+    assert f" --config 'segmentation:ViT-S/16,folder:{folder}' " in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["images", "masks", "Images"])
+def test_a_class_may_be_called_as_one_of_the_two(tmp_path, name):
+    for each in (name, "others"):
+        (tmp_path / each).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / each / "1.png")
+    assert {*open_evaluation(f"folder:{tmp_path}").class_names} == {name, "others"}

@@ -1,6 +1,7 @@
 """A folder of images as a data set: one directory per class, in train/ and test/ or directly."""
 
 import os
+import shlex
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -27,6 +28,8 @@ SPLITS = {
     "val": "validation",
     "valid": "validation",
 }
+# What a folder for segmentation has in place of classes, see `mask_folder`.
+IMAGES, MASKS = "images", "masks"
 _NOT_OF_A_USER = "__MACOSX"  # What a Mac puts into an archive beside what it packs.
 _DEFAULTS = FileRules()
 
@@ -57,6 +60,7 @@ def open_folder(path: str, rules: FileRules = _DEFAULTS) -> LabeledFiles:
         )
     survey = Survey(f"folder {path!r}", rules.broken == "skip", rules.skip_flag, rules.channels)
     found, partition = find_splits(path), None
+    _refuse_masks(path, found or ("",))
     if found:
         _look_beside(root, found, survey)
         class_names, entries = _of_splits(root, found, survey)
@@ -94,6 +98,24 @@ def find_splits(path: str) -> dict[str, str]:
         if len(same) > 1:
             raise UserError(f"folder {path!r} has both {' and '.join(same)}: keep one of them")
     return found
+
+
+def _refuse_masks(path: str, directories: Collection[str]) -> None:
+    """Refuses a folder for segmentation: images and their masks would be learned as two classes.
+
+    Args:
+        path: of the folder.
+        directories: those in it that would have the classes.
+    """
+    for directory in directories:
+        both = [os.path.join(directory, name, "") for name in (IMAGES, MASKS)]
+        if all(os.path.isdir(os.path.join(os.path.expanduser(path), name)) for name in both):
+            config = shlex.quote(f"segmentation:ViT-S/16,{PREFIX}{path}")
+            raise UserError(
+                f"folder {path!r} has {' and '.join(both)}, which look like images and their masks "
+                f"and not like classes: to learn masks give --config {config} "
+                "--config.init_from=WEIGHTS; if they are classes, rename one of them"
+            )
 
 
 def _look_beside(root: Path, found: Collection[str], survey: Survey) -> None:

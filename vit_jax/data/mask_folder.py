@@ -6,7 +6,7 @@
     photos/train/images/a/1.jpg   photos/train/masks/a/1.png
     photos/test/images/...        photos/test/masks/...
 
-A mask is a PNG of the indices of classes, see `masks.read_mask`, of the size of its image, at the
+A mask is a PNG of the indices of classes, see `masks.open_mask`, of the size of its image, at the
 same place but for the suffix.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vit_jax.data.folder import PREFIX, files_below, find_splits
+from vit_jax.data.folder import IMAGES, MASKS, PREFIX, files_below, find_splits
 from vit_jax.data.headers import measure, no_image
 from vit_jax.data.images import FORMATS, upright_size
 from vit_jax.data.labeled_files import (
@@ -38,7 +38,6 @@ from vit_jax.data.survey import Broken, Survey, listed
 from vit_jax.errors import UserError, first_line
 from vit_jax.pixel_classes import IGNORED, MOST_CLASSES, numbered
 
-IMAGES, MASKS = "images", "masks"
 NAMES = "classes.txt"
 _DEFAULTS = FileRules()
 _NAMED = 10  # masks with a fault in a message; the rest are counted
