@@ -1,15 +1,13 @@
-"""The Python that asks a model elsewhere: written out for one model, without this package.
+"""The Python that prepares an image elsewhere: written out for one model, without this package.
 
-It stands in the README of an export, and what prepares an image also in the decoder of its Triton
-repository. That is `data.resampling` and `data.protocols` again, for one rule, by NumPy, Pillow and
-OpenCV alone.
+It stands in the README of an export and in the decoder of its Triton repository. What it computes
+is `data.resampling` and `data.protocols` again, for one rule, by NumPy, Pillow and OpenCV alone.
 """
 
 import json
 
 from vit_jax.data.protocols import Preprocessing, resized_sides
 from vit_jax.export.onnx_file import OnnxFile
-from vit_jax.export.stages import PIXELS
 from vit_jax.image_size import sides
 
 # What a server decodes. Of PIL's other readers some start programs.
@@ -97,43 +95,6 @@ def source(preprocessing: Preprocessing, kind: str, is_raw: bool = False) -> str
     parts = [helper.strip("\n") for helper in helpers]
     prepare = "\n".join(["def prepare(encoded):", *(f"    {line}" for line in body)])
     return "\n\n\n".join(["\n".join([order[0], "", *order[1:]]), *parts, prepare]) + "\n"
-
-
-def reading(output: str, loss: str, classes: str | None) -> list[str]:
-    """Lines that print what the outputs of a model say of the first image.
-
-    Args:
-        output: the name of the output, one of `stages.OUTPUTS`, and of the variable that has it.
-        loss: of the model, "softmax" or "sigmoid".
-        classes: the file that names the classes, a line each; None if there is none.
-    """
-    named, name = [], "i"
-    if classes is not None:
-        named = [f'names = open("{classes}", encoding="utf-8").read().split("\\n")']
-        name = "names[i]"
-    if output == PIXELS:
-        return [
-            f"mask = {output}[0].argmax(-1)  # The class of every pixel, [height, width].",
-            *named,
-            "for i in np.unique(mask):",
-            f'    print(f"{{(mask == i).mean():.2%}} {{{name}}}")',
-        ]
-    if output not in ("logits", "probabilities"):
-        return [f"print({output}.shape)"]
-    lines = [f"scores = {output}[0]"]
-    if output == "logits":
-        if loss == "sigmoid":
-            lines.append("scores = 1 / (1 + np.exp(-scores))")
-        else:
-            lines.append(
-                "scores = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()"
-            )
-    return [
-        *lines,
-        *named,
-        "for i in scores.argsort()[::-1][:5]:",
-        f'    print(f"{{scores[i]:.2%}} {{{name}}}")',
-    ]
 
 
 def _numbers(values: tuple[float, ...]) -> str:

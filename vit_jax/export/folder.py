@@ -15,7 +15,6 @@ from vit_jax.export import client_code, parity
 from vit_jax.export.engine import ENGINE, read_description
 from vit_jax.export.onnx_file import RAW, OnnxFile, read_class_names, read_onnx
 from vit_jax.export.precisions import PRECISIONS
-from vit_jax.export.stages import PIXELS
 from vit_jax.files import atomic_write, storage_errors, write_json
 from vit_jax.image_size import sides
 from vit_jax.printable import printable
@@ -73,7 +72,7 @@ def write_folder(directory: Path) -> None:
     onnx = read_onnx(directory / "model.onnx")
     described = describe(onnx)
     write_json(directory / PREPROCESS, described)
-    names = read_class_names(onnx.metadata) or read_class_names(onnx.metadata, "pixel_classes")
+    names = read_class_names(onnx.metadata)
     if names is None:
         (directory / CLASSES).unlink(missing_ok=True)
     else:
@@ -219,7 +218,6 @@ def _meaning(output: dict[str, Any]) -> str:
         "features": "what the head would be applied to",
         "tokens": "features of every patch, row by row, after those of other tokens",
         "grid": "features of every patch, in rows and columns",
-        PIXELS: "a score for each class of every pixel of the input; the largest is its class",
     }.get(output["name"], "what the model was exported to give")
 
 
@@ -296,9 +294,24 @@ def _with_onnxruntime(onnx: OnnxFile, code: str, directory: Path) -> str:
         *_images(onnx),
         f"({output},) = session.run(None, {{{json.dumps(name)}: images}})",
     ]
-    named = CLASSES if (directory / CLASSES).is_file() else None
-    loss = onnx.metadata.get("loss", "softmax")
-    return "\n".join([*lines, *client_code.reading(output, loss, named)])
+    if output not in ("logits", "probabilities"):
+        return "\n".join([*lines, f"print({output}.shape)"])
+    lines.append(f"scores = {output}[0]")
+    if output == "logits":
+        if onnx.metadata.get("loss") == "sigmoid":
+            lines.append("scores = 1 / (1 + np.exp(-scores))")
+        else:
+            lines.append(
+                "scores = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()"
+            )
+    named = (directory / CLASSES).is_file()
+    if named:
+        lines.append(f'names = open("{CLASSES}", encoding="utf-8").read().split("\\n")')
+    lines += [
+        "for i in scores.argsort()[::-1][:5]:",
+        f'    print(f"{{scores[i]:.2%}} {{{"names[i]" if named else "i"}}}")',
+    ]
+    return "\n".join(lines)
 
 
 def _with_tensorrt(onnx: OnnxFile) -> list[str]:

@@ -127,23 +127,17 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     return _read(Path(path)).metadata
 
 
-def read_class_names(
-    metadata: Mapping[str, str], key: str = "class_names"
-) -> tuple[str, ...] | None:
+def read_class_names(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
     """The class names in the metadata of a model, in the order of its outputs; None without them.
-
-    Args:
-        metadata: of the model.
-        key: that of the entry, of a model of pixels "pixel_classes".
 
     Raises:
         ValueError: the entry is no list of texts.
     """
-    names = json.loads(metadata.get(key, "null"))
+    names = json.loads(metadata.get("class_names", "null"))
     if names is None:
         return None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{key} is no list of texts")
+        raise ValueError("class_names is no list of texts")
     return tuple(names)
 
 
