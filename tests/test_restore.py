@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax import restore, train
+from vit_jax import config_files, restore, train
 from vit_jax.checkpoints import flags
 from vit_jax.checkpoints.pretrained import Pretrained
+from vit_jax.config import check_config
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
 from vit_jax.evaluation.restoration import error
@@ -186,6 +187,14 @@ def test_predictions_that_are_not_finite_are_refused(photos):
     head["bias"][3] = np.inf
     with pytest.raises(UserError, match="^random predicts what is not finite: mend it$"):
         list(Restorer(pretrained, 0.5, 0)([str(photos / "0.png")], 1))
+
+
+def test_the_small_config_is_appendix_b12_with_whole_patches():
+    config = config_files.load("restoration:folder:some/photos").config
+    check_config(config)
+    assert (config.objective, config.dataset.name) == ("masked_patches", "folder:some/photos")
+    assert dict(config.masking) == {"rate": 0.5, "target": "pixels"}
+    assert config.dataset.image_size // config.model.patch_size == 12
 
 
 SIDE, PATCH = 16, 4
