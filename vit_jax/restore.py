@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import itertools
+import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -163,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser("python -m vit_jax.restore").parse_args(argv)
     # PIL warns of odd metadata and large sizes, from several threads.
     warnings.simplefilter("ignore")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # It tells of a home without a cache.
     command.keep_programs()
     # Imported here: --help should wait for neither NumPy nor JAX.
     from vit_jax.data.image_files import check_names, check_output, find_images
