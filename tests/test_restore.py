@@ -242,8 +242,9 @@ def test_stripes_are_restored_by_who_has_learned_them(masked_config, tmp_path, c
         capsys.readouterr()
         words = [str(tmp_path / "stripes/test"), "--checkpoint", str(workdir), "--seed", "0"]
         assert restore.main([*words, "--output", str(tmp_path / f"out{steps}")]) == 0
+        told = capsys.readouterr().out
         found = re.search(
-            r"^mean of 24: model (\S+), mean color (\S+),", capsys.readouterr().out, re.M
+            r"^mean of 24: model (.+), mean color (.+), neighbors (.+), of", told, re.M
         )
         errors[steps], mean_color, neighbors = map(float, found.groups())
     # Uniform colors are 256 / sqrt(12) = 73.9 from their mean.
