@@ -134,6 +134,16 @@ def test_the_corruption_is_a_function_of_its_key():
     assert not any(map(np.array_equal, first, other))
 
 
+def test_a_mask_is_of_the_patches_that_a_corruption_chooses_and_moves_none():
+    drawn = draw_corruption(jax.random.key(4), 5, 12, 0.3)
+    chosen, mask, source = map(np.asarray, masked.draw_mask(jax.random.key(4), 5, 12, 0.3))
+    np.testing.assert_array_equal(chosen, drawn.chosen)
+    assert chosen.shape == (5, 4) and mask.shape == (5, 12)
+    for row in range(5):
+        assert set(np.flatnonzero(mask[row])) == set(chosen[row])
+    np.testing.assert_array_equal(source, np.tile(np.arange(12), (5, 1)))
+
+
 def test_embeddings_become_the_masks_or_another_patchs_or_stay():
     x = np.arange(2 * 5 * 3, dtype=np.float32).reshape(2, 5, 3)
     corruption = masked.Corruption(
@@ -222,6 +232,74 @@ def test_a_masked_patch_is_not_seen():
         assert np.abs(predict(seen) - plain).max() > 1e-3
     other_mask = {**params, "mask_embedding": -params["mask_embedding"]}
     assert np.abs(apply(other_mask, IMAGES[:1]) - plain).max() > 1e-3
+
+
+def test_patches_are_joined_as_they_were_cut():
+    patches = masked.cut_patches(IMAGES, 4)
+    np.testing.assert_array_equal(patches[1], patches_of(IMAGES[1], 4))
+    np.testing.assert_array_equal(masked.join_patches(patches, (4, 6)), IMAGES)
+
+
+def test_the_middle_of_a_color_is_half_a_level_from_its_edges():
+    levels = np.stack(np.unravel_index(np.arange(512), (8, 8, 8)), axis=-1)
+    found = np.asarray(masked.middles(jnp.arange(512)))
+    np.testing.assert_allclose(found, -1 + 0.25 * levels + 0.125, atol=1e-6)
+    np.testing.assert_array_equal(masked.colors(found), np.arange(512))
+
+
+def predicting(colors):
+    """Logits in which each of these colors is the most probable."""
+    logits = np.random.default_rng(3).uniform(-1, 1, (*np.shape(colors), 512))
+    np.put_along_axis(logits, np.asarray(colors)[..., None], 2.0, axis=-1)
+    return logits.reshape(*np.shape(colors)[:2], -1).astype(np.float32)
+
+
+def test_the_patch_of_a_mean_color_is_of_that_color():
+    colors = np.array([[[7], [448], [0b001_010_011]]])
+    found = masked.to_patches(predicting(colors), "mean_color", 4)
+    assert found.shape == (1, 3, 4, 4, 3)
+    expected = [(-7, -7, 7), (7, -7, -7), (-5, -3, -1)]  # eighths
+    for patch, color in zip(found[0], expected, strict=True):
+        np.testing.assert_allclose(patch, np.tile(np.float32(color) / 8, (4, 4, 1)), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [2, 4, 8, 6])
+def test_a_downsized_patch_is_enlarged_by_what_its_parts_cover(size):
+    colors = np.random.default_rng(4).integers(0, 512, (2, 3, 16))
+    found = masked.to_patches(predicting(colors), "downsized", size)
+    assert found.shape == (2, 3, size, size, 3)
+    # Each part as 12 x 12 points, of which a pixel has those that lie in it.
+    parts = np.asarray(masked.middles(jnp.asarray(colors))).reshape(2, 3, 4, 4, 3)
+    fine = parts.repeat(12, axis=2).repeat(12, axis=3)
+    step = 48 // size
+    expected = fine.reshape(2, 3, size, step, size, step, 3).mean((3, 5))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    if size >= 4 and size % 4 == 0:  # What it was made of is found again.
+        np.testing.assert_array_equal(masked.downsized(_tiled(found), size)[0], colors[0])
+
+
+def _tiled(patches):
+    return masked.join_patches(patches, (1, patches.shape[1]))
+
+
+def test_restoring_replaces_the_chosen_patches_alone():
+    rng = np.random.default_rng(5)
+    chosen = np.array([[5, 0], [23, 7], [6, 1]])
+    predictions = rng.uniform(-1, 1, (3, 2, 48)).astype(np.float32)
+    expected = IMAGES.copy()
+    for image, places, patches in zip(expected, chosen, predictions, strict=True):
+        for place, patch in zip(places, patches, strict=True):
+            row, column = 4 * (place // 6), 4 * (place % 6)
+            image[row : row + 4, column : column + 4] = patch.reshape(4, 4, 3)
+    found = masked.restore(jnp.asarray(IMAGES), predictions, chosen, "pixels", 4)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("target", masked.TARGETS)
+@pytest.mark.parametrize("size", [2, 8, 14])
+def test_the_outputs_tell_the_target(target, size):
+    assert masked.target_of(masked.num_outputs(target, size), size) == target
+    assert masked.target_of(masked.num_outputs(target, size) + 1, size) is None
 
 
 def test_the_scores_of_colors():

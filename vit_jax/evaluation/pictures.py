@@ -12,6 +12,7 @@ from vit_jax.printable import printable
 # Blue and orange are told apart with every kind of color blindness.
 RIGHT, WRONG = "#1f5fa8", "#c25a00"
 _COLUMNS = 6
+SIDE = 1.75  # inches, of an image of a sheet
 
 
 class Shown(NamedTuple):
@@ -30,20 +31,21 @@ def shortened(text: str, most: int) -> str:
     return f"{text[: most - 1 - tail]}…{text[len(text) - tail :]}"
 
 
-def contact_sheet(images: Sequence[Shown], title: str) -> Figure:
-    """Images in rows of six, each with its lines.
+def contact_sheet(images: Sequence[Shown], title: str, columns: int = _COLUMNS) -> Figure:
+    """Images in rows, each with its lines.
 
     Args:
         images: at least one.
         title: above them.
+        columns: images of a row.
     """
-    rows, side, text = -(-len(images) // _COLUMNS), 1.75, 0.14 * len(images[0].lines) + 0.12
+    rows, side, text = -(-len(images) // columns), SIDE, 0.14 * len(images[0].lines) + 0.12
     height = rows * (side + text) + 0.45
-    width = _COLUMNS * (side + 0.12)
+    width = columns * (side + 0.12)
     figure = Figure(figsize=(width, height), facecolor="white")
     figure.text(0.06 / width, 1 - 0.12 / height, title, fontsize=10, va="top", parse_math=False)
     for index, image in enumerate(images):
-        row, column = divmod(index, _COLUMNS)
+        row, column = divmod(index, columns)
         left = column * (side + 0.12) + 0.06
         bottom = height - 0.4 - row * (side + text) - side
         axes = figure.add_axes((left / width, bottom / height, side / width, side / height))

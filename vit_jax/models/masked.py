@@ -17,7 +17,7 @@ import optax
 
 from vit_jax.errors import UserError
 from vit_jax.image_size import ImageSize, sides
-from vit_jax.models.base import Model
+from vit_jax.models.base import Grid, Model
 from vit_jax.models.vit import VisionTransformer
 
 Array = jax.Array
@@ -86,6 +86,21 @@ def draw_corruption(rng: Array, batch: int, patches: int, rate: float) -> Corrup
         masked=corrupted & (fate < MASKED_SHARE),
         source=jnp.where(moved, other, own),
     )
+
+
+def draw_mask(rng: Array, batch: int, patches: int, rate: float) -> Corruption:
+    """Chooses patches as `draw_corruption` does, all of which become the mask embedding.
+
+    Args:
+        rng: a PRNG key; the result is a pure function of it.
+        batch: images.
+        patches: of each image.
+        rate: share of the patches that is masked.
+    """
+    drawn = draw_corruption(rng, batch, patches, rate)
+    own = jnp.arange(patches)
+    is_chosen = (drawn.chosen[..., None] == own).any(axis=1)
+    return Corruption(drawn.chosen, is_chosen, jnp.broadcast_to(own, is_chosen.shape))
 
 
 def corrupt(x: Array, mask_embedding: Array, corruption: Corruption) -> Array:
@@ -185,6 +200,14 @@ def cut_patches(images: Array, size: int) -> Array:
     return x.reshape(batch, rows * columns, size, size, channels)
 
 
+def join_patches(patches: Array, grid: Grid) -> Array:
+    """Joins what `cut_patches` cut of images of so many rows and columns of patches."""
+    batch, _, size, _, channels = patches.shape
+    rows, columns = grid
+    x = patches.reshape(batch, rows, columns, size, size, channels).swapaxes(2, 3)
+    return x.reshape(batch, rows * size, columns * size, channels)
+
+
 def colors(x: Array) -> Array:
     """The 3-bit color of every pixel: 8 levels of equal width a channel, red counting most.
 
@@ -199,6 +222,12 @@ def colors(x: Array) -> Array:
     return (red * LEVELS + green) * LEVELS + blue
 
 
+def middles(colors: Array) -> Array:
+    """The middle of each 3-bit color, float32 [..., 3] in [-1, 1]; the inverse of `colors`."""
+    levels = jnp.stack([colors // LEVELS**2, colors // LEVELS % LEVELS, colors % LEVELS], axis=-1)
+    return (2 * levels + 1) / jnp.float32(LEVELS) - 1
+
+
 def mean_color(images: Array, size: int) -> Array:
     """The color of each patch's mean, int32 [batch, patches, 1]; see `colors` for the images."""
     return colors(cut_patches(images, size).mean(axis=(2, 3)))[..., None]
@@ -210,15 +239,20 @@ def downsized(images: Array, size: int) -> Array:
     Each of the 4 x 4 is the mean over the part of the patch that it covers, pixels that it covers
     in part counting as much as they are covered; so patches of 14 can be downsized too.
     """
-    # Cell i covers [i, i + 1] * size / 4 of the side, pixel p [p, p + 1].
-    begin = np.arange(DOWNSIZED_SIDE)[:, None] * size / DOWNSIZED_SIDE
-    pixel = np.arange(size)
-    overlap = np.minimum(begin + size / DOWNSIZED_SIDE, pixel + 1) - np.maximum(begin, pixel)
-    weights = np.float32(np.maximum(overlap, 0) * DOWNSIZED_SIDE / size)  # [4, size]
+    weights = _overlap(DOWNSIZED_SIDE, size) * np.float32(DOWNSIZED_SIDE / size)
     patches = cut_patches(images, size)
     precise = jax.lax.Precision.HIGHEST  # Else a GPU rounds pixels to ten bits.
     small = jnp.einsum("ip,jq,bnpqc->bnijc", weights, weights, patches, precision=precise)
     return colors(small).reshape(*patches.shape[:2], DOWNSIZED_SIDE**2)
+
+
+def _overlap(cells: int, size: int) -> np.ndarray:
+    """How much each of so many cells of a side covers of each of its pixels, [cells, size]."""
+    # Cell i covers [i, i + 1] * size / cells of the side, pixel p [p, p + 1].
+    begin = np.arange(cells)[:, None] * size / cells
+    pixel = np.arange(size)
+    overlap = np.minimum(begin + size / cells, pixel + 1) - np.maximum(begin, pixel)
+    return np.maximum(overlap, 0).astype(np.float32)
 
 
 def pixels(images: Array, size: int) -> Array:
@@ -237,6 +271,48 @@ def num_outputs(target: str, size: int) -> int:
     wanted = jax.eval_shape(lambda patch: TARGETS[target](patch, size), patch)
     each = NUM_COLORS if jnp.issubdtype(wanted.dtype, jnp.integer) else 1
     return wanted.shape[-1] * each
+
+
+def target_of(outputs: int, size: int) -> str | None:
+    """The target that has so many outputs for a patch of side `size`; None if none has."""
+    return next((name for name in TARGETS if num_outputs(name, size) == outputs), None)
+
+
+def to_patches(predictions: Array, target: str, size: int) -> Array:
+    """The patches that are predicted: the inverse of a target, as far as it has one.
+
+    Args:
+        predictions: [batch, patches, outputs].
+        target: one of TARGETS. Of colors the most probable is taken, and its middle; a pixel that
+            several of the 4 x 4 cover is their mean, by how much of it they cover.
+        size: side of a patch.
+
+    Returns:
+        [batch, patches, size, size, 3]; nothing holds predicted pixels within [-1, 1].
+    """
+    count = predictions.shape[:2]
+    if target == "pixels":
+        return predictions.reshape(*count, size, size, 3)
+    cells = DOWNSIZED_SIDE if target == "downsized" else 1
+    logits = predictions.reshape(*count, cells, cells, NUM_COLORS)
+    small = middles(jnp.argmax(logits, axis=-1))
+    weights, precise = _overlap(cells, size), jax.lax.Precision.HIGHEST
+    return jnp.einsum("ip,jq,bnijc->bnpqc", weights, weights, small, precision=precise)
+
+
+def restore(images: Array, predictions: Array, chosen: Array, target: str, size: int) -> Array:
+    """Replaces patches of images by what is predicted of them, and leaves the others.
+
+    Args:
+        images: [batch, height, width, 3], values in [-1, 1].
+        predictions: [batch, corrupted, outputs].
+        chosen: int32 [batch, corrupted], the patches that these are of.
+        target: one of TARGETS.
+        size: side of a patch.
+    """
+    patches, rows = cut_patches(images, size), jnp.arange(len(images))[:, None]
+    patches = patches.at[rows, chosen].set(to_patches(predictions, target, size))
+    return join_patches(patches, (images.shape[1] // size, images.shape[2] // size))
 
 
 def scores(predictions: Array, targets: Array) -> dict[str, Array]:
