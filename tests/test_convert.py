@@ -31,7 +31,13 @@ def finished(tiny_config, workdir):
 
 
 @pytest.mark.parametrize(
-    ("format", "name"), [("official", "a.npz"), ("timm", "a"), ("huggingface", "a")]
+    ("format", "name"),
+    [
+        ("official", "a.npz"),
+        ("timm", "a"),
+        ("torchvision", "a.safetensors"),
+        ("huggingface", "a"),
+    ],
 )
 def test_a_trained_run_goes_out_and_comes_back_with_its_head(tmp_path, finished, format, name):
     assert convert(finished, str(tmp_path / name), format) == (0.0, 0.0)
@@ -61,6 +67,21 @@ def test_a_resize_that_timm_cannot_be_told_is_noted(finished):
     shown = dataclasses.replace(finished, preprocessing=evaluation("transfer", "16x32"))
     notes = [x for x in reader_notes(shown, "timm") if "crop_pct" in x]
     assert notes[0].startswith("timm resizes to 18 x 37 before it crops, these weights saw 19 x 37")
+
+
+def test_what_torchvision_must_be_told_is_noted(finished):
+    as_theirs = {"gelu": "erf", "layer_norm_epsilon": 1e-6}
+    view = timm_config.torchvision_info({}, 224).preprocessing
+    model = {**finished.model, **as_theirs}
+    shown = dataclasses.replace(finished, model=model, preprocessing=view)
+    assert reader_notes(shown, "torchvision") == []
+    model = {"gelu": "tanh", "layer_norm_epsilon": 1e-5, "num_classes": 0}
+    model, view = {**finished.model, **model}, evaluation("bit", 16)
+    other = dataclasses.replace(finished, model=model, preprocessing=view)
+    notes = reader_notes(other, "torchvision")
+    told = ["GELU('tanh')", "eps=1e-05", "Identity", "(0.5, 0.5, 0.5)", "with PIL"]
+    for note, part in zip(notes, told, strict=True):
+        assert part in note and "torchvision" in note
 
 
 def test_a_result_that_differs_is_not_called_converted(tmp_path, finished, monkeypatch):

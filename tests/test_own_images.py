@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import sys
+import types
 
 import jax
 import numpy as np
@@ -225,6 +226,31 @@ def test_an_accelerator_has_table_4_with_the_steps_of_bit_hyperrule():
 def test_what_depends_on_images_weights_and_machine(changes, expected):
     found = values(facts(**changes))
     assert {key: found.get(key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [("7.0", "float32"), ("7.5", "float32"), ("8.0", None), ("12.0", None),
+                              ("gfx90a", None), (None, None)]
+)  # fmt: skip
+def test_a_gpu_without_bfloat16_computes_in_float32(capability, dtype):
+    device = types.SimpleNamespace(compute_capability=capability) if capability else object()
+    has_bfloat16 = own_images._has_bfloat16(device)
+    assert has_bfloat16 == (dtype is None)
+    found = values(facts(on_cpu=False, has_bfloat16=has_bfloat16))
+    assert found.get("model.dtype") == dtype
+
+
+def test_memory_is_that_of_what_the_user_has_said():
+    # ViT-B/16 at 384 pixels keeps 35 MB of a layer and image in 16 bits: 122 images fit.
+    found = facts(2040, "ViT-B/16", on_cpu=False, memory=80 << 30)
+    parts = {
+        (size, dtype): values(found, image_size=size, dtype=dtype).get("accumulate_steps", 1)
+        for size in (None, 384, 192, "192x384")
+        for dtype in (None, "float32")
+    }
+    assert parts[None, None] == parts[384, None] == 8
+    assert parts[384, "float32"] == 16
+    assert (parts[192, None], parts["192x384", None]) == (1, 2)
 
 
 def test_the_choices_for_any_circumstances_pass_the_check():

@@ -99,6 +99,16 @@ def test_a_lock_has_what_setup_py_asks_for(name, machine, monkeypatch):
             assert pin.version in requirement.specifier, f"{requirement}: make lock"
 
 
+OWN = sorted((ROOT / "requirements").glob("*.in"))
+
+
+@pytest.mark.parametrize("asked", OWN, ids=lambda asked: asked.name)
+def test_a_lock_has_what_its_own_file_asks_for(asked):
+    pins = {canonicalize_name(x.name) for x, _ in locked(asked.with_suffix(".txt"))}
+    lines = [line for line in asked.read_text().splitlines() if not line.startswith("#")]
+    assert lines and {canonicalize_name(Requirement(line).name) for line in lines} <= pins
+
+
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_what_ci_installs_is_locked(name):
     extras = f"EXTRAS={','.join(ENVIRONMENTS[name])}"

@@ -7,7 +7,7 @@ from vit_jax.checkpoints import flags
 from vit_jax.printable import printable
 
 # Those of `checkpoints.save.FORMATS`, which imports JAX, for which --help should not wait.
-FORMATS = ("official", "timm", "huggingface")
+FORMATS = ("official", "timm", "torchvision", "huggingface")
 
 _EPILOG = """examples:
   %(prog)s --from runs/digits --to digits.npz --format official

@@ -203,9 +203,9 @@ class VisionModel:
         """Writes the model so that `load` and others can read it.
 
         Args:
-            path: a file ending in .npz (official, timm) or .safetensors (timm), or a folder to be
-                made (timm, huggingface). It must not exist.
-            format: "official" (Google's), "timm" or "huggingface".
+            path: a file ending in .npz (official, timm) or .safetensors (timm, torchvision), or a
+                folder to be made (timm, huggingface). It must not exist.
+            format: "official" (Google's), "timm", "torchvision" or "huggingface".
 
         Raises:
             UserError: as `vit_jax.checkpoints.save.save_pretrained`.

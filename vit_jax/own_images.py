@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -151,12 +151,17 @@ def _choices(loaded: Loaded, pretrained: Pretrained, num_images: int) -> list[ow
         on_cpu=jax.default_backend() == "cpu",
         devices=jax.device_count(),
         memory=_memory(),
+        has_bfloat16=_has_bfloat16(jax.local_devices()[0]),
     )
     batch = config.batch_size if _is_given(loaded, "batch_size") else own.batch_size(facts)
-    steps = None
+    given: dict[str, Any] = {}
     if _is_given(loaded, "duration"):
-        steps = count_steps(config.duration, num_images, batch)
-    return own.choices(facts, batch, steps)
+        given["steps"] = count_steps(config.duration, num_images, batch)
+    if _is_given(loaded, "dataset.image_size"):
+        given["image_size"] = config.dataset.image_size
+    if _is_given(loaded, "model.dtype"):
+        given["dtype"] = config.model.dtype
+    return own.choices(facts, batch, **given)
 
 
 def _memory() -> int:
@@ -164,6 +169,12 @@ def _memory() -> int:
     if jax.default_backend() == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+
+
+def _has_bfloat16(device: jax.Device) -> bool:
+    """See `own.Facts`; what is no GPU of NVIDIA's has it."""
+    capability = str(getattr(device, "compute_capability", ""))
+    return not re.fullmatch(r"[1-7]\.\d+", capability)
 
 
 def _is_given(loaded: Loaded, key: str) -> bool:

@@ -176,7 +176,7 @@ class _Wandb:
 
     def __init__(self, target: str, run: Run):
         os.environ.setdefault("WANDB_SILENT", "true")  # It would ask for a key in the bar.
-        import wandb  # ty: ignore[import-not-found]
+        import wandb
 
         identity = run.identity or secrets.token_hex(4)
         run.remember(identity)
@@ -213,7 +213,7 @@ class _Mlflow:
 
     def __init__(self, target: str, run: Run):
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # It tells of its tables.
-        from mlflow import MlflowClient, entities  # ty: ignore[import-not-found]
+        from mlflow import MlflowClient, entities
 
         self._entities = entities
         self._client = MlflowClient()

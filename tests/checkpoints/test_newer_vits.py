@@ -3,6 +3,7 @@
 Every tensor is random, so that a swapped pair cannot hide.
 """
 
+import functools
 import json
 
 import jax
@@ -11,13 +12,16 @@ import pytest
 
 from vit_jax import models
 from vit_jax.checkpoints.interpolation import interpolate
-from vit_jax.checkpoints.pretrained import load_pretrained
+from vit_jax.checkpoints.pretrained import Pretrained, abstract_params, load_pretrained
 from vit_jax.checkpoints.save import save_pretrained
+from vit_jax.data.protocols import evaluation
 from vit_jax.errors import UserError
 
+from .small_model import MODEL
 from .torch_models import (
     TINY,
     assert_close,
+    assert_same_tensors,
     images,
     logits_of,
     logits_of_torch,
@@ -245,19 +249,56 @@ def test_a_teacher_beside_a_model_is_not_chosen(tmp_path):
         load_pretrained(tmp_path / "a.pth")
 
 
-def tiny_torchvision():
+def tiny_torchvision(seed=0, **options):
     vision = pytest.importorskip("torchvision", exc_type=ImportError).models.vision_transformer
-    return randomize(vision.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=5))
+    options = {"num_classes": 5} | options
+    return randomize(vision.VisionTransformer(32, 8, 2, 2, 16, 32, **options), seed)
 
 
-def test_torchvisions_vit_is_read(tmp_path):
-    module = tiny_torchvision()
+@pytest.mark.parametrize("hidden", [0, 7])
+def test_torchvisions_vit_agrees_both_ways(tmp_path, hidden):
+    module = tiny_torchvision(representation_size=hidden or None)
     safetensors_torch.save_file(module.state_dict(), tmp_path / "a.safetensors")
     ours = load_pretrained(tmp_path / "a.safetensors", num_heads=2)
     assert (ours.model["gelu"], ours.preprocessing.interpolation) == ("erf", "bilinear")
+    assert (ours.model["representation_size"], ours.model["num_classes"]) == (hidden, 5)
     assert ours.preprocessing.mean == (0.485, 0.456, 0.406)
     x = images(32)
     assert_close(logits_of(ours, x), logits_of_torch(module, x))
+    for path, format in (("b.npz", "official"), ("c.safetensors", "torchvision")):
+        assert_same_again(ours, tmp_path / path, format)
+    again = tiny_torchvision(1, representation_size=hidden or None)
+    again.load_state_dict(safetensors_torch.load_file(tmp_path / "c.safetensors"), strict=True)
+    assert_same_tensors(again.state_dict(), module.state_dict())
+
+
+def test_weights_of_the_paper_give_torchvision_their_logits(tmp_path):
+    # Google's conventions and no head, of which the notes of convert say what is to be set.
+    model = models.prediction_defaults("vit") | MODEL | {"num_layers": 2, "num_classes": 0}
+    model |= {"layer_norm_epsilon": 1e-3, "gelu": "tanh"}
+    noise = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: np.float32(0.3 * noise.standard_normal(x.shape)), abstract_params(model, 32)
+    )
+    ours = Pretrained(params, model, evaluation("bit", 32), None, "softmax", "")
+    save_pretrained(ours, tmp_path / "a.safetensors", "torchvision")
+    norm = functools.partial(torch.nn.LayerNorm, eps=1e-3)
+    module = tiny_torchvision(norm_layer=norm)
+    module.heads = torch.nn.Identity()
+    for layer in module.encoder.layers:
+        layer.mlp[1] = torch.nn.GELU("tanh")
+    module.load_state_dict(safetensors_torch.load_file(tmp_path / "a.safetensors"), strict=True)
+    x = images(32)
+    assert_close(logits_of(ours, x), logits_of_torch(module, x))
+
+
+def test_older_names_of_torchvision_are_read(tmp_path):
+    state = tiny_torchvision().state_dict()
+    older = {".mlp.0.": ".mlp.linear_1.", ".mlp.3.": ".mlp.linear_2."}
+    for name, x in (("new", state), ("old", published_names(state, older))):
+        safetensors_torch.save_file(x, tmp_path / f"{name}.safetensors")
+    new, old = (load_pretrained(tmp_path / f"{x}.safetensors", num_heads=2) for x in ("new", "old"))
+    jax.tree.map(np.testing.assert_array_equal, old.params, new.params)
 
 
 def test_what_hugging_face_has_no_place_for_is_refused(tmp_path):

@@ -59,6 +59,7 @@ FORMATS = [
     ("timm", "a.npz"),
     ("timm", "a.safetensors"),
     ("timm", "folder"),
+    ("torchvision", "a.safetensors"),
     ("huggingface", "folder"),
 ]
 
@@ -73,9 +74,10 @@ def test_other_positions_come_back_and_are_written_in_no_format_of_others(
     pretrained = make(position_embedding=kind, position_placement=placement)
     save_pretrained(pretrained, tmp_path / "a.npz", "official")
     assert_same(load_pretrained(tmp_path / "a.npz"), pretrained)
-    for format in ("timm", "huggingface"):
+    for format in ("timm", "torchvision", "huggingface"):
         with pytest.raises(UserError, match=f"the {format} format has learned position embeddings"):
-            save_pretrained(pretrained, tmp_path / "b", format)
+            name = "b.safetensors" if format == "torchvision" else "b"
+            save_pretrained(pretrained, tmp_path / name, format)
 
 
 @pytest.mark.parametrize(("format", "name"), FORMATS)
@@ -109,6 +111,8 @@ def test_a_chain_of_formats_ends_with_the_same_bits(tmp_path):
         ("official", "a.safetensors", "a path in the official format ends in .npz"),
         ("official", "folder", "a path in the official format ends in .npz"),
         ("huggingface", "a.npz", "ends in no suffix, for a folder"),
+        ("torchvision", "a.pth", "a path in the torchvision format ends in .safetensors"),
+        ("torchvision", "a.npz", "a path in the torchvision format ends in .safetensors"),
     ],
 )
 def test_a_path_of_another_kind_is_refused(tmp_path, format, name, message):
@@ -130,6 +134,40 @@ def test_what_a_format_has_no_place_for_is_refused_before_writing(
 ):
     with pytest.raises(UserError, match=message):
         save_pretrained(make(**options), tmp_path / name, format)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("key", "only", "value"),
+    [
+        ("architecture", "'vit'", "hybrid"),
+        ("classifier", "'token'", "gap"),
+        ("classifier", "'token'", "map"),
+        ("distillation_token", "False", True),
+        ("layer_scale", "0.0", 0.1),
+        ("mlp", "'gelu'", "swiglu"),
+        ("num_registers", "0", 4),
+    ],
+)
+def test_parts_that_torchvisions_vit_has_not_are_refused_before_writing(tmp_path, key, only, value):
+    pretrained = make()
+    pretrained = dataclasses.replace(pretrained, model=pretrained.model | {key: value})
+    message = f"torchvision's ViT has {key} {only} alone, this model {value!r}: use another --form"
+    with pytest.raises(UserError, match=message):
+        save_pretrained(pretrained, tmp_path / "a.safetensors", "torchvision")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("view", "told"),
+    [
+        (Preprocessing("16x32", 0.875), "16 x 32 of 3"),
+        (Preprocessing(16, 0.875).with_channels(1), "16 x 16 of 1"),
+    ],
+)
+def test_images_that_torchvisions_vit_does_not_take_are_refused(tmp_path, view, told):
+    with pytest.raises(UserError, match=f"square images of 3 channels, this model {told}: use"):
+        save_pretrained(make(view), tmp_path / "a.safetensors", "torchvision")
     assert not list(tmp_path.iterdir())
 
 

@@ -192,6 +192,33 @@ def test_files_that_are_no_images_are_passed_over_and_counted(image_folder):
     )
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["pipe.jpg", "pipe.npy"])
+def test_a_pipe_is_named_and_not_waited_for(image_folder, name, channels):
+    before = ids(open_dataset(f"folder:{image_folder}")[0])
+    os.mkfifo(image_folder / "train" / "rose" / name)
+    rules = FileRules(channels=channels, broken="skip")
+    if name == "pipe.jpg" or channels == 1:
+        refused = refuse(image_folder, files=FileRules(channels=channels))
+        assert f"{image_folder}/train/rose/{name} is not an image" in refused
+        note = f"1 left out that are broken: train/rose/{name}"
+    else:
+        note = "1 passed over that are no images (.npy)"
+    train, _ = open_dataset(f"folder:{image_folder}", files=rules)
+    assert (ids(train), train.notes) == (before, (f"folder '{image_folder}': {note}",))
+
+
+@pytest.mark.parametrize("target", ["", "train", "train/..", ".."])
+def test_a_link_that_leads_back_is_no_class(image_folder, target):
+    (image_folder / "elsewhere").symlink_to(image_folder / "train" / "rose")
+    (image_folder / "train" / "lily").symlink_to(image_folder / "elsewhere")
+    (image_folder / "train" / "around").symlink_to(image_folder / target)
+    (image_folder / "train" / "itself").symlink_to("itself")
+    train, _ = open_dataset(f"folder:{image_folder}")
+    assert (train.class_names, train.num_examples) == (("aster", "lily", "rose"), 60)
+    assert any(note.endswith("1 passed over that are links to directories") for note in train.notes)
+
+
 def test_all_that_is_wrong_is_told_at_once(image_folder):
     for index in range(12):
         (image_folder / "train" / "rose" / f"broken{index:02}.png").write_bytes(b"")

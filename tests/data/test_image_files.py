@@ -1,3 +1,4 @@
+import os
 import threading
 
 import numpy as np
@@ -29,6 +30,25 @@ def test_a_folder_stands_for_its_images_and_any_other_path_for_itself(photos):
     (photos / "texts").mkdir()
     (photos / "texts/a.txt").write_text("no image")
     assert find_images([str(photos / "texts")]) == [str(photos / "texts")]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pipes_are_named_and_links_that_lead_back_not_followed(photos, channels):
+    (photos / "b" / "around").symlink_to(photos)
+    (photos / "itself.png").symlink_to("itself.png")
+    for name in ("pipe.png", "pipe.npy"):
+        os.mkfifo(photos / name)  # Whoever opened it would wait.
+    found = find_images([str(photos)], channels)
+    assert [os.path.relpath(file, photos) for file in found] == [
+        *("a.png", "b/c.PNG", "c.jpg", "d.bmp", "itself.png", "pipe.png")
+    ]
+    errors = []
+    view = evaluation("pad", 8, channels=channels)
+    ((files, _),) = read_batches(found, view, 8, lambda error: errors.append(str(error)))
+    assert len(files) == 3
+    assert [error.split(" ")[0] for error in errors] == [*map(str, found[2:3]), *found[4:]]
+    assert "is not a file" in errors[-1]
+    assert "cannot be opened: Too many levels of symbolic links" in errors[-2]
 
 
 def test_batches_have_one_shape_and_leave_out_what_cannot_be_read(photos):

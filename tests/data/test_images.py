@@ -25,6 +25,7 @@ from vit_jax.data.protocols import Preprocessing, evaluation
 from vit_jax.data.resampling import resize_and_crop
 from vit_jax.errors import UserError
 
+from ..sources import packed_png
 from . import tensorflow_views
 from .orientations import UPRIGHT
 
@@ -104,6 +105,18 @@ def test_jpeg_pixels_are_those_of_tensorflow_within_a_gray_level(encoded, write)
     pixels = read_image(write(encoded, "image.jpg")).astype(int)
     expected = tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
     assert np.abs(pixels - expected.numpy()).max() <= 1
+
+
+@pytest.mark.parametrize("kind", [0, 3], ids=["gray", "palette"])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_a_png_of_few_bits_has_the_levels_of_eight(bits, kind, write):
+    values = np.arange(16).reshape(2, 8) % 2**bits
+    encoded = packed_png(values, bits, kind)
+    path = write(encoded)
+    np.testing.assert_array_equal(read_image(path), tf.io.decode_png(encoded, channels=3))
+    if kind == 0:  # PNG specification, Section 13.12.
+        levels = 255 * values // (2**bits - 1)
+        np.testing.assert_array_equal(read_image(path, channels=1)[..., 0], levels)
 
 
 BEYOND = {

@@ -2,9 +2,7 @@
 
 import io
 import os
-import struct
 import tracemalloc
-import zlib
 
 import numpy as np
 import pytest
@@ -16,7 +14,7 @@ from vit_jax.data.preprocess import eval_pair, eval_view, onto_image, train_pair
 from vit_jax.data.protocols import PROTOCOLS, Preprocessing, evaluation
 from vit_jax.errors import UserError
 
-from ..sources import png
+from ..sources import packed_png, png, png_of
 
 LEVELS = np.array([40, 100, 160, 220], np.uint8)  # of the classes in the images
 
@@ -24,20 +22,6 @@ LEVELS = np.array([40, 100, 160, 220], np.uint8)  # of the classes in the images
 def read_mask(*args):
     with open_mask(*args) as mask:
         return mask
-
-
-def png_of(rows, bits, kind, width, *, interlace=0):
-    """A PNG of packed rows, by the specification alone; PIL writes gray ones of 8 bits only."""
-
-    def chunk(name, content):
-        crc = struct.pack(">I", zlib.crc32(name + content))
-        return struct.pack(">I", len(content)) + name + content + crc
-
-    header = struct.pack(">IIBBBBB", width, len(rows), bits, kind, 0, 0, interlace)
-    palette = chunk(b"PLTE", bytes(range(48))) if kind == 3 else b""
-    content = zlib.compress(b"".join(b"\0" + row for row in rows))
-    chunks = chunk(b"IHDR", header) + palette + chunk(b"IDAT", content) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + chunks
 
 
 def blocks(height=96, width=128, seed=0):
@@ -137,9 +121,7 @@ def test_indices_are_read_and_not_colors(mode):
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_indices_of_any_number_of_bits_are_not_stretched(bits, kind):
     indices = np.arange(16).reshape(2, 8) % min(2**bits, 16)
-    unpacked = (indices[..., None] >> np.arange(bits)[::-1]) & 1
-    rows = [bytes(row) for row in np.packbits(unpacked.reshape(2, -1).astype(np.uint8), axis=1)]
-    found = read_mask("mask.png", png_of(rows, bits, kind, 8))
+    found = read_mask("mask.png", packed_png(indices, bits, kind))
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, indices)
 

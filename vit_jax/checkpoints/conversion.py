@@ -70,12 +70,39 @@ def reader_notes(source: Pretrained, format: str) -> list[str]:
                 f"timm resizes to {written[0]} x {written[1]} before it crops, these weights saw "
                 f"{seen[0]} x {seen[1]}: no crop_pct gives both sides"
             ]
+    if format == "torchvision":
+        notes += _torchvision_notes(source)
     if format == "official" and model.get("gelu") == "erf":
         notes += ["Google's code has the tanh form of GELU, these weights the exact one"]
-    if format != "official" and source.preprocessing.resize != format:
+    # timm's transforms are torchvision's.
+    resizer = "timm" if format == "torchvision" else format
+    if format != "official" and source.preprocessing.resize != resizer:
         resize, antialias = source.preprocessing.resize, source.preprocessing.antialias
         notes += [
             f"{format} resizes with PIL, with antialiasing and to whole pixels; these weights saw "
             f"images by resize {resize}" + ", without antialiasing" * (not antialias)
+        ]
+    return notes
+
+
+def _torchvision_notes(source: Pretrained) -> list[str]:
+    model, view, notes = source.model, source.preprocessing, []
+    if model["gelu"] == "tanh":
+        notes += [
+            "torchvision's GELU is the exact one: set mlp[1] of each of model.encoder.layers to "
+            "torch.nn.GELU('tanh')"
+        ]
+    if (epsilon := model["layer_norm_epsilon"]) != timm_config.LAYER_NORM_EPSILON:
+        notes += [
+            f"torchvision's LayerNorm epsilon is 1e-6, here {epsilon:g}: create the model with "
+            f"norm_layer=functools.partial(torch.nn.LayerNorm, eps={epsilon:g})"
+        ]
+    if not model["num_classes"]:
+        notes += ["torchvision's ViT has a head: set model.heads to torch.nn.Identity() first"]
+    statistics = {"mean": view.mean, "std": view.std}
+    if statistics != timm_config.IMAGENET_STATISTICS:
+        notes += [
+            "torchvision's transforms have ImageNet's mean and standard deviation, these weights "
+            f"saw mean {view.mean} and std {view.std}"
         ]
     return notes

@@ -1,5 +1,7 @@
 """The parameter names and array layouts of Google's, timm's and Hugging Face's models.
 
+Those of torchvision are timm's under other names, see `torch_names`.
+
 Everything is brought to one tree: that of Google's checkpoints, which is also the model's own. A
 way there and the way back only rename, transpose, reshape and pad, so that a round trip is exact.
 Hugging Face's names are those of its ViT; of its other models see `huggingface_names`.
@@ -12,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vit_jax import models
-from vit_jax.checkpoints import huggingface_names
+from vit_jax.checkpoints import huggingface_names, torch_names
 from vit_jax.errors import UserError, shortlist
 from vit_jax.models.encoder import DEEPEST
 from vit_jax.models.vit import DISTILLATION_HEAD, POOLING, POSITIONS, num_class_tokens
@@ -267,14 +269,15 @@ def from_official(arrays: Arrays, layout: str) -> Arrays:
         raise UserError(
             f"the {layout} format is not written for {family.noun}s: use --format official"
         )
-    if layout == "timm":
-        if "pre_logits/kernel" in arrays:
+    if layout in ("timm", "torchvision"):
+        if layout == "timm" and "pre_logits/kernel" in arrays:
             raise UserError(
                 "timm's ViT has no hidden layer (pre_logits) before its head: fine-tune the model, "
                 "or use --format official"
             )
         joined = _join(_to_torch(_with_register_positions(arrays), "timm"), "timm")
-        return {name.replace(".mlp.w12.", ".mlp.fc1."): x for name, x in joined.items()}
+        joined = {name.replace(".mlp.w12.", ".mlp.fc1."): x for name, x in joined.items()}
+        return joined if layout == "timm" else torch_names.to_torchvision(joined)
     model_type = huggingface_names.model_type(family.infer(arrays))
     return huggingface_names.from_vit(
         _join(_to_torch(arrays, "huggingface"), "huggingface"), model_type

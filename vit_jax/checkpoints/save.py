@@ -1,4 +1,4 @@
-"""Writes a model in the format of Google, timm or Hugging Face, for others and for us to read."""
+"""Writes a model in the format of Google, timm, torchvision or Hugging Face, for others and us."""
 
 import dataclasses
 import json
@@ -17,9 +17,23 @@ from vit_jax.checkpoints.pretrained import OFFICIAL, Pretrained
 from vit_jax.errors import UserError
 from vit_jax.files import atomic_files, atomic_folder
 
-FORMATS = ("official", "timm", "huggingface")
+FORMATS = ("official", "timm", "torchvision", "huggingface")
 _WRITERS = {".npz": write_npz, ".safetensors": write_safetensors}
-_SUFFIXES = {"official": (".npz",), "timm": ("", ".safetensors", ".npz"), "huggingface": ("",)}
+_SUFFIXES = {
+    "official": (".npz",),
+    "timm": ("", ".safetensors", ".npz"),
+    "torchvision": (".safetensors",),
+    "huggingface": ("",),
+}
+# The fields in which torchvision's ViT has one value.
+_TORCHVISION = {
+    "architecture": "vit",
+    "classifier": "token",
+    "distillation_token": False,
+    "layer_scale": 0.0,
+    "mlp": "gelu",
+    "num_registers": 0,
+}
 
 
 def save_pretrained(pretrained: Pretrained, path: str | os.PathLike[str], format: str) -> None:
@@ -29,17 +43,20 @@ def save_pretrained(pretrained: Pretrained, path: str | os.PathLike[str], format
 
     Args:
         pretrained: the model.
-        path: a file that ends in .npz (official, timm) or .safetensors (timm), or a folder to be
-            made (timm, huggingface). It must not exist. It appears at once, when all is written.
+        path: a file that ends in .npz (official, timm) or .safetensors (timm, torchvision), or a
+            folder to be made (timm, huggingface). It must not exist. It appears at once, when all
+            is written.
         format: one of `FORMATS`.
 
     Raises:
         UserError: the path or its info file exists, it has another suffix, the format has no place
-            for a parameter, or the disk is full.
+            for such a model or a parameter of it, or the disk is full.
     """
     path = Path(path)
     _check_path(path, format)
     _check_positions(pretrained.model, format)
+    if format == "torchvision":
+        _check_torchvision(pretrained)
     arrays = layouts.from_official(flatten_dict(pretrained.params, sep="/"), format)
     info = ModelInfo(
         pretrained.model,
@@ -87,6 +104,21 @@ def _check_positions(model: dict[str, Any], format: str) -> None:
         raise UserError(
             f"the {format} format has learned position embeddings at the stem, this model "
             f"{embedding} ones, {placement}: use --format official"
+        )
+
+
+def _check_torchvision(pretrained: Pretrained) -> None:
+    for key, only in _TORCHVISION.items():
+        if (found := pretrained.model.get(key, only)) != only:
+            raise UserError(
+                f"torchvision's ViT has {key} {only!r} alone, this model {found!r}: use another "
+                "--format"
+            )
+    height, width, channels = pretrained.preprocessing.image_shape
+    if height != width or channels != 3:
+        raise UserError(
+            f"torchvision's ViT takes square images of 3 channels, this model {height} x {width} "
+            f"of {channels}: use another --format"
         )
 
 

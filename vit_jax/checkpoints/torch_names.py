@@ -66,31 +66,34 @@ def without_text(arrays: Arrays) -> Arrays:
     return {name: x for name, x in arrays.items() if name.startswith("vision_model.")}
 
 
-# torchvision's names, of all its versions, and timm's.
+# torchvision's names and timm's; "#" stands for the number of a layer.
+_LAYER = "encoder.layers.encoder_layer_#"
 _TORCHVISION = {
-    r"class_token": "cls_token",
-    r"conv_proj\.(.*)": r"patch_embed.proj.\1",
-    r"encoder\.pos_embedding": "pos_embed",
-    r"encoder\.ln\.(.*)": r"norm.\1",
-    r"heads\.head\.(.*)": r"head.\1",
-    r"heads\.pre_logits\.(.*)": r"pre_logits.fc.\1",
-    **{
-        rf"encoder\.layers\.encoder_layer_(\d+)\.{theirs}(.*)": rf"blocks.\1.{timms}.\2"
-        for theirs, timms in {
-            r"ln_1\.": "norm1",
-            r"ln_2\.": "norm2",
-            r"self_attention\.in_proj_": "attn.qkv",
-            r"self_attention\.out_proj\.": "attn.proj",
-            r"mlp\.(?:0|linear_1)\.": "mlp.fc1",
-            r"mlp\.(?:3|linear_2)\.": "mlp.fc2",
-        }.items()
-    },
+    "class_token": "cls_token",
+    "conv_proj": "patch_embed.proj",
+    "encoder.pos_embedding": "pos_embed",
+    "encoder.ln": "norm",
+    "heads.head": "head",
+    "heads.pre_logits": "pre_logits.fc",
+    f"{_LAYER}.ln_1": "blocks.#.norm1",
+    f"{_LAYER}.ln_2": "blocks.#.norm2",
+    f"{_LAYER}.self_attention.in_proj_weight": "blocks.#.attn.qkv.weight",
+    f"{_LAYER}.self_attention.in_proj_bias": "blocks.#.attn.qkv.bias",
+    f"{_LAYER}.self_attention.out_proj": "blocks.#.attn.proj",
+    f"{_LAYER}.mlp.0": "blocks.#.mlp.fc1",
+    f"{_LAYER}.mlp.3": "blocks.#.mlp.fc2",
+}
+# Of its older files, which torchvision brings to the names above.
+_OLDER = {
+    f"{_LAYER}.mlp.linear_1": "blocks.#.mlp.fc1",
+    f"{_LAYER}.mlp.linear_2": "blocks.#.mlp.fc2",
 }
 # Of the published code of DINOv2 and of DeiT III, beside timm's names.
 _PUBLISHED = {
-    r"register_tokens": "reg_token",
-    r"blocks\.(\d+)\.mlp\.w3\.(.*)": r"blocks.\1.mlp.fc2.\2",
-    r"blocks\.(\d+)\.gamma_([12])": r"blocks.\1.ls\2.gamma",
+    "register_tokens": "reg_token",
+    "blocks.#.mlp.w3": "blocks.#.mlp.fc2",
+    "blocks.#.gamma_1": "blocks.#.ls1.gamma",
+    "blocks.#.gamma_2": "blocks.#.ls2.gamma",
 }
 
 
@@ -104,7 +107,7 @@ def to_timm(arrays: Arrays) -> Arrays:
 
     The mask token of DINOv2, of its training alone, is left out.
     """
-    table = _TORCHVISION if are_torchvisions(arrays) else _PUBLISHED
+    table = _TORCHVISION | _OLDER if are_torchvisions(arrays) else _PUBLISHED
     if not are_torchvisions(arrays) and "patch_embed.proj.weight" not in arrays:
         return arrays
     renamed = {_rename(name, table): x for name, x in arrays.items()}
@@ -113,10 +116,18 @@ def to_timm(arrays: Arrays) -> Arrays:
     return renamed
 
 
+def to_torchvision(arrays: Arrays) -> Arrays:
+    """Brings timm's names to those of torchvision's ViT, which has them all: the opposite."""
+    names = {timms: theirs for theirs, timms in _TORCHVISION.items()}
+    return {_rename(name, names): x for name, x in arrays.items()}
+
+
 def _rename(name: str, table: dict[str, str]) -> str:
-    for pattern, replacement in table.items():
-        if match := re.fullmatch(pattern, name):
-            return match.expand(replacement)
+    for old, new in table.items():
+        pattern = re.escape(old).replace(r"\#", r"(?P<number>\d+)")
+        if match := re.fullmatch(rf"{pattern}(?P<kind>\.weight|\.bias|)", name):
+            number = match.groupdict().get("number", "")
+            return new.replace("#", number) + match["kind"]
     return name
 
 

@@ -34,6 +34,8 @@ def is_image(head: bytes) -> bool:
 
 def fault(path: str | os.PathLike[str]) -> str:
     """Says why a file is no image although it holds an array; "" if it holds none or is one."""
+    if not os.path.isfile(path):  # A named pipe would be waited for, forever.
+        return ""
     try:
         with open(path, "rb") as file:
             if file.read(len(MAGIC)) == MAGIC:

@@ -43,7 +43,8 @@ def open_folder(path: str, rules: FileRules = _DEFAULTS) -> LabeledFiles:
     in the order of their values, other names as text. A folder without any of the splits' own
     directories has those of the classes itself, and is divided, see `labeled_files.divide`. All
     images below a class are its own, however deep. A file that begins like an image is one,
-    whatever it is called; another is broken if it has the suffix of one, and else passed over.
+    whatever it is called; another is broken if it has the suffix of one, and else passed over. A
+    class may be a link to a directory, but not to one in which it lies itself.
 
     Args:
         path: of the folder.
@@ -183,6 +184,9 @@ def _scan(directory: Path, survey: Survey, prefix: str = "") -> dict[str, list[E
         if not _is_directory(entry):
             survey.pass_over(entry.name)
             continue
+        if _leads_back(entry):
+            survey.links += 1
+            continue
         images, broken = [], len(survey.broken)
         found[entry.name] = images
         for path in files_below(entry.path, survey):
@@ -235,6 +239,15 @@ def _is_directory(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # A link to itself.
         return False
+
+
+def _leads_back(entry: os.DirEntry[str]) -> bool:
+    """Tells whether it is a link to a directory that it lies in: all classes would be in it."""
+    if not entry.is_symlink():
+        return False
+    target = os.path.realpath(entry.path)
+    lies_in = os.path.realpath(os.path.dirname(entry.path))
+    return os.path.commonpath([target, lies_in]) == target
 
 
 def _listed(directory: str) -> list[os.DirEntry[str]]:

@@ -205,9 +205,9 @@ def _read(
         raise UserError(f"{path} {found}: give one of {', '.join(FORMATS)}") from error
     except MemoryError as error:
         raise UserError(f"{path} does not fit in memory: make it smaller, or free some") from error
-    except (FileNotFoundError, PermissionError) as error:
-        raise UserError(f"{path} cannot be opened: {error.strerror}") from error
     except Exception as error:  # PIL's readers have no class for damage: anything may come out
+        if reason := getattr(error, "strerror", None):  # The system's word, which PIL has not.
+            raise UserError(f"{path} cannot be opened: {reason}") from error
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{path} is damaged ({reason}): fetch it again") from error
 

@@ -149,6 +149,8 @@ def _class_names(root: Path) -> tuple[str, ...]:
     try:
         if not path.exists():
             return ()
+        if not path.is_file():  # A named pipe would be waited for, forever.
+            raise UserError(f"{path} is not a file: make it one of a name a line, or remove it")
         lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as text ({first_line(error)}): mend it") from error

@@ -90,7 +90,7 @@ def _too_large(name: str) -> UserError:
 
 
 def _scale(header: bytes) -> int:
-    """What PIL multiplies the pixels of a gray PNG of 2 or 4 bits by, so that the largest is 255.
+    """The factor by which PIL makes 255 of the largest level of a gray PNG of 2 or 4 bits.
 
     Args:
         header: the begin of the file: its signature and IHDR, which is always the first chunk (PNG

@@ -204,7 +204,7 @@ def as_pixels(images: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
 
 
 def at_a_time(output_bytes: int, most: int = 16) -> int:
-    """How many images go through a model together, so that outputs are no more than 256 MiB.
+    """The number of images that go through a model together: their outputs are at most 256 MiB.
 
     Args:
         output_bytes: of an image.
@@ -214,7 +214,7 @@ def at_a_time(output_bytes: int, most: int = 16) -> int:
 
 
 def compared(output_bytes: int, most: int) -> int:
-    """How many images are compared, so that the outputs of all are no more than 1 GiB.
+    """The number of images that are compared: the outputs of all are at most 1 GiB.
 
     Args:
         output_bytes: of an image.
@@ -274,7 +274,7 @@ def compare(reference: Reference, outputs: np.ndarray) -> dict[str, float]:
 
 
 def _difference(expected: np.ndarray, found: np.ndarray) -> tuple[float, float, float, float]:
-    """Of an image the largest and the mean difference, the cosine, and the largest output."""
+    """The largest and the mean difference of an image, the cosine, and the largest output."""
     expected, found = (x.astype(np.float64).ravel() for x in (expected, found))
     difference = np.abs(found - expected)
     norms = np.linalg.norm(found) * np.linalg.norm(expected)

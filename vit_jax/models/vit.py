@@ -80,7 +80,7 @@ class ViTConfig(EncoderConfig):
         "ViT-LAYERS-WIDTH-MLP/PATCH"
     )
     landmark = "embedding/kernel"
-    formats = ("official", "timm", "huggingface")
+    formats = ("official", "timm", "torchvision", "huggingface")
     stem = "embedding/kernel"
     embeds_pixels = True
     has_patch_embeddings = True

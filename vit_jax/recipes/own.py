@@ -46,6 +46,9 @@ class Facts(NamedTuple):
         on_cpu: whether there is no accelerator.
         devices: their number.
         memory: of each, in bytes; 0 if it is not known.
+        has_bfloat16: whether an accelerator multiplies in bfloat16: every TPU, and GPUs from
+            compute capability 8.0 on (CUDA C++ Programming Guide, "Compute Capabilities"). On
+            others XLA does it in float32 (openxla/xla, issue 12429).
     """
 
     num_images: int
@@ -54,6 +57,7 @@ class Facts(NamedTuple):
     on_cpu: bool
     devices: int
     memory: int
+    has_bfloat16: bool = True
 
 
 class Choice(NamedTuple):
@@ -82,25 +86,35 @@ def batch_size(facts: Facts) -> int:
     return math.ceil(size / facts.devices) * facts.devices
 
 
-def choices(facts: Facts, batch: int, steps: int | None = None) -> list[Choice]:
+def choices(
+    facts: Facts,
+    batch: int,
+    steps: int | None = None,
+    image_size: ImageSize | None = None,
+    dtype: str | None = None,
+) -> list[Choice]:
     """The values of a config that depend on the circumstances.
 
     Args:
         facts: these.
         batch: images a step.
         steps: of the run, where the user has said how many.
+        image_size: likewise.
+        dtype: of the computation, likewise.
     """
     table = f"Table 4's {FINETUNE_BATCH_SIZE}" if not facts.on_cpu else "a CPU's"
     by_images = f"{table}, and not above {facts.num_images:,} images"
     made = [Choice("batch_size", batch, by_images)]
-    if facts.on_cpu:
-        made += [Choice("model.dtype", "float32", "a CPU is slow in bfloat16")]
+    if facts.on_cpu or not facts.has_bfloat16:
+        why = "a CPU is slow in bfloat16" if facts.on_cpu else "this GPU has no bfloat16"
+        made += [Choice("model.dtype", "float32", why)]
+        dtype = dtype or "float32"
     size, why = _image_size(facts)
     made += [Choice("dataset.image_size", size, why)]
     made += _length(facts, batch, steps)
     rate, why = _rate(batch)
     made += [Choice("schedule.base_lr", rate, why)]
-    parts = _parts(facts, batch, size)
+    parts = _parts(facts, batch, image_size or size, dtype)
     if parts > 1:
         why = f"{batch // parts} images at a time fit in {facts.memory / 2**30:.0f} GiB"
         made += [Choice("accumulate_steps", parts, why)]
@@ -151,7 +165,7 @@ def _rate(batch: int) -> tuple[float, str]:
     return nearest, f"of Table 4, for {batch} images a step"
 
 
-def _parts(facts: Facts, batch: int, image_size: ImageSize) -> int:
+def _parts(facts: Facts, batch: int, image_size: ImageSize, dtype: str | None) -> int:
     """The parts of a batch whose activations fit in memory, a power of two.
 
     Korthikanti et al. (2022, arXiv 2205.05198), Equation 2: a layer keeps s h (34 + 5 a s / h)
@@ -162,7 +176,7 @@ def _parts(facts: Facts, batch: int, image_size: ImageSize) -> int:
         return 1
     tokens = math.prod(x // facts.model.downsampling for x in sides(image_size)) + 1
     width, heads = fields["hidden_size"], fields["num_heads"]
-    layer = tokens * (34 * width + 5 * heads * tokens) * (2 if facts.on_cpu else 1)
+    layer = tokens * (34 * width + 5 * heads * tokens) * (2 if dtype == "float32" else 1)
     fitting = ACTIVATIONS * facts.memory / (layer * fields["num_layers"])
     parts = 1
     while batch % (2 * parts * facts.devices) == 0 and batch / (parts * facts.devices) > fitting:
