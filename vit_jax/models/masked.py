@@ -247,7 +247,7 @@ def downsized(images: Array, size: int) -> Array:
 
 
 def _overlap(cells: int, size: int) -> np.ndarray:
-    """How much each of so many cells of a side covers of each of its pixels, [cells, size]."""
+    """The share of each pixel of a side that each of so many cells covers, [cells, size]."""
     # Cell i covers [i, i + 1] * size / cells of the side, pixel p [p, p + 1].
     begin = np.arange(cells)[:, None] * size / cells
     pixel = np.arange(size)
