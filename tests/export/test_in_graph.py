@@ -43,6 +43,7 @@ RULES = {
 }
 # Smaller and larger than the model's, odd, of one pixel, wide and tall.
 SIZES = [(16, 16), (37, 53), (5, 7), (1, 1), (1, 40), (64, 48), (300, 211), (15, 16)]
+SIZES += [(100, 31), (90, 16), (61, 39), (400, 20), (31, 100)]
 
 
 def front(rule, tmp_path):
@@ -85,13 +86,16 @@ def test_the_graph_sees_what_evaluation_sees_of_images_of_any_size(rule, tmp_pat
         assert gray_levels < 1e-3, (height, width)
 
 
-def test_tall_images_of_pil_are_a_few_gray_levels_off_at_most(tmp_path):
-    """It may go over their rows first, and rounds in between."""
-    raw = pictures(100, 31, 3)
-    rule = Preprocessing(16, None, "bilinear", True, resize="huggingface")
-    (seen,) = front(rule, tmp_path).run(None, {"images": raw})
-    expected = np.stack([preprocess(image, rule) for image in raw])
-    assert np.abs(seen - expected).max() * 127.5 < 1.001
+@pytest.mark.parametrize("image_size", [16, "16x24", "24x10"])
+@pytest.mark.parametrize("crop", [None, 0.9])
+def test_the_passes_of_pil_are_in_its_order(image_size, crop, tmp_path):
+    """It goes over the rows of some tall images first, and rounds in between."""
+    rule = Preprocessing(image_size, crop, "bicubic", True, resize="timm")
+    session, random = front(rule, tmp_path), np.random.default_rng(0)
+    for height, width in random.integers(8, 90, (40, 2)):
+        raw = random.integers(0, 256, (1, height, width, 3), np.uint8)
+        (seen,) = session.run(None, {"images": raw})
+        np.testing.assert_allclose(seen[0], preprocess(raw[0], rule), atol=1e-5)
 
 
 @pytest.fixture

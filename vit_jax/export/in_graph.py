@@ -3,9 +3,8 @@
 What `data.resampling` and `data.protocols` compute is computed here once more, as ONNX: the sizes
 and the box in 64 bits or whatever the protocol has, the weights of the source pixels of each axis,
 and one loop over these weights for each axis, which adds the products in the same order. ONNX's
-own Resize knows neither a box of fractions of pixels nor means over areas. PIL is followed to the
-bit where it goes over the columns first; Pillow 13 goes over the rows first in some images, such as
-those that are twice as tall as wide, and a pixel may then be a gray level or more off.
+own Resize knows neither a box of fractions of pixels nor means over areas. PIL's resize is that of
+Pillow 13, to the bit.
 """
 
 import json
@@ -96,10 +95,10 @@ class _Front(Writer):
             inverse = self._on("Div", self._float(2), self._on("Mul", area, self._float(2)))
             total = self._on("Mul", total, inverse)
             return self.op("Floor", [total])
-        for axis, length, size, first in ((2, width, wide, left), (1, height, tall, top)):
-            taps = self._pil_taps(length, size, first, self._view[axis - 1])
-            images = self._pil_rounded(self._sum(images, taps, axis, ir.DataType.INT32))
-        return self._cast(images, "FLOAT")
+        rows = self._pil_taps(height, tall, top, self._view[0])
+        columns = self._pil_taps(width, wide, left, self._view[1])
+        lost = self._on("Sub", height, tall), self._on("Sub", width, wide)
+        return self._of_pil(images, rows, columns, *lost)
 
     def normalized(self, pixels: ir.Value) -> ir.Value:
         """Mean and std applied to pixels."""
@@ -193,6 +192,38 @@ class _Front(Writer):
         half = self.op("Where", [is_negative, self._double(-0.5), self._double(0.5)])
         weights = self._cast(self._on("Add", weights, half), "INT32")
         return self._taps(source, length, weights)
+
+    def _of_pil(
+        self, images: ir.Value, rows: _Taps, columns: _Taps, lost_rows: ir.Value, lost: ir.Value
+    ) -> ir.Value:
+        """The two passes of PIL's `ImagingResampleInner` (Resample.c), rounded each.
+
+        Columns go first, but for an image that loses more than twice as many rows as columns: it
+        is turned, so that its rows do.
+        """
+        shrinks = self._on("Greater", lost_rows, self._int(0))
+        is_tall = self._on("Greater", lost_rows, self._on("Mul", lost, self._int(2)))
+        turned = self._on("And", shrinks, is_tall)
+        images = self._where(turned, images, images, turn=True)
+        for axis, then, otherwise in ((_COLUMNS, rows, columns), (_ROWS, columns, rows)):
+            pairs = zip(then, otherwise, strict=True)
+            taps = _Taps(*(self._where(turned, *pair) for pair in pairs))
+            images = self._pil_rounded(self._sum(images, taps, axis, ir.DataType.INT32))
+        return self._cast(self._where(turned, images, images, turn=True), "FLOAT")
+
+    def _where(
+        self, condition: ir.Value, then: ir.Value, otherwise: ir.Value, turn: bool = False
+    ) -> ir.Value:
+        """One of two values of any shapes; the first, if asked for, with its axes exchanged."""
+        branches = []
+        for kind, value in (("Transpose" if turn else "Identity", then), ("Identity", otherwise)):
+            name = self._unique("preprocessing/branch")
+            settings = [ir.AttrInt64s("perm", [0, 2, 1, 3])] * (kind == "Transpose")
+            node = ir.Node("", kind, [value], settings, name=f"{name}/{kind}")
+            node.outputs[0].name = f"{name}:0"
+            branches.append(ir.Graph([], node.outputs, nodes=[node], name=name))
+        then_branch, else_branch = branches
+        return self.op("If", [condition], then_branch=then_branch, else_branch=else_branch)
 
     def _pil_rounded(self, total: ir.Value) -> ir.Value:
         """Sums with weights of `_PIL_BITS` bits as pixels."""
