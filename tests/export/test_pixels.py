@@ -16,7 +16,7 @@ from vit_jax.checkpoints.decoder import Decoder
 from vit_jax.checkpoints.pretrained import Pretrained
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
-from vit_jax.export import parity
+from vit_jax.export import __main__, parity
 from vit_jax.export.forward import make_forward
 from vit_jax.export.parity import load_report
 from vit_jax.export.pipeline import Export, Photographs
@@ -123,6 +123,22 @@ def test_a_data_set_of_masks_is_one_of_images_and_pixels(pretrained, streets, tm
     (tmp_path / "streets/classes.txt").write_text("sky\nroad\ntree\n")
     with pytest.raises(UserError, match="class 2 of folder:.* is 'tree', and random has '<car>'"):
         photographs.read(pretrained, 4, "pixels")
+
+
+def test_the_command_tells_the_accuracy_of_pixels(
+    pretrained, streets, converter, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(__main__.flags, "load", lambda _: pretrained)
+    flags = ["--checkpoint=x", f"--output={tmp_path}/out", "--outputs=pixels", "--stages=onnx"]
+    flags += [f"--dataset={streets}", "--latency_seconds=0", f"--converter={converter}"]
+    assert __main__.main(flags) == 0
+    (row,) = load_report(tmp_path / "out")
+    assert "accuracy" in row and f"{row['accuracy']:.2%} (Flax" in capsys.readouterr().out
+    images, masks = Photographs(dataset=streets).read(pretrained, 5, "pixels")
+    predicted = np.asarray(make_forward(pretrained, outputs="pixels").jitted()(images)).argmax(-1)
+    there = masks != 255
+    expected = (predicted == masks)[there].mean()
+    assert row["reference_accuracy"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_images_are_compared_a_few_at_a_time(pretrained, streets, tmp_path, monkeypatch):

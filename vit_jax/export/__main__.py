@@ -15,7 +15,7 @@ from vit_jax import command, tensorflow_env
 from vit_jax.checkpoints import flags
 from vit_jax.errors import UserError
 from vit_jax.export.precisions import PRECISIONS
-from vit_jax.export.stages import CONVERTERS, OUTPUTS, STAGES
+from vit_jax.export.stages import CONVERTERS, OUTPUTS, PIXELS, STAGES
 from vit_jax.printable import printable
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--checkpoint is missing: only --stages tensorrt goes without")
     if args.data and args.dataset:
         raise UserError(f"--data {args.data} and --dataset {args.dataset}: give one of them")
-    if args.dataset and args.outputs not in _OF_HEAD:
+    if args.dataset and args.outputs not in (*_OF_HEAD, PIXELS):
         raise UserError(
             f"--outputs {args.outputs} have no accuracy: use --data in place of --dataset"
         )
