@@ -174,7 +174,9 @@ def test_outside_of_the_clone_configs_are_found_by_name(tmp_path, monkeypatch):
     assert default_workdir("b16:finetune,cifar10") == "runs/b16-finetune-cifar10"
     (tmp_path / "b16").mkdir()  # a directory is no config
     assert find("b16")[0] == ROOT / "configs/b16.py"
-    known = "known are b16, b32, digits, h14, l16, l32, segmentation, vit, or give a file"
+    known = (
+        "known are b16, b32, detection, digits, h14, l16, l32, segmentation, vit, or give a file"
+    )
     for name, hint in {"digit": "digits", "b16x": "b16", "configs/l17.py": "l16"}.items():
         with pytest.raises(UserError, match=rf"does not exist: did you mean {hint}\? {known}$"):
             find(name)

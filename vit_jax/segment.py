@@ -1,8 +1,6 @@
 """From images to the class of every pixel: `python -m vit_jax.segment --checkpoint C IMAGE...`."""
 
-import os
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +9,7 @@ from vit_jax import command
 from vit_jax.checkpoints import flags
 from vit_jax.errors import UserError
 from vit_jax.files import atomic_write, make_folder
+from vit_jax.image_outputs import check_names, check_output
 from vit_jax.printable import printable
 
 if TYPE_CHECKING:
@@ -43,52 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     pretrained = flags.load(args)
     files = find_images(args.images, pretrained.preprocessing.channels)
-    _check_names(files)
-    _check_output(args.output, args.images, files)
+    check_names(files, "masks", "segment")
+    check_output(args.output, args.images, files, "masks")
     output, done = Path(args.output), 0
     make_folder(output)
     for file, mask in segment(pretrained, files, args.batch_size):
         done += _write(output, file, mask, pretrained)
     return 2 if not done else 0 if done == len(files) else 1
-
-
-def _check_names(files: Sequence[str]) -> None:
-    counts = Counter(Path(file).stem for file in files)
-    if twice := [file for file in files if counts[Path(file).stem] > 1]:
-        raise UserError(
-            f"{printable(twice[0])} and {printable(twice[1])} have masks of one name: segment them "
-            "into folders of their own"
-        )
-
-
-def _check_output(output: str, paths: Sequence[str], files: Sequence[str]) -> None:
-    """Refuses a folder where a mask would replace an image, or be taken for one the next time.
-
-    Args:
-        output: the folder that gets the masks.
-        paths: images and directories, as they were given.
-        files: the images that these stand for.
-
-    Raises:
-        UserError: an image lies in the folder, or the folder below a directory of images.
-    """
-    place = Path(os.path.realpath(output))
-    around = {str(place), *map(str, place.parents)}
-    for path in paths:
-        if os.path.isdir(path) and os.path.realpath(path) in around:
-            raise _mixed(output, path)
-    for file in files:
-        # Where it is, and where it lies if it is a link.
-        directory = os.path.dirname(file)
-        if str(place) in (os.path.realpath(directory), os.path.dirname(os.path.realpath(file))):
-            raise _mixed(output, file)
-
-
-def _mixed(output: str, path: str) -> UserError:
-    return UserError(
-        f"--output {printable(output)} has images in it or lies among them ({printable(path)}), "
-        "which masks would replace or be taken for: name a folder elsewhere"
-    )
 
 
 def segment(

@@ -150,12 +150,19 @@ def _resizing(preprocessing: Preprocessing, imports: set[str]) -> tuple[list[str
             "x = np.floor(x * (np.float32(1) / (row * column)))",
         ]
     imports.add("from PIL import Image, ImageOps")
+    is_letterbox = preprocessing.resize == "letterbox"
     kernel = f"Image.Resampling.{preprocessing.interpolation.upper()}"
     if preprocessing.channels == 3:
         resized = f"np.asarray(Image.fromarray(pixels).resize((new_width, new_height), {kernel}))"
     else:
         resized = f"np.stack([Image.fromarray(x).resize((new_width, new_height), {kernel})"
         resized += "\n                  for x in np.moveaxis(pixels, -1, 0)], axis=-1)"
+    if is_letterbox:
+        return [], [
+            *lines,
+            f"x = np.zeros(({tall}, {wide}, {preprocessing.channels}), np.uint8)  # Black beyond.",
+            f"x[:new_height, :new_width] = {resized}",
+        ]
     return [], [*lines, f"x = {resized}", f"x = x[top:top + {tall}, left:left + {wide}]"]
 
 
@@ -198,6 +205,11 @@ def _whole_pixels(preprocessing: Preprocessing) -> list[str]:
     """`protocols.whole_pixels`."""
     view, covered = sides(preprocessing.image_size), resized_sides(preprocessing)
     resize = preprocessing.resize
+    if resize == "letterbox":
+        return [
+            f"factor = min({view[0]} / height, {view[1]} / width)",
+            "new_height, new_width = (max(round(x * factor), 1) for x in (height, width))",
+        ]
     if preprocessing.squash or preprocessing.center_crop is None:
         lines = [f"new_height, new_width = {covered[0]}, {covered[1]}"]
     else:

@@ -224,6 +224,11 @@ def _meaning(output: dict[str, Any]) -> str:
 def _size_rule(rule: Preprocessing) -> str:
     height, width = sides(rule.image_size)
     size, crop = f"{height} x {width} (height x width)", rule.center_crop
+    if rule.resize == "letterbox":
+        return (
+            f"the whole image is resized until it just fits into {size}, its aspect ratio kept, "
+            "and lies at the top left; the rest is black."
+        )
     if crop is None:
         return (
             f"the whole image is resized to {size}; its aspect ratio is given up and nothing is "

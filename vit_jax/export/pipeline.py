@@ -200,6 +200,9 @@ class Export:
         most = parity.compared(forward.output_bytes, photographs.number)
         number, raw = most + self.precision.calibration_images, None
         if in_graph:
+            from vit_jax.export.in_graph import check_rule  # With onnx_ir, which is there now.
+
+            check_rule(pretrained.preprocessing)
             raw, labels = photographs.read_raw(pretrained, number, outputs)
             images = parity.prepared(raw, pretrained.preprocessing)
         else:
