@@ -158,7 +158,8 @@ def config_of(args: argparse.Namespace, folder: pathlib.Path) -> ConfigDict:
     config = config_files.load(f"detection:tiny,folder:{folder}").config
     if args.small:
         config.batch_size = 16
-        config.model.update({"num_layers": 2})
+        config.model.num_layers = 2
+        config.detection.update({"width": 32, "layers": 1})
     config.duration = f"{args.steps or (800 if args.small else 2000)} steps"
     return config
 

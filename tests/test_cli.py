@@ -10,8 +10,8 @@ import vit_jax
 from vit_jax import cli
 from vit_jax.errors import nearest
 
-NAMES = ["train", "probe", "evaluate", "predict", "features", "convert", "export"]
-NAMES += ["serve", "analyze", "weights", "sweep", "plan", "doctor"]
+NAMES = ["train", "probe", "evaluate", "predict", "segment", "detect", "features", "convert"]
+NAMES += ["export", "serve", "analyze", "weights", "sweep", "plan", "doctor"]
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from vit_jax.export import client_code, parity
 from vit_jax.export.engine import ENGINE, read_description
 from vit_jax.export.onnx_file import RAW, OnnxFile, read_class_names, read_onnx
 from vit_jax.export.precisions import PRECISIONS
+from vit_jax.export.stages import BOXES
 from vit_jax.files import atomic_write, storage_errors, write_json
 from vit_jax.image_size import sides
 from vit_jax.printable import printable
@@ -218,6 +219,8 @@ def _meaning(output: dict[str, Any]) -> str:
         "features": "what the head would be applied to",
         "tokens": "features of every patch, row by row, after those of other tokens",
         "grid": "features of every patch, in rows and columns",
+        "boxes": "of every cell a score of each class, then left, top, right and bottom of its box "
+        "in shares of the width and height of the image that goes in; many tell the same object",
     }.get(output["name"], "what the model was exported to give")
 
 
@@ -299,6 +302,9 @@ def _with_onnxruntime(onnx: OnnxFile, code: str, directory: Path) -> str:
         *_images(onnx),
         f"({output},) = session.run(None, {{{json.dumps(name)}: images}})",
     ]
+    if output == BOXES:
+        lines[0] = lines[0].replace("import io\n", "import io\nimport json\n")
+        return "\n".join([*lines, "", "", *client_code.objects(client_code.preprocessing_of(onnx))])
     if output not in ("logits", "probabilities"):
         return "\n".join([*lines, f"print({output}.shape)"])
     lines.append(f"scores = {output}[0]")

@@ -284,6 +284,21 @@ def scores_and_corners(cells: Cells, image: Grid) -> tuple[Array, Array]:
     return jnp.sqrt(probabilities), jnp.clip(jnp.concatenate(corners, axis=-1), 0, edge)
 
 
+def scores_and_boxes(cells: Cells) -> Array:
+    """What an exported model gives: float32 [batch, cells, classes + 4], all in [0, 1].
+
+    Of each cell the score of every class, then left, top, right and bottom of its box in shares of
+    the width and height of the image that the model sees: so one tolerance holds for all, and half
+    precision is precise. The cells are those of the grid, row by row.
+
+    Args:
+        cells: from the model.
+    """
+    scores, corners = scores_and_corners(cells, (1, 1))
+    _, rows, columns, classes = scores.shape
+    return jnp.concatenate([scores, corners], axis=-1).reshape(-1, rows * columns, classes + 4)
+
+
 def candidates(cells: Cells, image: Grid, most: int) -> Found:
     """The pairs of a cell and a class with the highest scores.
 
