@@ -147,8 +147,8 @@ def test_nothing_is_probable_before_training():
     model = detector(create_model(TINY), HeadShape(16, 2, 1))
     images = np.random.default_rng(0).normal(size=(1, 16, 16, 3)).astype(np.float32)
     found = model.init_with_output(jax.random.key(0), images)[0]
-    np.testing.assert_allclose(jax.nn.sigmoid(found.logits), PRIOR, rtol=0.3)
-    np.testing.assert_allclose(found.distances, 1, rtol=0.3)
+    np.testing.assert_allclose(jax.nn.sigmoid(found.logits), PRIOR, rtol=0.5)
+    np.testing.assert_allclose(found.distances, 1, rtol=0.5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -56,7 +56,7 @@ def test_cells_tell_the_smallest_object_around_whose_middle_they_lie():
     found = jax.device_get(assign(jnp.asarray(labels), GRID, IMAGE))
     matched = assign_in_a_loop(labels, GRID, IMAGE)
     told = matched >= 0
-    assert told.sum() > 20 and len(np.unique(matched[0])) > 3
+    assert told.sum() > 15 and len(np.unique(matched[0])) > 3
     for image in range(3):
         classes = np.where(told[image], labels[image, matched[image], 4], -1)
         np.testing.assert_array_equal(found.classes[image], classes)
@@ -118,7 +118,7 @@ def test_the_losses_are_those_of_torchvisions_fcos():
         "bbox_regression": torch.from_numpy(cells.distances.reshape(3, -1, 4)),
         "bbox_ctrness": torch.from_numpy(cells.centerness.reshape(3, -1, 1)),
     }
-    head = fcos.FCOSHead(8, 1, CLASSES)
+    head = fcos.FCOSHead(32, 1, CLASSES)
     indices = [torch.from_numpy(each) for each in matched]
     expected = head.compute_loss(targets, outputs, [anchors] * 3, indices)
     found = assign(jnp.asarray(labels), GRID, IMAGE)
