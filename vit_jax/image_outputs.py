@@ -1,4 +1,4 @@
-"""Where a command writes what it makes of images: never among these, nor twice under one name."""
+"""The place of what a command makes of images: not among these, nor twice under one name."""
 
 import os
 from collections import Counter

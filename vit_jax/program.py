@@ -278,7 +278,7 @@ def batch_mix(config: ConfigDict, num_classes: int) -> Mix | None:
 
 
 def batch_weights(config: ConfigDict) -> Callable[[Batch], Batch] | None:
-    """What a step adds to its batch before it is split, see `steps.train_step`."""
+    """The addition of a step to its batch before that is split, see `steps.train_step`."""
     if config.objective != "detection":
         return None
     grid = detection.grid_of_cells(

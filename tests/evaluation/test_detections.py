@@ -67,12 +67,12 @@ def test_overlaps_are_shares_of_what_both_cover():
 
 def test_objects_are_put_back_into_the_image_they_are_of():
     found = Found(
-        np.array([0.9, 0.8, 0.02], np.float32),
-        np.array([1, 0, 0], np.int32),
-        np.array([[0, 0, 32, 16], [8, 4, 40, 30], [0, 0, 1, 1]], np.float32),
+        np.array([0.9, 0.8, 0.7, 0.02], np.float32),
+        np.array([1, 0, 0, 0], np.int32),
+        np.array([[0, 0, 32, 16], [8, 4, 40, 30], [2, 20, 9, 30], [0, 0, 1, 1]], np.float32),
     )
     each = in_original(found, evaluation("letterbox", 32), 100, 200)
-    # The image covers 16 x 32 pixels of the view; what lies below it is none of it.
+    # The image covers 16 x 32 pixels of the view; the third lies in the black below it.
     np.testing.assert_allclose(each.corners, [[0, 0, 200, 100], [50, 25, 200, 100]])
     np.testing.assert_array_equal(each.classes, [1, 0])
     assert len(each.above(0.85).scores) == 1 == len(each.above(0.85).corners)

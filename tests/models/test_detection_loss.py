@@ -56,7 +56,7 @@ def test_cells_tell_the_smallest_object_around_whose_middle_they_lie():
     found = jax.device_get(assign(jnp.asarray(labels), GRID, IMAGE))
     matched = assign_in_a_loop(labels, GRID, IMAGE)
     told = matched >= 0
-    assert told.sum() > 15 and len(np.unique(matched[0])) > 3
+    assert told.sum() > 15 and len(np.unique(matched[0])) > 2
     for image in range(3):
         classes = np.where(told[image], labels[image, matched[image], 4], -1)
         np.testing.assert_array_equal(found.classes[image], classes)

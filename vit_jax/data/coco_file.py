@@ -32,7 +32,7 @@ _NAMED = 5  # faults in a message; the rest are counted
 
 @dataclasses.dataclass(frozen=True)
 class CocoFile:
-    """What a file of annotations says.
+    """The content of a file of annotations.
 
     Attributes:
         path: of the file.
@@ -71,7 +71,7 @@ class _Objects:
 
 
 class _Fault(Exception):
-    """What is wrong with an entry, in a sentence that its place comes before."""
+    """The fault of an entry, in a sentence that its place comes before."""
 
 
 def read_coco(path: str | os.PathLike[str]) -> CocoFile:

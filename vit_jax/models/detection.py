@@ -18,6 +18,7 @@ import numpy as np
 
 from vit_jax.errors import UserError
 from vit_jax.image_size import ImageSize, sides
+from vit_jax.models.activations import gelu_erf
 from vit_jax.models.base import Arrays, Grid, Model
 from vit_jax.models.vit import VisionTransformer
 
@@ -51,7 +52,7 @@ class HeadShape:
 
 
 class Cells(NamedTuple):
-    """What is told of every cell of the grid, float32.
+    """The outputs of the head: what is told of every cell of the grid, float32.
 
     Attributes:
         logits: [batch, rows, columns, classes], of the classes, each for itself.
@@ -82,7 +83,7 @@ class DetectionHead(nn.Module):
         """Maps features [batch, rows, columns, hidden_size] to what is told of the cells."""
         for index in range(int(math.log2(self.shape.upsample))):
             x = self._twice(x, f"up_{index}")
-            x = nn.gelu(self._norm(f"up_norm_{index}")(x), approximate=False)
+            x = gelu_erf(self._norm(f"up_norm_{index}")(x))
         if self.shape.upsample == 1:
             x = nn.Dense(self.shape.width, dtype=self.dtype, name="neck")(x)
             x = self._norm("neck_norm")(x)
@@ -285,7 +286,7 @@ def scores_and_corners(cells: Cells, image: Grid) -> tuple[Array, Array]:
 
 
 def scores_and_boxes(cells: Cells) -> Array:
-    """What an exported model gives: float32 [batch, cells, classes + 4], all in [0, 1].
+    """The output of an exported model: float32 [batch, cells, classes + 4], all in [0, 1].
 
     Of each cell the score of every class, then left, top, right and bottom of its box in shares of
     the width and height of the image that the model sees: so one tolerance holds for all, and half

@@ -1,4 +1,4 @@
-"""What the cells of a detector learn (FCOS, Tian et al., 2019, arXiv 1904.01355).
+"""The objective of a detector's cells (FCOS, Tian et al., 2019, arXiv 1904.01355).
 
 A cell is to tell an object if its middle lies within the object's box, and within 1.5 cells of the
 middle of the box ("center sampling" of the paper's later version); of several objects the one of
@@ -25,7 +25,7 @@ _EPSILON = 1e-7
 
 
 class Targets(NamedTuple):
-    """What the cells are to tell.
+    """The truth that the cells are to tell.
 
     Attributes:
         classes: int32 [batch, rows, columns], -1 where there is no object.
@@ -118,7 +118,7 @@ def cell_losses(cells: Cells, targets: Targets) -> dict[str, Array]:
 
 
 def image_weight(targets: Targets) -> Array:
-    """What the sums of an image are multiplied by, so that the mean over the images is the loss.
+    """The factor of the sums of an image with which the mean over the images is the loss.
 
     That is the number of images by the number of cells with an object, of all images together, [].
     """
