@@ -56,14 +56,6 @@ class _Part(NamedTuple):
     images: Path
 
 
-def is_coco_folder(path: str) -> bool:
-    """Tells whether a folder has annotations in one of the places where they are looked for."""
-    root = Path(path).expanduser()
-    return any(True for _ in _instances(root)) or any(
-        (root / directory / ANNOTATIONS).exists() for directory in (*SPLITS, "")
-    )
-
-
 def open_coco_folder(path: str, rules: FileRules = _DEFAULTS) -> LabeledFiles:
     """Reads the annotations of a folder and lists its images.
 
