@@ -22,6 +22,8 @@ SERVE = [
     "uvicorn>=0.54",
 ]
 
+DETECTION = ["pycocotools>=2.0.10"]
+
 setup(
     name="vit_jax",
     version=VERSION,
@@ -91,6 +93,8 @@ setup(
             "onnxruntime>=1.31",
             "onnxscript>=0.7.2",
         ],
+        # COCO's average precision: `vit-jax evaluate` and runs of detection.
+        "detection": DETECTION,
         # The other implementations, to compare with. PyTorch and torchvision go together by release
         # and by build: on Linux, PyPI's are both for CUDA.
         "peers": ["timm>=1.0.31", "torch==2.14.1", "torchvision==0.29.1", "transformers>=5.23"],
@@ -109,6 +113,7 @@ setup(
         # NVIDIA's own index has the libraries that these load; TensorRT 8.6 is for Python 3.10.
         "tensorrt": ["cuda-python>=12.2", "tensorrt>=10"],
         "test": [
+            *DETECTION,
             *SERVE,
             *TENSORFLOW,  # What is compared with.
             "httpx2>=2.16",  # Of the test client of FastAPI.

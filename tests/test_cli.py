@@ -10,7 +10,7 @@ import vit_jax
 from vit_jax import cli
 from vit_jax.errors import nearest
 
-NAMES = ["train", "probe", "evaluate", "predict", "segment", "restore", "features"]
+NAMES = ["train", "probe", "evaluate", "predict", "segment", "detect", "restore", "features"]
 NAMES += ["convert", "export", "serve", "analyze", "weights", "sweep", "plan", "doctor"]
 
 

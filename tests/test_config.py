@@ -542,6 +542,7 @@ def test_a_config_of_before_evals_has_them():
     before["distillation"] = {
         "teacher": "", "kind": "hard", "alpha": 0.5, "temperature": 3.0
     }  # fmt: skip
+    before["detection"] = {"width": 256, "layers": 4, "upsample": 1, "most_boxes": 100}
     before["lora"] = {"rank": 0, "alpha": 8.0, "targets": "query,value"}
     before["optimizer"] |= {"lr_multipliers": "", "layer_decay": 1.0}
     before["schedule"] |= {"cooldown": "0 steps", "drops": [0.3, 0.6, 0.9]}

@@ -15,6 +15,7 @@ LAYERS = (
         "printable",
         "errors",
         "files",
+        "image_outputs",
         "image_size",
         "command",
         "interruption",
@@ -50,6 +51,7 @@ LAYERS = (
         "main",
         "predict",
         "convert",
+        "detect",
         "evaluate",
         "features",
         "probe",
@@ -88,6 +90,7 @@ WITHOUT_TENSORFLOW = (
     "config_rules",
     "config_files",
     "dense_features",
+    "detect",
     "features",
     "inference",
     "predict",
@@ -100,6 +103,8 @@ WITHOUT_TENSORFLOW = (
     "teacher",
     "sweep",
     "cli",
+    "data.box_views",
+    "data.boxes",
     "data.images",
     "data.image_files",
     "data.masks",
@@ -276,6 +281,7 @@ def test_optional_packages_are_imported_where_they_are_used():
         "tf2onnx",
         "wandb",
         "mlflow",
+        "pycocotools",
     }
     found = {
         f"{name} -> {other}"

@@ -192,11 +192,12 @@ def test_what_the_data_set_does_not_tell_is_asked_for():
     assert estimate.dataset_size(config, 12, 3456) == (12, 3456)
 
 
-def test_classes_of_images_are_not_taken_for_those_of_pixels():
-    config = get_config("ViT-S/16", "segmentation,cifar10")
+@pytest.mark.parametrize("recipe", ["segmentation", "detection"])
+def test_classes_of_images_are_not_taken_for_those_of_pixels_or_objects(recipe):
+    config = get_config("ViT-S/16", f"{recipe},cifar10")
     with pytest.raises(UserError, match="classes of cifar10 are not known here: add --classes N"):
         estimate.dataset_size(config, 0, 0)
-    assert estimate.dataset_size(config, 4, 0)[0] == 4
+    assert estimate.dataset_size(config, 4, 50_000)[0] == 4
 
 
 # ImageNet has 1,281,167 images to train on, CIFAR 50,000, the digits 1,442.

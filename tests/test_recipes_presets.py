@@ -198,6 +198,7 @@ OURS_ALONE = {
     "dataset.development",
     "dataset.holdout", "dataset.sampling",
     "dataset.jpeg_dct", "dataset.subset", "dataset.subset_seed", "dataset.workers",
+    "detection.layers", "detection.most_boxes", "detection.upsample", "detection.width",
     "distillation.alpha", "distillation.kind", "distillation.teacher", "distillation.temperature",
     "evals.val.data_dir", "evals.val.dataset", "evals.val.type", "keep_checkpoints", "keep_head",
     "log_images", "lora.alpha", "lora.rank", "lora.targets", "masking.rate", "masking.target",

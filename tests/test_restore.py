@@ -151,7 +151,7 @@ def test_the_mask_is_a_function_of_seed_and_share():
         (["--share", "0.99"], r"--share 0.99 of 12 patches is 12: .* and one left$"),
         (["--seed", "-1"], "'-1' is not a whole number from 0 to 4294967295"),
         (["--seed", "4294967296"], "is not a whole number from 0"),
-        (["photos"], "photos/0.png have restored images of one name: write them into folders"),
+        (["photos"], "photos/0.png have restored images of one name: restore them into folders"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(photos, tmp_path, words, message):

@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": Command("vit_jax.evaluate", "score a model on a data set"),
     "predict": Command("vit_jax.predict", "tell the classes of images"),
     "segment": Command("vit_jax.segment", "tell the class of every pixel of images"),
+    "detect": Command("vit_jax.detect", "find objects in images and draw their boxes"),
     "restore": Command("vit_jax.restore", "mask patches of images and restore them"),
     "features": Command("vit_jax.features", "write features of every patch of images"),
     "convert": Command("vit_jax.convert", "write weights in Google's, timm's or HF's format"),

@@ -18,7 +18,7 @@ OF_CLASSES = (
     "model.num_classes",
     "model.representation_size",
 )
-# What is about the one class of an image, of which segmentation has none.
+# What is about the one class of an image, of which segmentation and detection have none.
 OF_IMAGES = ("class_weights", "dataset.sampling", "label_smoothing", "model.representation_size")
 
 
@@ -36,7 +36,9 @@ def check_objective(config: ConfigDict) -> None:
     if objective == "masked_patches":
         _check_masked(values, augmentation)
     if objective == "segmentation":
-        _check_segmentation(values, augmentation)
+        _check_dense(values, augmentation, "masks", "one class a pixel", "pixels")
+    if objective == "detection":
+        _check_dense(values, augmentation, "boxes", "a loss of its own", "objects")
     if values["class_weights"] and values["dataset.sampling"]:
         raise UserError(
             "config.class_weights and config.dataset.sampling are both 'balanced', which would "
@@ -58,19 +60,34 @@ def _check_masked(values: Mapping[str, Any], augmentation: Augmentation) -> None
     _check_off(values, OF_CLASSES, "masked_patches has no classes")
 
 
-def _check_segmentation(values: Mapping[str, Any], augmentation: Augmentation) -> None:
+def _check_dense(
+    values: Mapping[str, Any], augmentation: Augmentation, labels: str, loss: str, what: str
+) -> None:
+    """Checks a config whose labels are places in the image.
+
+    Args:
+        values: of the config.
+        augmentation: that it asks for.
+        labels: what an image has, for messages.
+        loss: how they are learned, likewise.
+        what: it is that has classes, likewise.
+
+    Raises:
+        UserError: something is asked for that is not done.
+    """
+    objective = values["objective"]
     if augmentation._replace(erase_probability=0.0) != Augmentation():
         raise UserError(
-            f"config.augment is {values['augment']!r}, but objective segmentation moves and mixes "
-            "no masks with it: use none or erase(0.25) alone"
+            f"config.augment is {values['augment']!r}, but objective {objective} moves and mixes "
+            f"no {labels} with it: use none or erase(0.25) alone"
         )
     for key, needed in (("loss", "softmax"), ("keep_head", "never")):
         if values[key] != needed:
             raise UserError(
-                f"config.{key} is {values[key]!r}, but objective segmentation has one class a "
-                f"pixel and a new head: set --config.{key}={needed}"
+                f"config.{key} is {values[key]!r}, but objective {objective} has {loss} and a new "
+                f"head: set --config.{key}={needed}"
             )
-    _check_off(values, OF_IMAGES, "segmentation has classes of pixels alone")
+    _check_off(values, OF_IMAGES, f"{objective} has classes of {what} alone")
 
 
 def _check_off(values: Mapping[str, Any], keys: tuple[str, ...], reason: str) -> None:

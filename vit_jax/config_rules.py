@@ -27,13 +27,14 @@ from vit_jax.image_size import ImageSize, size_problem
 from vit_jax.lora import parse_targets
 from vit_jax.models import ARCHITECTURES, DTYPES, field_type, model_config, model_fields
 from vit_jax.models.base import type_problem
+from vit_jax.models.detection import UPSAMPLES
 from vit_jax.models.masked import TARGETS
 from vit_jax.multipliers import parse_multipliers
 from vit_jax.sharding import parse_sharding
 from vit_jax.state import DECAY_MASKS, DECAYS, DROPS, OPTIMIZERS
 from vit_jax.steps import LOSSES
 
-OBJECTIVES = ("classification", "masked_patches", "segmentation")
+OBJECTIVES = ("classification", "masked_patches", "segmentation", "detection")
 KEEP_HEAD = ("never", "auto")
 BROKEN = ("refuse", "skip")
 
@@ -238,6 +239,14 @@ RULES: dict[str, Rule] = {
         0.5,
     ),
     "masking.target": _one_of(TARGETS, "mean_color"),
+    "detection.width": _between(int, 1, 2**14, 256, "far above any published head's"),
+    "detection.layers": _between(int, 0, 64, 4, "far above any published head's"),
+    "detection.upsample": Rule(
+        int,
+        lambda x: None if x in UPSAMPLES else f"is {brief(x)}: it must be 1, 2 or 4",
+        2,
+    ),
+    "detection.most_boxes": _between(int, 1, 2**14, 100, "far above what an image shows"),
     "distillation.teacher": _text("runs/large"),
     "distillation.kind": _one_of(KINDS, "hard"),
     "distillation.alpha": _above_zero(1, 0.5, "where labels count for nothing"),

@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"note: {note}")
     if source.segmentation is not None:
         print("note: the decoder of pixels is left out: the run's checkpoints alone have it")
+    if source.detection is not None:
+        print("note: the head of the detector is left out: the run's checkpoints alone have it")
     return 0
 
 

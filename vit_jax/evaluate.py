@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 # Pairs of classes that are listed.
 _CONFUSED = 10
-# Of images; and of masks, where each pixel has logits: 157 MB an image of 512 pixels, 150 classes.
-_BATCH_SIZE, _BATCH_SIZE_OF_MASKS = 128, 8
+# Of images; and of masks, where each pixel has logits: 157 MB an image of 512 pixels, 150 classes;
+# likewise of boxes, whose images are large.
+_BATCH_SIZE, _BATCH_SIZE_OF_DENSE = 128, 8
 
 
 def build_parser(prog: str = "python -m vit_jax.evaluate") -> command.Parser:
@@ -40,7 +41,7 @@ def build_parser(prog: str = "python -m vit_jax.evaluate") -> command.Parser:
         help="a folder or list of images, a TFDS name, digits, imagenet2012_real, or "
         "objectnet:PATH [of a run its own, what it held out]",
     )
-    command.add_image_flags(parser, batch_size=None, usual="128, of a model of pixels 8")
+    command.add_image_flags(parser, batch_size=None, usual="128, of a model of pixels or boxes 8")
     parser.add_argument(
         "--per_class",
         action="store_true",
@@ -56,7 +57,8 @@ def build_parser(prog: str = "python -m vit_jax.evaluate") -> command.Parser:
         "--report",
         metavar="DIR",
         help="write a page with the worst images, confusion and classes here: report.html, "
-        "worst.png, confusion.png, per_class.csv; of a model of pixels masks.png, per_class.csv",
+        "worst.png, confusion.png, per_class.csv; of a model of pixels or boxes masks.png or "
+        "boxes.png, per_class.csv",
     )
     parser.add_argument(
         "--among",
@@ -109,7 +111,7 @@ class _Checkpoint:
 
         self.mesh = make_mesh()
         self._take(flags.load(args))
-        usual = _BATCH_SIZE_OF_MASKS if self.mask_names else _BATCH_SIZE
+        usual = _BATCH_SIZE_OF_DENSE if self.mask_names or self.box_names else _BATCH_SIZE
         batch_size = args.batch_size or usual
         self.batch_size = -(-batch_size // self.mesh.size) * self.mesh.size
 
@@ -117,15 +119,18 @@ class _Checkpoint:
         import jax
 
         from vit_jax.checkpoints.decoder import with_decoder
+        from vit_jax.checkpoints.detector import with_detector
         from vit_jax.evaluation.metrics import make_apply_fn
         from vit_jax.models import create_model
         from vit_jax.sharding import state_sharding
 
         self.pretrained = pretrained
-        if pretrained.segmentation is None:
-            self.model, params = create_model(pretrained.model), pretrained.params
-        else:
+        if pretrained.segmentation is not None:
             self.model, params = with_decoder(pretrained)
+        elif pretrained.detection is not None:
+            self.model, params = with_detector(pretrained)
+        else:
+            self.model, params = create_model(pretrained.model), pretrained.params
         self.apply_fn = make_apply_fn(self.model, self.mesh)
         self.params = jax.device_put(params, state_sharding(params, self.mesh))
 
@@ -153,6 +158,12 @@ class _Checkpoint:
         """The names of the classes of pixels; none of a model of whole images."""
         decoder = self.pretrained.segmentation
         return () if decoder is None else decoder.class_names
+
+    @property
+    def box_names(self) -> tuple[str, ...]:
+        """The names of the classes of objects; none of a model of whole images."""
+        detector = self.pretrained.detection
+        return () if detector is None else detector.class_names
 
     def batches(self, source: Any) -> Any:
         """The images of a source, as the model sees them."""
@@ -198,11 +209,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             split=args.split,
             files=files,
             mask_classes=len(checkpoint.mask_names) or None,
+            has_boxes=bool(checkpoint.box_names),
         )
         for note in source.notes:
             print(printable(note), flush=True)
         evaluate = _evaluate_several_labels if source.multi_label else _evaluate_classes
         evaluate = _evaluate_masks if source.has_masks else evaluate
+        evaluate = _evaluate_boxes if source.has_boxes else evaluate
         result |= {"split": source.split} | evaluate(checkpoint, source, args)
         if args.fewshot:
             result |= _evaluate_fewshot(checkpoint, args)
@@ -333,6 +346,45 @@ def _evaluate_masks(
         logging.getLogger("matplotlib").setLevel(logging.ERROR)  # As in `_write_report`.
         title = f"{args.checkpoint} on {args.dataset}, {source.split}"
         shown = examples(checkpoint.model, checkpoint.params, source, pretrained.preprocessing)
+        for path in write_report(pathlib.Path(args.report), title, shown, rows):
+            print(printable(str(path)), flush=True)
+    return result
+
+
+def _evaluate_boxes(
+    checkpoint: _Checkpoint, source: Any, args: argparse.Namespace
+) -> dict[str, Any]:
+    from vit_jax.evaluation import detection
+    from vit_jax.evaluation.box_pictures import examples, write_report
+    from vit_jax.evaluation.detections import detect, make_detecting
+    from vit_jax.pixel_classes import check_same_classes
+
+    if args.fewshot or args.confusion or args.among == "dataset":
+        raise UserError(
+            f"{args.dataset} has boxes, and a model of objects: leave --fewshot, --confusion and "
+            "--among out"
+        )
+    pretrained, names = checkpoint.pretrained, checkpoint.box_names
+    by_name = not args.ignore_class_names
+    check_same_classes(
+        source.name, source.class_names, names, pretrained.source, by_name=by_name, what="boxes"
+    )
+    detection.check_installed()
+    detecting = make_detecting(checkpoint.model, checkpoint.mesh)
+    batches, mesh = checkpoint.batches(source), checkpoint.mesh
+    found = list(detect(detecting, checkpoint.params, batches, mesh, pretrained.preprocessing))
+    truth = detection.truth(source)
+    measured = detection.detection_metrics(found, truth, names)
+    result: dict[str, Any] = {**measured.scalars()}
+    _print_rows(result)
+    rows = measured.per_class(names)
+    if args.per_class:
+        result["per_class"] = rows
+        _print_per_class(rows)
+    if args.report:
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # As in `_write_report`.
+        title = f"{args.checkpoint} on {args.dataset}, {source.split}"
+        shown = examples(source, found, truth, pretrained.preprocessing.channels)
         for path in write_report(pathlib.Path(args.report), title, shown, rows):
             print(printable(str(path)), flush=True)
     return result

@@ -27,6 +27,7 @@ from vit_jax.data import classes
 from vit_jax.errors import UserError
 from vit_jax.models import family_of, prediction_fields
 from vit_jax.models.base import without_list
+from vit_jax.models.detection import HEAD as DETECTION_HEAD
 from vit_jax.models.segmentation import HEAD
 from vit_jax.preparation import Prepared
 from vit_jax.program import adapt, create_objective
@@ -81,6 +82,8 @@ def read_weights(config: ConfigDict) -> tuple[ConfigDict, Weights]:
     weights = {**fold_normalization(pretrained), **pretrained.masked}
     if pretrained.segmentation is not None:
         weights[HEAD] = pretrained.segmentation.params
+    if pretrained.detection is not None:
+        weights[DETECTION_HEAD] = pretrained.detection.params
     weights = _for_channels(weights, pretrained, config.dataset.channels)
     # Only the data set tells how many classes the head has, and weights do not fill the head.
     module, *_ = create_objective(filled, num_classes=1)

@@ -22,8 +22,9 @@ def check_same_classes(
     source: str,
     *,
     by_name: bool = True,
+    what: str = "masks",
 ) -> None:
-    """Checks that an index in the masks of a data set means what it means to a model.
+    """Checks that a class in the masks or boxes of a data set means what it means to a model.
 
     Args:
         name: of the data set.
@@ -31,6 +32,7 @@ def check_same_classes(
         of_model: those of the model, which may have more.
         source: of the model, as messages name it.
         by_name: whether the names count, or only how many there are.
+        what: the data set has, for messages.
 
     Raises:
         UserError: the data set has a class that the model does not have, or has at another index.
@@ -38,7 +40,7 @@ def check_same_classes(
     if not by_name:
         if len(class_names) > len(of_model):
             raise UserError(
-                f"{name} has {len(class_names)} classes, and {source} {len(of_model)}: give masks "
+                f"{name} has {len(class_names)} classes, and {source} {len(of_model)}: give {what} "
                 "without others"
             )
         return
@@ -47,6 +49,6 @@ def check_same_classes(
         if class_name != known:
             there = "has no such class" if known is None else f"has {brief(known)} there"
             raise UserError(
-                f"class {index} of {name} is {brief(class_name)}, and {source} {there}: give masks "
-                "of the same classes in the same order"
+                f"class {index} of {name} is {brief(class_name)}, and {source} {there}: give "
+                f"{what} of the same classes in the same order"
             )

@@ -46,7 +46,7 @@ class Prepared(NamedTuple):
         train_source: the images to train on.
         order: of these.
         eval_source: those of evaluation.
-        model: maps images to logits, or to predicted patches or logits of pixels.
+        model: maps images to logits, or to predicted patches, logits of pixels or cells.
         objective: what it is trained for.
         multiply_adds: of the forward pass of one image.
         schedule: from the step to the learning rate.
@@ -79,6 +79,11 @@ class Prepared(NamedTuple):
     def mask_names(self) -> list[str] | None:
         """The names of the classes of pixels; None where no masks are predicted."""
         return list(self.train_source.class_names) if self.train_source.has_masks else None
+
+    @property
+    def box_names(self) -> list[str] | None:
+        """The names of the classes of objects; None where no boxes are predicted."""
+        return list(self.train_source.class_names) if self.train_source.has_boxes else None
 
     @property
     def class_names(self) -> list[str] | None:
@@ -114,6 +119,7 @@ class Prepared(NamedTuple):
             mesh=self.mesh,
             report=say,
             mask_names=self.mask_names,
+            box_names=self.box_names,
         )
 
 
@@ -220,6 +226,7 @@ def open_images(
     least_classes: int,
     partition: holdout.Partition | None = None,
     mask_classes: int | None = None,
+    has_boxes: bool = False,
 ) -> tuple[datasets.Source, datasets.Source]:
     """Opens the images that a config's section `dataset` names, to train and to evaluate on.
 
@@ -228,6 +235,7 @@ def open_images(
         least_classes: see `data.labeled_files.FileRules`.
         partition: likewise.
         mask_classes: see `datasets.open_dataset`.
+        has_boxes: likewise.
 
     Raises:
         UserError: as `datasets.open_dataset` does, or the first image to train on has other
@@ -247,6 +255,7 @@ def open_images(
             channels=data.channels,
         ),
         mask_classes=mask_classes,
+        has_boxes=has_boxes,
     )
     pipeline.check_channels(train, data.channels)
     return train, evaluated
@@ -265,6 +274,7 @@ def _open_sources(
         2 if tells_apart else 1,
         partition,
         config.model.num_classes if config.objective == "segmentation" else None,
+        config.objective == "detection",
     )
     if goes_on and train_source.partition is not partition:
         if partition is not None:
@@ -275,10 +285,34 @@ def _open_sources(
         holdout.read(split_file)  # It is gone: this says so.
     for note in train_source.notes:
         say(note)
+    if train_source.has_boxes:
+        _tell_crowded(train_source, config.detection.most_boxes)
     if saved_names is not None:
         sources = (train_source, eval_source)
         train_source, eval_source = (_with_labels(x, saved_names, workdir) for x in sources)
     return take_subset(train_source, data.subset, data.subset_seed), eval_source
+
+
+# Images that are looked into where it takes reading them.
+_LOOKED_INTO = 100
+
+
+def _tell_crowded(source: datasets.Source, most: int) -> None:
+    """Tells how many images have more objects than are learned from one.
+
+    Of a data set that must be read for it, a few are looked into, evenly spread over it.
+    """
+    count, told = source.num_examples, getattr(source.examples, "boxes", None) is not None
+    looked = count if told else min(count, _LOOKED_INTO)
+    numbers = [
+        np.sum(~source.boxes(int(i)).crowd) for i in np.linspace(0, count - 1, looked).astype(int)
+    ]
+    if crowded := sum(number > most for number in numbers):
+        say(
+            f"{source.name}: {crowded:,} of {looked:,} images have more than {most} objects, up to "
+            f"{max(numbers):,}: the largest are learned, all with --config.detection.most_boxes"
+            f"={max(numbers)}"
+        )
 
 
 def _with_labels(
@@ -287,7 +321,8 @@ def _with_labels(
     """The source with the labels that a run began with: folders of numbers were once text."""
     if list(source.class_names) == list(saved_names):
         return source
-    if source.has_masks or sorted(source.class_names) != sorted(saved_names):
+    is_fixed = source.has_masks or source.has_boxes
+    if is_fixed or sorted(source.class_names) != sorted(saved_names):
         raise UserError(
             f"{workdir} holds a run whose {len(saved_names)} classes are not the "
             f"{len(source.class_names)} that {source.name} has now: choose another --workdir"
@@ -337,6 +372,7 @@ def train_batches(prepared: Prepared, first_step: int) -> Iterator[dict[str, np.
         num_operations=augmentation.num_operations,
         magnitude=augmentation.magnitude,
         contrast=config.augment_contrast,
+        most_boxes=config.detection.most_boxes,
         seed=config.seed,
         order=prepared.order,
         first_step=first_step,

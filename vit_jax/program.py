@@ -25,7 +25,15 @@ from vit_jax.distillation import Distillation
 from vit_jax.errors import UserError, brief
 from vit_jax.image_size import sides
 from vit_jax.mixing import Mix, create_mix
-from vit_jax.models import Model, create_model, masked, prediction_defaults, segmentation
+from vit_jax.models import (
+    Model,
+    create_model,
+    describe,
+    detection,
+    masked,
+    prediction_defaults,
+    segmentation,
+)
 from vit_jax.multipliers import multipliers, parse_multipliers
 from vit_jax.sharding import AnyMesh, batch_sharding, gathering, state_sharding
 from vit_jax.state import Params, TrainState, create_optimizer, init_params, init_train_state
@@ -36,7 +44,9 @@ from vit_jax.steps import (
     classification,
     masked_patches,
     train_step,
+    weigh_objects,
 )
+from vit_jax.steps import detection as detection_objective
 from vit_jax.steps import segmentation as segmentation_objective
 from vit_jax.teacher import Teacher
 
@@ -83,6 +93,11 @@ def create_objective(
         model = segmentation.segmenter(create_model(config.model, num_classes=num_classes))
         multiply_adds = segmentation.multiply_adds(model, size, channels)
         return model, segmentation_objective(model), multiply_adds
+    if config.objective == "detection":
+        check_teaching(config)
+        trunk = create_model(config.model, num_classes=num_classes)
+        model = detection.detector(trunk, head_shape(config))
+        return model, detection_objective(model), detection.multiply_adds(model, size, channels)
     model = create_model(config.model, num_classes=num_classes)
     check_teaching(config)  # What came from weights is known now.
     teaching, distillation = config.distillation, None
@@ -93,6 +108,12 @@ def create_objective(
         model, config.loss, config.label_smoothing, distillation=distillation, class_weights=weights
     )
     return model, objective, flops.multiply_adds(config.model, size, num_classes, channels)
+
+
+def head_shape(config: ConfigDict) -> detection.HeadShape:
+    """The size of the head of a run of detection."""
+    settings = config.detection
+    return detection.HeadShape(settings.width, settings.layers, settings.upsample)
 
 
 # What weights may have in place of a model's defaults, with parameters that these have not.
@@ -222,7 +243,7 @@ def abstract_state(init: Callable[[], TrainState], mesh: AnyMesh) -> TrainState:
 def abstract_batch(
     config: ConfigDict, mesh: AnyMesh, several_labels: int = 0
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes, dtypes and shardings of what a step reads, a mask of each image to segment.
+    """The shapes, dtypes and shardings of what a step reads, masks or boxes where they are learned.
 
     Args:
         config: of the run.
@@ -237,6 +258,8 @@ def abstract_batch(
         labels, dtype = (config.batch_size, several_labels), jnp.float32
     elif config.objective == "segmentation":
         labels, dtype = (config.batch_size, height, width), jnp.uint8
+    elif config.objective == "detection":
+        labels, dtype = (config.batch_size, config.detection.most_boxes, 5), jnp.float32
     return {
         "image": jax.ShapeDtypeStruct(images, jnp.uint8, sharding=rows),
         "label": jax.ShapeDtypeStruct(labels, dtype, sharding=rows),
@@ -252,6 +275,16 @@ def batch_mix(config: ConfigDict, num_classes: int) -> Mix | None:
         erase_probability=augmentation.erase_probability,
         num_classes=num_classes,
     )
+
+
+def batch_weights(config: ConfigDict) -> Callable[[Batch], Batch] | None:
+    """The addition of a step to its batch before that is split, see `steps.train_step`."""
+    if config.objective != "detection":
+        return None
+    grid = detection.grid_of_cells(
+        describe(config.model), config.dataset.image_size, config.detection.upsample
+    )
+    return functools.partial(weigh_objects, grid=grid)
 
 
 def lower_train_step(
@@ -286,6 +319,7 @@ def lower_train_step(
         ema_decay=config.ema_decay,
         mix=batch_mix(config, num_classes),
         lr_multipliers=lr_multipliers(config),
+        weigh=batch_weights(config),
     )
 
     def taught(state: TrainState, batch: Batch, params: Any) -> tuple[TrainState, Metrics]:

@@ -55,7 +55,7 @@ class Progress:
 
 
 # Which of its scalars an evaluation is judged by: the first that it has. Less is better of "loss".
-_DECIDING_SCALARS = ("mIoU", "mAP", "accuracy", "loss")
+_DECIDING_SCALARS = ("AP", "mIoU", "mAP", "accuracy", "loss")
 
 
 def deciding_scalar(result: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from vit_jax import command
 from vit_jax.checkpoints import flags
 from vit_jax.errors import UserError
 from vit_jax.files import atomic_write, make_folder
+from vit_jax.image_outputs import check_names, check_output
 from vit_jax.image_size import sides
 from vit_jax.printable import printable
 
@@ -167,11 +168,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # It tells of a home without a cache.
     command.keep_programs()
     # Imported here: --help should wait for neither NumPy nor JAX.
-    from vit_jax.data.image_files import check_names, check_output, find_images
+    from vit_jax.data.image_files import find_images
 
     restorer = Restorer(flags.load(args), args.share, args.seed)
     files = find_images(args.images)
-    check_names(files, "restored images")
+    check_names(files, "restored images", "restore")
     check_output(args.output, args.images, files, "restored images")
     output, done = Path(args.output), []
     make_folder(output)

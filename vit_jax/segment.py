@@ -9,6 +9,7 @@ from vit_jax import command
 from vit_jax.checkpoints import flags
 from vit_jax.errors import UserError
 from vit_jax.files import atomic_write, make_folder
+from vit_jax.image_outputs import check_names, check_output
 from vit_jax.printable import printable
 
 if TYPE_CHECKING:
@@ -37,11 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     command.keep_programs()
     # Imported here: --help should wait for neither NumPy nor JAX.
-    from vit_jax.data.image_files import check_names, check_output, find_images
+    from vit_jax.data.image_files import find_images
 
     pretrained = flags.load(args)
     files = find_images(args.images, pretrained.preprocessing.channels)
-    check_names(files, "masks")
+    check_names(files, "masks", "segment")
     check_output(args.output, args.images, files, "masks")
     output, done = Path(args.output), 0
     make_folder(output)

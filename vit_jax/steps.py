@@ -12,7 +12,9 @@ import optax
 
 from vit_jax.distillation import Distillation
 from vit_jax.errors import UserError
-from vit_jax.models import masked
+from vit_jax.models import detection_loss, masked
+from vit_jax.models.base import Grid
+from vit_jax.models.detection import Cells, DetectionTransformer
 from vit_jax.models.segmentation import SegmentationTransformer, pixel_scores
 from vit_jax.multipliers import freeze
 from vit_jax.state import TrainState
@@ -256,6 +258,47 @@ def segmentation(model: SegmentationTransformer) -> Objective:
     return objective
 
 
+def detection(model: DetectionTransformer) -> Objective:
+    """The objective of finding objects, "label" [batch, objects, 5], see `detection_loss.assign`.
+
+    The losses are divided by the number of cells with an object in the whole batch: that is
+    "weight" of a batch from `weigh_objects`, without which the batch counts as whole.
+
+    Args:
+        model: from `models.detection.detector`.
+    """
+
+    def objective(
+        params: Any, batch: Batch, *, train: bool, rng: jax.Array | None = None
+    ) -> Metrics:
+        rngs = {"dropout": _training_rng(rng)} if train else {}
+        images = pixels_to_inputs(batch["image"])
+        cells = cast(Cells, _apply(model, params, images, train=train, rngs=rngs))
+        _, rows, columns = cells.centerness.shape
+        targets = _assign(batch, (rows, columns))
+        losses = detection_loss.cell_losses(cells, targets)
+        weight = batch.get("weight", detection_loss.image_weight(targets))
+        return {"loss": sum(losses.values()) * weight}
+
+    return objective
+
+
+def weigh_objects(batch: Batch, grid: Grid) -> Batch:
+    """A batch of `detection` with the "weight" of each image, before it is split.
+
+    Args:
+        batch: with "image" and "label".
+        grid: the rows and columns of the model's cells.
+    """
+    weight = detection_loss.image_weight(_assign(batch, grid))
+    return {**batch, "weight": jnp.full(len(batch["label"]), weight)}
+
+
+def _assign(batch: Batch, grid: Grid) -> detection_loss.Targets:
+    _, height, width, _ = batch["image"].shape
+    return detection_loss.assign(batch["label"], grid, (height, width))
+
+
 def _training_rng(rng: jax.Array | None) -> jax.Array:
     if rng is None:
         raise ValueError("train is True but rng is None: training draws from a key")
@@ -278,14 +321,15 @@ def train_step(
     mix: Callable[[jax.Array, Batch], Batch] | None = None,
     lr_multipliers: str = "",
     teacher: Callable[[jax.Array], jax.Array] | None = None,
+    weigh: Callable[[Batch], Batch] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Does one update.
 
     Args:
         state: the state before the step.
         batch: "image" [batch, height, width, 3], uint8 pixels or float32 in [-1, 1]; "label"
-            [batch] int32, [batch, classes] float32 of 0 and 1 where an image has several, or uint8
-            [batch, height, width] of every pixel.
+            [batch] int32, [batch, classes] float32 of 0 and 1 where an image has several, uint8
+            [batch, height, width] of every pixel, or float32 [batch, objects, 5].
         objective: whose mean loss over the batch is brought down.
         optimizer: applied to the gradients of the whole batch.
         accumulate_steps: number of equal parts in which the batch is gone through, one after the
@@ -295,6 +339,7 @@ def train_step(
         lr_multipliers: of the optimizer: parameters that it freezes have no gradient, see
             `multipliers.freeze`.
         teacher: from images as the model gets them to what is "teacher" of the batch.
+        weigh: adds what the objective must know of the whole batch, after `mix`.
 
     Returns:
         The next state, and scalars: "loss" and, where the objective tells what is correct,
@@ -305,6 +350,8 @@ def train_step(
     if mix is not None:
         step_rng, mix_rng = jax.random.split(step_rng)
         batch = mix(mix_rng, batch)
+    if weigh is not None:
+        batch = weigh(batch)
 
     def loss_fn(params: Any, part: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
         if lr_multipliers:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 NUM_SEEDS = 3
 # What a rate is judged by: the first of these that there is.
-_SCORES = ("mIoU", "mAP", "accuracy")
+_SCORES = ("AP", "mIoU", "mAP", "accuracy")
 
 _EPILOG = """examples:
   %(prog)s --config b16:finetune,cifar10 --config.init_from=B_16
@@ -185,7 +185,7 @@ def variant(config: "ConfigDict", rate: float, seed: int, *, development: bool) 
 
 
 def _accuracy(metrics: dict[str, Any] | None) -> float | None:
-    """The accuracy, or what stands for it: of several labels the mAP, of masks the mIoU."""
+    """The accuracy, or of several labels the mAP, of masks the mIoU, of boxes the AP."""
     return None if metrics is None else next((metrics[x] for x in _SCORES if x in metrics), None)
 
 

@@ -265,7 +265,7 @@ def _finish(
             reporter=reporter,
             metadata={
                 "config": to_dict(config),
-                "class_names": prepared.class_names or prepared.mask_names,
+                "class_names": prepared.class_names or prepared.mask_names or prepared.box_names,
                 "multi_label": prepared.multi_label,
                 "input": INPUT_VERSION,
                 "teacher": prepared.teacher and prepared.teacher.fingerprint,

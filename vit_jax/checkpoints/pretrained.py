@@ -22,6 +22,7 @@ from vit_jax.checkpoints import (
 )
 from vit_jax.checkpoints.arrays import read_arrays, read_sharded
 from vit_jax.checkpoints.decoder import Decoder, split_decoder
+from vit_jax.checkpoints.detector import Detector, split_detector
 from vit_jax.checkpoints.formats import checks
 from vit_jax.checkpoints.layouts import Arrays
 from vit_jax.checkpoints.model_info import ModelInfo, info_from_run
@@ -61,6 +62,7 @@ class Pretrained:
             head and mask embedding, which only more such training reads.
         segmentation: of a run of segmentation its decoder; `params` and `model` are of the trunk,
             which has no head then.
+        detection: of a run of detection its head, likewise.
         multi_label: whether it predicts any number of classes of an image; its loss is "sigmoid".
     """
 
@@ -73,6 +75,7 @@ class Pretrained:
     masked: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
     multi_label: bool = False
     segmentation: Decoder | None = dataclasses.field(default=None, repr=False, compare=False)
+    detection: Detector | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def has_untrained_head(self) -> bool:
@@ -90,6 +93,11 @@ class Pretrained:
             raise UserError(
                 f"{self.source} predicts the classes of pixels, none of whole images: use vit-jax "
                 "segment, evaluate, or export --outputs pixels"
+            )
+        if self.detection is not None:
+            raise UserError(
+                f"{self.source} predicts the classes of objects, none of whole images: use vit-jax "
+                "detect or evaluate"
             )
         if not self.model["num_classes"]:
             raise UserError(f"{self.source} has no head, so it knows no classes: fine-tune it")
@@ -417,6 +425,7 @@ def _assemble(
 ) -> Pretrained:
     """Makes a model of arrays, checking that they are one whole model."""
     arrays, info, decoder = split_decoder(arrays, info)
+    arrays, info, detector = split_detector(arrays, info)
     model = _complete_model(info.model, overrides, infer.infer_model(arrays))
     channels = models.family_of(model["architecture"]).channels(arrays)
     preprocessing = info.preprocessing or _default_preprocessing(arrays, model)
@@ -433,7 +442,16 @@ def _assemble(
     if info.multi_label and loss != "sigmoid":
         raise UserError(f"multi_label is true and loss {loss!r}: several labels want the sigmoid")
     return Pretrained(
-        params, model, preprocessing, names, loss, source, of_masked, info.multi_label, decoder
+        params,
+        model,
+        preprocessing,
+        names,
+        loss,
+        source,
+        of_masked,
+        info.multi_label,
+        decoder,
+        detector,
     )
 
 

@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vit_jax.errors import UserError, shortlist
 from vit_jax.models import ARCHITECTURES
 from vit_jax.models.base import Grid, Resize
+from vit_jax.models.detection import HEAD as DETECTION_HEAD
 from vit_jax.models.segmentation import HEAD
 from vit_jax.models.vit import DISTILLATION_HEAD, POOLING, num_class_tokens
 from vit_jax.printable import printable
@@ -18,8 +19,8 @@ from vit_jax.printable import printable
 Action = Literal["loaded", "resized", "matched", "dropped", "new"]
 
 
-# Of masked patch prediction and segmentation: their heads, and the mask embedding.
-_OF_PATCHES = {"patch_head", "mask_embedding", HEAD}
+# Of masked patch prediction, segmentation and detection: their heads, and the mask embedding.
+_OF_PATCHES = {"patch_head", "mask_embedding", HEAD, DETECTION_HEAD}
 
 
 class Row(NamedTuple):
@@ -44,9 +45,9 @@ def transfer(
     `pre_logits` is dropped where the model has none. Position embeddings are fitted to the model's
     grid, see the `resizers` of `ModelConfig`. Everything else must be the same in name and shape.
 
-    The heads of masked patch prediction and of segmentation are removed alike. The former's mask
-    embedding goes on where the model has one, is dropped where it has none, and is new where the
-    weights have none.
+    The heads of masked patch prediction, segmentation and detection are removed alike. The first's
+    mask embedding goes on where the model has one, is dropped where it has none, and is new where
+    the weights have none.
 
     A "gap" model has neither `cls` nor a class position. A "gap" model drops those of a "token"
     model; a "token" model keeps its initial ones where the weights have none. So it is with the
@@ -71,7 +72,7 @@ def transfer(
     removed = one_sided & (init_params.keys() ^ pretrained_params.keys())
     if not keep_head:
         heads = {family.head for family in ARCHITECTURES.values()}
-        heads |= {"patch_head", HEAD, DISTILLATION_HEAD}
+        heads |= {"patch_head", HEAD, DETECTION_HEAD, DISTILLATION_HEAD}
         removed |= heads | ({"pre_logits"} - init_params.keys())
         removed |= {POOLING} & (init_params.keys() ^ pretrained_params.keys())
     init = flatten_dict(init_params, sep="/")

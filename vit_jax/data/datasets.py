@@ -5,7 +5,7 @@ import os
 import re
 from typing import NamedTuple, Protocol
 
-from vit_jax.data import digits, folder, listing, mask_folder, vtab
+from vit_jax.data import coco_folder, digits, folder, listing, mask_folder, vtab
 from vit_jax.data.labeled_files import FileRules, LabeledFiles
 from vit_jax.data.source import Source, check_splits, relabel
 from vit_jax.errors import UserError, brief, first_line
@@ -103,6 +103,7 @@ def open_dataset(
     development: bool = False,
     files: FileRules = _AS_THEY_ARE,
     mask_classes: int | None = None,
+    has_boxes: bool = False,
 ) -> tuple[Source, Source]:
     """Returns the sources to train and to evaluate on.
 
@@ -119,6 +120,8 @@ def open_dataset(
         files: what is done with those of a folder or list.
         mask_classes: the number of classes that masks have, 0 where the data set tells it: then
             an image's label is its mask, in a folder as `mask_folder` says. None for labels.
+        has_boxes: whether an image's label are the boxes of its objects, in a folder as
+            `coco_folder` says.
 
     Raises:
         UserError: if the data set is unknown, not prepared or not one of labeled images, or if a
@@ -127,7 +130,7 @@ def open_dataset(
     check_splits(train_split=train_split, eval_split=eval_split, development=development)
     usual = default_splits(name, development=development)
     wanted = (train_split or usual[0], eval_split or usual[1])
-    dataset = _open(name, data_dir, files, mask_classes, wanted)
+    dataset = _open(name, data_dir, files, mask_classes, has_boxes, wanted)
     default_train, default_eval = _default_splits(dataset, name, development)
     divided = _divided(dataset)
     if divided and re.search(r"\bvalidation\b", train_split):
@@ -152,6 +155,7 @@ def open_evaluation(
     split: str = "",
     files: FileRules = _AS_THEY_ARE,
     mask_classes: int | None = None,
+    has_boxes: bool = False,
 ) -> Source:
     """Returns the source to evaluate on alone: the data set need not have any other split.
 
@@ -162,12 +166,13 @@ def open_evaluation(
         split: `eval_split` of `open_dataset`.
         files: as in `open_dataset`.
         mask_classes: likewise.
+        has_boxes: likewise.
 
     Raises:
         UserError: as `open_dataset` does.
     """
     wanted = split or default_splits(name, development=False)[1]
-    dataset = _open(name, data_dir, files, mask_classes, (wanted,))
+    dataset = _open(name, data_dir, files, mask_classes, has_boxes, (wanted,))
     if not split and (divided := _divided(dataset)):
         followed = divided.partition is files.partition
         source = _open_split(dataset, name, "validation" if followed else "train+validation")
@@ -216,9 +221,12 @@ def _open(
     data_dir: str,
     files: FileRules,
     mask_classes: int | None,
+    has_boxes: bool,
     wanted: tuple[str, ...],
 ) -> _Dataset:
     """Opens a data set, of one of masks the splits that are wanted, see `mask_folder`."""
+    if has_boxes:
+        return _open_boxes(name, data_dir, files)
     if mask_classes is not None:
         return _open_masks(name, data_dir, files, mask_classes, wanted)
     if name.startswith(folder.PREFIX):
@@ -246,6 +254,19 @@ def _open_masks(
     from vit_jax.data.tfds_datasets import MaskDataset
 
     return MaskDataset(name, data_dir, mask_classes)
+
+
+def _open_boxes(name: str, data_dir: str, files: FileRules) -> _Dataset:
+    if name.startswith(folder.PREFIX):
+        return coco_folder.open_coco_folder(name.removeprefix(folder.PREFIX), files)
+    if name.startswith(listing.PREFIX) or name == digits.NAME or vtab.is_vtab(name):
+        raise UserError(
+            f"data set {brief(name)} has labels of images, and no boxes: give folder:PATH with "
+            "annotations/instances_*.json in it, or a data set of TFDS with objects and their bbox"
+        )
+    from vit_jax.data.tfds_datasets import BoxDataset
+
+    return BoxDataset(name, data_dir)
 
 
 def _default_splits(dataset: _Dataset, name: str, development: bool = False) -> tuple[str, str]:

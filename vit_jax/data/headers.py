@@ -8,7 +8,7 @@ from collections.abc import Callable
 from PIL import Image
 
 from vit_jax.data import array_images
-from vit_jax.data.images import FORMATS, read_image
+from vit_jax.data.images import FORMATS, read_image, upright_size
 from vit_jax.errors import UserError
 
 _LONGEST = 32  # bytes that PIL looks at to tell a format
@@ -71,6 +71,19 @@ def no_image(path: str | os.PathLike[str], channels: int = 3) -> str:
     if channels != 3 and (fault := array_images.fault(path)):
         return fault
     return f"{path} is not an image ({', '.join(FORMATS)}): convert it or remove it"
+
+
+def upright_sides(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """The height and width of an image that is turned upright, None where its header is silent.
+
+    Args:
+        path: of a file that begins like an image.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return upright_size(image)[::-1]
+    except Exception:  # An array, or damage: of both is told where the image is read.
+        return None
 
 
 def check_end(path: str | os.PathLike[str]) -> None:

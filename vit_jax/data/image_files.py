@@ -1,10 +1,8 @@
 """Image files on disk, found and read in batches as evaluation sees them, without TensorFlow."""
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
@@ -13,7 +11,6 @@ from vit_jax.data.headers import measure
 from vit_jax.data.images import SUFFIXES, open_image, preprocess
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
-from vit_jax.printable import printable
 
 
 def find_images(paths: Iterable[str], channels: int = 3) -> list[str]:
@@ -35,55 +32,6 @@ def find_images(paths: Iterable[str], channels: int = 3) -> list[str]:
             found += [file for file in visible if _is_image(file, channels)]
         files += sorted(found) or [path]
     return files
-
-
-def check_names(files: Sequence[str], results: str) -> None:
-    """Refuses images whose results would have one name.
-
-    Args:
-        files: image files.
-        results: what is written of each, under its name without the ending, such as "masks".
-
-    Raises:
-        UserError: two are called alike.
-    """
-    counts = Counter(Path(file).stem for file in files)
-    if twice := [file for file in files if counts[Path(file).stem] > 1]:
-        raise UserError(
-            f"{printable(twice[0])} and {printable(twice[1])} have {results} of one name: write "
-            "them into folders of their own"
-        )
-
-
-def check_output(output: str, paths: Sequence[str], files: Sequence[str], results: str) -> None:
-    """Refuses a folder where results would replace images, or be taken for some the next time.
-
-    Args:
-        output: the folder that gets them.
-        paths: images and directories, as they were given.
-        files: the images that these stand for.
-        results: what is written, such as "masks".
-
-    Raises:
-        UserError: an image lies in the folder, or the folder below a directory of images.
-    """
-    place = Path(os.path.realpath(output))
-    around = {str(place), *map(str, place.parents)}
-    for path in paths:
-        if os.path.isdir(path) and os.path.realpath(path) in around:
-            raise _mixed(output, path, results)
-    for file in files:
-        # Where it is, and where it lies if it is a link.
-        directory = os.path.dirname(file)
-        if str(place) in (os.path.realpath(directory), os.path.dirname(os.path.realpath(file))):
-            raise _mixed(output, file, results)
-
-
-def _mixed(output: str, path: str, results: str) -> UserError:
-    return UserError(
-        f"--output {printable(output)} has images in it or lies among them ({printable(path)}), "
-        f"which {results} would replace or be taken for: name a folder elsewhere"
-    )
 
 
 def _is_image(path: str, channels: int) -> bool:

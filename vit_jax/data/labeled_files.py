@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vit_jax.data import holdout, splits
+from vit_jax.data.boxes import Boxes
 from vit_jax.data.headers import check_end
 from vit_jax.data.holdout import Partition, Row
 from vit_jax.data.source import Example, Source
@@ -46,7 +47,7 @@ class FileRules:
 class Entry(NamedTuple):
     """An image that was found: its name in the data set, its path, labels, and size in bytes.
 
-    And where it has a mask and no labels, a digest of that.
+    And where it has a mask or boxes and no labels, a digest of these.
     """
 
     name: str
@@ -57,7 +58,7 @@ class Entry(NamedTuple):
 
     @property
     def class_name(self) -> str:
-        """The labels in one text, or what stands for a mask."""
+        """The labels in one text, or what stands for a mask or boxes."""
         return ";".join(self.labels) or self.mask
 
 
@@ -65,11 +66,11 @@ class Entry(NamedTuple):
 class File:
     """An image file, the index of its class or of each of its classes, and its size in bytes.
 
-    Where the label is a mask, it is the path of that.
+    Where the label is a mask, it is the path of that; where there are boxes, it is these.
     """
 
     path: str
-    label: int | tuple[int, ...] | str
+    label: int | tuple[int, ...] | str | Boxes
     num_bytes: int
 
 
@@ -144,6 +145,21 @@ class MaskExamples(FileExamples):
 
 
 @dataclasses.dataclass(frozen=True)
+class BoxExamples(FileExamples):
+    """Image files with the boxes of their objects."""
+
+    def boxes(self, index: int) -> Boxes:
+        """Returns those of an image, without reading it."""
+        found = self.files[index].label
+        assert isinstance(found, Boxes)
+        return found
+
+    def labels(self) -> np.ndarray:
+        """Raises a TypeError: boxes are no label that could be counted."""
+        raise TypeError("images with boxes have no labels")
+
+
+@dataclasses.dataclass(frozen=True)
 class LabeledFiles:
     """The files of every split, in an order that only their names decide, and the class names.
 
@@ -155,6 +171,7 @@ class LabeledFiles:
         splits: the files of each.
         multi_label: see `Source`.
         has_masks: likewise.
+        has_boxes: likewise.
         partition: likewise.
         notes: likewise.
     """
@@ -166,6 +183,7 @@ class LabeledFiles:
     splits: Mapping[str, tuple[File, ...]]
     multi_label: bool = False
     has_masks: bool = False
+    has_boxes: bool = False
     partition: Partition | None = None
     notes: tuple[str, ...] = ()
 
@@ -179,12 +197,12 @@ class LabeledFiles:
         """
         if "train" not in self.splits and re.search(r"\btrain\b", split):
             raise UserError(
-                f"{self.what} has no train/, only {', '.join(self.splits)}: {self._train} expected "
-                "in train/"
+                f"{self.what} has no train/, only {', '.join(self.splits)}: {self._expected}"
             )
         nothing_held_out = self.partition is not None and not self.splits[holdout.HELD_OUT]
         if nothing_held_out and re.fullmatch(r"validation(\[.*\])?", split):
-            two = "there must be two" if self.has_masks else "a class must have two"
+            whole = self.has_masks or self.has_boxes
+            two = "there must be two" if whole else "a class must have two"
             raise UserError(
                 f"{self.what} has no splits and none of its images can be held out to evaluate on, "
                 f"for which {two}: add images, or divide them yourself into train and test"
@@ -194,8 +212,11 @@ class LabeledFiles:
         return sum((self.splits[name][part] for name, part in parts), ())
 
     @property
-    def _train(self) -> str:
-        return "images/ and masks/ are" if self.has_masks else "one directory per class is"
+    def _expected(self) -> str:
+        if self.has_boxes:
+            return "annotations/instances_train.json or train/_annotations.coco.json is expected"
+        what = "images/ and masks/ are" if self.has_masks else "one directory per class is"
+        return f"{what} expected in train/"
 
     @property
     def split_names(self) -> tuple[str, ...]:
@@ -210,6 +231,8 @@ class LabeledFiles:
             examples = MultiLabelExamples(files, len(self.class_names))
         elif self.has_masks:
             examples = MaskExamples(files)
+        elif self.has_boxes:
+            examples = BoxExamples(files)
         return Source(
             self.name,
             split,
@@ -218,6 +241,7 @@ class LabeledFiles:
             examples=examples,
             multi_label=self.multi_label,
             has_masks=self.has_masks,
+            has_boxes=self.has_boxes,
             root=self.root,
             partition=self.partition,
             notes=self.notes,
@@ -332,9 +356,8 @@ def _follow(
     if other := [entry.name for entry, row in there if entry.class_name != row.class_name]:
         way_out = ": change them back, or begin anew in another --workdir" if must_fit else ""
         told.append(
-            f"{len(other):,} of the images have another class or mask than in the run's "
-            f"{holdout.FILE} "
-            f"({listed(other)}){way_out}"
+            f"{len(other):,} of the images have another class or mask or other boxes than in the "
+            f"run's {holdout.FILE} ({listed(other)}){way_out}"
         )
     if new:
         survey.remarks.append(f"{len(new):,} left out that the run began without")

@@ -19,11 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from vit_jax.data.folder import IMAGES, MASKS, PREFIX, files_below, find_splits
-from vit_jax.data.headers import measure, no_image
-from vit_jax.data.images import FORMATS, upright_size
+from vit_jax.data.headers import measure, no_image, upright_sides
 from vit_jax.data.labeled_files import (
     Entry,
     File,
@@ -223,7 +221,7 @@ def _with_masks(entries: list[Entry], found: _Found) -> list[Entry]:
 
     def read(entry: Entry) -> tuple[bytes, str] | UserError:
         try:
-            with open_mask(found.masks[entry.name], size=_upright(entry.path)) as mask:
+            with open_mask(found.masks[entry.name], size=upright_sides(entry.path)) as mask:
                 digest = hashlib.blake2b(np.ascontiguousarray(mask), digest_size=8)
                 return indices_of(mask), digest.hexdigest()
         except UserError as error:
@@ -239,15 +237,6 @@ def _with_masks(entries: list[Entry], found: _Found) -> list[Entry]:
                 found.indices[entry.name], digest = mask
                 sound.append(entry._replace(mask=digest))
     return sound
-
-
-def _upright(path: str) -> tuple[int, int] | None:
-    """The height and width of an image, None where its header does not tell."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            return upright_size(image)[::-1]
-    except Exception:  # An array, or damage: of both is told where the image is read.
-        return None
 
 
 def _tell(found: _Found) -> None:

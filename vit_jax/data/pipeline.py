@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from absl import flags, logging
 
+from vit_jax.data.box_views import eval_boxes, train_boxes
 from vit_jax.data.images import read_image
 from vit_jax.data.order import Order, Shuffled, augmentation_rng
 from vit_jax.data.preprocess import eval_pair, eval_view, train_pair, train_view
@@ -69,6 +70,7 @@ def train_batches(
     num_operations: int = 0,
     magnitude: float = 0,
     contrast: str = "augreg",
+    most_boxes: int = 0,
     first_step: int = 0,
     workers: int = 0,
     process_index: int = 0,
@@ -93,6 +95,7 @@ def train_batches(
         num_operations: of RandAugment for each image; 0 for none.
         magnitude: of RandAugment.
         contrast: of RandAugment, one of `augmentation.CONTRASTS`.
+        most_boxes: of an image, where the source has boxes: of more the largest are kept.
         first_step: the batch to begin with.
         workers: processes that make the images; 0 for threads of this one.
         process_index: of this process.
@@ -100,8 +103,9 @@ def train_batches(
 
     Returns:
         Dicts of "image" (uint8 [rows, height, width, channels]) and "label" (int32 [rows], of
-        several labels an image float32 [rows, classes], of masks uint8 [rows, height, width]), rows
-        = batch_size / process_count.
+        several labels an image float32 [rows, classes], of masks uint8 [rows, height, width], of
+        boxes float32 [rows, most_boxes, 5], see `boxes.in_rows`), rows = batch_size /
+        process_count.
 
     Raises:
         UserError: if `batch_size` cannot be divided or `protocol` is unknown, or RandAugment is
@@ -110,10 +114,11 @@ def train_batches(
     """
     rows = _rows_per_process(batch_size, process_count)
     evaluation(protocol, image_size, jpeg_dct, channels)  # Checks all.
-    if source.has_masks and num_operations:
+    if num_operations and (source.has_masks or source.has_boxes):
+        what = "masks, whose pixels" if source.has_masks else "boxes, which"
         raise UserError(
-            f"{source.name} has masks, whose pixels RandAugment would not move with those of the "
-            "image: leave randaugment out of config.augment"
+            f"{source.name} has {what} RandAugment would not move with those of the image: leave "
+            "randaugment out of config.augment"
         )
     geometry = {
         "image_size": image_size,
@@ -125,11 +130,11 @@ def train_batches(
         "turn": source.turn,
     }
     colors = {"num_operations": num_operations, "magnitude": magnitude, "contrast": contrast}
-    view = _View(
-        functools.partial(train_view, **geometry, **colors),
-        functools.partial(train_pair, **geometry),
-        source,
-    )
+    if source.has_boxes:
+        with_label = functools.partial(train_boxes, most_boxes=most_boxes, **geometry)
+    else:
+        with_label = functools.partial(train_pair, num_classes=len(source.class_names), **geometry)
+    view = _View(functools.partial(train_view, **geometry, **colors), with_label, source)
     first_row = first_step * batch_size + process_index * rows
     positions = _Positions(first_row, rows, batch_size)
     order = order or Shuffled(seed, source.num_examples)
@@ -168,8 +173,9 @@ def eval_batches(
     """Returns this process' rows of all ceil(num_examples / batch_size) batches of `source`.
 
     Over all processes every image comes exactly once. The batches are those of `train_batches`
-    without randomness, but "image" is float32 and normalized as the model wants it, and a label may
-    be [classes]; with "mask" (float32 [rows]): 1 for an image, 0 for padding.
+    without randomness, but "image" is float32 and normalized as the model wants it, a label may be
+    [classes], and of a source of boxes it is the size of the image, see `box_views.eval_boxes`;
+    with "mask" (float32 [rows]): 1 for an image, 0 for padding.
 
     Args:
         source: what to read.
@@ -246,28 +252,25 @@ class _View:
 
     Args:
         of_image: the view of an image.
-        of_pair: those of an image and its mask.
-        source: of the examples, whose labels may be masks.
+        with_label: the views of an image and its mask or boxes.
+        source: of the examples, whose labels may be either.
     """
 
     def __init__(
         self,
         of_image: Callable[..., np.ndarray],
-        of_pair: Callable[..., tuple[np.ndarray, np.ndarray]],
+        with_label: Callable[..., tuple[np.ndarray, np.ndarray]],
         source: Source,
     ):
         self._of_image = of_image
-        self._of_pair = of_pair
-        self._has_masks = source.has_masks
-        self._num_classes = len(source.class_names)
+        self._with_label = with_label
+        self._is_viewed = source.has_masks or source.has_boxes
 
     def __call__(self, example: Example, drawn: Any) -> tuple[np.ndarray, Any]:
         try:
-            if not self._has_masks:
+            if not self._is_viewed:
                 return self._of_image(example["image"], drawn), example["label"]
-            return self._of_pair(
-                example["image"], example["label"], drawn, num_classes=self._num_classes
-            )
+            return self._with_label(example["image"], example["label"], drawn)
         except UserError as error:
             fault = str(error)
             colon = ":" if fault.startswith("the mask ") else ""
@@ -279,7 +282,7 @@ def _label_dtype(source: Source) -> type:
     """Shares of classes are floats, which mixup and smoothing make other shares of."""
     if source.has_masks:
         return np.uint8
-    return np.float32 if source.multi_label else np.int32
+    return np.float32 if source.multi_label or source.has_boxes else np.int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,17 +302,23 @@ class _EvalImages:
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, Any]:
         source = self.source
-        view = _View(
-            functools.partial(eval_view, border=source.border, turn=source.turn),
-            functools.partial(eval_pair, turn=source.turn),
-            source,
-        )
+        if source.has_boxes:
+            with_label = functools.partial(eval_boxes, turn=source.turn)
+        else:
+            with_label = functools.partial(
+                eval_pair, turn=source.turn, num_classes=len(source.class_names)
+            )
+        of_image = functools.partial(eval_view, border=source.border, turn=source.turn)
+        view = _View(of_image, with_label, source)
         return view(source[self.positions[index]], self.preprocessing)
 
     def nothing(self) -> Batch:
         """A batch of no image."""
         shape = self.preprocessing.image_shape
-        label_shape = shape[:2] if self.source.has_masks else np.shape(self.source[0]["label"])
+        if self.source.has_boxes:
+            label_shape = (2,)
+        else:
+            label_shape = shape[:2] if self.source.has_masks else np.shape(self.source[0]["label"])
         return {
             "image": np.zeros((0, *shape), np.float32),
             "label": np.zeros((0, *label_shape), self.label_dtype),

@@ -12,9 +12,11 @@ import numpy as np
 from vit_jax.data.images import open_image, preprocess
 from vit_jax.data.masks import check_indices, open_mask, sample_nearest
 from vit_jax.data.protocols import (
+    JITTERS,
     Preprocessing,
     eval_box,
     evaluation,
+    fitting_sides,
     squashed_sides,
     whole_pixels,
 )
@@ -22,6 +24,7 @@ from vit_jax.data.randaugment import randaugment
 from vit_jax.data.resampling import (
     Box,
     by_channel,
+    letterbox,
     resize,
     resize_and_crop,
     resize_area,
@@ -72,7 +75,7 @@ def train_view(
     Raises:
         UserError: the image cannot be decoded; it is called "the image" there.
     """
-    view, _ = _train_view(
+    view, _ = located_view(
         encoded,
         rng,
         image_size=image_size,
@@ -114,11 +117,11 @@ def train_pair(
         UserError: as in `train_view`, or the mask cannot be read, is of another size or has other
             classes; it is called "the mask" there.
     """
-    view, geometry = _train_view(encoded, rng, **options)
+    view, geometry = located_view(encoded, rng, **options)
     return view, _view_of_mask(mask, geometry, options["image_size"], num_classes)
 
 
-class _Geometry(NamedTuple):
+class Geometry(NamedTuple):
     """The part of an image that a view shows.
 
     Attributes:
@@ -134,7 +137,7 @@ class _Geometry(NamedTuple):
     is_mirrored: bool = False
 
 
-def _train_view(
+def located_view(
     encoded: bytes,
     rng: np.random.Generator,
     *,
@@ -145,7 +148,11 @@ def _train_view(
     random_flip: bool = False,
     turn: bool = True,
     channels: int = 3,
-) -> tuple[np.ndarray, _Geometry]:
+) -> tuple[np.ndarray, Geometry]:
+    """Returns what `train_view` does without RandAugment, and where in the image it lies.
+
+    Arguments and errors are those of `train_view`.
+    """
     with open_image("the image", encoded, jpeg_dct, turn=turn, channels=channels) as image:
         height, width = image.shape[:2]
         if random_crop:
@@ -155,18 +162,18 @@ def _train_view(
         else:
             preprocessing = evaluation(protocol, image_size)
             pixels = _eval_crop(image, preprocessing)
-            box = _box_of_evaluation(preprocessing, height, width)
+            box = box_of_evaluation(preprocessing, height, width)
         del image  # Only the view is worked on from here on.
     # To the nearest, half to even; of what is bilinear nothing lies beyond 0 and 255.
     view = by_channel(cv2.convertScaleAbs, pixels) if pixels.dtype != np.uint8 else pixels
     is_mirrored = random_flip and rng.random() < 0.5
     if is_mirrored:
         view = by_channel(lambda x: cv2.flip(x, 1), view)
-    return view, _Geometry(height, width, box, is_mirrored)
+    return view, Geometry(height, width, box, is_mirrored)
 
 
 def _view_of_mask(
-    encoded: bytes, geometry: _Geometry, size: ImageSize, num_classes: int
+    encoded: bytes, geometry: Geometry, size: ImageSize, num_classes: int
 ) -> np.ndarray:
     height, width, box, is_mirrored = geometry
     with open_mask("the mask", encoded, (height, width)) as mask:
@@ -223,7 +230,7 @@ def eval_pair(
     ) as image:
         height, width = image.shape[:2]
         view = preprocess(image, preprocessing)
-    geometry = _Geometry(height, width, _box_of_evaluation(preprocessing, height, width))
+    geometry = Geometry(height, width, box_of_evaluation(preprocessing, height, width))
     return view, _view_of_mask(mask, geometry, preprocessing.image_size, num_classes)
 
 
@@ -240,12 +247,12 @@ def onto_image(
         height: of the image, in pixels.
         width: likewise.
     """
-    top, left, tall, wide = _box_of_evaluation(preprocessing, height, width)
+    top, left, tall, wide = box_of_evaluation(preprocessing, height, width)
     y, x = view.shape[0] / tall, view.shape[1] / wide
     return sample_nearest(view, (-top * y, -left * x, height * y, width * x), (height, width))
 
 
-def _box_of_evaluation(preprocessing: Preprocessing, height: int, width: int) -> Box:
+def box_of_evaluation(preprocessing: Preprocessing, height: int, width: int) -> Box:
     """The part of an image that evaluation sees, whatever its rule of resizing."""
     if preprocessing.resize == "box":
         return eval_box(preprocessing, height, width)
@@ -279,8 +286,9 @@ def _draw(
 ) -> _Drawn:
     """Draws the crop of an image of a height and width, which `_take` makes.
 
-    It is a box in its pixels; with `transfer` height and width of the resized image, and top and
-    left of the crop in it; with `pad` the pixels by which it moves down and to the right.
+    It is a box in its pixels; with `transfer` and letterboxes height and width of the resized
+    image, and top and left of the crop in it; with `pad` the pixels by which it moves down and to
+    the right.
     """
     height, width = image
     if protocol in ("bit", "bit_hyperrule"):
@@ -289,6 +297,11 @@ def _draw(
         height, width, _, _ = whole_pixels(evaluation(protocol, size), height, width)
         tall, wide = sides(size)
         top, left = rng.integers(height - tall + 1), rng.integers(width - wide + 1)
+        return height, width, int(top), int(left)
+    if protocol in JITTERS:
+        height, width = fitting_sides(image, sides(size), rng.uniform(*JITTERS[protocol]))
+        tall, wide = sides(size)
+        top, left = rng.integers(max(height - tall, 0) + 1), rng.integers(max(width - wide, 0) + 1)
         return height, width, int(top), int(left)
     if protocol == "pad":
         rows, columns = height // 8, width // 8
@@ -303,6 +316,8 @@ def _take(image: np.ndarray, protocol: str, size: ImageSize, drawn: _Drawn) -> n
     y, x, h, w = map(int, drawn)
     if protocol == "transfer":
         return resize_area(image, (y, x, h, w), size)
+    if protocol in JITTERS:
+        return letterbox(image, (y, x, h, w), size)
     # The published code crops before it resizes: nothing outside the crop is seen.
     image = _shifted(image, y, x) if protocol == "pad" else image[y : y + h, x : x + w]
     return resize(image, size)
@@ -311,7 +326,7 @@ def _take(image: np.ndarray, protocol: str, size: ImageSize, drawn: _Drawn) -> n
 def _box_of(drawn: _Drawn, image: tuple[int, int], protocol: str, size: ImageSize) -> Box:
     """The part of an image of a height and width that a drawn crop shows."""
     y, x, height, width = drawn
-    if protocol == "transfer":
+    if protocol == "transfer" or protocol in JITTERS:
         return _box_of_resized((int(y), int(x), int(height), int(width)), image, size)
     return (-y, -x, height, width) if protocol == "pad" else drawn
 

@@ -18,6 +18,12 @@ to `image_size`, a square or a height and a width. A protocol is a rule for that
     bit_hyperrule
                 BiT's fine-tuning: as bit, but that the image is resized to 32 pixels more than the
                 crop, 512 for 480 and 160 for 128
+    letterbox   as is usual for detection: the whole image as large as it fits in, its aspect kept,
+                at the top left of a black view; in training "standard scale jitter" (Ghiasi et al.,
+                2021, arXiv 2012.07177): 0.8 to 1.25 times as large, and of what is larger a random
+                crop
+    letterbox_large
+                the same with their "large scale jitter", 0.1 to 2 times, as ViTDet trains
 
 New pre-training runs take big_vision: the accuracies published for pre-training, which a run is
 compared with, were measured so. The bilinear kernel of `pretrain` skips pixels of an image that
@@ -32,6 +38,7 @@ Evaluation has a rule of resizing of its own, which travels with the weights:
     timm         torchvision's Resize and CenterCrop on PIL's images, which timm evaluates with
     huggingface  Transformers' processors on PIL's images (ViTImageProcessorPil, and the crop of
                  CLIPImageProcessorPil): timm's, but for half a pixel in the place of the crop
+    letterbox    the protocol's: PIL's resize, of the whole image, and black beyond it
 
 All but box resize the image to whole pixels in 8 bits and then cut out the center.
 
@@ -51,8 +58,11 @@ from vit_jax.image_size import ImageSize, sides, size_problem
 
 PROTOCOLS = (
     ("inception", "bit", "big_vision", "pretrain", "pad")
-    + ("transfer", "transfer_inception", "bit_hyperrule")
+    + ("transfer", "transfer_inception", "bit_hyperrule", "letterbox", "letterbox_large")
 )  # fmt: skip
+
+# How many times as large as it fits in an image is shown in training, at least and at most.
+JITTERS = {"letterbox": (0.8, 1.25), "letterbox_large": (0.1, 2.0)}
 
 # BiT, as the paper has it, resizes to 448 and crops 384; so does big_vision's fine-tuning.
 _RESIZE = 448 / 384
@@ -69,7 +79,7 @@ MAX_RESIZED = 12_000
 # Of hyperspectral cameras, twice as many as are usual.
 MAX_CHANNELS = 512
 
-RESIZES = ("box", "big_vision", "timm", "huggingface")
+RESIZES = ("box", "big_vision", "timm", "huggingface", "letterbox")
 INTERPOLATIONS = ("bilinear", "bicubic", "area")
 
 _CENTRAL = 224 / 256
@@ -193,6 +203,13 @@ class Preprocessing:
         if self.resize != "box" and self.antialias != (self.resize != "big_vision"):
             fixed = str(not self.antialias).lower()
             raise UserError(f"resize {self.resize!r} has antialias {fixed} only: set it so")
+        if self.resize == "letterbox" and not (
+            self.center_crop is None and self.interpolation == "bilinear"
+        ):
+            raise UserError(
+                "resize 'letterbox' is of whole images and bilinear: set center_crop to null and "
+                "interpolation to bilinear"
+            )
 
 
 def _is_number(value: object) -> bool:
@@ -214,6 +231,8 @@ def evaluation(
         return dataclasses.replace(
             view, center_crop=_AREA_CROPS[protocol], interpolation="area", resize="big_vision"
         )
+    if protocol in JITTERS:
+        return dataclasses.replace(view, resize="letterbox", antialias=True)
     return dataclasses.replace(view, center_crop=_CENTRAL) if protocol == "pretrain" else view
 
 
@@ -226,6 +245,8 @@ def fewshot_view(preprocessing: Preprocessing) -> Preprocessing:
     """
     if preprocessing.resize == "big_vision":  # There few-shot alone is `resize`, which is bilinear.
         preprocessing = dataclasses.replace(preprocessing, resize="box", interpolation="bilinear")
+    elif preprocessing.resize == "letterbox":
+        preprocessing = dataclasses.replace(preprocessing, resize="box")
     return dataclasses.replace(preprocessing, center_crop=_CENTRAL, squash=True)
 
 
@@ -256,12 +277,16 @@ def whole_pixels(
 ) -> tuple[int, int, int, int]:
     """Returns the size an image is resized to, and the crop's corner: (height, width, top, left).
 
+    With letterbox the size may be less than that of the crop, which is black beyond it.
+
     Args:
         preprocessing: whose resize is not box.
         height: of the image, in pixels.
         width: likewise.
     """
     view, covered = sides(preprocessing.image_size), resized_sides(preprocessing)
+    if preprocessing.resize == "letterbox":
+        return *fitting_sides((height, width), view), 0, 0
     if preprocessing.squash or preprocessing.center_crop is None:
         resized = covered
     else:
@@ -272,6 +297,20 @@ def whole_pixels(
     else:
         top, left = (x // 2 for x in margins)
     return *resized, top, left
+
+
+def fitting_sides(
+    image: tuple[int, int], view: tuple[int, int], times: float = 1.0
+) -> tuple[int, int]:
+    """The size, in whole pixels, at which an image fits into a view, its aspect ratio kept.
+
+    Args:
+        image: height and width.
+        view: likewise.
+        times: how many times as large it is made.
+    """
+    factor = min(view[0] / image[0], view[1] / image[1]) * times
+    return max(round(image[0] * factor), 1), max(round(image[1] * factor), 1)
 
 
 def _covering(resize: str, image: tuple[int, int], covered: tuple[int, int]) -> tuple[int, int]:

@@ -100,6 +100,8 @@ def resize_and_crop(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarr
     resized = whole_pixels(preprocessing, *image.shape[:2])
     if preprocessing.resize == "big_vision":
         return resize_area(image, resized, preprocessing.image_size)
+    if preprocessing.resize == "letterbox":
+        return letterbox(image, resized, preprocessing.image_size)
     kernel = Image.Resampling[preprocessing.interpolation.upper()]
     return _resize_with_pil(image, resized, sides(preprocessing.image_size), kernel)
 
@@ -130,6 +132,27 @@ def resize_area(
         total = _resample(image, rows, columns)
     total *= np.float32(1) / (row_scale * column_scale)
     return total.astype(np.uint8)
+
+
+def letterbox(image: np.ndarray, resized: tuple[int, int, int, int], size: ImageSize) -> np.ndarray:
+    """Resizes as PIL does, bilinear and antialiased, and crops; beyond the image it is black.
+
+    Args:
+        image: uint8 [height, width, channels].
+        resized: height and width to resize to, and top and left of the crop, in pixels.
+        size: of the crop, which lies at the top left where it is larger.
+
+    Returns:
+        uint8 [height, width, channels] of that size.
+    """
+    height, width, top, left = resized
+    tall, wide = sides(size)
+    shown = min(tall, height - top), min(wide, width - left)
+    view = np.zeros((tall, wide, image.shape[-1]), np.uint8)
+    view[: shown[0], : shown[1]] = _resize_with_pil(
+        image, resized, shown, Image.Resampling.BILINEAR
+    )
+    return view
 
 
 def resize(image: np.ndarray, size: ImageSize) -> np.ndarray:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vit_jax.data.boxes import Boxes
 from vit_jax.data.holdout import Partition
 from vit_jax.errors import UserError, brief
 
@@ -36,8 +37,8 @@ class Source:
     """A split of a data set.
 
     `source[i]` reads an example: {"image": bytes, encoded; "label": an int, of `open_real`,
-    `open_objectnet` and where `multi_label` int64 [classes], where `has_masks` bytes, a PNG;
-    "id": str, names the example}.
+    `open_objectnet` and where `multi_label` int64 [classes], where `has_masks` bytes, a PNG, where
+    `has_boxes` a `boxes.Boxes`; "id": str, names the example}.
 
     Attributes:
         name: of the data set, as it was asked for.
@@ -51,6 +52,7 @@ class Source:
         multi_label: whether an image has any number of labels, which are trained on: 1 for each
             class that it shows, 0 for the others.
         has_masks: whether the label of an image is a mask, the class of each of its pixels.
+        has_boxes: whether it is the boxes of its objects.
         root: of the files that ids name, "" where they name none. What is below it identifies a
             file wherever the whole lies.
         partition: how the images were divided where the data set has no splits of its own.
@@ -66,6 +68,7 @@ class Source:
     turn: bool = True
     multi_label: bool = False
     has_masks: bool = False
+    has_boxes: bool = False
     root: str = ""
     partition: Partition | None = dataclasses.field(default=None, repr=False)
     notes: tuple[str, ...] = dataclasses.field(default=(), repr=False)
@@ -98,6 +101,14 @@ class Source:
         example is.
         """
         return _labels(self.examples)
+
+    def boxes(self, index: int) -> Boxes:
+        """Returns the objects of an image of a source that `has_boxes`.
+
+        The image is read only where `examples` has no method `boxes`, which tells them alone.
+        """
+        known = getattr(self.examples, "boxes", None)
+        return known(index) if known else self.examples[index]["label"]
 
     def select(self, indices: np.ndarray) -> "Source":
         """Returns the source of some of the examples.
@@ -137,6 +148,11 @@ class _Selected:
         if hasattr(self.examples, "labels"):
             return _labels(self.examples)[self.indices]
         return np.array([self[i]["label"] for i in range(len(self))], np.int64)
+
+    def boxes(self, index: int) -> Boxes:
+        place = int(self.indices[index])
+        known = getattr(self.examples, "boxes", None)
+        return known(place) if known else self.examples[place]["label"]
 
 
 def check_splits(*, train_split: str, eval_split: str, development: bool) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from vit_jax.data import labels, vtab
+from vit_jax.data.boxes import Boxes
 from vit_jax.data.masks import check_indices, open_mask
 from vit_jax.data.source import Example, Examples, Source
 from vit_jax.data.tfds_records import RecordExamples
@@ -156,6 +157,71 @@ class MaskDataset(TfdsDataset):
             except UserError as error:
                 raise UserError(f"image {example['id']}: {error}") from error
         return source
+
+
+class BoxDataset(TfdsDataset):
+    """A data set of images with boxes of objects, as `coco` and `voc` have them.
+
+    Crowds of COCO, and what VOC calls difficult, are `Boxes.crowd`.
+    """
+
+    _LABEL = "objects"
+    _CROWDS = ("is_crowd", "is_difficult")
+
+    def _check_features(self, features: Mapping[str, Any]) -> None:
+        kinds = {"bbox": tfds.features.BBoxFeature, "label": tfds.features.ClassLabel}
+        parts = self._parts
+        if not (
+            isinstance(features.get("image"), tfds.features.Image)
+            and all(isinstance(parts.get(name), kind) for name, kind in kinds.items())
+        ):
+            raise UserError(
+                f"data set {self._name!r} has no boxes: it needs the features image and "
+                f"{self._LABEL} with bbox and label, and has {', '.join(features) or 'none'}"
+            )
+        form = getattr(parts["bbox"].bbox_format, "value", "REL_YXYX")
+        if form != "REL_YXYX":
+            raise UserError(
+                f"data set {self._name!r} has boxes as {form}: prepare it with REL_YXYX, shares of "
+                "the image's sides"
+            )
+
+    @property
+    def _parts(self) -> Mapping[str, Any]:
+        """The features of an object; none where there are no objects."""
+        feature = dict(self._builder.info.features or {}).get(self._LABEL)
+        inner = feature.feature if isinstance(feature, tfds.features.Sequence) else None
+        return dict(inner) if isinstance(inner, tfds.features.FeaturesDict) else {}
+
+    @property
+    def _class_names(self) -> tuple[str, ...]:
+        return tuple(self._parts["label"].names)
+
+    def _examples(self, split: str) -> Examples:
+        wanted = {"bbox", "label", "area", *self._CROWDS} & set(self._parts)
+        features = {"image": True, self._LABEL: dict.fromkeys(sorted(wanted), True)}
+        return RecordExamples(self._builder.info, split, features, self._example)
+
+    def _example(self, record: Mapping[str, Any]) -> Example:
+        objects = record[self._LABEL]
+        classes = np.array(objects["label"], np.int32).reshape(-1)
+        top, left, bottom, right = np.array(objects["bbox"], np.float64).reshape(-1, 4).T
+        crowd = np.zeros(len(classes), bool)
+        for name in self._CROWDS:
+            crowd |= np.array(objects.get(name, crowd), bool).reshape(-1)
+        areas = np.array(objects.get("area", np.full(len(classes), np.nan)), np.float64)
+        boxes = Boxes(
+            np.stack([left, top, right, bottom], axis=1),
+            classes,
+            crowd,
+            areas.reshape(-1),
+            is_relative=True,
+        )
+        return {"image": record["image"], "label": boxes}
+
+    def source(self, split: str) -> Source:
+        """Returns a split, as `TfdsDataset.source`."""
+        return dataclasses.replace(super().source(split), has_boxes=True)
 
 
 class VtabDataset(TfdsDataset):

@@ -46,6 +46,7 @@ PARTS = (
         ("fastapi", "uvicorn", "python-multipart", "prometheus-client", "onnxruntime"),
         "pip install -e '.[serve]'",
     ),
+    Part("measure detections", ("pycocotools",), "pip install -e '.[detection]'"),
     Part("read PyTorch's files", ("torch",), "pip install -e '.[peers]'"),
     Part(
         "compute on an NVIDIA GPU",

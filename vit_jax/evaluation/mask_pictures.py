@@ -1,6 +1,5 @@
 """Pictures of masks: their colors, over an image, and beside what a model makes of it."""
 
-import csv
 import functools
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -9,9 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vit_jax.evaluation.per_class import write_per_class
 from vit_jax.evaluation.pictures import Shown, contact_sheet
 from vit_jax.files import atomic_files
-from vit_jax.printable import csv_cell
 
 _DPI = 110
 _SIDE = 192  # pixels of a shown image, at most
@@ -72,10 +71,7 @@ def write_report(
         sheet.append(Shown(_small(colors[predicted], nearest), ("predicted mask",)))
     with atomic_files(folder) as new:
         contact_sheet(sheet, title).savefig(new / "masks.png", dpi=_DPI)
-        with (new / "per_class.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(per_class[0]))
-            writer.writeheader()
-            writer.writerows({**row, "name": csv_cell(row["name"])} for row in per_class)
+        write_per_class(new / "per_class.csv", per_class)
         return [folder / path.name for path in sorted(new.iterdir())]
 
 

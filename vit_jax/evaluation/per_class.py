@@ -1,9 +1,13 @@
 """Precision, recall and F1 of each class, and the classes that are taken for another."""
 
-from collections.abc import Sequence
+import csv
+import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from vit_jax.printable import csv_cell
 
 _READABLE = 30  # classes of a confusion matrix
 
@@ -28,6 +32,14 @@ class ClassScores(NamedTuple):
         shares = {name: float(getattr(self, name)[index]) for name in self._fields[:3]}
         rounded = {name: None if np.isnan(x) else x for name, x in shares.items()}
         return {**rounded, "examples": int(self.images[index])}
+
+
+def write_per_class(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a table of classes, a row with a "name" for each, as CSV."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({**row, "name": csv_cell(row["name"])} for row in rows)
 
 
 def class_scores(hits: np.ndarray, predicted: np.ndarray, images: np.ndarray) -> ClassScores:

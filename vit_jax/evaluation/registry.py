@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from vit_jax.errors import UserError, brief, nearest
-from vit_jax.evaluation import fewshot, metrics, multilabel, segmentation
+from vit_jax.evaluation import detection, fewshot, metrics, multilabel, segmentation
+from vit_jax.evaluation.detections import detect, make_detecting
 from vit_jax.evaluation.watched import Watched
 from vit_jax.steps import eval_step
 
@@ -47,10 +48,13 @@ def describe(title: str, scalars: Scalars) -> str:
 def objective(settings: Settings, watched: Watched) -> Evaluate:
     """The training objective on other images: "loss", and "accuracy" where there is one.
 
-    Of images with several labels, all of `multilabel.MultiLabelMetrics` that is a number, and of
-    those with masks, all of `segmentation.SegmentationMetrics`.
+    Of images with several labels, all of `multilabel.MultiLabelMetrics` that is a number, of those
+    with masks, all of `segmentation.SegmentationMetrics`, and of those with boxes, all of
+    `detection.DetectionMetrics`.
     """
     source = watched.open(settings)
+    if source.has_boxes:
+        return _boxes(source, watched)
     if source.has_masks:
         return _masks(source, watched)
     if source.multi_label and watched.class_names is not None:
@@ -98,6 +102,19 @@ def _masks(source: "Source", watched: Watched) -> Evaluate:
     return lambda params: segmentation.segmentation_metrics(
         counting, params, batches, watched.mesh
     ).scalars()
+
+
+def _boxes(source: "Source", watched: Watched) -> Evaluate:
+    detection.check_installed()
+    batches, truth = watched.batches(source), detection.truth(source)
+    names = watched.box_names or source.class_names
+    detecting = make_detecting(watched.model, watched.mesh)
+
+    def scores(params: Any) -> dict[str, float]:
+        found = detect(detecting, params, batches, watched.mesh, watched.preprocessing)
+        return detection.detection_metrics(list(found), truth, names).scalars()
+
+    return scores
 
 
 def real(settings: Settings, watched: Watched) -> Evaluate:

@@ -1,7 +1,6 @@
 """The report of an evaluation: a page to look at, its pictures, and the scores of every class."""
 
 import base64
-import csv
 import dataclasses
 import io
 import pathlib
@@ -17,9 +16,8 @@ from vit_jax.data import imagenet
 from vit_jax.data.preprocess import eval_view
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.evaluation import pictures
-from vit_jax.evaluation.per_class import most_confused, readable_confusion
+from vit_jax.evaluation.per_class import most_confused, readable_confusion, write_per_class
 from vit_jax.files import atomic_files
-from vit_jax.printable import csv_cell
 
 if TYPE_CHECKING:
     from vit_jax.data.source import Source
@@ -164,7 +162,7 @@ def write(folder: pathlib.Path, report: Report) -> list[pathlib.Path]:
     """
     with atomic_files(folder) as new, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Of letters that matplotlib's font lacks.
-        _write_per_class(new / "per_class.csv", report.per_class)
+        write_per_class(new / "per_class.csv", report.per_class)
         title = f"The {len(report.worst)} images of highest loss"
         sheet = pictures.contact_sheet(list(map(_shown, report.worst)), title)
         sheet.savefig(new / "worst.png", dpi=_DPI)
@@ -184,13 +182,6 @@ def _shown(image: WorstImage) -> pictures.Shown:
     name = pathlib.PurePath(image.name).name
     words = (f"is {image.truth}", f"taken for {image.predicted}", f"loss {image.loss:.2f}")
     return pictures.Shown(image.pixels, (name, *words))
-
-
-def _write_per_class(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows({**row, "name": csv_cell(row["name"])} for row in rows)
 
 
 _STYLE = """

@@ -33,6 +33,7 @@ class Watched:
         dataset: name of the run's data set.
         data_dir: of the same.
         mask_names: the names of the classes of pixels; None where no masks are predicted.
+        box_names: the names of the classes of objects; None where no boxes are predicted.
         broken: what is done with broken files, see `data.labeled_files.FileRules`.
         eval_source: its split to evaluate on.
         preprocessing: what evaluation makes of an image.
@@ -55,6 +56,7 @@ class Watched:
     report: Callable[[str], None] = print
     broken: str = "refuse"
     mask_names: Sequence[str] | None = None
+    box_names: Sequence[str] | None = None
 
     def files_of(self, name: str) -> "FileRules":
         """Rules for the files of a data set; the run's own is divided as the run has it."""
@@ -87,10 +89,12 @@ class Watched:
             split=settings["split"],
             files=self.files_of(name),
             mask_classes=None if self.mask_names is None else len(self.mask_names),
+            has_boxes=self.box_names is not None,
         )
         self.tell(source)
-        if self.mask_names is not None:
-            check_same_classes(source.name, source.class_names, self.mask_names, self.dataset)
+        for names, what in ((self.mask_names, "masks"), (self.box_names, "boxes")):
+            if names is not None:
+                check_same_classes(source.name, source.class_names, names, self.dataset, what=what)
         return source if self.class_names is None else self.label(source)
 
     def tell(self, source: "Source") -> None:

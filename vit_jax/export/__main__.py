@@ -111,7 +111,8 @@ def build_parser(prog: str = "python -m vit_jax.export") -> command.Parser:
         default="logits",
         help="features: the pooled ones; tokens: those of every patch, a class token or registers "
         "first; grid: those of the patches, in rows and columns; pixels: logits of every pixel, of "
-        "a run of segmentation [logits]",
+        "a run of segmentation; boxes: scores and the box of every cell, of a run of detection "
+        "[logits]",
     )
     parser.add_argument(
         "--layer",

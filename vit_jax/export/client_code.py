@@ -55,6 +55,28 @@ def resample(x, source, w):
 '''
 
 
+_OBJECTS = '''
+def overlap(a, b):
+    """The intersection over union of two boxes."""
+    width, height = (np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])).clip(0)
+    areas = [(x[2] - x[0]) * (x[3] - x[1]) for x in (a, b)]
+    return width * height / max(sum(areas) - width * height, 1e-12)
+
+
+def objects(boxes, least=0.5, most_overlap=0.6):
+    """Class, score and box of each object, the most probable first: many cells tell the same."""
+    scores, corners = boxes[:, :-4], boxes[:, -4:]
+    cells, labels = (scores >= least).nonzero()
+    order = scores[cells, labels].argsort(kind="stable")[::-1]
+    found = []
+    for cell, label in zip(cells[order], labels[order]):
+        box = corners[cell]
+        if all(label != other or overlap(box, kept) <= most_overlap for other, _, kept in found):
+            found.append((label, scores[cell, label], box))
+    return found
+'''
+
+
 def preprocessing_of(onnx: OnnxFile) -> Preprocessing | None:
     """The preprocessing in the metadata of an ONNX file; None if there is none.
 
@@ -95,6 +117,35 @@ def source(preprocessing: Preprocessing, kind: str, is_raw: bool = False) -> str
     parts = [helper.strip("\n") for helper in helpers]
     prepare = "\n".join(["def prepare(encoded):", *(f"    {line}" for line in body)])
     return "\n\n\n".join(["\n".join([order[0], "", *order[1:]]), *parts, prepare]) + "\n"
+
+
+def objects(preprocessing: Preprocessing | None) -> list[str]:
+    """Lines that find the objects in the output `boxes`, and print them in pixels of `photo.jpg`.
+
+    Args:
+        preprocessing: of the model; None where it is not known, and for a central crop: then boxes
+            are shares of what the model sees.
+    """
+    lines = [*_OBJECTS.strip("\n").splitlines(), "", ""]
+    rule = preprocessing
+    if rule is not None and rule.channels in _MODES and rule.center_crop is None:
+        lines.append('width, height = ImageOps.exif_transpose(Image.open("photo.jpg")).size')
+        if rule.resize == "letterbox":
+            tall, wide = sides(rule.image_size)
+            lines += _whole_pixels(rule)
+            lines.append(
+                f"scale = np.array([{wide} * width / new_width, {tall} * height / new_height] * 2)"
+            )
+        else:
+            lines.append("scale = np.array([width, height] * 2)")
+    else:
+        lines.append("scale = 1  # Shares of what the model sees.")
+    return [
+        *lines,
+        'names = json.loads(session.get_modelmeta().custom_metadata_map["box_classes"])',
+        "for label, score, box in objects(boxes[0]):",
+        '    print(names[label], f"{score:.2f}", box * scale)  # left, top, right, bottom',
+    ]
 
 
 def _numbers(values: tuple[float, ...]) -> str:
@@ -150,12 +201,19 @@ def _resizing(preprocessing: Preprocessing, imports: set[str]) -> tuple[list[str
             "x = np.floor(x * (np.float32(1) / (row * column)))",
         ]
     imports.add("from PIL import Image, ImageOps")
+    is_letterbox = preprocessing.resize == "letterbox"
     kernel = f"Image.Resampling.{preprocessing.interpolation.upper()}"
     if preprocessing.channels == 3:
         resized = f"np.asarray(Image.fromarray(pixels).resize((new_width, new_height), {kernel}))"
     else:
         resized = f"np.stack([Image.fromarray(x).resize((new_width, new_height), {kernel})"
         resized += "\n                  for x in np.moveaxis(pixels, -1, 0)], axis=-1)"
+    if is_letterbox:
+        return [], [
+            *lines,
+            f"x = np.zeros(({tall}, {wide}, {preprocessing.channels}), np.uint8)  # Black beyond.",
+            f"x[:new_height, :new_width] = {resized}",
+        ]
     return [], [*lines, f"x = {resized}", f"x = x[top:top + {tall}, left:left + {wide}]"]
 
 
@@ -198,6 +256,11 @@ def _whole_pixels(preprocessing: Preprocessing) -> list[str]:
     """`protocols.whole_pixels`."""
     view, covered = sides(preprocessing.image_size), resized_sides(preprocessing)
     resize = preprocessing.resize
+    if resize == "letterbox":
+        return [
+            f"factor = min({view[0]} / height, {view[1]} / width)",
+            "new_height, new_width = (max(round(x * factor), 1) for x in (height, width))",
+        ]
     if preprocessing.squash or preprocessing.center_crop is None:
         lines = [f"new_height, new_width = {covered[0]}, {covered[1]}"]
     else:

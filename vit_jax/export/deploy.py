@@ -201,6 +201,9 @@ def _readme(
         lines += ["", f"Features of every patch, row by row; tokens before them: `{_code(prefix)}`"]
     if pixel_classes := onnx.metadata.get("pixel_classes"):
         lines += ["", f"Logits of every pixel, of the classes: `{_code(pixel_classes)}`"]
+    if box_classes := onnx.metadata.get("box_classes"):
+        lines += ["", f"Of every cell a score of each class, `{_code(box_classes)}`, and its box:"]
+        lines[-1] += " left, top, right and bottom in shares of the image that the model sees."
     is_raw = onnx.metadata.get("pixels") == RAW
     if preprocessing:
         lines += ["", f"Preprocessing: `{json.dumps(preprocessing)}`"]

@@ -13,12 +13,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax import models
 from vit_jax.checkpoints.decoder import with_decoder
+from vit_jax.checkpoints.detector import with_detector
 from vit_jax.checkpoints.pretrained import Pretrained, abstract_params
 from vit_jax.data.protocols import Preprocessing
 from vit_jax.errors import UserError
-from vit_jax.export.stages import DENSE, PIXELS
+from vit_jax.export.stages import BOXES, DENSE, PIXELS
 from vit_jax.models.base import ModelConfig
 from vit_jax.models.dense import check_dense, dense_features, prefix_names, whole_patches
+from vit_jax.models.detection import UPSAMPLES, scores_and_boxes
 from vit_jax.models.vit import ViTConfig
 
 
@@ -80,6 +82,9 @@ class Forward:
             if self.output_name == PIXELS:
                 classes = len(json.loads(self.metadata["pixel_classes"]))
                 sizes |= {rows, columns, classes * columns}
+            if self.output_name == BOXES:
+                sizes |= {times * side for times in UPSAMPLES for side in (rows, columns)}
+                sizes |= {times**2 * rows * columns for times in UPSAMPLES}
         return sizes
 
     def with_params(self, params: Mapping[str, Any]) -> "Forward":
@@ -103,8 +108,8 @@ def check_free_size(config: ModelConfig, outputs: str) -> None:
     Raises:
         UserError: it cannot.
     """
-    if outputs == PIXELS:
-        raise UserError("pixels are exported for one size of images: leave --free_size out")
+    if outputs in (PIXELS, BOXES):
+        raise UserError(f"{outputs} are exported for one size of images: leave --free_size out")
     if type(config) is not ViTConfig:
         raise UserError(
             "a hybrid, an axial model or a ResNet is exported for one size of images: leave "
@@ -139,7 +144,8 @@ def make_forward(
             "features" (what the head would be applied to), [batch, features], or "tokens" or "grid"
             (those of every patch, see `models.dense`), [batch, tokens, hidden_size] and [batch,
             rows, columns, hidden_size], or "pixels" (the logits of each, of a run of segmentation,
-            see `models.segmentation`), [batch, height, width, classes].
+            see `models.segmentation`), [batch, height, width, classes], or "boxes" (of a run of
+            detection, see `models.detection.scores_and_boxes`), [batch, cells, classes + 4].
         layer: the number of the layer whose result tokens or grid are, before any LayerNorm; None:
             after the last LayerNorm.
         include_preprocessing: take uint8 pixels, with mean and std folded into the graph; resizing
@@ -160,15 +166,18 @@ def make_forward(
         params = unflatten_dict(
             {path: x for path, x in flatten_dict(params).items() if path in kept}
         )
-    elif outputs != PIXELS and not config["num_classes"]:
-        pixels = " or pixels" if pretrained.segmentation else ""
+    elif outputs not in (PIXELS, BOXES) and not config["num_classes"]:
+        more = " or pixels" if pretrained.segmentation else ""
+        more += " or boxes" if pretrained.detection else ""
         raise UserError(
-            f"{pretrained.source} has no head, so no {outputs}: use --outputs features{pixels}"
+            f"{pretrained.source} has no head, so no {outputs}: use --outputs features{more}"
         )
     # Without a backward pass nothing is computed again, and jax2onnx does not know the call.
     plain = {"dtype": "float32", "remat": "nothing"}
     if outputs == PIXELS:
         module, params = with_decoder(pretrained, **plain)
+    elif outputs == BOXES:
+        module, params = with_detector(pretrained, **plain)
     else:
         module = models.create_model(config, **plain)
     scale, offset = normalization(preprocessing)
@@ -179,6 +188,8 @@ def make_forward(
         if outputs in DENSE:
             return tokens_of(module, params, images, layer, outputs == "grid")
         x: Any = module.apply({"params": params}, images)
+        if outputs == BOXES:
+            return scores_and_boxes(x)
         if outputs == "probabilities":
             return jax.nn.sigmoid(x) if pretrained.loss == "sigmoid" else jax.nn.softmax(x)
         return x
@@ -199,6 +210,9 @@ def make_forward(
     if outputs == PIXELS and pretrained.segmentation is not None:
         names = pretrained.segmentation.class_names
         metadata["pixel_classes"] = json.dumps(names, ensure_ascii=False)
+    if outputs == BOXES and pretrained.detection is not None:
+        names = pretrained.detection.class_names
+        metadata["box_classes"] = json.dumps(names, ensure_ascii=False)
     if pretrained.class_names is not None and config["num_classes"]:
         metadata["class_names"] = json.dumps(pretrained.class_names, ensure_ascii=False)
     return Forward(

@@ -44,9 +44,10 @@ def add_preprocessing(model: ir.Model) -> None:
             height and width.
 
     Raises:
-        UserError: the graph is one of pixels, or of images of any size.
+        UserError: the graph is one of pixels, or of images of any size, or as `check_rule`.
     """
     preprocessing = Preprocessing(**json.loads(model.metadata_props["preprocessing"]))
+    check_rule(preprocessing)
     graph = model.graph
     (prepared,) = graph.inputs
     batch, *image_shape = known(prepared.shape)
@@ -67,6 +68,15 @@ def add_preprocessing(model: ir.Model) -> None:
     front.put_in_front(graph)
     passes.ShapeInferencePass()(model)
     model.metadata_props["pixels"] = RAW
+
+
+def check_rule(preprocessing: Preprocessing) -> None:
+    """Raises a UserError if images are prepared in a way that no graph is written for."""
+    if preprocessing.resize == "letterbox":
+        raise UserError(
+            "images are letterboxed, which is not done in the graph: leave --preprocessing "
+            "in_graph out"
+        )
 
 
 class _Front(Writer):

@@ -146,7 +146,7 @@ def read_dataset(
 def raw_dataset(
     source: Any, preprocessing: Preprocessing, number: int
 ) -> tuple[RawImages, np.ndarray | None]:
-    """The images of `read_dataset` before they are prepared, and labels [n]; none of masks."""
+    """The images of `read_dataset` before they are prepared, and labels [n], of classes alone."""
     from vit_jax.data.images import read_image
 
     chosen = _spread(source, number)
@@ -158,7 +158,7 @@ def raw_dataset(
         return image[border : len(image) - border, border : image.shape[1] - border]
 
     reading = [functools.partial(read, i) for i in range(chosen.num_examples)]
-    return RawImages(reading), None if source.has_masks else chosen.labels()
+    return RawImages(reading), None if source.has_masks or source.has_boxes else chosen.labels()
 
 
 def _spread(source: Any, number: int) -> Any:

@@ -19,7 +19,15 @@ from vit_jax.export.onnx_file import read_onnx
 from vit_jax.export.precisions import PRECISIONS, Precision
 from vit_jax.export.profiles import parse_batch
 from vit_jax.export.readme import README
-from vit_jax.export.stages import DENSE, PIXELS, Resolution, missing_packages, obstacles, resolve
+from vit_jax.export.stages import (
+    BOXES,
+    DENSE,
+    PIXELS,
+    Resolution,
+    missing_packages,
+    obstacles,
+    resolve,
+)
 from vit_jax.export.to_tensorrt import build, summary
 from vit_jax.files import make_folder
 from vit_jax.image_size import of_sides
@@ -92,14 +100,17 @@ class Photographs:
         from vit_jax.data.datasets import FileRules, open_evaluation
         from vit_jax.evaluation.class_names import label
 
-        decoder = pretrained.segmentation
+        decoder, detector = pretrained.segmentation, pretrained.detection
         source = open_evaluation(
             self.dataset,
             data_dir=self.data_dir,
             split=self.split,
             files=FileRules(channels=pretrained.preprocessing.channels),
             mask_classes=None if decoder is None else len(decoder.class_names),
+            has_boxes=detector is not None,
         )
+        if detector is not None:  # Its images alone are looked at.
+            return source
         if decoder is not None:
             check_same_classes(
                 source.name, source.class_names, decoder.class_names, pretrained.source
@@ -201,6 +212,9 @@ class Export:
         most = parity.compared(forward.output_bytes, photographs.number)
         number, raw = most + self.precision.calibration_images, None
         if in_graph:
+            from vit_jax.export.in_graph import check_rule  # With onnx_ir, which is there now.
+
+            check_rule(pretrained.preprocessing)
             raw, labels = photographs.read_raw(pretrained, number, outputs)
             images = parity.prepared(raw, pretrained.preprocessing)
         else:
@@ -310,7 +324,7 @@ class Export:
     @staticmethod
     def _limits(precision: Precision, forward: "Forward") -> str:
         """The name of the tolerance for a function in a precision."""
-        return precision.limits("tokens" if forward.output_name in (*DENSE, PIXELS) else "")
+        return precision.limits("tokens" if forward.output_name in (*DENSE, PIXELS, BOXES) else "")
 
     def _compare_sizes(self, forward: "Forward", pretrained: "Pretrained") -> None:
         """Measures the ONNX file at other heights and widths, each against Flax at these."""

@@ -142,12 +142,19 @@ def _meaning(output: dict[str, Any], metadata: Mapping[str, str]) -> str:
         "grid": "features of every patch, in rows and columns",
         "pixels": "a score for each class of every pixel of what the model sees, in rows and "
         "columns; the largest is the pixel's class",
+        "boxes": "of every cell a score of each class, then left, top, right and bottom of its box "
+        "in shares of the width and height of the image that goes in; many tell the same object",
     }.get(output["name"], "what the model was exported to give")
 
 
 def _size_rule(rule: Preprocessing) -> str:
     height, width = sides(rule.image_size)
     size, crop = f"{height} x {width} (height x width)", rule.center_crop
+    if rule.resize == "letterbox":
+        return (
+            f"the whole image is resized until it just fits into {size}, its aspect ratio kept, "
+            "and lies at the top left; the rest is black."
+        )
     if crop is None:
         return (
             f"the whole image is resized to {size}; its aspect ratio is given up and nothing is "
@@ -218,6 +225,9 @@ def _with_onnxruntime(onnx: OnnxFile, code: str, directory: Path) -> str:
         *_images(onnx),
         f"({output},) = session.run(None, {{{json.dumps(image)}: images}})",
     ]
+    if output == "boxes":
+        lines[0] = lines[0].replace("import io\n", "import io\nimport json\n")
+        return "\n".join([*lines, "", "", *client_code.objects(client_code.preprocessing_of(onnx))])
     named = (directory / CLASSES).is_file()
     names = [f'names = open("{CLASSES}", encoding="utf-8").read().split("\\n")'] * named
     name = "names[i]" if named else "i"

@@ -12,7 +12,9 @@ CONVERTERS = ("jax2tf", "jax2onnx")
 DENSE = ("tokens", "grid")
 # The logits of every pixel, of a run of segmentation.
 PIXELS = "pixels"
-OUTPUTS = ("logits", "probabilities", "features", *DENSE, PIXELS)
+# The score of every class and the box of every cell, of a run of detection.
+BOXES = "boxes"
+OUTPUTS = ("logits", "probabilities", "features", *DENSE, PIXELS, BOXES)
 _MAKES = {"tf": "SavedModel", "onnx": "ONNX file"}
 _ONNX_PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 # What installs the export's packages: with JAX 0.7.1, or for the newest JAX.

@@ -132,8 +132,8 @@ def dataset_size(config: ConfigDict, classes: int, images: int) -> tuple[int, in
         UserError: neither the user nor `DATASETS` tells them, and they are needed.
     """
     known = DATASETS.get(table_name(config.dataset.name), (0, 0))
-    # What is known are the classes of images, not those of their pixels.
-    of_images = known[0] if config.objective != "segmentation" else 0
+    # What is known are the classes of images, not those of their pixels or objects.
+    of_images = known[0] if config.objective not in ("segmentation", "detection") else 0
     classes = classes or config.model.num_classes or of_images
     images = images or _images_to_train_on(config.dataset, known[1])
     if config.objective != "masked_patches" and not classes:

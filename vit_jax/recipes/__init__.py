@@ -101,6 +101,9 @@ PRESETS = {
     "segmentation": Recipe(
         presets.segmentation, source="Segmenter (2105.05633), Section 4.1, with the linear decoder"
     ),
+    "detection": Recipe(
+        presets.detection, source="ViTDet (2203.16527), Appendix A.2, with a dense head on one grid"
+    ),
     "own": Recipe(own.own, source="Table 4, as vit_jax.recipes.own fits it"),
 }
 RECIPES = {
@@ -119,14 +122,15 @@ def get_config(model: str, spec: str = "") -> ConfigDict:
         spec: words separated by commas. First the recipe: "pretrain" (the default), "masked" for
             pre-training by masked patch prediction, or "finetune", or a preset of
             `vit_jax.recipes.presets`: "augreg" or "baseline" from scratch, "transfer",
-            "bit_hyperrule" or "segmentation" from weights, and "own", with which `vit-jax train
-            --data` begins. Then the data set: a TFDS name, "vtab:TASK", "folder:PATH" or
-            "list:FILE" (default imagenet2012 from scratch with labels; else it must be given).
-            Then, optionally, "dev" to hold out the part of train on which the paper chose its
-            hyperparameters and to evaluate on that, and a word of the recipe's: of finetune "512",
-            the resolution and the averaging of Table 2's ImageNet rows; of baseline "90", "150" or
-            "300", its epochs; of transfer "inception", its other crop; of bit_hyperrule "small",
-            "medium" or "large", the size of the data set, which must be said where it is not known.
+            "bit_hyperrule", "segmentation" or "detection" from weights, and "own", with which
+            `vit-jax train --data` begins. Then the data set: a TFDS name, "vtab:TASK",
+            "folder:PATH" or "list:FILE" (default imagenet2012 from scratch with labels; else it
+            must be given). Then, optionally, "dev" to hold out the part of train on which the paper
+            chose its hyperparameters and to evaluate on that, and a word of the recipe's: of
+            finetune "512", the resolution and the averaging of Table 2's ImageNet rows; of baseline
+            "90", "150" or "300", its epochs; of transfer "inception", its other crop; of
+            bit_hyperrule "small", "medium" or "large", the size of the data set, which must be said
+            where it is not known.
 
     Raises:
         UserError: the spec has a word that is none of these.

@@ -340,10 +340,13 @@ def base(model: str, dataset: str) -> ConfigDict:
             # Whether the weights' head stays where it knows the classes of the data: never, as the
             # paper's (Section 3.2 removes it), or auto.
             "keep_head": "never",
-            "objective": "classification",  # or masked_patches, segmentation
+            "objective": "classification",  # or masked_patches, segmentation, detection
             # Of masked patch prediction: the share of patches to corrupt, and what is predicted of
             # them: mean_color, downsized or pixels.
             "masking": {"rate": MASKED_RATE, "target": MASKED_TARGET},
+            # Of detection: the channels and convolutions of each tower, cells on each side of a
+            # patch (1, 2 or 4), and the objects of an image that are learned, the largest.
+            "detection": {"width": 256, "layers": 4, "upsample": 1, "most_boxes": 100},
             # A teacher: any weights, "" is none; hard or soft; its share of the loss; and what
             # logits are divided by where it is soft. DeiT has hard with 0.5, soft with 0.1 and 3.
             "distillation": {"teacher": "", "kind": "hard", "alpha": 0.5, "temperature": 3.0},

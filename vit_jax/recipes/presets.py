@@ -9,6 +9,8 @@
                     of ImageNet-21k to 98.55% on CIFAR-10
     segmentation    "Segmenter" (Strudel et al., 2021, arXiv 2105.05633), with its linear decoder:
                     Section 4.1, on ADE20K
+    detection       "ViTDet" (Li et al., 2022, arXiv 2203.16527), Appendix A.2, on COCO, with a
+                    dense head on one grid
     bit_hyperrule   "Big Transfer" (Kolesnikov et al., 2020, arXiv 1912.11370), Section 3.3, as
                     published in google-research/big_transfer, bit_hyperrule.py: R50x1 of
                     ImageNet-21k to 80.68% on ImageNet
@@ -118,6 +120,16 @@ SEGMENTATION_STEPS = 160_000
 SEGMENTATION_CROP = 512
 SEGMENTATION_LR = 1e-3
 SEGMENTATION_DEPTH = 0.1
+DETECTION_BATCH_SIZE = 64
+DETECTION_EPOCHS = 100
+DETECTION_SIZE = 512
+DETECTION_LR = 1e-4
+DETECTION_WEIGHT_DECAY = 0.1
+# The shares of the steps after which the rate is a tenth, 88.9% and 96.3% of 100 epochs.
+DETECTION_DROPS = (0.889, 0.963)
+DETECTION_WARMUP_STEPS = 250
+DETECTION_LAYER_DECAY = {"ViT-B": 0.7, "ViT-L": 0.8, "ViT-H": 0.9}
+DETECTION_DEPTH = {"ViT-B": 0.1, "ViT-L": 0.4, "ViT-H": 0.5}
 # Crops, of images that are resized to 32 pixels more; the first of those below 96 x 96 pixels.
 SMALL_CROP, CROP = 128, 480
 # Of these the images are: of 8, 28, 32 and 64 pixels; those of TFDS by their names there.
@@ -283,6 +295,38 @@ def segmentation(model: str, dataset: str) -> ConfigDict:
     config.schedule.warmup = "0 steps"
     config.evals.val.every = "8000 steps"
     config.checkpoint_every = "8000 steps"
+    return config
+
+
+def detection(model: str, dataset: str) -> ConfigDict:
+    """ViTDet's training with a dense head on one grid: all of a model, on images and boxes.
+
+    That is AdamW with a rate of 1e-4, a weight decay of 0.1, a rate that decays from layer to layer
+    and a stochastic depth, both by the size of the model (those of B for smaller ones), 100 epochs
+    of 64 images under large scale jitter, and two drops of the rate. Not as there: images have 512
+    pixels, not 1,024, and a cell is half a patch; all layers attend to all patches, without
+    windows; the head is that of `models.detection`, not Mask R-CNN's.
+    """
+    config = _from_weights(model, dataset)
+    size = model.split("/")[0].rpartition("+")[2]
+    downsampling = models.describe(config.model).downsampling
+    config.objective = "detection"
+    config.detection.upsample = 2
+    config.batch_size = DETECTION_BATCH_SIZE
+    config.duration = f"{DETECTION_EPOCHS} epochs"
+    config.dataset.image_size = -(-DETECTION_SIZE // downsampling) * downsampling
+    config.dataset.protocol = "letterbox_large"
+    if "stochastic_depth" in config.model:
+        config.model.stochastic_depth = DETECTION_DEPTH.get(size, DETECTION_DEPTH["ViT-B"])
+    config.optimizer = adam(DETECTION_WEIGHT_DECAY, 0.0)
+    config.optimizer.layer_decay = DETECTION_LAYER_DECAY.get(size, DETECTION_LAYER_DECAY["ViT-B"])
+    config.optimizer.decay = "kernels"
+    config.schedule.base_lr = DETECTION_LR
+    config.schedule.decay = "staircase"
+    config.schedule.drops = DETECTION_DROPS
+    config.schedule.warmup = f"{DETECTION_WARMUP_STEPS} steps"
+    config.evals.val.every = "5 epochs"
+    config.checkpoint_every = "1 epoch"
     return config
 
 

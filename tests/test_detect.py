@@ -1,0 +1,140 @@
+"""The command that finds objects: what it writes, under which numbers, and its exit codes."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_jax import detect
+from vit_jax.checkpoints import flags
+from vit_jax.errors import UserError
+
+from .detectors import random_detector
+
+
+@pytest.fixture(autouse=True)
+def loaded(monkeypatch):
+    pretrained = random_detector(["cat", "dog"])
+    monkeypatch.setattr(flags, "load", lambda args: pretrained)
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for name in ("a.png", "b.jpg"):
+        pixels = np.random.default_rng(1).integers(0, 256, (20, 24, 3))
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "photos" / name)
+    return tmp_path / "photos"
+
+
+def run(*words):
+    return detect.main(["--checkpoint", "random", *map(str, words)])
+
+
+def results(folder="found"):
+    with open(os.path.join(folder, detect.RESULTS)) as file:
+        return json.load(file)
+
+
+@pytest.mark.usefixtures("photos")
+def test_every_image_gets_a_picture_of_its_size_and_rows_in_the_results(tmp_path):
+    assert run("photos", "--output", "found") == 0
+    names = {"a.boxes.jpg", "b.boxes.jpg", detect.RESULTS}
+    assert {x.name for x in (tmp_path / "found").iterdir()} == names
+    for name in names - {detect.RESULTS}:
+        with Image.open(tmp_path / "found" / name) as image:
+            assert image.size == (24, 20)
+    rows = results()
+    assert {row["image_id"] for row in rows} == {1, 2}
+    assert {row["file"] for row in rows} == {"photos/a.png", "photos/b.jpg"}
+    for row in rows:
+        left, top, width, height = row["bbox"]
+        assert 0 <= left <= left + width <= 24.01 and 0 <= top <= top + height <= 20.01
+        assert 0.05 <= row["score"] <= 1
+        assert row["category"] == {1: "cat", 2: "dog"}[row["category_id"]]
+    by_image = [[row["score"] for row in rows if row["image_id"] == i] for i in (1, 2)]
+    assert all(scores == sorted(scores, reverse=True) for scores in by_image)
+
+
+@pytest.mark.usefixtures("photos")
+def test_the_threshold_is_of_what_is_drawn(capsys):
+    assert run("photos/a.png", "--output", "all", "--threshold", "0") == 0
+    assert run("photos/a.png", "--output", "none", "--threshold", "1") == 0
+    assert results("all") == results("none")
+    told = capsys.readouterr().out.splitlines()
+    assert f"a.png: {len(results('all'))} objects" in told[0] and "a.png: 0 objects" in told[1]
+    drawn, plain = (np.asarray(Image.open(f"{x}/a.boxes.jpg")).astype(int) for x in ("all", "none"))
+    assert np.abs(drawn - plain).max() > 50
+    with pytest.raises(UserError, match="'2' is not a number from 0 to 1"):
+        run("photos", "--output", "found", "--threshold", "2")
+
+
+def test_images_have_the_numbers_that_they_are_called_by(photos):
+    (photos / "a.png").rename(photos / "000000000139.png")
+    (photos / "b.jpg").rename(photos / "000000000285.jpg")
+    assert run("photos", "--output", "found") == 0
+    assert {row["image_id"] for row in results()} == {139, 285}
+
+
+def annotations(path, images, categories):
+    document = {
+        "images": [{"id": i, "file_name": name} for name, i in images.items()],
+        "categories": [{"id": i, "name": name} for name, i in categories.items()],
+        "annotations": [],
+    }
+    path.write_text(json.dumps(document))
+    return path
+
+
+@pytest.mark.usefixtures("photos")
+def test_numbers_may_be_those_of_annotations(tmp_path):
+    file = annotations(
+        tmp_path / "a.json", {"a.png": 70, "x/b.jpg": 50}, {"dog": 3, "cat": 90, "cow": 4}
+    )
+    assert run("photos", "--output", "found", "--annotations", file) == 0
+    rows = results()
+    assert {(row["file"], row["image_id"]) for row in rows} == {
+        ("photos/a.png", 70),
+        ("photos/b.jpg", 50),
+    }
+    assert all(row["category_id"] == {"cat": 90, "dog": 3}[row["category"]] for row in rows)
+
+
+@pytest.mark.usefixtures("photos")
+@pytest.mark.parametrize(
+    ("images", "categories", "message"),
+    [
+        ({"a.png": 1}, {"cat": 1, "dog": 2}, "has no image b.jpg: give images that it has"),
+        ({"a.png": 1, "b.jpg": 2}, {"cat": 1}, "has no category 'dog', which the model has"),
+    ],
+)
+def test_annotations_of_something_else_are_refused(tmp_path, images, categories, message):
+    file = annotations(tmp_path / "a.json", images, categories)
+    with pytest.raises(UserError, match=message):
+        run("photos", "--output", "found", "--annotations", file)
+    assert not (tmp_path / "found").exists()
+
+
+@pytest.mark.parametrize("output", ["photos", "photos/found"])
+def test_an_output_among_the_images_is_refused_before_anything_is_written(photos, output):
+    with pytest.raises(UserError, match=r"^--output \S+ has images in it or lies among them \("):
+        run("photos", "--output", output)
+    assert {x.name for x in photos.iterdir()} == {"a.png", "b.jpg"}
+
+
+def test_two_images_of_one_name_are_refused(photos):
+    Image.new("RGB", (4, 4)).save(photos / "a.jpg")
+    with pytest.raises(UserError, match="have pictures of one name: detect them into folders of"):
+        run("photos", "--output", "found")
+
+
+def test_the_exit_code_says_how_many_images_could_be_read(photos, capsys):
+    (photos / "c.jpg").write_bytes(b"nothing")
+    assert run("photos", "--output", "found") == 1
+    told = capsys.readouterr()
+    assert told.err.count("\n") == 1 and "c.jpg is not an image" in told.err
+    assert told.out.count("\n") == 2
+    assert run("photos/c.jpg", "--output", "other") == 2
