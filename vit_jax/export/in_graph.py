@@ -107,8 +107,10 @@ class _Front(Writer):
             return self.op("Floor", [total])
         rows = self._pil_taps(height, tall, top, self._view[0])
         columns = self._pil_taps(width, wide, left, self._view[1])
-        lost = self._on("Sub", height, tall), self._on("Sub", width, wide)
-        return self._of_pil(images, rows, columns, *lost)
+        lost_rows, lost_columns = self._on("Sub", height, tall), self._on("Sub", width, wide)
+        is_tall = self._on("Greater", lost_rows, self._on("Mul", lost_columns, self._int(2)))
+        turned = self._on("And", is_tall, self._on("Greater", lost_rows, self._int(0)))
+        return self._of_pil(images, rows, columns, turned)
 
     def normalized(self, pixels: ir.Value) -> ir.Value:
         """Mean and std applied to pixels."""
@@ -203,17 +205,12 @@ class _Front(Writer):
         weights = self._cast(self._on("Add", weights, half), "INT32")
         return self._taps(source, length, weights)
 
-    def _of_pil(
-        self, images: ir.Value, rows: _Taps, columns: _Taps, lost_rows: ir.Value, lost: ir.Value
-    ) -> ir.Value:
+    def _of_pil(self, images: ir.Value, rows: _Taps, columns: _Taps, turned: ir.Value) -> ir.Value:
         """The two passes of PIL's `ImagingResampleInner` (Resample.c), rounded each.
 
         Columns go first, but for an image that loses more than twice as many rows as columns: it
-        is turned, so that its rows do.
+        is `turned`, so that its rows do.
         """
-        shrinks = self._on("Greater", lost_rows, self._int(0))
-        is_tall = self._on("Greater", lost_rows, self._on("Mul", lost, self._int(2)))
-        turned = self._on("And", shrinks, is_tall)
         images = self._where(turned, images, images, turn=True)
         for axis, then, otherwise in ((_COLUMNS, rows, columns), (_ROWS, columns, rows)):
             pairs = zip(then, otherwise, strict=True)

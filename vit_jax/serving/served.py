@@ -26,7 +26,7 @@ ONNX = "model.onnx"
 # Of the outputs of an export those that rank classes.
 _OF_CLASSES = ("logits", "probabilities")
 # In pixels, of images that a model prepares itself. Its graph resizes one axis after the other, and
-# takes 13 KB a pixel of the longer side for 224 pixels.
+# takes up to 13 KB a pixel of the longer side for 224 pixels.
 _MAX_RAW_SIDE = 2**14
 
 
