@@ -139,12 +139,14 @@ def objects(preprocessing: Preprocessing | None) -> list[str]:
         else:
             lines.append("scale = np.array([width, height] * 2)")
     else:
-        lines.append("scale = 1  # Shares of what the model sees.")
+        lines.append("scale = width = height = 1  # Shares of what the model sees.")
     return [
         *lines,
         'names = json.loads(session.get_modelmeta().custom_metadata_map["box_classes"])',
         "for label, score, box in objects(boxes[0]):",
-        '    print(names[label], f"{score:.2f}", box * scale)  # left, top, right, bottom',
+        "    box = (box * scale).clip(0, [width, height] * 2)  # left, top, right, bottom",
+        "    if (box[2:] > box[:2]).all():",
+        '        print(names[label], f"{score:.2f}", box)',
     ]
 
 
