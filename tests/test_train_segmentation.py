@@ -222,7 +222,7 @@ def test_other_commands_say_what_they_want(segmented, finished, folder, tmp_path
     with pytest.raises(UserError, match="tells no pixels apart: train it with --config segmentat"):
         segment.main(["--checkpoint", str(finished), images, *output])
     twice = [images, str(folder / "train" / "images")]
-    with pytest.raises(UserError, match="have masks of one name: segment them into folders of their"):
+    with pytest.raises(UserError, match="have masks of one name: segment them into folders"):
         segment.main(["--checkpoint", str(segmented), *twice, *output])
     (folder / "classes.txt").rename(tmp_path / "classes.txt")
     try:
