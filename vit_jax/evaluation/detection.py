@@ -101,8 +101,8 @@ def detection_metrics(
         UserError: there is no object to look for, or no pycocotools.
     """
     check_installed()
-    from pycocotools.coco import COCO  # ty: ignore[import-not-found]
-    from pycocotools.cocoeval import COCOeval  # ty: ignore[import-not-found]
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
 
     if len(found) != len(truth):
         raise ValueError(f"{len(found)} images were looked at, and there are {len(truth)}")
@@ -126,7 +126,7 @@ def detection_metrics(
                 "annotations": annotations,
             }
             data.createIndex()
-        evaluation = COCOeval(expected, actual, "bbox")
+        evaluation: Any = COCOeval(expected, actual, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
     return DetectionMetrics(evaluation.eval["precision"][..., -1], len(found), counts)
