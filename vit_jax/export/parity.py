@@ -274,7 +274,7 @@ def compare(reference: Reference, outputs: np.ndarray) -> dict[str, float]:
 
 
 def _difference(expected: np.ndarray, found: np.ndarray) -> tuple[float, float, float, float]:
-    """Of an image the largest and the mean difference, the cosine, and the largest output."""
+    """The largest and the mean difference of an image, the cosine, and the largest output."""
     expected, found = (x.astype(np.float64).ravel() for x in (expected, found))
     difference = np.abs(found - expected)
     norms = np.linalg.norm(found) * np.linalg.norm(expected)
