@@ -231,7 +231,7 @@ def test_the_client_asks_the_ensemble_for_classes(tmp_path, monkeypatch, capsys)
             return np.array([[f"0.9:1:{name}"]])
 
     def infer(_client, name, inputs, outputs):
-        asked.append((name, inputs[0].name(), inputs[0].datatype(), inputs[0].shape()))
+        asked.append((name, inputs[0].name(), inputs[0].datatype(), list(inputs[0].shape())))
         asked.append((outputs[0].name(), inputs[0]._get_binary_data()[4:]))
         return Answer()
 
