@@ -36,7 +36,7 @@ def test_of_the_objects_themselves_it_is_one():
     metrics = detection_metrics(found, truth, ["a", "b", "c", "d"])
     scalars = metrics.scalars()
     assert scalars.pop("examples") == 5
-    assert {"AP", "AP50", "AP75", "AP_L"} <= scalars.keys()
+    assert {"AP", "AP50", "AP75", "AP_large"} <= scalars.keys()
     assert list(scalars.values()) == pytest.approx([1] * len(scalars), rel=1e-12)
     rows = metrics.per_class(["a", "b", "c", "d"])
     assert [row["AP"] for row in rows[:3]] == pytest.approx([1] * 3, rel=1e-12)
@@ -67,8 +67,8 @@ def test_it_is_what_one_computes_by_hand():
     assert scalars["AP50"] == pytest.approx((51 + 50 * 2 / 3) / 101, rel=1e-9)
     assert scalars["AP75"] == pytest.approx(51 / 101, rel=1e-9)
     # The one that is wrong covers less than 96 x 96 pixels, so it counts for nothing there.
-    assert scalars["AP_L"] == pytest.approx((3 * 1 + 4 * 51 / 101) / 10, rel=1e-9)
-    assert "AP_S" not in scalars and "AP_M" not in scalars  # There is none to find.
+    assert scalars["AP_large"] == pytest.approx((3 * 1 + 4 * 51 / 101) / 10, rel=1e-9)
+    assert "AP_small" not in scalars and "AP_medium" not in scalars  # There is none to find.
 
 
 @needs_pycocotools
@@ -76,8 +76,8 @@ def test_sizes_are_those_of_the_areas_that_are_said():
     truth = [boxes_of([[0, 0, 100, 100], [200, 200, 300, 300]], areas=[20.0, 5000.0])]
     found = [found_in([[0, 0, 100, 100]], [0.9])]
     scalars = detection_metrics(found, truth, ["a"]).scalars()
-    assert scalars["AP_S"] == pytest.approx(1) and scalars["AP_M"] == 0
-    assert "AP_L" not in scalars
+    assert scalars["AP_small"] == pytest.approx(1) and scalars["AP_medium"] == 0
+    assert "AP_large" not in scalars
 
 
 @needs_pycocotools

@@ -47,10 +47,10 @@ def draw(
     """
     image = Image.fromarray(pixels)
     canvas = ImageDraw.Draw(image)
-    line = max(round(max(image.size) / 300), 1)
+    line = max(round(max(image.size) / 200), 2)
     font = ImageFont.load_default(max(round(max(image.size) / 40), 10))
     for index in range(len(corners) - 1, -1, -1):
-        color = tuple(palette()[int(classes[index]) % 254 + 1].tolist())
+        color = _color(int(classes[index]))
         left, top, right, bottom = corners[index].tolist()
         canvas.rectangle((left, top, max(right - 1, left), max(bottom - 1, top)), None, color, line)
         if not names:
@@ -60,6 +60,12 @@ def draw(
             text += f" {scores[index]:.2f}"
         _write(canvas, text, (left, top), color, font)
     return np.asarray(image)
+
+
+def _color(label: int) -> tuple[int, ...]:
+    """The color of a class as masks have it, but as bright as it can be."""
+    color = palette()[label % 254 + 1].astype(int)
+    return tuple((255 * color // color.max()).tolist())
 
 
 def _write(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # It imports TFDS.
 # The axes of pycocotools' table of precisions: overlaps from 0.5 to 0.95, recalls, classes, sizes
 # of objects, and numbers of objects that are looked at, of which the last is 100.
 _HALF, _THREE_QUARTERS = 0, 5
-_SIZES = {"AP_S": 1, "AP_M": 2, "AP_L": 3}
+_SIZES = {"AP_small": 1, "AP_medium": 2, "AP_large": 3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +42,8 @@ class DetectionMetrics:
         """All that is a number, as COCO calls it, without what no object tells anything of.
 
         "examples", how many images there were; "AP", the mean of the average precisions at overlaps
-        of 0.5, 0.55 and so on to 0.95; "AP50" and "AP75", at one of them; "AP_S", "AP_M" and
-        "AP_L", of small, medium and large objects.
+        of 0.5, 0.55 and so on to 0.95; "AP50" and "AP75", at one of them; "AP_small", "AP_medium"
+        and "AP_large", of objects of a size.
         """
         everywhere = self.precision[..., 0]
         found = {
