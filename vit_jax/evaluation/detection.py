@@ -101,8 +101,8 @@ def detection_metrics(
         UserError: there is no object to look for, or no pycocotools.
     """
     check_installed()
-    from pycocotools.coco import COCO  # ty: ignore[import-not-found]
-    from pycocotools.cocoeval import COCOeval  # ty: ignore[import-not-found]
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
 
     if len(found) != len(truth):
         raise ValueError(f"{len(found)} images were looked at, and there are {len(truth)}")
@@ -129,7 +129,8 @@ def detection_metrics(
         evaluation = COCOeval(expected, actual, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
-    return DetectionMetrics(evaluation.eval["precision"][..., -1], len(found), counts)
+    tables: Any = evaluation.eval
+    return DetectionMetrics(tables["precision"][..., -1], len(found), counts)
 
 
 def _expected(objects: Sequence[Boxes]) -> list[dict[str, Any]]:
