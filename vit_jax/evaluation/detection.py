@@ -129,7 +129,8 @@ def detection_metrics(
         evaluation: Any = COCOeval(expected, actual, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
-    return DetectionMetrics(evaluation.eval["precision"][..., -1], len(found), counts)
+    tables: Any = evaluation.eval
+    return DetectionMetrics(tables["precision"][..., -1], len(found), counts)
 
 
 def _expected(objects: Sequence[Boxes]) -> list[dict[str, Any]]:
