@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import re
 import threading
 import time
@@ -229,6 +230,8 @@ class TestBatches:
             (x, (f"{x}.png", tiny.encode(y))) for x, y in (("a", tiny.pixels(0)), ("b", white))
         ]
         client = start_app(changes)
+        # Elsewhere absl silences the root.
+        caplog.set_level(logging.ERROR, "vit_jax.serving.app")
         good, bad = client.post("/predict", files=files).json()["results"]
         tiny.check_classes(good["predictions"], tiny.pixels(0))
         assert bad == {
