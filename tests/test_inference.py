@@ -186,7 +186,7 @@ def test_what_is_saved_is_loaded_again(vit, pixels, tmp_path, name, format):
 
 
 def test_what_cannot_be_saved_is_one_line(vit, tmp_path):
-    with pytest.raises(UserError, match="format 'keras' is unknown: use official, timm, hugging"):
+    with pytest.raises(UserError, match="format 'keras' is unknown: use official, timm, torchv"):
         vit.save(tmp_path / "a", "keras")
     vit.save(tmp_path / "a.npz")
     with pytest.raises(UserError, match="exists already"):
