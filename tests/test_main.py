@@ -41,7 +41,7 @@ def run_main(monkeypatch, capsys):
         ([], "--config is missing: for example --config digits; known are b16, "),
         (["--config"], "Missing value for flag --config"),
         (["--config", "configs/b17.py"], "config configs/b17.py does not exist"),
-        (["--config", "digit"], "did you mean digits? known are b16, b32, digits, h14, l16, "),
+        (["--config", "digit"], "did you mean digits? known are b16, b32, "),
         (["--config", f"{B16}:finetun,cifar10"], "recipe 'finetun' is unknown"),
         ([f"--config={B16}", "--config.bacth_size=8"], "did you mean config.batch_size?"),
         (["--config", B16, "--config.eval_every=1"], "config.eval_every is config.evals.val.every"),
