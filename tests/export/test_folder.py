@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
+from fractions import Fraction
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +16,7 @@ from PIL import Image
 
 from vit_jax.checkpoints.pretrained import Pretrained
 from vit_jax.data.images import preprocess, read_image
-from vit_jax.data.protocols import Preprocessing
+from vit_jax.data.protocols import Preprocessing, whole_pixels
 from vit_jax.errors import UserError
 from vit_jax.export import __main__, forward, parity
 from vit_jax.export.deploy import write_deploy
@@ -199,7 +201,7 @@ def test_the_readme_tells_what_tokens_of_images_of_any_size_are(converter, make_
         pretrained, converter=converter, stages=["onnx"], outputs="tokens", free_size=True
     )
     text = (tmp_path / "README.md").read_text("utf-8")
-    assert "[free, free, free, 3]" in text and "- **Other sizes**: height and width are" in text
+    assert "[any, any, any, 3]" in text and "- **Other sizes**: height and width are" in text
     assert "features of every patch, row by row, after those of other tokens: class." in text
     assert "An engine is built for one size of images" in text
     photograph(tmp_path / "photo.jpg")
@@ -236,9 +238,28 @@ def test_the_readme_says_how_an_image_is_resized(tmp_path):
     assert "bilinear **without** antialiasing, half-pixel centers" in text
     assert "in the order RGB" in text
     assert not (tmp_path / "classes.txt").exists()
-    linear(tmp_path, RULES["timm"])
+
+
+@pytest.mark.parametrize("name", ["areas", "areas, wide", "timm", "timm, wide", "huggingface"])
+def test_the_sizes_of_the_readme_are_those_of_evaluation(name, tmp_path):
+    rule = RULES[name]
+    linear(tmp_path, rule)
     text = (tmp_path / "README.md").read_text()
-    assert "until it just covers 17 x 17; then the central 16 x 16" in text
+    found = re.search(
+        r"multiplied by the larger of (\d+) / height and (\d+) / width, and rounded (down|to.*one); "
+        r"then the central (\d+) x (\d+) .* left over, rounded (down|to.*one)\.",
+        text,
+    )
+    tall, wide, rounded, *view, halved = found.groups()
+    assert [int(tall), int(wide)] == json.loads((tmp_path / "preprocess.json").read_text())[
+        "resized"
+    ]
+    ways = {"down": math.floor, "to the nearest whole number, halves to the even one": round}
+    for height, width in ((31, 47), (500, 375), (600, 452), (16, 16), (99, 13)):
+        scale = max(Fraction(int(tall), height), Fraction(int(wide), width))
+        resized = [ways[rounded](x * scale) for x in (height, width)]
+        corner = [ways[halved](Fraction(x - int(y), 2)) for x, y in zip(resized, view, strict=True)]
+        assert (*resized, *corner) == whole_pixels(rule, height, width)
 
 
 def test_outputs_that_are_not_finite_are_told_and_the_readme_is_written(

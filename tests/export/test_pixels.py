@@ -72,7 +72,7 @@ def test_every_stage_is_as_flax(pretrained, converter, precision, tmp_path):
     assert "Logits of every pixel, of the classes" in deploy
     assert (tmp_path / "out/classes.txt").read_text() == "sky\nroad\n<car>\n"
     assert (
-        "[free, 16, 24, 3]: a score for each class of every pixel"
+        "[any, 16, 24, 3]: a score for each class of every pixel"
         in (tmp_path / "out/README.md").read_text()
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.data import imagenet
-from vit_jax.data.protocols import Preprocessing
+from vit_jax.data.protocols import Preprocessing, resized_sides
 from vit_jax.errors import UserError
 from vit_jax.export import client_code, parity
 from vit_jax.export.onnx_file import RAW, OnnxFile, read_class_names, read_onnx
@@ -79,7 +79,11 @@ def describe(onnx: OnnxFile) -> dict[str, Any]:
     preprocessing = _known_preprocessing(onnx)
     image, output = onnx.inputs[0], onnx.outputs[0]
     pixels = onnx.metadata.get("pixels", "preprocessed")
-    rule = dataclasses.asdict(preprocessing) | {"image_size": list(sides(preprocessing.image_size))}
+    is_cut = preprocessing.resize in ("big_vision", "timm", "huggingface")
+    rule = dataclasses.asdict(preprocessing) | {
+        "image_size": list(sides(preprocessing.image_size)),
+        "resized": list(resized_sides(preprocessing)) if is_cut else None,
+    }
     return {
         "input": {
             "name": image.name,

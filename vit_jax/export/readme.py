@@ -23,11 +23,19 @@ _CONTENTS = {
     ENGINE: "the same, built by TensorRT for one kind of GPU, and described in engine.json",
     "saved_model": "the same for TensorFlow",
     CLASSES: "the names of the classes, one a line, in the order of the outputs",
-    PREPROCESS: "what becomes of an image before the model, for programs",
+    PREPROCESS: "how an image is prepared for the model, in a form for programs",
     "parity.json": "how far each form of the model is from Flax, and its speed",
-    PICTURE: "the same as a picture",
+    PICTURE: "parity.json as a picture",
     "parity_reference.npz": "images and the outputs of Flax for them, to check an engine elsewhere",
     "deploy": "a repository for NVIDIA Triton, and the commands that build an engine",
+}
+
+
+_TO_EVEN = "to the nearest whole number, halves to the even one"
+# What looks alike and is another.
+_OPENCV = {
+    "bilinear": "OpenCV's INTER_LINEAR does not antialias.",
+    "bicubic": "OpenCV's INTER_CUBIC has a = -0.75 and does not antialias.",
 }
 
 
@@ -95,7 +103,7 @@ def readme(
 def _in_and_out(onnx: OnnxFile, described: dict[str, Any], rule: Preprocessing) -> list[str]:
     image, output = described["input"], described["output"]
     channels = image["channels"] if isinstance(image["channels"], str) else "all channels"
-    shape = ", ".join("free" if size == -1 else str(size) for size in image["shape"])
+    shape = ", ".join("any" if size == -1 else str(size) for size in image["shape"])
     values = (
         "whole numbers from 0 to 255"
         if image["dtype"] == "uint8"
@@ -105,7 +113,6 @@ def _in_and_out(onnx: OnnxFile, described: dict[str, Any], rule: Preprocessing) 
     lines = [
         f"- **In**: `{image['name']}`, {image['dtype']} [{shape}]: batch, height, width, channels; "
         f"channels in the order {channels}.",
-        f"- **Values**: {values}.",
         "- **Upright**: an image is turned as its EXIF orientation says before all else.",
     ]
     if onnx.metadata.get("pixels") == RAW:
@@ -118,8 +125,12 @@ def _in_and_out(onnx: OnnxFile, described: dict[str, Any], rule: Preprocessing) 
             "- **Other sizes**: height and width are free, of one patch at least. What follows is "
             "the size that the model was trained at."
         )
-    lines += [f"- **Size and crop**: {_size_rule(rule)}", f"- **Resize**: {_kernel(rule)}"]
-    sizes = ", ".join("free" if size == -1 else str(size) for size in output["shape"])
+    lines += [
+        f"- **Size and crop**: {_size_rule(rule)}",
+        f"- **Resize**: {_kernel(rule)}",
+        f"- **Values**, after all this: {values}.",
+    ]
+    sizes = ", ".join("any" if size == -1 else str(size) for size in output["shape"])
     meaning = _meaning(output, onnx.metadata)
     lines.append(f"- **Out**: `{output['name']}`, float32 [{sizes}]: {meaning}.")
     return lines
@@ -165,9 +176,14 @@ def _size_rule(rule: Preprocessing) -> str:
         if rule.squash:
             how = f"the whole image is resized to {tall} x {wide}, its aspect ratio given up"
         else:
-            how = f"the image is resized, its aspect ratio kept, until it just covers {tall} x "
-            how += f"{wide}"
-        return f"{how}; then the central {size} is cut out. `center_crop` {crop} says so."
+            even = rule.resize == "big_vision" or (rule.resize == "timm" and tall != wide)
+            how = f"height and width are both multiplied by the larger of {tall} / height and "
+            how += f"{wide} / width, and rounded {_TO_EVEN if even else 'down'}"
+        halved = _TO_EVEN if rule.resize == "timm" else "down"
+        return (
+            f"{how}; then the central {size} is cut out, above and left of which lies half of what "
+            f"is left over, rounded {halved}."
+        )
     if rule.squash:
         return f"of each side the central {crop} is resized to {size}, in fractions of pixels."
     box = "square" if height == width else "box of the input's aspect ratio"
@@ -182,7 +198,10 @@ def _kernel(rule: Preprocessing) -> str:
         return "the mean over the area that a pixel covers, cut down to whole numbers."
     kernel = {"bilinear": "bilinear", "bicubic": "bicubic (Keys, a = -0.5)"}[rule.interpolation]
     if rule.resize != "box":
-        return f"{kernel} and antialiased, by Pillow on 8 bits, rounded to whole numbers."
+        return (
+            f"{kernel} and antialiased, as Pillow does on 8 bits: one axis after the other, each "
+            f"rounded to whole numbers from 0 to 255. {_OPENCV[rule.interpolation]}"
+        )
     if rule.antialias:
         return (
             f"{kernel} and antialiased: the kernel widens where the image shrinks. Half-pixel "
@@ -320,14 +339,17 @@ def _keys() -> list[str]:
         "with, softmax or sigmoid |",
         "| `left_to_the_client` | what is not in the graph, in this order |",
         "| `image_size` | height and width that the model sees |",
-        "| `center_crop` | null: the whole image; f: its center, of f times the shorter side |",
+        "| `resized` | height and width that the image is resized to or covers before the center "
+        "is cut out in whole pixels; null: it is not |",
+        "| `center_crop` | null: the whole image; f: its center, of about f times the shorter "
+        "side; the rule is above |",
         "| `squash` | the aspect ratio is given up before the center is cut out |",
         "| `interpolation` | bilinear, bicubic (a = -0.5) or area |",
         "| `antialias` | whether the kernel widens where the image shrinks |",
         "| `resize` | box: fractions of pixels, not rounded; big_vision, timm, huggingface: the "
         "8-bit image of these libraries, then a crop in whole pixels |",
         "| `mean`, `std` | of each channel, of pixels in [0, 1] |",
-        "| `jpeg_dct` | libjpeg's transform, accurate (Pillow's) or fast |",
+        "| `jpeg_dct` | libjpeg's transform: accurate (islow, which is usual) or fast (ifast) |",
     ]
 
 
