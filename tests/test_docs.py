@@ -79,6 +79,12 @@ def commands(program: str = "vit-jax ") -> list[str]:
     return found
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_every_command_is_on_the_page(page):
+    text = (ROOT / page).read_text()
+    assert not [name for name in COMMANDS if f"`vit-jax {name}" not in text]
+
+
 @pytest.mark.parametrize("line", sorted(set(commands())))
 def test_flags_on_the_pages_exist(line):
     _, name, *words = shlex.split(line)

@@ -1,5 +1,6 @@
 """The command that writes masks: where it writes, and its exit codes."""
 
+import dataclasses
 import os
 
 import numpy as np
@@ -35,6 +36,15 @@ def run(*words):
 
 def contents(folder):
     return {x.relative_to(folder): x.read_bytes() for x in folder.rglob("*") if x.is_file()}
+
+
+@pytest.mark.usefixtures("photos")
+def test_weights_without_a_decoder_leave_no_folder(monkeypatch):
+    weights = dataclasses.replace(random_segmenter(["dark", "bright"]), segmentation=None)
+    monkeypatch.setattr(flags, "load", lambda args: weights)
+    with pytest.raises(UserError, match="random tells no pixels apart"):
+        run("photos", "--output", "masks")
+    assert not os.path.exists("masks")
 
 
 @pytest.mark.parametrize(

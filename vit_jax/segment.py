@@ -45,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_names(files, "masks", "segment")
     check_output(args.output, args.images, files, "masks")
     output, done = Path(args.output), 0
+    masks = segment(pretrained, files, args.batch_size)
     make_folder(output)
-    for file, mask in segment(pretrained, files, args.batch_size):
+    for file, mask in masks:
         done += _write(output, file, mask, pretrained)
     return 2 if not done else 0 if done == len(files) else 1
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def segment(
     pretrained: "Pretrained", files: Sequence[str], batch_size: int
 ) -> Iterator[tuple[str, "np.ndarray"]]:
-    """Yields every image that can be read, with the class of each pixel that the model sees.
+    """Returns every image that can be read, with the class of each pixel that the model sees.
 
     One that cannot is a line on stderr. Images are seen as in evaluation, in batches of one shape.
 
@@ -63,11 +64,12 @@ def segment(
         files: image files.
         batch_size: how many images are segmented at a time, at most.
 
-    Yields:
-        The file, and uint8 [height, width], of the size of the model's input.
+    Returns:
+        Pairs of the file and uint8 [height, width], of the size of the model's input. Where logits
+        are not finite the next raises a UserError.
 
     Raises:
-        UserError: the checkpoint is no such one, or its logits are not finite.
+        UserError: the checkpoint is no such one.
     """
     import jax
     import jax.numpy as jnp
@@ -85,12 +87,15 @@ def segment(
         logits: Any = module.apply({"params": params}, images)
         return jnp.argmax(logits, -1).astype(jnp.uint8), jnp.isfinite(logits).all()
 
-    batches = read_batches(files, pretrained.preprocessing, batch_size, command.report)
-    started = ((found, classify(params, batch)) for found, batch in batches)
-    for found, (masks, is_finite) in one_ahead(started):
-        if not is_finite:
-            raise UserError(f"{pretrained.source} gives logits that are not finite: mend it")
-        yield from zip(found, np.asarray(masks)[: len(found)], strict=True)
+    def segmented() -> Iterator[tuple[str, np.ndarray]]:
+        batches = read_batches(files, pretrained.preprocessing, batch_size, command.report)
+        started = ((found, classify(params, batch)) for found, batch in batches)
+        for found, (masks, is_finite) in one_ahead(started):
+            if not is_finite:
+                raise UserError(f"{pretrained.source} gives logits that are not finite: mend it")
+            yield from zip(found, np.asarray(masks)[: len(found)], strict=True)
+
+    return segmented()
 
 
 def _write(output: Path, file: str, mask: "np.ndarray", pretrained: "Pretrained") -> bool:

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from vit_jax.data.image_files import read_view
+from vit_jax.errors import UserError
 from vit_jax.evaluation.ranking import top
 from vit_jax.export import runtime
 
@@ -431,6 +432,11 @@ class TestBadRequests:
 
     def test_there_are_twenty_kinds(self):
         assert len(BAD) >= 20
+
+    def test_a_model_whose_single_answer_is_too_large_is_refused(self, start_app, monkeypatch):
+        monkeypatch.setattr(app, "_MOST_VALUES", tiny.CLASSES - 1)
+        with pytest.raises(UserError, match=f"gives {tiny.CLASSES} numbers an image, and an answ"):
+            start_app()
 
     def test_large_answers_are_of_few_files(self, start_app, monkeypatch):
         monkeypatch.setattr(app, "_MOST_VALUES", 2 * tiny.CLASSES)

@@ -116,6 +116,8 @@ def test_weights_are_served_without_an_export(tmp_path, monkeypatch):
 
     with pytest.raises(UserError, match="is no export: leave out --checkpoint"):
         __main__.main([*flags, "--checkpoint", "B_16"])
+    with pytest.raises(UserError, match="--model nowhere does not exist: name the folder that vit"):
+        __main__.main(["--model", "nowhere"])
     with pytest.raises(UserError, match="--device cuda is for ONNX files"):
         __main__.main([*flags, "--device", "cuda"])
 

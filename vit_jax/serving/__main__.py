@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _load(args: argparse.Namespace) -> "tuple[Served, Attention | None]":
     """The model, and what draws its attention where its weights are known."""
+    from vit_jax.checkpoints.remote import is_remote_name
     from vit_jax.serving.served import is_exported, load
 
     path = Path(args.model)
@@ -73,6 +74,11 @@ def _load(args: argparse.Namespace) -> "tuple[Served, Attention | None]":
     if not exported and args.checkpoint is not None:
         raise UserError(
             f"--model {args.model} is no export: leave out --checkpoint to serve it as weights"
+        )
+    if not exported and not is_remote_name(args.model) and not path.exists():
+        raise UserError(
+            f"--model {args.model} does not exist: name the folder that vit-jax export --output "
+            "wrote, or weights as predict --checkpoint takes them"
         )
     served = load(path, args.device) if exported else None
     if served is not None and args.checkpoint is None:

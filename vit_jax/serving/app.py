@@ -149,7 +149,13 @@ def _add_answers(app: FastAPI, service: "_Service", attention: "Attention | None
     """Adds the routes that take images."""
     served = service.served
     raw = f"/{served.output}"
-    most = max(1, _MOST_VALUES // max(1, math.prod(served.output_shape)))
+    values = max(1, math.prod(served.output_shape))
+    if values > _MOST_VALUES:
+        raise UserError(
+            f"the model gives {values:,} numbers an image, and an answer has {_MOST_VALUES:,} at "
+            "most: export it with other --outputs or a smaller --image_size"
+        )
+    most = _MOST_VALUES // values
 
     @app.post("/predict", openapi_extra=_BODY)
     async def predict(
