@@ -246,8 +246,8 @@ def test_the_sizes_of_the_readme_are_those_of_evaluation(name, tmp_path):
     linear(tmp_path, rule)
     text = (tmp_path / "README.md").read_text()
     found = re.search(
-        r"multiplied by the larger of (\d+) / height and (\d+) / width, and rounded (down|to.*one); "
-        r"then the central (\d+) x (\d+) .* left over, rounded (down|to.*one)\.",
+        r"multiplied by the larger of (\d+) / height and (\d+) / width, and rounded "
+        r"(down|to.*one); then the central (\d+) x (\d+) .* left over, rounded (down|to.*one)\.",
         text,
     )
     tall, wide, rounded, *view, halved = found.groups()
