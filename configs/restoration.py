@@ -13,7 +13,7 @@ from vit_jax import recipes
 
 
 def get_config(dataset: str = "folder:photos") -> ConfigDict:
-    """Appendix B.1.2 with its target of whole patches, shortened to some 20 minutes of a CPU core."""
+    """Appendix B.1.2 with its target of whole patches, in some 20 minutes of a CPU core."""
     config = recipes.get_config("ViT-Ti/8", f"masked,{dataset}")
     config.masking.target = "pixels"
     config.batch_size = 32
