@@ -8,6 +8,7 @@ import PIL.Image
 import pytest
 from ml_collections import ConfigDict
 
+from experiments import detection as shapes
 from vit_jax import evaluate, recipes, train
 from vit_jax.checkpoints.pretrained import load_pretrained
 from vit_jax.config import check_config, to_dict
@@ -54,10 +55,14 @@ def test_every_config_key_is_read(tiny_config, masked_config, tmp_path, monkeypa
     weights = str(tmp_path / "pretrain")
     tuned = short(tiny_config, init_from=weights, **{"distillation.teacher": weights})
     tuned.optimizer = recipes.finetune("ViT-B/16", "cifar10").optimizer
+    shapes.write_folder(tmp_path / "shapes", {"train": 64, "test": 8}, 32, colored=True)
+    boxes = {"objective": "detection", "dataset.name": f"folder:{tmp_path / 'shapes'}"}
+    boxes |= {"dataset.image_size": 32, "detection.width": 8, "model.representation_size": 0}
     configs = {
         "pretrain": short(tiny_config, **everything),
         "finetune": tuned,
         "masked": short(masked_config),
+        "detection": short(tiny_config, **boxes),
     }
     for config in configs.values():
         check_config(config)
