@@ -202,6 +202,29 @@ def test_images_of_no_split_are_divided(tmp_path, annotations):
         open_folder(tmp_path, files=again)
 
 
+@pytest.mark.parametrize("broken", ["refuse", "skip"])
+def test_an_image_of_two_splits_is_refused(tmp_path, broken):
+    rules = FileRules(broken=broken)
+    for name in ("train", "val"):
+        save(tmp_path / f"annotations/instances_{name}.json", tmp_path / "images", 3)
+    with pytest.raises(
+        UserError, match=r"^3 images are of two splits \(\S+/images/0.png, "
+    ) as error:
+        open_folder(tmp_path, files=rules)
+    assert "\n" not in str(error.value)
+    content = document(3)
+    for key, field in {"images": "id", "annotations": "image_id"}.items():
+        content[key] = [entry for entry in content[key] if entry[field] == 12]
+    content["annotations"][0]["bbox"] = [9, 9, 6, 6]
+    write(tmp_path / "annotations/instances_val.json", content)
+    with pytest.raises(UserError, match=r"^1 images are of two splits \(\S+/images/2.png\)"):
+        open_folder(tmp_path, files=rules)
+    write(tmp_path / "annotations/instances_train.json", document(2))
+    train, test = open_folder(tmp_path, files=rules)
+    assert (train.num_examples, test.num_examples) == (2, 1)
+    np.testing.assert_array_equal(test.boxes(0).corners, [[9, 9, 15, 15]])
+
+
 def test_classes_of_another_split_go_by_their_names(tmp_path):
     save(tmp_path / "instances_train.json", tmp_path / "train", 4)
     save(tmp_path / "instances_test.json", tmp_path / "test", 2, names={1: "dog", 2: "cat"})

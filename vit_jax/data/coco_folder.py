@@ -40,7 +40,7 @@ from vit_jax.data.labeled_files import (
     hashed,
     without_cut_off,
 )
-from vit_jax.data.survey import Broken, Survey
+from vit_jax.data.survey import Broken, Survey, listed
 from vit_jax.errors import UserError
 
 ANNOTATIONS = "_annotations.coco.json"
@@ -73,12 +73,19 @@ def open_coco_folder(path: str, rules: FileRules = _DEFAULTS) -> LabeledFiles:
     files = {part: read_coco(part.annotations) for part in parts}
     first = next((x for x in parts if x.split == "train"), parts[0])
     class_names = tuple(files[first].categories.values())
-    boxes, entries, partition = {}, {}, None
+    boxes, entries, partition, shared = {}, {}, None, []
     for part, file in files.items():
         found = _by_class(file, class_names, survey)
         _tell(file, found, survey)
         entries[part.split] = _entries(part, found, survey)
-        boxes |= {str(part.images / name): x for name, x in found.items()}
+        of_part = {str(part.images / name): x for name, x in found.items()}
+        shared += sorted(boxes.keys() & of_part.keys())
+        boxes |= of_part
+    if shared:
+        survey.others.append(
+            f"{len(shared):,} images are of two splits ({listed(shared, 4)}), so one could be "
+            "trained on and evaluated on: leave each in one of the files of annotations"
+        )
     if "" in entries:
         entries, partition = divide(entries[""], rules, survey)
     survey.check()
