@@ -118,6 +118,24 @@ def test_annotations_of_something_else_are_refused(tmp_path, images, categories,
     assert not (tmp_path / "found").exists()
 
 
+def test_images_of_one_name_in_annotations_are_told_apart_by_their_folders(photos, monkeypatch):
+    categories = {"cat": 1, "dog": 2}
+    names = {"x/cam1/a.png": 11, "x/cam2/a.png": 22, "b.jpg": 33}
+    file = annotations(photos.parent / "a.json", names, categories)
+    with pytest.raises(UserError, match="has x/cam1/a.png and x/cam2/a.png, and .* may be eith"):
+        run("photos", "--output", "found", "--annotations", file)
+    assert not (photos.parent / "found").exists()
+    for number in ("1", "2"):
+        folder = photos.rename(photos.with_name(f"cam{number}"))
+        assert run(folder, "--output", f"found{number}", "--annotations", file) == 0
+        numbers = {row["image_id"] for row in results(f"found{number}")}
+        assert numbers == {int(number) * 11, 33}
+        photos = folder
+    monkeypatch.chdir(photos)
+    assert run("a.png", "--output", "../found", "--annotations", file) == 0
+    assert {row["image_id"] for row in results("../found")} == {22}
+
+
 @pytest.mark.parametrize("output", ["photos", "photos/found"])
 def test_an_output_among_the_images_is_refused_before_anything_is_written(photos, output):
     with pytest.raises(UserError, match=r"^--output \S+ has images in it or lies among them \("):
