@@ -105,6 +105,8 @@ def changed(key, **values):
         ("[" * 100_000, "is no readable JSON"),
         ("1" * 10_000, "is no readable JSON"),
         ("\udcff", "is no readable JSON"),
+        ('{"images": [], "images": []}', r"readable JSON \(an object has images twice\): mend it"),
+        ('{"images": [{"id": 1, "id": 1}]}', r"readable JSON \(an object has id twice\): mend it"),
         ({}, "categories lacks: the format of COCO has a list of objects there; images lacks"),
         (document(images=7), "images is 7, no list"),
         (document(annotations=[7]), r"annotations\[0\] is 7, no object"),
@@ -113,6 +115,9 @@ def changed(key, **values):
         (changed("categories", name="cat"), r"categories\[1\] has an id or name that another has"),
         (changed("categories", id="3"), r"categories\[1\] has id '3': it must be a whole number"),
         (changed("categories", name=""), r"categories\[1\] has the name '', which is none"),
+        (changed("categories", name="\ud800x"), r"'\\ud800x', which cannot be printed"),
+        (changed("categories", name="a\nb"), r"has the name 'a\\nb', which cannot be printed"),
+        (changed("categories", name="\u202ea"), r"the name '\\u202ea', which cannot be printed"),
         (changed("images", id=10), r"images\[1\] has an id or file_name that another has: 10"),
         (changed("images", id=True), r"images\[1\] has id True: it must be a whole number"),
         (changed("images", id=2**70), r"has id 1180591620717411303424: it must be a whole numb"),
@@ -131,7 +136,10 @@ def changed(key, **values):
             changed("annotations", bbox=None),
             "has bbox None: it must be left, top, width and",
         ),
-        (changed("annotations", area="big"), r"\[1\] has area 'big', which is no number"),
+        (changed("annotations", area="big"), r"\[1\] has area 'big': it must be a number of squ"),
+        (changed("annotations", area=-1), r"\[1\] has area -1: it must be a number of square pix"),
+        (changed("annotations", area=float("nan")), r"\[1\] has area nan: it must be a number of"),
+        (changed("annotations", id=0), r"annotations\[1\] has the id 0, which another has"),
         (changed("annotations", iscrowd=2), r"\[1\] has iscrowd 2: it must be 0 or 1"),
         (changed("annotations", iscrowd=[]), r"\[1\] has iscrowd \[\]: it must be 0 or 1"),
     ],
@@ -143,6 +151,23 @@ def test_what_is_no_annotation_is_refused_in_a_line(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as error:
         read_coco(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_null_is_as_if_it_were_left_out(tmp_path):
+    content = document(2)
+    content["images"][0] |= {"height": None, "width": None}
+    content["images"][1] |= {"height": None}
+    content["annotations"][0] |= {"id": None, "area": None, "iscrowd": None}
+    content["annotations"][1] |= {"id": None}
+    found = read_coco(write(tmp_path / "a.json", content)).boxes
+    assert found["0.png"].size is None and found["1.png"].size is None
+    assert np.isnan(found["0.png"].areas).all() and not found["0.png"].crowd.any()
+
+
+def test_a_class_may_be_called_in_any_language_and_what_is_not_read_may_be_repeated(tmp_path):
+    names = {3: "سگ\u200cها", 18: "chien\u00a0noir", 20: "🐕"}
+    text = json.dumps(document(3, names=names)).replace('"info": {}', '"info": {"a": 1, "a": 2}')
+    assert read_coco(write(tmp_path / "a.json", text)).categories == names
 
 
 def test_many_faults_are_counted(tmp_path):
