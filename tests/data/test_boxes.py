@@ -152,6 +152,16 @@ def test_shares_are_those_of_the_sides_of_the_image():
     assert boxes_of([[0, 0, 4, 4]], areas=[9.0]).of_image(8, 8).areas == [9]
 
 
+def test_boxes_are_cut_off_at_the_edge_of_their_image_before_they_are_measured():
+    corners = [[-30, 10, 50, 60], [-5, -5, 300, 200], [10, 10, 20, 20]]
+    found = boxes_of(corners, areas=[np.nan, 77, np.nan]).of_image(100, 200)
+    np.testing.assert_array_equal(found.corners, [[0, 10, 50, 60], [0, 0, 200, 100], corners[2]])
+    np.testing.assert_array_equal(found.areas, [2500, 77, 100])
+    shares = boxes_of([[-0.5, 0.5, 0.5, 1.5]], is_relative=True).of_image(100, 200)
+    np.testing.assert_array_equal(shares.corners, [[0, 50, 100, 100]])
+    np.testing.assert_array_equal(shares.areas, [5000])
+
+
 def test_an_image_of_another_size_than_its_annotations_is_refused():
     boxes = boxes_of([[0, 0, 4, 4]], size=(40, 60))
     with pytest.raises(UserError, match="the image has 40 x 60 pixels, and 60 x 40 by its annotat"):

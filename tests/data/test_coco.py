@@ -272,6 +272,29 @@ def test_oddities_are_told(tmp_path):
     assert any("2 of the 4 images of " in note and "show nothing" in note for note in train.notes)
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_boxes_beyond_an_image_are_left_out_whether_or_not_its_size_is_told(tmp_path, told):
+    content = document(4)
+    if not told:
+        for image in content["images"]:
+            del image["height"], image["width"]
+    for box in ([20, 0, 5, 5], [-9, 0, 9, 5], [0, 40, 3, 3], [15, -3, 30, 40]):
+        content["annotations"].append({"image_id": 10, "category_id": 18, "bbox": box})
+    save(tmp_path / "instances_default.json", tmp_path / "images", 4)
+    write(tmp_path / "instances_default.json", content)
+    train, held_out = open_folder(tmp_path)
+    found = {
+        path.rpartition("/")[2]: source.boxes(i)
+        for source in (train, held_out)
+        for i, path in enumerate(source.ids())
+    }
+    np.testing.assert_array_equal(found["0.png"].corners, [[1, 2, 6, 8], [15, -3, 45, 37]])
+    np.testing.assert_array_equal(found["0.png"].classes, [0, 1])
+    assert [len(found[f"{i}.png"]) for i in (1, 2, 3)] == [1, 1, 1]
+    assert any(note.endswith("of no height or width or beyond their image") for note in train.notes)
+    assert any(": 3 annotations of " in note for note in train.notes)
+
+
 def test_all_that_is_wrong_is_told_at_once(tmp_path):
     coco(tmp_path)
     (tmp_path / "train2017/0.png").unlink()
