@@ -1,5 +1,6 @@
 """The command that finds objects: what it writes, under which numbers, and its exit codes."""
 
+import importlib.util
 import json
 import os
 
@@ -7,9 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax import detect
+from vit_jax import detect, evaluate
 from vit_jax.checkpoints import flags
+from vit_jax.checkpoints.detector import with_detector
+from vit_jax.data.datasets import open_evaluation
+from vit_jax.data.pipeline import eval_batches
 from vit_jax.errors import UserError
+from vit_jax.evaluation import detections
+from vit_jax.evaluation.detections import make_detecting
+from vit_jax.sharding import make_mesh
 
 from .detectors import random_detector
 
@@ -116,6 +123,95 @@ def test_annotations_of_something_else_are_refused(tmp_path, images, categories,
     with pytest.raises(UserError, match=message):
         run("photos", "--output", "found", "--annotations", file)
     assert not (tmp_path / "found").exists()
+
+
+def test_images_of_one_name_in_annotations_are_told_apart_by_their_folders(photos, monkeypatch):
+    categories = {"cat": 1, "dog": 2}
+    names = {"x/cam1/a.png": 11, "x/cam2/a.png": 22, "b.jpg": 33}
+    file = annotations(photos.parent / "a.json", names, categories)
+    with pytest.raises(UserError, match="has x/cam1/a.png and x/cam2/a.png, and .* may be eith"):
+        run("photos", "--output", "found", "--annotations", file)
+    assert not (photos.parent / "found").exists()
+    for number in ("1", "2"):
+        folder = photos.rename(photos.with_name(f"cam{number}"))
+        assert run(folder, "--output", f"found{number}", "--annotations", file) == 0
+        numbers = {row["image_id"] for row in results(f"found{number}")}
+        assert numbers == {int(number) * 11, 33}
+        photos = folder
+    monkeypatch.chdir(photos)
+    assert run("a.png", "--output", "../found", "--annotations", file) == 0
+    assert {row["image_id"] for row in results("../found")} == {22}
+
+
+@pytest.fixture
+def annotated(tmp_path, monkeypatch):
+    """Images that are no squares, and as their objects some of what is found, made narrower."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "test").mkdir()
+    images = []
+    for index, (height, width) in enumerate([(20, 24), (40, 17), (30, 61), (16, 16), (9, 50)]):
+        pixels = np.random.default_rng(index).integers(0, 256, (height, width, 3))
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "test" / f"{index + 1}.png")
+        sides = {"height": height, "width": width}
+        images.append({"id": index + 100, "file_name": f"{index + 1}.png", **sides})
+    assert run("test", "--output", "first") == 0
+    objects = []
+    for number, row in enumerate(results("first")[::3]):
+        left, top, width, height = row["bbox"]
+        share = (0.87, 0.73, 0.58)[number % 3]  # The overlap, by none of COCO's thresholds.
+        box = [left + 0.1 * width, top, share * width, height]
+        entry = {"image_id": row["image_id"] + 99, "category_id": 3 * row["category_id"]}
+        objects.append({"id": number + 1, **entry, "bbox": box, "iscrowd": 0, "area": 99})
+    categories = [{"id": 3, "name": "cat"}, {"id": 6, "name": "dog"}]
+    file = tmp_path / "annotations" / "instances_test.json"
+    file.parent.mkdir()
+    file.write_text(
+        json.dumps({"images": images, "categories": categories, "annotations": objects})
+    )
+    return file
+
+
+def test_it_finds_what_evaluation_finds(annotated):
+    assert run("test", "--output", "found", "--annotations", annotated) == 0
+    pretrained = flags.load(None)
+    module, params = with_detector(pretrained)
+    source = open_evaluation(f"folder:{annotated.parents[1]}", split="test", has_boxes=True)
+    rule, mesh = pretrained.preprocessing, make_mesh()
+    batches = eval_batches(source, batch_size=4, preprocessing=rule)
+    expected = detections.detect(make_detecting(module, mesh), params, batches, mesh, rule)
+    by_image = {os.path.basename(x): y for x, y in zip(source.ids(), expected, strict=True)}
+    assert len(by_image) == 5 and min(len(x.scores) for x in by_image.values()) > 3
+    for name, there in by_image.items():
+        rows = [row for row in results() if os.path.basename(row["file"]) == name]
+        left, top, width, height = np.array([row["bbox"] for row in rows]).T
+        corners = np.stack([left, top, left + width, top + height], axis=1)
+        np.testing.assert_allclose(corners, there.corners, atol=0.011)
+        np.testing.assert_allclose([row["score"] for row in rows], there.scores, rtol=1e-4)
+        assert [row["category_id"] for row in rows] == [(3, 6)[x] for x in there.classes]
+        assert {row["image_id"] for row in rows} == {int(name[0]) + 99}
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("pycocotools") is None, reason="pycocotools is not installed"
+)
+def test_its_file_measured_by_pycocotools_has_the_average_precision_of_evaluate(annotated):
+    assert run("test", "--output", "found", "--annotations", annotated) == 0
+    words = ["--checkpoint", "random", "--dataset", f"folder:{annotated.parents[1]}"]
+    assert evaluate.main([*words, "--split", "test", "--json", "result.json"]) == 0
+    with open("result.json") as file:
+        measured = json.load(file)
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    expected = COCO(str(annotated))
+    evaluation = COCOeval(expected, expected.loadRes(f"found/{detect.RESULTS}"), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert 0.1 < measured["AP"] < 0.9
+    # A box is rounded to hundredths of a pixel there.
+    assert evaluation.stats[0] == pytest.approx(measured["AP"], rel=0.02)
+    assert evaluation.stats[1] == pytest.approx(measured["AP50"], rel=0.02)
 
 
 @pytest.mark.parametrize("output", ["photos", "photos/found"])

@@ -1,7 +1,9 @@
 """From images to the objects in them: `python -m vit_jax.detect --checkpoint C IMAGE...`."""
 
 import argparse
+import itertools
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -124,7 +126,8 @@ class _Numbers:
         annotations: a file in COCO's format that has numbers for them; "" for none.
 
     Raises:
-        UserError: the file cannot be read, or lacks one of the model's classes.
+        UserError: the file cannot be read, lacks one of the model's classes or an image, or has two
+            that an image may be.
     """
 
     def __init__(self, pretrained: "Pretrained", files: Sequence[str], annotations: str):
@@ -148,14 +151,13 @@ class _Numbers:
                 f"--annotations {annotations} has no category {missing[0]!r}, which the model has: "
                 "give those that it was trained with"
             )
-        ids = {Path(name).name: number for name, number in given.image_ids.items()}
-        unknown = [file for file in files if Path(file).name not in ids]
-        if unknown:
-            raise UserError(
-                f"--annotations {annotations} has no image {printable(Path(unknown[0]).name)}: "
-                "give images that it has"
-            )
-        self._images = {file: ids[Path(file).name] for file in files}
+        names: dict[str, list[str]] = {}
+        for name in given.image_ids:
+            names.setdefault(Path(name).name, []).append(name)
+        self._images = {
+            file: given.image_ids[_named_as(file, names.get(Path(file).name, []), annotations)]
+            for file in files
+        }
 
     def rows(self, file: str, found: "Detections") -> list[dict[str, Any]]:
         """The objects of an image as COCO's results."""
@@ -168,6 +170,34 @@ class _Numbers:
             row = {"image_id": self._images[file], "category_id": self._categories[name]}
             rows.append({**row, "bbox": box, "score": float(score), "file": file, "category": name})
         return rows
+
+
+def _named_as(file: str, names: Sequence[str], annotations: str) -> str:
+    """Which of the names in annotations, all of which end as a file's, is the most like its path.
+
+    Raises:
+        UserError: there is none, or several are.
+    """
+    if not names:
+        raise UserError(
+            f"--annotations {annotations} has no image {printable(Path(file).name)}: give images "
+            "that it has"
+        )
+    path = Path(os.path.abspath(file)).parts
+    alike = [_common_tail(path, Path(name).parts) for name in names]
+    best = [name for name, count in zip(names, alike, strict=True) if count == max(alike)]
+    if len(best) > 1:
+        raise UserError(
+            f"--annotations {annotations} has {best[0]} and {best[1]}, and {file} may be either: "
+            "give images that lie in folders as it names them"
+        )
+    return best[0]
+
+
+def _common_tail(path: Sequence[str], other: Sequence[str]) -> int:
+    """The number of parts in which two paths agree, from the last on."""
+    pairs = zip(reversed(path), reversed(other), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _numbers(files: Sequence[str]) -> Sequence[int]:

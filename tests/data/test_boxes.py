@@ -1,16 +1,19 @@
 """Boxes and the views of their images: they surround the same pixels in both."""
 
 import io
+import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from vit_jax.data import datasets
 from vit_jax.data.box_views import eval_boxes, onto_image, train_boxes
 from vit_jax.data.boxes import NO_OBJECT, in_image, in_rows, in_view
 from vit_jax.data.preprocess import eval_view, train_view
 from vit_jax.data.protocols import JITTERS, PROTOCOLS, Preprocessing, evaluation
 from vit_jax.errors import UserError
+from vit_jax.image_size import sides
 
 from ..detectors import boxes_of
 
@@ -37,6 +40,20 @@ def around(view):
     return [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
 
 
+def middle(view):
+    """The center of brightness, from the left and from the top, None if all is dark."""
+    light = view[..., 0].astype(np.float64)
+    if light.sum() < 255:
+        return None
+    rows, columns = np.mgrid[: light.shape[0], : light.shape[1]] + 0.5
+    return np.array([(light * columns).sum(), (light * rows).sum()]) / light.sum()
+
+
+def middle_of(corners):
+    """The center of a box."""
+    return (np.array(corners[:2]) + np.array(corners[2:4])) / 2
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("size", [32, "24x40"])
 def test_a_box_surrounds_the_same_pixels_in_every_view(protocol, size):
@@ -55,6 +72,42 @@ def test_a_box_surrounds_the_same_pixels_in_every_view(protocol, size):
         np.testing.assert_allclose(rows[0, :4], expected, atol=1.01)
         seen += 1
     assert seen > 20
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("size", [32, "24x40"])
+def test_the_middle_of_a_box_is_that_of_its_pixels_in_every_view(protocol, size):
+    there, apart = [46, 34, 75, 60], []
+    image, boxes, edge = picture(97, 131, there), boxes_of([there]), np.array(sides(size)) - 1
+    options = {"image_size": size, "protocol": protocol, "random_crop": True, "random_flip": True}
+    for seed in range(80):
+        view, rows = train_boxes(image, boxes, np.random.default_rng(seed), most_boxes=1, **options)
+        whole = (rows[0, :2] > 1).all() and (rows[0, 2:4] < edge[::-1]).all()
+        if rows[0, 4] == 0 and whole:
+            apart.append(middle(view) - middle_of(rows[0]))
+    assert len(apart) > 10
+    # In pixels of the view. Without antialiasing its pixels are steps of the image's.
+    most = 0.02 if evaluation(protocol, size).antialias else 0.35
+    assert np.abs(apart).max() < most
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        *(evaluation(protocol, 32) for protocol in PROTOCOLS),
+        evaluation("letterbox", "24x40"),
+        Preprocessing(32, 0.875, "bicubic", True, resize="timm"),
+    ],
+)
+def test_the_middle_of_what_evaluation_sees_is_put_back_into_the_image(rule):
+    apart = []
+    for step in range(16):
+        there = [30 + step, 22 + step, 70 + 2 * step, 50 + 2 * step]
+        view, _ = eval_boxes(picture(97, 131, there), boxes_of([there]), rule)
+        found = np.tile(middle(255 * rule.to_pixels(view)), 2)[None]
+        apart.append(onto_image(found, rule, 97, 131)[0, :2] - middle_of(there))
+    # In pixels of the image, of which one of the view has three or more.
+    assert np.abs(np.mean(apart, axis=0)).max() < (0.05 if rule.antialias else 0.5)
 
 
 @pytest.mark.parametrize(
@@ -91,14 +144,14 @@ def test_a_letterbox_is_pils_resize_at_the_top_left_of_black(height, width):
 @pytest.mark.parametrize("protocol", JITTERS)
 def test_jitter_makes_images_as_much_larger_as_it_says(protocol):
     image, (least, most) = picture(40, 40, [0, 0, 40, 40]), JITTERS[protocol]
-    boxes, sides = boxes_of([[10, 10, 20, 20]]), []
+    boxes, lengths = boxes_of([[10, 10, 20, 20]]), []
     options = {"image_size": 64, "protocol": protocol, "random_crop": True, "most_boxes": 1}
     for seed in range(300):
         _, rows = train_boxes(image, boxes, np.random.default_rng(seed), **options)
         left, top, right, bottom, label = rows[0]
         if label == 0 and min(left, top) > 0 and max(right, bottom) < 64:
-            sides.append((right - left) / 16)
-    assert least - 0.05 < min(sides) < least + 0.1 and most - 0.3 < max(sides) <= most + 0.05
+            lengths.append((right - left) / 16)
+    assert least - 0.05 < min(lengths) < least + 0.1 and most - 0.3 < max(lengths) <= most + 0.05
 
 
 def test_a_view_is_a_function_of_the_seed_alone():
@@ -150,6 +203,76 @@ def test_shares_are_those_of_the_sides_of_the_image():
     np.testing.assert_array_equal(found.corners, [[20, 20, 60, 40]])
     np.testing.assert_array_equal(found.areas, [800])
     assert boxes_of([[0, 0, 4, 4]], areas=[9.0]).of_image(8, 8).areas == [9]
+
+
+# What a camera has done to pixels, by EXIF's number of how they are to be turned upright.
+TURNED = {
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, 1),
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: lambda x: np.rot90(x, -1),
+}
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+def test_boxes_are_of_the_image_turned_upright(tmp_path, orientation):
+    there, (height, width) = [22, 17, 61, 50], (97, 131)
+    upright = np.asarray(Image.open(io.BytesIO(picture(height, width, there))))
+    image = Image.fromarray(np.ascontiguousarray(TURNED[orientation](upright)))
+    exif = image.getexif()
+    exif[0x112] = orientation
+    (tmp_path / "images").mkdir()
+    for name in ("0.png", "1.png"):
+        image.save(tmp_path / "images" / name, exif=exif)
+    left, top, right, bottom = there
+    document = {
+        "images": [
+            {"id": i, "file_name": f"{i}.png", "height": height, "width": width} for i in (0, 1)
+        ],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [
+            {"image_id": i, "category_id": 1, "bbox": [left, top, right - left, bottom - top]}
+            for i in (0, 1)
+        ],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps(document))
+    for source in datasets.open_dataset(f"folder:{tmp_path}", has_boxes=True):
+        example = source[0]
+        view, rows = train_boxes(
+            example["image"],
+            example["label"],
+            np.random.default_rng(0),
+            most_boxes=1,
+            image_size=64,
+            protocol="letterbox",
+        )
+        np.testing.assert_allclose(middle(view), middle_of(rows[0]), atol=0.02)
+        rule = evaluation("letterbox", 64)
+        view, size = eval_boxes(example["image"], example["label"], rule)
+        np.testing.assert_array_equal(size, [height, width])
+        found = np.tile(middle(255 * rule.to_pixels(view)), 2)[None]
+        back = onto_image(found, rule, height, width)[0, :2]
+        np.testing.assert_allclose(back, middle_of(there), atol=0.05)
+    if orientation > 4:
+        for entry in document["images"]:
+            entry["height"], entry["width"] = entry["width"], entry["height"]
+        (tmp_path / "instances.json").write_text(json.dumps(document))
+        with pytest.raises(UserError, match="are no images or are cut off"):
+            datasets.open_dataset(f"folder:{tmp_path}", has_boxes=True)
+
+
+def test_boxes_are_cut_off_at_the_edge_of_their_image_before_they_are_measured():
+    corners = [[-30, 10, 50, 60], [-5, -5, 300, 200], [10, 10, 20, 20]]
+    found = boxes_of(corners, areas=[np.nan, 77, np.nan]).of_image(100, 200)
+    np.testing.assert_array_equal(found.corners, [[0, 10, 50, 60], [0, 0, 200, 100], corners[2]])
+    np.testing.assert_array_equal(found.areas, [2500, 77, 100])
+    shares = boxes_of([[-0.5, 0.5, 0.5, 1.5]], is_relative=True).of_image(100, 200)
+    np.testing.assert_array_equal(shares.corners, [[0, 50, 100, 100]])
+    np.testing.assert_array_equal(shares.areas, [5000])
 
 
 def test_an_image_of_another_size_than_its_annotations_is_refused():

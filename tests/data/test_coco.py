@@ -105,6 +105,8 @@ def changed(key, **values):
         ("[" * 100_000, "is no readable JSON"),
         ("1" * 10_000, "is no readable JSON"),
         ("\udcff", "is no readable JSON"),
+        ('{"images": [], "images": []}', r"readable JSON \(an object has images twice\): mend it"),
+        ('{"images": [{"id": 1, "id": 1}]}', r"readable JSON \(an object has id twice\): mend it"),
         ({}, "categories lacks: the format of COCO has a list of objects there; images lacks"),
         (document(images=7), "images is 7, no list"),
         (document(annotations=[7]), r"annotations\[0\] is 7, no object"),
@@ -113,6 +115,9 @@ def changed(key, **values):
         (changed("categories", name="cat"), r"categories\[1\] has an id or name that another has"),
         (changed("categories", id="3"), r"categories\[1\] has id '3': it must be a whole number"),
         (changed("categories", name=""), r"categories\[1\] has the name '', which is none"),
+        (changed("categories", name="\ud800x"), r"'\\ud800x', which cannot be printed"),
+        (changed("categories", name="a\nb"), r"has the name 'a\\nb', which cannot be printed"),
+        (changed("categories", name="\u202ea"), r"the name '\\u202ea', which cannot be printed"),
         (changed("images", id=10), r"images\[1\] has an id or file_name that another has: 10"),
         (changed("images", id=True), r"images\[1\] has id True: it must be a whole number"),
         (changed("images", id=2**70), r"has id 1180591620717411303424: it must be a whole numb"),
@@ -131,7 +136,10 @@ def changed(key, **values):
             changed("annotations", bbox=None),
             "has bbox None: it must be left, top, width and",
         ),
-        (changed("annotations", area="big"), r"\[1\] has area 'big', which is no number"),
+        (changed("annotations", area="big"), r"\[1\] has area 'big': it must be a number of squ"),
+        (changed("annotations", area=-1), r"\[1\] has area -1: it must be a number of square pix"),
+        (changed("annotations", area=float("nan")), r"\[1\] has area nan: it must be a number of"),
+        (changed("annotations", id=0), r"annotations\[1\] has the id 0, which another has"),
         (changed("annotations", iscrowd=2), r"\[1\] has iscrowd 2: it must be 0 or 1"),
         (changed("annotations", iscrowd=[]), r"\[1\] has iscrowd \[\]: it must be 0 or 1"),
     ],
@@ -143,6 +151,23 @@ def test_what_is_no_annotation_is_refused_in_a_line(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as error:
         read_coco(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_null_is_as_if_it_were_left_out(tmp_path):
+    content = document(2)
+    content["images"][0] |= {"height": None, "width": None}
+    content["images"][1] |= {"height": None}
+    content["annotations"][0] |= {"id": None, "area": None, "iscrowd": None}
+    content["annotations"][1] |= {"id": None}
+    found = read_coco(write(tmp_path / "a.json", content)).boxes
+    assert found["0.png"].size is None and found["1.png"].size is None
+    assert np.isnan(found["0.png"].areas).all() and not found["0.png"].crowd.any()
+
+
+def test_a_class_may_be_called_in_any_language_and_what_is_not_read_may_be_repeated(tmp_path):
+    names = {3: "سگ\u200cها", 18: "chien\u00a0noir", 20: "🐕"}
+    text = json.dumps(document(3, names=names)).replace('"info": {}', '"info": {"a": 1, "a": 2}')
+    assert read_coco(write(tmp_path / "a.json", text)).categories == names
 
 
 def test_many_faults_are_counted(tmp_path):
@@ -202,6 +227,29 @@ def test_images_of_no_split_are_divided(tmp_path, annotations):
         open_folder(tmp_path, files=again)
 
 
+@pytest.mark.parametrize("broken", ["refuse", "skip"])
+def test_an_image_of_two_splits_is_refused(tmp_path, broken):
+    rules = FileRules(broken=broken)
+    for name in ("train", "val"):
+        save(tmp_path / f"annotations/instances_{name}.json", tmp_path / "images", 3)
+    with pytest.raises(
+        UserError, match=r"^3 images are of two splits \(\S+/images/0.png, "
+    ) as error:
+        open_folder(tmp_path, files=rules)
+    assert "\n" not in str(error.value)
+    content = document(3)
+    for key, field in {"images": "id", "annotations": "image_id"}.items():
+        content[key] = [entry for entry in content[key] if entry[field] == 12]
+    content["annotations"][0]["bbox"] = [9, 9, 6, 6]
+    write(tmp_path / "annotations/instances_val.json", content)
+    with pytest.raises(UserError, match=r"^1 images are of two splits \(\S+/images/2.png\)"):
+        open_folder(tmp_path, files=rules)
+    write(tmp_path / "annotations/instances_train.json", document(2))
+    train, test = open_folder(tmp_path, files=rules)
+    assert (train.num_examples, test.num_examples) == (2, 1)
+    np.testing.assert_array_equal(test.boxes(0).corners, [[9, 9, 15, 15]])
+
+
 def test_classes_of_another_split_go_by_their_names(tmp_path):
     save(tmp_path / "instances_train.json", tmp_path / "train", 4)
     save(tmp_path / "instances_test.json", tmp_path / "test", 2, names={1: "dog", 2: "cat"})
@@ -222,6 +270,29 @@ def test_oddities_are_told(tmp_path):
     train, _ = open_folder(tmp_path)
     assert any("1 annotations of " in note and "are left out" in note for note in train.notes)
     assert any("2 of the 4 images of " in note and "show nothing" in note for note in train.notes)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_boxes_beyond_an_image_are_left_out_whether_or_not_its_size_is_told(tmp_path, told):
+    content = document(4)
+    if not told:
+        for image in content["images"]:
+            del image["height"], image["width"]
+    for box in ([20, 0, 5, 5], [-9, 0, 9, 5], [0, 40, 3, 3], [15, -3, 30, 40]):
+        content["annotations"].append({"image_id": 10, "category_id": 18, "bbox": box})
+    save(tmp_path / "instances_default.json", tmp_path / "images", 4)
+    write(tmp_path / "instances_default.json", content)
+    train, held_out = open_folder(tmp_path)
+    found = {
+        path.rpartition("/")[2]: source.boxes(i)
+        for source in (train, held_out)
+        for i, path in enumerate(source.ids())
+    }
+    np.testing.assert_array_equal(found["0.png"].corners, [[1, 2, 6, 8], [15, -3, 45, 37]])
+    np.testing.assert_array_equal(found["0.png"].classes, [0, 1])
+    assert [len(found[f"{i}.png"]) for i in (1, 2, 3)] == [1, 1, 1]
+    assert any(note.endswith("of no height or width or beyond their image") for note in train.notes)
+    assert any(": 3 annotations of " in note for note in train.notes)
 
 
 def test_all_that_is_wrong_is_told_at_once(tmp_path):

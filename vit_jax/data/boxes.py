@@ -26,7 +26,7 @@ class Boxes:
         crowd: bool [objects]: whether it is a group of objects, or one that nobody is expected to
             find. Such are not trained on, and to find them is neither right nor wrong.
         areas: float64 [objects] in square pixels, by which COCO tells small objects from large
-            ones; NaN where it is that of the box.
+            ones; NaN where it is that of the box, as far as that lies in the image.
         is_relative: whether corners are shares.
         size: height and width that the image must have, in pixels, if they are known.
     """
@@ -42,8 +42,15 @@ class Boxes:
         """Returns the number of objects."""
         return len(self.classes)
 
+    def within(self, height: int, width: int) -> "Boxes":
+        """Those that do not lie wholly beyond an image, in whose pixels the corners are."""
+        corners = np.clip(self.corners, 0, [width, height] * 2)
+        kept = (corners[:, 2:] > corners[:, :2]).all(axis=1)
+        arrays = ("corners", "classes", "crowd", "areas")
+        return dataclasses.replace(self, **{name: getattr(self, name)[kept] for name in arrays})
+
     def of_image(self, height: int, width: int) -> "Boxes":
-        """The same in pixels of an image, with an area of each.
+        """The same in pixels of an image and cut off at its edge, with an area of each.
 
         Raises:
             UserError: the image is of another size; it is called "the image" there.
@@ -54,7 +61,7 @@ class Boxes:
                 "its annotations: mend either"
             )
         scale = np.array([width, height, width, height]) if self.is_relative else 1.0
-        corners = self.corners * scale
+        corners = np.clip(self.corners * scale, 0, [width, height] * 2)
         wide, tall = (corners[:, 2:] - corners[:, :2]).T
         areas = np.where(np.isnan(self.areas), wide * tall, self.areas)
         return dataclasses.replace(self, corners=corners, areas=areas, is_relative=False)

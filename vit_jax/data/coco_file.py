@@ -5,7 +5,7 @@
      "annotations": [{"image_id": 9, "category_id": 18, "bbox": [left, top, width, height],
                       "area": 120.5, "iscrowd": 0}]}
 
-`height`, `width`, `area` and `iscrowd` may be left out, and all else is passed over.
+`height`, `width`, `area` and `iscrowd` may be left out or null, and all else is passed over.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ import numpy as np
 
 from vit_jax.data.boxes import Boxes
 from vit_jax.errors import UserError, brief, first_line, shortlist
+from vit_jax.printable import printable
 
 # Four times that of COCO's train2017, which has outlines of all objects.
 _MOST_BYTES = 2**31
@@ -106,7 +107,7 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
         if os.path.getsize(path) > _MOST_BYTES:
             raise ValueError("larger than 2 GiB")
         with open(path, encoding="utf-8-sig") as file:
-            document = json.load(file, object_hook=_pick)
+            document = json.load(file, object_pairs_hook=_pick)
     except UserError:
         raise
     except (OSError, ValueError, RecursionError, MemoryError) as error:
@@ -119,9 +120,15 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return document
 
 
-def _pick(entry: dict[str, Any]) -> dict[str, Any]:
+def _pick(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object without what is not read: outlines are most of a file."""
-    return {key: entry[key] for key in entry.keys() & _KEPT}
+    found = {}
+    for key, value in pairs:
+        if key in _KEPT:
+            if key in found:
+                raise ValueError(f"an object has {key} twice")
+            found[key] = value
+    return found
 
 
 def _entries(
@@ -148,6 +155,8 @@ def _categories(document: Mapping[str, Any], faults: list[str]) -> dict[int, str
             number, name = _whole(entry, "id"), entry.get("name")
             if not isinstance(name, str) or not name.strip() or len(name) > 1000:
                 raise _Fault(f"has the name {brief(name)}, which is none")
+            if printable(name) != name:
+                raise _Fault(f"has the name {brief(name)}, which cannot be printed")
             if number in found or name in names:
                 raise _Fault(f"has an id or name that another has: {number}, {brief(name)}")
             names.add(name)
@@ -167,7 +176,8 @@ def _images(document: Mapping[str, Any], faults: list[str]) -> dict[int, _Object
             number, name = _whole(entry, "id"), _file_name(entry)
             if number in found or name in names:
                 raise _Fault(f"has an id or file_name that another has: {number}, {brief(name)}")
-            sizes = [_side(entry, key) for key in ("height", "width") if key in entry]
+            told = [key for key in ("height", "width") if entry.get(key) is not None]
+            sizes = [_side(entry, key) for key in told]
             names.add(name)
             found[number] = _Objects(name, (sizes[0], sizes[1]) if len(sizes) == 2 else None)
         except _Fault as fault:
@@ -182,19 +192,24 @@ def _annotations(
     faults: list[str],
 ) -> int:
     """Adds the objects to their images; returns how many are empty."""
-    empty = 0
+    empty, numbers = 0, set()
     for place, entry in _entries(document, "annotations", faults):
         try:
+            number = entry.get("id")
+            if isinstance(number, int | str):  # It is not needed, and others give none.
+                if number in numbers:
+                    raise _Fault(f"has the id {brief(number)}, which another has")
+                numbers.add(number)
             image, category = _whole(entry, "image_id"), _whole(entry, "category_id")
             if image not in images:
                 raise _Fault(f"has image_id {image}, which no image has")
             if category not in classes:
                 raise _Fault(f"has category_id {category}, which no category has")
             corners, area = _corners(entry), entry.get("area")
-            if area is not None and not _is_number(area):
-                raise _Fault(f"has area {brief(area)}, which is no number")
-            crowd = entry.get("iscrowd", 0)
-            if crowd not in (0, 1):
+            if area is not None and not (_is_number(area) and area >= 0):
+                raise _Fault(f"has area {brief(area)}: it must be a number of square pixels")
+            crowd = entry.get("iscrowd")
+            if crowd not in (None, 0, 1):
                 raise _Fault(f"has iscrowd {brief(crowd)}: it must be 0 or 1")
         except _Fault as fault:
             faults.append(f"{place} {fault}")

@@ -40,12 +40,20 @@ from vit_jax.data.labeled_files import (
     hashed,
     without_cut_off,
 )
-from vit_jax.data.survey import Broken, Survey
+from vit_jax.data.survey import Broken, Survey, listed
 from vit_jax.errors import UserError
 
 ANNOTATIONS = "_annotations.coco.json"
 _OF_ALL = ("", "default")  # What files are called after that are of no split.
 _DEFAULTS = FileRules()
+
+
+class _Looked(NamedTuple):
+    """The bytes of an image, its height and width if its header tells, and what is wrong."""
+
+    num_bytes: int
+    sides: tuple[int, int] | None
+    fault: str
 
 
 class _Part(NamedTuple):
@@ -73,12 +81,21 @@ def open_coco_folder(path: str, rules: FileRules = _DEFAULTS) -> LabeledFiles:
     files = {part: read_coco(part.annotations) for part in parts}
     first = next((x for x in parts if x.split == "train"), parts[0])
     class_names = tuple(files[first].categories.values())
-    boxes, entries, partition = {}, {}, None
+    boxes, entries, partition, shared = {}, {}, None, []
     for part, file in files.items():
+        looked = _look_at(part, file, survey.channels)
         found = _by_class(file, class_names, survey)
+        found = {name: _within(x, looked[name].sides) for name, x in found.items()}
         _tell(file, found, survey)
-        entries[part.split] = _entries(part, found, survey)
-        boxes |= {str(part.images / name): x for name, x in found.items()}
+        entries[part.split] = _entries(part, found, looked, survey)
+        of_part = {str(part.images / name): x for name, x in found.items()}
+        shared += sorted(boxes.keys() & of_part.keys())
+        boxes |= of_part
+    if shared:
+        survey.others.append(
+            f"{len(shared):,} images are of two splits ({listed(shared, 4)}), so one could be "
+            "trained on and evaluated on: leave each in one of the files of annotations"
+        )
     if "" in entries:
         entries, partition = divide(entries[""], rules, survey)
     survey.check()
@@ -166,11 +183,34 @@ def _by_class(file: CocoFile, class_names: tuple[str, ...], survey: Survey) -> M
     return {name: dataclasses.replace(x, classes=new[x.classes]) for name, x in file.boxes.items()}
 
 
+def _look_at(part: _Part, file: CocoFile, channels: int) -> dict[str, _Looked]:
+    """Looks at the images of annotations, by their names."""
+    with ThreadPoolExecutor() as threads:
+        looked = threads.map(lambda name: _look(str(part.images / name), channels), file.boxes)
+        return dict(zip(file.boxes, looked, strict=True))
+
+
+def _look(path: str, channels: int) -> _Looked:
+    try:
+        size = measure(path, channels)
+    except OSError as error:
+        return _Looked(0, None, f"{path} cannot be read ({error.strerror}): fetch it")
+    if size is None:
+        return _Looked(0, None, no_image(path, channels))
+    return _Looked(size, upright_sides(path), "")
+
+
+def _within(boxes: Boxes, sides: tuple[int, int] | None) -> Boxes:
+    """Those in an image; where annotations tell its size, `read_coco` has chosen them."""
+    return boxes if boxes.size or not sides else boxes.within(*sides)
+
+
 def _tell(file: CocoFile, boxes: Mapping[str, Boxes], survey: Survey) -> None:
     """Tells of what is odd in annotations and no mistake."""
-    if file.empty:
+    empty = file.empty + sum(len(file.boxes[name]) - len(x) for name, x in boxes.items())
+    if empty:
         survey.remarks.append(
-            f"{file.empty:,} annotations of {file.path} are left out, of no height or width or "
+            f"{empty:,} annotations of {file.path} are left out, of no height or width or "
             "beyond their image"
         )
     bare = sum(not len(x) for x in boxes.values())
@@ -180,34 +220,21 @@ def _tell(file: CocoFile, boxes: Mapping[str, Boxes], survey: Survey) -> None:
         survey.remarks.append(f"{bare:,} of the {len(boxes):,} images of {file.path} show nothing")
 
 
-def _entries(part: _Part, boxes: Mapping[str, Boxes], survey: Survey) -> list[Entry]:
+def _entries(
+    part: _Part, boxes: Mapping[str, Boxes], looked: Mapping[str, _Looked], survey: Survey
+) -> list[Entry]:
     """The images of annotations that are there and sound; others are broken."""
     prefix = f"{part.images.name}/" if part.split else ""
     found = []
-    with ThreadPoolExecutor() as threads:
-        paths = [str(part.images / name) for name in boxes]
-        looked = threads.map(lambda path: _look(path, survey.channels), paths)
-        for (name, objects), path, (size, sides, fault) in zip(
-            boxes.items(), paths, looked, strict=True
-        ):
-            if not fault and objects.size and sides and objects.size != sides:
-                fault = (
-                    f"{path} has {sides[1]} x {sides[0]} pixels, and {objects.size[1]} x "
-                    f"{objects.size[0]} by {part.annotations}: mend either"
-                )
-            if fault:
-                survey.broken[prefix + name] = Broken(fault, "")
-            else:
-                found.append(Entry(prefix + name, path, (), size, objects.digest()))
+    for name, objects in boxes.items():
+        path, (size, sides, fault) = str(part.images / name), looked[name]
+        if not fault and objects.size and sides and objects.size != sides:
+            fault = (
+                f"{path} has {sides[1]} x {sides[0]} pixels, and {objects.size[1]} x "
+                f"{objects.size[0]} by {part.annotations}: mend either"
+            )
+        if fault:
+            survey.broken[prefix + name] = Broken(fault, "")
+        else:
+            found.append(Entry(prefix + name, path, (), size, objects.digest()))
     return found if part.split in ("train", "") else without_cut_off(found, survey)
-
-
-def _look(path: str, channels: int) -> tuple[int, tuple[int, int] | None, str]:
-    """The bytes of an image, its height and width if its header tells, and what is wrong."""
-    try:
-        size = measure(path, channels)
-    except OSError as error:
-        return 0, None, f"{path} cannot be read ({error.strerror}): fetch it"
-    if size is None:
-        return 0, None, no_image(path, channels)
-    return size, upright_sides(path), ""
