@@ -173,7 +173,7 @@ class _Numbers:
 
 
 def _named_as(file: str, names: Sequence[str], annotations: str) -> str:
-    """Which of the names in annotations, all of which end as a file's, is the most like its path.
+    """Picks the most like a file's path of names in annotations, all of which end as the file's.
 
     Raises:
         UserError: there is none, or several are.

@@ -43,7 +43,7 @@ class Boxes:
         return len(self.classes)
 
     def within(self, height: int, width: int) -> "Boxes":
-        """Those that do not lie wholly beyond an image, in whose pixels the corners are."""
+        """Leaves out what lies wholly beyond an image, in whose pixels the corners are."""
         corners = np.clip(self.corners, 0, [width, height] * 2)
         kept = (corners[:, 2:] > corners[:, :2]).all(axis=1)
         arrays = ("corners", "classes", "crowd", "areas")

@@ -201,7 +201,7 @@ def _look(path: str, channels: int) -> _Looked:
 
 
 def _within(boxes: Boxes, sides: tuple[int, int] | None) -> Boxes:
-    """Those in an image; where annotations tell its size, `read_coco` has chosen them."""
+    """The objects in an image; where annotations tell its size, `read_coco` has chosen them."""
     return boxes if boxes.size or not sides else boxes.within(*sides)
 
 
