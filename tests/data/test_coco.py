@@ -232,9 +232,7 @@ def test_an_image_of_two_splits_is_refused(tmp_path, broken):
     rules = FileRules(broken=broken)
     for name in ("train", "val"):
         save(tmp_path / f"annotations/instances_{name}.json", tmp_path / "images", 3)
-    with pytest.raises(
-        UserError, match=r"^3 images are of two splits \(\S+/images/0.png, "
-    ) as error:
+    with pytest.raises(UserError, match=r"^3 images are of two splits \(0.png, ") as error:
         open_folder(tmp_path, files=rules)
     assert "\n" not in str(error.value)
     content = document(3)
@@ -242,7 +240,7 @@ def test_an_image_of_two_splits_is_refused(tmp_path, broken):
         content[key] = [entry for entry in content[key] if entry[field] == 12]
     content["annotations"][0]["bbox"] = [9, 9, 6, 6]
     write(tmp_path / "annotations/instances_val.json", content)
-    with pytest.raises(UserError, match=r"^1 images are of two splits \(\S+/images/2.png\)"):
+    with pytest.raises(UserError, match=r"^1 images are of two splits \(2.png\)"):
         open_folder(tmp_path, files=rules)
     write(tmp_path / "annotations/instances_train.json", document(2))
     train, test = open_folder(tmp_path, files=rules)

@@ -89,7 +89,7 @@ def open_coco_folder(path: str, rules: FileRules = _DEFAULTS) -> LabeledFiles:
         _tell(file, found, survey)
         entries[part.split] = _entries(part, found, looked, survey)
         of_part = {str(part.images / name): x for name, x in found.items()}
-        shared += sorted(boxes.keys() & of_part.keys())
+        shared += sorted(name for name in found if str(part.images / name) in boxes)
         boxes |= of_part
     if shared:
         survey.others.append(
