@@ -184,6 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     tensorflow_env.silence()
     command.keep_programs()
+    # Where it is imported, for a report, it tells of a home without a cache.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from vit_jax.data import datasets, objectnet
 
     if args.dataset is None:
@@ -315,7 +317,6 @@ def _show_classes(
 def _evaluate_masks(
     checkpoint: _Checkpoint, source: Any, args: argparse.Namespace
 ) -> dict[str, Any]:
-    from vit_jax.evaluation.mask_pictures import write_report
     from vit_jax.evaluation.segmentation import examples, make_counting, segmentation_metrics
     from vit_jax.pixel_classes import check_same_classes
 
@@ -343,11 +344,10 @@ def _evaluate_masks(
     if args.confusion:
         _write_confusion(args.confusion, found.confusion, names)
     if args.report:
-        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # As in `_write_report`.
-        title = f"{args.checkpoint} on {args.dataset}, {source.split}"
+        from vit_jax.evaluation.mask_pictures import write_report
+
         shown = examples(checkpoint.model, checkpoint.params, source, pretrained.preprocessing)
-        for path in write_report(pathlib.Path(args.report), title, shown, rows):
-            print(printable(str(path)), flush=True)
+        _write_pages(lambda *place: write_report(*place, shown, rows), source, args)
     return result
 
 
@@ -355,7 +355,6 @@ def _evaluate_boxes(
     checkpoint: _Checkpoint, source: Any, args: argparse.Namespace
 ) -> dict[str, Any]:
     from vit_jax.evaluation import detection
-    from vit_jax.evaluation.box_pictures import examples, write_report
     from vit_jax.evaluation.detections import detect, make_detecting
     from vit_jax.pixel_classes import check_same_classes
 
@@ -382,11 +381,10 @@ def _evaluate_boxes(
         result["per_class"] = rows
         _print_per_class(rows)
     if args.report:
-        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # As in `_write_report`.
-        title = f"{args.checkpoint} on {args.dataset}, {source.split}"
+        from vit_jax.evaluation.box_pictures import examples, write_report
+
         shown = examples(source, found, truth, pretrained.preprocessing.channels)
-        for path in write_report(pathlib.Path(args.report), title, shown, rows):
-            print(printable(str(path)), flush=True)
+        _write_pages(lambda *place: write_report(*place, shown, rows), source, args)
     return result
 
 
@@ -542,11 +540,22 @@ def _write_report(
 ) -> None:
     from vit_jax.evaluation.report import write
 
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # It tells of a home without a cache.
-    title = f"{args.checkpoint} on {args.dataset}, {source.split}"
     preprocessing = checkpoint.pretrained.preprocessing
-    made = make(title, found, source, preprocessing, rows)
-    for path in write(pathlib.Path(args.report), made):
+    _write_pages(
+        lambda folder, title: write(folder, make(title, found, source, preprocessing, rows)),
+        source,
+        args,
+    )
+
+
+def _write_pages(
+    write: Callable[[pathlib.Path, str], Sequence[pathlib.Path]],
+    source: Any,
+    args: argparse.Namespace,
+) -> None:
+    """Writes what --report asks for into its folder, under a title, and prints its paths."""
+    title = f"{args.checkpoint} on {args.dataset}, {source.split}"
+    for path in write(pathlib.Path(args.report), title):
         print(printable(str(path)), flush=True)
 
 
