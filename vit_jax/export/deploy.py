@@ -26,7 +26,7 @@ from vit_jax.export.build_commands import (
 )
 from vit_jax.export.engine import DESCRIPTION, ENGINE, read_description
 from vit_jax.export.nvidia import numbers
-from vit_jax.export.onnx_file import RAW, OnnxFile, Tensor, read_class_names, read_onnx
+from vit_jax.export.onnx_file import OnnxFile, Tensor, read_class_names, read_onnx
 from vit_jax.export.precisions import PRECISIONS
 from vit_jax.export.profiles import Profile, parse_batch
 from vit_jax.files import atomic_folder
@@ -204,18 +204,17 @@ def _readme(
     if box_classes := onnx.metadata.get("box_classes"):
         lines += ["", f"Of every cell a score of each class, `{_code(box_classes)}`, and its box:"]
         lines[-1] += " left, top, right and bottom in shares of the image that the model sees."
-    is_raw = onnx.metadata.get("pixels") == RAW
     if preprocessing:
         lines += ["", f"Preprocessing: `{json.dumps(preprocessing)}`"]
         lines += ["README.md beside model.onnx explains each field, and has the Python for it."]
-        if is_raw:
+        if onnx.is_raw:
             lines += ["All of it is in the graph: it takes decoded pixels of any size."]
         elif image.type == "UINT8":
             lines += ["mean and std are in the graph: it takes cropped and resized pixels."]
     lines += ["", "## Serve", "", "    tritonserver --model-repository=models"]
     if decoded:
-        lines += _served(name, decoded, is_raw)
-    if is_raw:
+        lines += _served(name, decoded, onnx.is_raw)
+    if onnx.is_raw:
         lines += [
             "",
             "TensorRT has neither an antialiased Resize nor 64-bit floats: export without "

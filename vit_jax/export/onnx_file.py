@@ -74,6 +74,11 @@ class OnnxFile:
         names = {self.precision, *self.weight_types}
         return [row for name, row in PRECISIONS.items() if name in names]
 
+    @property
+    def is_raw(self) -> bool:
+        """Tells whether the graph prepares images itself."""
+        return self.metadata.get("pixels") == RAW
+
     def is_stale(self, description: Mapping[str, Any]) -> bool:
         """Tells whether an engine was built from another file than this.
 

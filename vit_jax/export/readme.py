@@ -8,7 +8,7 @@ from typing import Any
 from vit_jax.data.protocols import Preprocessing, resized_sides
 from vit_jax.export import client_code, parity
 from vit_jax.export.engine import ENGINE, read_description
-from vit_jax.export.onnx_file import RAW, OnnxFile
+from vit_jax.export.onnx_file import OnnxFile
 from vit_jax.export.precisions import PRECISIONS
 from vit_jax.image_size import sides
 from vit_jax.printable import printable
@@ -69,9 +69,8 @@ def readme(
         "|-|-|",
     ]
     engine = directory / ENGINE
-    is_raw = metadata.get("pixels") == RAW
     contents = dict(_CONTENTS)
-    if is_raw or -1 in onnx.inputs[0].shape[1:]:
+    if onnx.is_raw or -1 in onnx.inputs[0].shape[1:]:
         contents["deploy"] = "a repository for NVIDIA Triton"
     if engine.is_file() and onnx.is_stale(read_description(engine)):
         contents[ENGINE] = "**of an earlier model.onnx**: build it again"
@@ -81,7 +80,7 @@ def readme(
         if name == "deploy" or (directory / name).exists()
     ]
     lines += ["", "## In and out", "", *_in_and_out(onnx, described, preprocessing)]
-    code = client_code.source(preprocessing, described["input"]["dtype"], is_raw)
+    code = client_code.source(preprocessing, described["input"]["dtype"], onnx.is_raw)
     if PRECISIONS[onnx.precision].runs_on_cpu:
         lines += ["", "## Python and onnxruntime", "", *_packages(code, "onnxruntime")]
         lines += ["```python", *_with_onnxruntime(onnx, code, directory).splitlines(), "```"]
@@ -91,7 +90,7 @@ def readme(
         lines += ["", *_packages(code), "```python", *code.rstrip().splitlines(), "", ""]
         lines += [*_images(onnx), "```"]
     lines += ["", *_keys()]
-    if is_raw:
+    if onnx.is_raw:
         lines += ["", "## TensorRT", "", "TensorRT has neither an antialiased Resize nor 64-bit "]
         lines[-1] += "floats: export without `--preprocessing in_graph` to build an engine."
     else:
@@ -115,7 +114,7 @@ def _in_and_out(onnx: OnnxFile, described: dict[str, Any], rule: Preprocessing) 
         f"channels in the order {channels}.",
         "- **Upright**: an image is turned as its EXIF orientation says before all else.",
     ]
-    if onnx.metadata.get("pixels") == RAW:
+    if onnx.is_raw:
         lines.append(
             "- **Size**: any. All that follows is in the graph: give the pixels as they are "
             "decoded. Images of one batch have one size."

@@ -25,7 +25,7 @@ from vit_jax.errors import UserError
 from vit_jax.export.engine import DESCRIPTION, ENGINE, HARDWARE_COMPATIBILITY, deserialize
 from vit_jax.export.engine_report import inspect, report, summary, tensors
 from vit_jax.export.nvidia import create, find_device, import_tensorrt, make_logger
-from vit_jax.export.onnx_file import RAW, OnnxFile, read_onnx
+from vit_jax.export.onnx_file import OnnxFile, read_onnx
 from vit_jax.export.precisions import PRECISIONS
 from vit_jax.export.profiles import Profile, parse_batch
 from vit_jax.files import atomic_files
@@ -120,7 +120,7 @@ def check_prepared(onnx: OnnxFile) -> None:
     Raises:
         UserError: its preprocessing is in the graph.
     """
-    if onnx.metadata.get("pixels") == RAW:
+    if onnx.is_raw:
         raise UserError(
             f"{onnx.path} prepares images of any size itself, for which TensorRT has neither an "
             "antialiased Resize nor 64-bit floats: export without --preprocessing in_graph, and "

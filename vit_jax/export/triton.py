@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from vit_jax.data import imagenet
 from vit_jax.errors import UserError
-from vit_jax.export.onnx_file import RAW, OnnxFile, Tensor, read_class_names
+from vit_jax.export.onnx_file import OnnxFile, Tensor, read_class_names
 from vit_jax.export.profiles import Profile
 from vit_jax.printable import printable
 
@@ -115,7 +115,7 @@ def triton_config(
         lines.append("optimization { cuda { graphs: true } }")
     else:
         groups += [f"count: {cpu_instances} kind: KIND_CPU"] * (cpu_instances > 0)
-        if instances and onnx.metadata.get("pixels") != RAW and onnx.precision in _PRECISION_MODES:
+        if instances and not onnx.is_raw and onnx.precision in _PRECISION_MODES:
             lines.append(_accelerator(_PRECISION_MODES[onnx.precision]))
     lines.append(f"instance_group [ {', '.join(f'{{ {group} }}' for group in groups)} ]")
     if not fixed:
@@ -166,8 +166,7 @@ def decoder_code(onnx: OnnxFile, preprocessing: "Preprocessing") -> str:
     from vit_jax.export import client_code
 
     image = onnx.inputs[0]
-    is_raw = onnx.metadata.get("pixels") == RAW
-    code = client_code.source(preprocessing, _NUMPY[image.type], is_raw)
+    code = client_code.source(preprocessing, _NUMPY[image.type], onnx.is_raw)
     imports, _, functions = code.partition("\n\n\n")
     text = _DECODER.format(encoded=json.dumps(ENCODED), images=json.dumps(image.name))
     return f"{imports}\nimport triton_python_backend_utils as pb_utils\n\n\n{functions}{text}"
