@@ -7,10 +7,11 @@ project installs. In the order of what matters most it runs the parts below, eac
 its own, so that one that fails, hangs or runs out of memory takes nothing else with it:
 
     correct     4 layers of ViT-B/16 in 32 bits: losses, gradients, an update; official and timm
-    train_b     training ViT-B/16 with 256 images, 16 bits, beside timm's, eager and compiled
+    train_b     training ViT-B/16 with 256 images, 16 bits, remat=nothing, beside timm's, eager and
+                compiled
     infer_b     the logits of ViT-B/16, likewise
-    train_l     training ViT-L/16 with 128 images, 16 bits, ours alone
-    train_h     training ViT-H/14 with 64 images, 16 bits, ours alone
+    train_l     training ViT-L/16 with 128 images, likewise, ours alone
+    train_h     training ViT-H/14 with 64 images, likewise, ours alone
 
 Each writes its JSON and what it said to the folder as soon as it ends, and gpu.md the tables of all
 so far. With --trial everything is tiny, to try the script where there is no GPU.
@@ -36,6 +37,7 @@ class Part(NamedTuple):
         script: its name.
         words: its model and batch.
         peers: that take part.
+        overrides: of our model's config.
         checked: whether they are held against the reference, which for a large model takes longer
             to compile than all else.
         seconds: that it may take.
@@ -44,21 +46,21 @@ class Part(NamedTuple):
     script: str
     words: tuple[str, ...]
     peers: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
     checked: bool = True
     seconds: float = 240
 
 
 _TIMM = ("timm", "timm, torch.compile")
+_BF16 = ("--dtype", "bfloat16")
+# On a GPU that has the memory, nothing is worth computing again.
+_FAST = ("remat=nothing",)
 PARTS = {
     "correct": Part("train_step.py", ("ViT-4-768-3072/16", "16"), ("official", "timm")),
-    "train_b": Part(
-        "train_step.py", ("ViT-B/16", "256", "--dtype", "bfloat16"), _TIMM, seconds=300
-    ),
-    "infer_b": Part(
-        "inference.py", ("ViT-B/16", "256", "--dtype", "bfloat16"), ("official", *_TIMM)
-    ),
-    "train_l": Part("train_step.py", ("ViT-L/16", "128", "--dtype", "bfloat16"), checked=False),
-    "train_h": Part("train_step.py", ("ViT-H/14", "64", "--dtype", "bfloat16"), checked=False),
+    "train_b": Part("train_step.py", ("ViT-B/16", "256", *_BF16), _TIMM, _FAST, seconds=300),
+    "infer_b": Part("inference.py", ("ViT-B/16", "256", *_BF16), ("official", *_TIMM)),
+    "train_l": Part("train_step.py", ("ViT-L/16", "128", *_BF16), (), _FAST, checked=False),
+    "train_h": Part("train_step.py", ("ViT-H/14", "64", *_BF16), (), _FAST, checked=False),
 }
 
 
@@ -70,7 +72,7 @@ def command(part: Part, output: Path, overrides: list[str], trial: bool) -> list
     words += ["--peers", *part.peers, "--output", str(output)]
     if not part.checked:
         words.append("--unchecked")
-    if overrides:
+    if overrides := [*part.overrides, *overrides]:
         words += ["--override", *overrides]
     return [sys.executable, str(BENCHMARKS / part.script), *words]
 

@@ -26,6 +26,7 @@ from peers import Workload
 
 from vit_jax.analysis.flops import multiply_adds
 from vit_jax.models import create_model
+from vit_jax.xla_flags import compiler_options
 
 
 class JaxPredictor:
@@ -35,11 +36,17 @@ class JaxPredictor:
         temporaries: bytes beside the weights and the images that the compiled program needs.
     """
 
-    def __init__(self, model: Any, load: Workload) -> None:
-        """Compiles the model, its weights converted to the dtype of the computation."""
+    def __init__(self, model: Any, load: Workload, options: Any = None) -> None:
+        """Compiles the model, its weights converted to the dtype of the computation.
+
+        Args:
+            model: ours or the official one.
+            load: what it is to do.
+            options: of the compiler.
+        """
         weights = jax.tree.map(lambda x: x.astype(load.config["dtype"]), load.tree)
         self._arguments = jax.device_put(({"params": weights}, load.images))
-        self._apply = jax.jit(model.apply).lower(*self._arguments).compile()
+        self._apply = jax.jit(model.apply).lower(*self._arguments).compile(options)
         memory = self._apply.memory_analysis()
         self.temporaries = None if memory is None else memory.temp_size_in_bytes
 
@@ -84,7 +91,9 @@ class TorchPredictor:
 
 
 PREDICTORS: dict[str, Callable[[Workload], Any]] = {
-    peers.OURS: lambda load: JaxPredictor(create_model(load.config), load),
+    peers.OURS: lambda load: JaxPredictor(
+        create_model(load.config), load, compiler_options(jax.default_backend())
+    ),
     peers.OFFICIAL: lambda load: JaxPredictor(peers.official(load), load),
     **{peer: functools.partial(TorchPredictor, peer) for peer in peers.PEERS[1:]},
 }

@@ -35,6 +35,7 @@ from vit_jax import steps
 from vit_jax.analysis.flops import multiply_adds, train_flops
 from vit_jax.checkpoints import layouts
 from vit_jax.models import create_model
+from vit_jax.xla_flags import compiler_options
 
 B1, B2, EPSILON = 0.9, 0.999, 1e-8
 WEIGHT_DECAY = 0.1
@@ -50,11 +51,13 @@ class JaxTrainer:
         temporaries: bytes beside the state and the batch that the compiled step needs.
     """
 
-    def __init__(self, step: Callable, state: Any, batch: dict[str, np.ndarray]) -> None:
-        """Compiles step, of (state, batch), whose state is donated."""
+    def __init__(
+        self, step: Callable, state: Any, batch: dict[str, np.ndarray], options: Any = None
+    ) -> None:
+        """Compiles step, of (state, batch), whose state is donated, with options of XLA."""
         self._state, self._batch = jax.device_put((state, batch))
         lowered = jax.jit(step, donate_argnums=0).lower(self._state, self._batch)
-        self._step = lowered.compile()
+        self._step = lowered.compile(options)
         memory = self._step.memory_analysis()
         self.temporaries = None if memory is None else memory.temp_size_in_bytes
 
@@ -99,7 +102,8 @@ def ours(load: Workload) -> JaxTrainer:
     )
     objective = steps.classification(model, "softmax")
     step = functools.partial(steps.train_step, objective=objective, optimizer=optimizer)
-    return JaxTrainer(step, state, {"image": load.images, "label": load.labels})
+    batch = {"image": load.images, "label": load.labels}
+    return JaxTrainer(step, state, batch, compiler_options(jax.default_backend()))
 
 
 def official(load: Workload) -> JaxTrainer:

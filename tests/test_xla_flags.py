@@ -12,7 +12,7 @@ from vit_jax.doctor import reference
 from vit_jax.models import create_model, model_config
 from vit_jax.state import TrainState, adam
 from vit_jax.steps import classification, train_step
-from vit_jax.xla_flags import WITHOUT_XNNPACK, has_stale_weights
+from vit_jax.xla_flags import WITHOUT_XNNPACK, compiler_options, has_stale_weights
 
 from .stale_weights import PRODUCT, errors_by_itself, need_fault, run
 
@@ -197,3 +197,19 @@ def weights_in_64_bits(params, images):
         scores = np.exp(q @ k.swapaxes(1, 2) / 8)
         heads.append(scores / scores.sum(-1, keepdims=True))
     return np.stack(heads, 1)
+
+
+def test_every_option_of_the_compiler_is_one_that_this_jax_has(monkeypatch):
+    """Those for GPUs can be given to any of its compilers, which refuse what they do not know."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    options = compiler_options("gpu")
+    assert options
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
+    with pytest.raises(Exception, match="No such compile option: 'xla_gpu_none'"):
+        jax.jit(lambda x: x + 1, compiler_options={"xla_gpu_none": True})(1)
+    assert compiler_options("cpu") == compiler_options("tpu") == {}
+
+
+def test_what_a_user_sets_is_left_alone(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
+    assert "xla_gpu_enable_triton_gemm" not in compiler_options("gpu")

@@ -21,6 +21,7 @@ from vit_jax.evaluation.ranking import TOP_K, top
 from vit_jax.image_size import ImageSize, in_words
 from vit_jax.models import create_model, model_keys
 from vit_jax.printable import printable
+from vit_jax.xla_flags import compiler_options
 
 # What the methods of `VisionModel` take.
 Images = (
@@ -273,7 +274,10 @@ class VisionModel:
 
     @staticmethod
     def _compile(model: Any) -> Any:
-        return jax.jit(lambda params, images: model.apply({"params": params}, images))
+        def apply(params: Any, images: jax.Array) -> Any:
+            return model.apply({"params": params}, images)
+
+        return jax.jit(apply, compiler_options=compiler_options(jax.default_backend()))
 
     def _map(self, function: Any, images: Images, limit: int | None = None) -> np.ndarray:
         batch_size = self.batch_size if limit is None else min(self.batch_size, limit)

@@ -34,6 +34,7 @@ from vit_jax.state import SCHEDULE_LENGTHS, TrainState, create_schedule
 from vit_jax.steps import Metrics, Objective
 from vit_jax.teacher import Teacher, load_teacher
 from vit_jax.terminal import say
+from vit_jax.xla_flags import compiler_options
 
 
 class Prepared(NamedTuple):
@@ -350,7 +351,8 @@ def compile_train_step(
         len(prepared.train_source.class_names) if prepared.train_source.multi_label else 0,
         prepared.teacher,
     )
-    compiled, teacher = lowered.compile(), prepared.teacher
+    options = compiler_options(prepared.mesh.devices.flat[0].platform)
+    compiled, teacher = lowered.compile(options), prepared.teacher
     if teacher is None:
         return compiled
     return lambda state, batch: compiled(state, batch, teacher.params)

@@ -1,4 +1,4 @@
-"""Flags that XLA needs to compute right numbers; `import vit_jax` sets them.
+"""Flags that XLA needs to compute right numbers, which `import vit_jax` sets, and fast ones.
 
 On many CPUs with AVX2, jaxlib before 0.8.2 multiplies by weights that are no longer there: XNNPACK
 packs the right side of a product once and finds it again by its address, so that a matrix that is
@@ -12,6 +12,7 @@ import importlib.metadata
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from vit_jax.errors import UserError
@@ -20,6 +21,23 @@ WITHOUT_XNNPACK = "--xla_cpu_use_xnnpack=false"
 _FIRST_RIGHT = (0, 8, 2)
 # Programs that come from a compilation cache do not always update in place.
 _ROUNDS = 16
+
+# Options of XLA's compiler by the platform of a program; docs/speed has what each is worth.
+_OPTIONS: Mapping[str, Mapping[str, bool]] = {
+    # Products are cuBLAS' from the start, which adds biases and residuals and does GELU itself; of
+    # Triton's hardly one was chosen anyway (H200, jax 0.11.2).
+    "gpu": {"xla_gpu_enable_triton_gemm": False},
+}
+
+
+def compiler_options(platform: str) -> dict[str, bool]:
+    """Options with which programs are compiled; what XLA_FLAGS names is left to them.
+
+    Args:
+        platform: of the devices, as JAX calls it: "cpu", "gpu", "tpu".
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    return {name: x for name, x in _OPTIONS.get(platform, {}).items() if name not in flags}
 
 
 def avoid_stale_weights() -> None:

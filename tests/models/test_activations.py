@@ -46,3 +46,32 @@ def test_nothing_but_x_is_kept(form):
     _, pullback = jax.vjp(GELU[form], x)
     (kept,) = (a for a in jax.tree.leaves(pullback) if a.size > 1)
     assert kept.shape == x.shape and kept.dtype == x.dtype
+
+
+def program(x, platform, *in_product):
+    lowered = jax.jit(lambda x: GELU["tanh"](x, *in_product)).trace(x)
+    return lowered.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "in_product", "known"),
+    [
+        ("cuda", "bfloat16", True, True),
+        ("cuda", "bfloat16", False, False),
+        ("cpu", "bfloat16", True, False),
+        ("cuda", "float32", True, False),
+    ],
+)
+def test_a_product_is_given_the_form_that_xla_knows_in_its_own_bits(
+    platform, dtype, in_product, known
+):
+    text = program(jax.ShapeDtypeStruct((4, 6), dtype), platform, in_product)
+    in_16_bits = "tanh" in text and "f32" not in text.replace("bf16", "")
+    assert in_16_bits == known
+    assert ("tanh" in text) == (known or dtype == "float32")
+
+
+def test_what_a_product_is_given_is_the_same_function_in_the_precision_of_its_bits():
+    known = jax.nn.gelu(jnp.asarray(X[:-1], jnp.bfloat16), approximate=True)
+    x = np.asarray(jnp.asarray(X[:-1], jnp.bfloat16), np.float64)
+    np.testing.assert_allclose(np.asarray(known, np.float64), tanh_form(x)[0], rtol=2e-2, atol=2e-2)

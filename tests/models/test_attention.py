@@ -63,23 +63,42 @@ def test_value_and_gradients_are_those_of_float64(dtype, tolerance):
         np.testing.assert_allclose(found, right, rtol=0, atol=tolerance * np.abs(right).max())
 
 
-@pytest.mark.parametrize("tokens", [6, 7])
-def test_the_kernel_is_given_an_even_number_of_tokens_and_their_true_number(tokens, monkeypatch):
-    """Its place is taken by JAX's own form, which takes the same arguments."""
+@pytest.fixture
+def by_xla(monkeypatch):
+    """The kernel's place is taken by JAX's own form; returns the numbers of tokens it is given."""
     given = []
 
-    def by_xla(q, k, v, *, implementation, **lengths):
+    def attend(q, k, v, *, implementation, **lengths):
         assert implementation == "cudnn"
         given.append(q.shape[1])
         return plain_attention(q, k, v, implementation="xla", **lengths)
 
     plain_attention = jax.nn.dot_product_attention
-    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+    return given
+
+
+@pytest.mark.parametrize("tokens", [6, 7])
+def test_the_kernel_is_given_an_even_number_of_tokens_and_their_true_number(tokens, by_xla):
     q, k, v, dy = (random(2, tokens, 3, 8, seed=i) for i in range(4))
-    both = value_and_gradients(attention._attend_by_cudnn, q, k, v, dy)
+    attend = functools.partial(attention._attend_by_cudnn, count=tokens)
+    both = value_and_gradients(attend, q, k, v, dy)
     for found, right in zip(both, exact(q, k, v, dy), strict=True):
         np.testing.assert_allclose(found, right, rtol=0, atol=1e-5 * np.abs(right).max())
-    assert given == [tokens + tokens % 2]
+    assert by_xla == [tokens + tokens % 2]
+
+
+@pytest.mark.usefixtures("by_xla")
+@pytest.mark.parametrize("form", [attention._attend_plainly, attention._attend_by_cudnn])
+def test_a_token_that_only_makes_their_number_even_changes_nothing(form):
+    q, k, v, dy = (random(2, 8, 3, 8, seed=i) for i in range(4))
+    dy[:, 7] = 0  # Nobody reads what it gets.
+    found = value_and_gradients(functools.partial(form, count=7), q, k, v, dy)
+    expected = exact(*(x[:, :7] for x in (q, k, v, dy)))
+    for x, right in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x[:, :7], right, rtol=0, atol=1e-5 * np.abs(right).max())
+    for gradient in found[1:]:
+        assert not gradient[:, 7].any()
 
 
 @pytest.fixture
@@ -88,9 +107,9 @@ def cudnn(monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-    attention._has_kernel.cache_clear()
+    attention.has_kernel.cache_clear()
     yield
-    attention._has_kernel.cache_clear()
+    attention.has_kernel.cache_clear()
 
 
 def gradient_for(platform, *, train=True, mutable=False, size=(8, 12), **options):
@@ -118,7 +137,56 @@ def test_for_a_gpu_every_layer_is_fused_in_both_directions(remat, size, scan_lay
     recomputed = 2 if remat == "everything" else 1
     assert program.count(FORWARD) == recomputed * layers
     assert program.count(BACKWARD) == layers
-    assert "exponential" not in program  # Of the other form nothing is left.
+    # Of the other form nothing is left: what there is belongs to the MLPs' GELU.
+    assert all("x40x" in line for line in program.splitlines() if "exponential" in line)
+
+
+@pytest.mark.usefixtures("cudnn")
+def test_for_a_gpu_tokens_are_made_even_once_and_keep_their_layout():
+    program = gradient_for("cuda", size=(8, 12), remat="nothing")  # 7 tokens.
+    assert "custom_call LayoutConstraint(" in program
+    assert "tensor<2x8x2x16xbf16>" in program and "tensor<2x7x2x16xbf16>" not in program
+    # Queries, keys and values are products of their own, not parts of one.
+    assert "x96xbf16>" not in program
+
+
+@pytest.mark.usefixtures("by_xla")
+@pytest.mark.parametrize("remat", ["nothing", "dots", "everything"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scan_layers": True},
+        {"classifier": "gap", "position_embedding": "none"},
+        {"position_placement": "layers"},
+        {"position_placement": "shared"},
+        {"num_registers": 2, "dropout_rate": 0.0, "stochastic_depth": 0.5},
+        {"architecture": "axial_vit", "classifier": "gap"},
+    ],
+    ids=str,
+)
+def test_a_model_is_the_same_function_with_tokens_made_ready_for_the_kernel(
+    remat, options, monkeypatch
+):
+    model = create_model({**TINY, "dtype": "float32"}, remat=remat, **options)
+    images, rngs = random(3, 8, 12, 3), {"dropout": jax.random.key(1)}
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    params = jax.tree.map(lambda x: 0.3 * random(*x.shape), shapes)["params"]
+
+    def both():
+        def loss(params):
+            return jnp.square(model.apply({"params": params}, images, train=True, rngs=rngs)).sum()
+
+        logits = model.apply({"params": params}, images)
+        return logits, *jax.jit(jax.value_and_grad(loss))(params)
+
+    plain = both()
+    monkeypatch.setattr(attention, "has_kernel", lambda _shape, _dtype: True)
+    largest = max(
+        np.abs(x).max() for x in jax.tree.leaves(plain[2])
+    )  # Some are 0 but for rounding.
+    for found, right in zip(*map(jax.tree.leaves, (both(), plain)), strict=True):
+        np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-6 * largest)
 
 
 @pytest.mark.usefixtures("cudnn")
@@ -152,10 +220,10 @@ def test_without_cudnn_there_is_no_kernel(monkeypatch):
         raise RuntimeError("cuDNN is not detected.")
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", missing)
-    attention._has_kernel.cache_clear()
+    attention.has_kernel.cache_clear()
     # Of a size that nothing was traced for: JAX keeps what it has traced.
     assert "cudnn" not in gradient_for("cuda", size=(12, 16))
-    attention._has_kernel.cache_clear()
+    attention.has_kernel.cache_clear()
 
 
 @pytest.mark.usefixtures("cudnn")
@@ -177,14 +245,14 @@ def test_a_gpu_before_the_a100_has_no_kernel(capabilities, has_kernel, monkeypat
         for x in capabilities
     ]
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
-    assert attention._has_kernel((2, 8, 4, 64), jnp.dtype(jnp.bfloat16)) == has_kernel
+    assert attention.has_kernel((2, 8, 4, 64), jnp.dtype(jnp.bfloat16)) == has_kernel
 
 
 @pytest.mark.usefixtures("cudnn")
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float16", "bfloat16", "float32"])
 def test_the_kernel_is_for_sixteen_bits(dtype):
     expected = dtype in ("float16", "bfloat16")
-    assert attention._has_kernel((2, 8, 4, 64), jnp.dtype(dtype)) == expected
+    assert attention.has_kernel((2, 8, 4, 64), jnp.dtype(dtype)) == expected
 
 
 def test_weights_that_are_asked_for_are_those_that_the_values_are_mixed_with():

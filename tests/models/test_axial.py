@@ -189,7 +189,7 @@ def seen_from(function, shape, row, column):
 
 @pytest.mark.parametrize("along", ["row", "column"])
 def test_a_token_sees_its_own_row_or_column_only(along):
-    module = AxisBlock(describe(TINY, position_embedding="none"), (3, 4), along)
+    module = AxisBlock(describe(TINY, position_embedding="none"), (3, 4), along=along)
     params = random_params(module, random(1, 12, WIDTH), True)
 
     @jax.jit

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vit_jax.errors import UserError
 from vit_jax.evaluation.per_class import ClassScores, class_scores
 from vit_jax.sharding import Mesh, gathering, to_devices
+from vit_jax.xla_flags import compiler_options
 
 T = TypeVar("T")
 
@@ -71,7 +72,11 @@ def make_apply_fn(model: nn.Module, mesh: Mesh) -> ApplyFn:
         values = cast(jax.Array, model.apply({"params": params}, batch["image"]))
         return values, batch["label"], batch["mask"]
 
-    return jax.jit(gathering(apply, mesh), out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(
+        gathering(apply, mesh),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
+    )
 
 
 def outputs(

@@ -21,6 +21,7 @@ from vit_jax.evaluation import detection, fewshot, metrics, multilabel, segmenta
 from vit_jax.evaluation.detections import detect, make_detecting
 from vit_jax.evaluation.watched import Watched
 from vit_jax.steps import eval_step
+from vit_jax.xla_flags import compiler_options
 
 if TYPE_CHECKING:  # It imports TFDS.
     from vit_jax.data.source import Source
@@ -59,7 +60,10 @@ def objective(settings: Settings, watched: Watched) -> Evaluate:
         return _masks(source, watched)
     if source.multi_label and watched.class_names is not None:
         return _several_labels(source, watched)
-    step = jax.jit(functools.partial(eval_step, objective=watched.objective))
+    step = jax.jit(
+        functools.partial(eval_step, objective=watched.objective),
+        compiler_options=compiler_options(watched.mesh.devices.flat[0].platform),
+    )
     batches = watched.batches(source)
     return lambda params: metrics.mean_metrics(step, params, batches, watched.mesh)
 

@@ -118,7 +118,7 @@ class AxialBlock(EncoderBlock):
         """Maps z [batch, rows * columns, hidden_size] to the same shape; see `EncoderBlock`."""
         z = self._with_positions(z, positions)
         for along in ("row", "column"):
-            layer = AxisBlock(self.config, self.grid, along, name=along)
+            layer = AxisBlock(self.config, self.grid, along=along, name=along)
             z = layer(z, deterministic, None, drop_rate)
         return z
 

@@ -180,9 +180,14 @@ class MultiHeadSelfAttention(nn.Module):
 
     The attention weights [batch, ..., heads, tokens, tokens] are sown as
     `intermediates/attention_weights`: they cost nothing unless somebody asks for them.
+
+    Attributes:
+        config: the description of the model.
+        count: of the tokens, if `attention.for_kernel` may have added some.
     """
 
     config: EncoderConfig
+    count: int | None = None
 
     @nn.compact
     def __call__(self, x: Array, deterministic: bool) -> Array:
@@ -196,25 +201,24 @@ class MultiHeadSelfAttention(nn.Module):
             ),
             strict=True,
         )
-        # Eq. 5: the three projections as one product.
-        qkv = x @ jnp.concatenate(kernels, axis=1).astype(dtype)
-        qkv = qkv + jnp.concatenate(biases).astype(dtype)
         heads = (*batch, tokens, config.num_heads, hidden_size // config.num_heads)
-        q, k, v = (x.reshape(heads) for x in jnp.split(qkv, 3, axis=-1))
+        is_plain = len(heads) == 4 and not needs_weights(self, config, deterministic)
+        # Eq. 5: the three projections as one product, but for the kernel, which takes no parts.
+        if is_plain and attention.has_kernel(heads, dtype):
+            pairs = zip(kernels, biases, strict=True)
+            projections = [x @ kernel.astype(dtype) + bias.astype(dtype) for kernel, bias in pairs]
+        else:
+            qkv = x @ jnp.concatenate(kernels, axis=1).astype(dtype)
+            projections = jnp.split(qkv + jnp.concatenate(biases).astype(dtype), 3, axis=-1)
+        q, k, v = (projection.reshape(heads) for projection in projections)
         # Eqs. 6 and 7.
-        is_fused = len(heads) == 4 and not self._needs_weights(deterministic)
-        x = attention.attend(q, k, v) if is_fused else self._attend(q, k, v, deterministic)
+        if is_plain:
+            x = attention.attend(q, k, v, self.count)
+        else:
+            x = self._attend(q, k, v, deterministic)
         # Eq. 8.
         x = x.reshape(*batch, tokens, hidden_size)
         return OutputProjection(config.num_heads, dtype, name="out")(x)
-
-    def _needs_weights(self, deterministic: bool) -> bool:
-        config = self.config
-        return (
-            config.position_embedding == "relative"
-            or (config.attention_dropout_rate > 0 and not deterministic)
-            or self.is_mutable_collection("intermediates")
-        )
 
     def _attend(self, q: Array, k: Array, v: Array, deterministic: bool) -> Array:
         """Attends as `attention.attend`, with weights that are there to be changed and sown."""
@@ -233,6 +237,15 @@ class MultiHeadSelfAttention(nn.Module):
         return attention.mix(weights, v).swapaxes(-3, -2)
 
 
+def needs_weights(module: nn.Module, config: EncoderConfig, deterministic: bool) -> bool:
+    """Tells whether attention has to make its weights: to change them, or for somebody who asks."""
+    return (
+        config.position_embedding == "relative"
+        or (config.attention_dropout_rate > 0 and not deterministic)
+        or module.is_mutable_collection("intermediates")
+    )
+
+
 class MlpBlock(nn.Module):
     """The MLP of Eq. 3: two layers with a GELU in between; or SwiGLU.
 
@@ -246,13 +259,14 @@ class MlpBlock(nn.Module):
     def __call__(self, x: Array, deterministic: bool) -> Array:
         """Maps x [batch, tokens, hidden_size] to the same shape."""
         config = self.config
-        hidden = self._dense(config.mlp_dim, "Dense_0")(x)
+        hidden = product(self._dense(config.mlp_dim, "Dense_0")(x))
         if config.dropout_after == "dense":
             hidden = Dropout(config.dropout_rate)(hidden, deterministic)
         if config.mlp == "swiglu":
             x = nn.silu(self._dense(config.mlp_dim, "Gate")(x)) * hidden
         else:
-            x = GELU[config.gelu](hidden)
+            # Without rematerialization the compiler can have the product before it do it.
+            x = GELU[config.gelu](hidden, deterministic is True or config.remat == "nothing")
         if config.dropout_after == "activation":
             x = Dropout(config.dropout_rate)(x, deterministic)
         x = self._dense(config.hidden_size, "Dense_1")(x)
@@ -274,10 +288,12 @@ class EncoderBlock(nn.Module):
     Attributes:
         config: the description of the model.
         grid: rows and columns of its patches.
+        count: of the tokens, if `attention.for_kernel` may have added some.
     """
 
     config: EncoderConfig
     grid: Grid
+    count: int | None = None
 
     @nn.compact
     def __call__(
@@ -319,8 +335,8 @@ class EncoderBlock(nn.Module):
         return LayerScale(initial, name=name)(x) if initial else x
 
     def _attend(self, x: Array, deterministic: bool) -> Array:
-        layer = MultiHeadSelfAttention(self.config, name="MultiHeadDotProductAttention_1")
-        return layer(x, deterministic)
+        name = "MultiHeadDotProductAttention_1"
+        return MultiHeadSelfAttention(self.config, self.count, name=name)(x, deterministic)
 
 
 class LayerScale(nn.Module):
@@ -400,6 +416,9 @@ class Encoder(nn.Module):
         config = self.config
         z, positions = self._tokens(patches, prefix)
         z = Dropout(config.dropout_rate)(z, deterministic)
+        count = z.shape[1]
+        if self._has_kernel(z, positions, deterministic):
+            z = attention.for_kernel(z)
         drop_rates = None
         if config.stochastic_depth:
             drop_rates = np.linspace(
@@ -415,13 +434,25 @@ class Encoder(nn.Module):
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
                 length=config.num_layers,
-            )(block(config, self.grid, name="encoderblock"), z, positions, drop_rates)
+            )(block(config, self.grid, count, name="encoderblock"), z, positions, drop_rates)
         else:
             for i in range(config.num_layers):
                 rate = None if drop_rates is None else drop_rates[i]
-                layer = block(config, self.grid, name=f"encoderblock_{i}")
+                layer = block(config, self.grid, count, name=f"encoderblock_{i}")
                 z = layer(z, deterministic, positions, rate)
-        return layer_norm(config, "encoder_norm")(z)  # Eq. 4
+        return layer_norm(config, "encoder_norm")(z[:, :count])  # Eq. 4
+
+    def _has_kernel(self, z: Array, positions: Array | None, deterministic: bool) -> bool:
+        """Tells whether the kernel does every layer's attention, and nothing counts its tokens."""
+        config = self.config
+        heads = (*z.shape[:2], config.num_heads, config.hidden_size // config.num_heads)
+        return (
+            self.layer is EncoderBlock
+            and positions is None
+            and config.position_placement != "layers"
+            and not needs_weights(self, config, deterministic)
+            and attention.has_kernel(heads, config.compute_dtype)
+        )
 
     def _tokens(self, x: Array, prefix: Array | None) -> tuple[Array, Array | None]:
         """z_0 = [x_class; x_p E] + E_pos of Eq. 1, and what is added before every layer instead."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vit_jax.errors import UserError
 from vit_jax.plan.accelerators import Target, parse_target
+from vit_jax.xla_flags import compiler_options
 
 if TYPE_CHECKING:
     import jax
@@ -112,8 +113,9 @@ def _compile(config: Mapping[str, Any], num_classes: int, target: Target) -> dic
     from vit_jax.plan.estimate import describe
 
     described = describe(ConfigDict(config), num_classes, _devices(target))
+    platform = {"cuda": "gpu"}.get(target.accelerator.platform, target.accelerator.platform)
     begin = time.monotonic()
-    compiled = described.lower().compile()
+    compiled = described.lower().compile(compiler_options(platform))
     return {**_look_at(compiled), "seconds": time.monotonic() - begin}
 
 
