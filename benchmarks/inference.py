@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import paired
 import peers
+import turns
 from peers import Workload
 
 from vit_jax.analysis.flops import multiply_adds
@@ -46,7 +47,9 @@ class JaxPredictor:
         """
         weights = jax.tree.map(lambda x: x.astype(load.config["dtype"]), load.tree)
         self._arguments = jax.device_put(({"params": weights}, load.images))
-        self._apply = jax.jit(model.apply).lower(*self._arguments).compile(options)
+        lowered = jax.jit(model.apply).lower(*self._arguments)
+        with turns.compiling():
+            self._apply = lowered.compile(options)
         memory = self._apply.memory_analysis()
         self.temporaries = None if memory is None else memory.temp_size_in_bytes
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import paired
+import turns
 from flax.traverse_util import flatten_dict, unflatten_dict
 from official_vit import OfficialViT
 from paired import Repeat, Unavailable, torch_device
@@ -359,6 +360,7 @@ def compare(
         found: what is known of each, to which the times are added.
         flops: of one image.
     """
+    turns.wait()
     products, product_flops = paired.matrix_products(load.config["dtype"])
     times = paired.time_in_turns(
         {**candidates, **products}, rounds=args.rounds, seconds=args.seconds

@@ -27,6 +27,7 @@ import numpy as np
 import optax
 import paired
 import peers
+import turns
 from flax.traverse_util import flatten_dict
 from peers import Arrays, Workload
 
@@ -57,7 +58,8 @@ class JaxTrainer:
         """Compiles step, of (state, batch), whose state is donated, with options of XLA."""
         self._state, self._batch = jax.device_put((state, batch))
         lowered = jax.jit(step, donate_argnums=0).lower(self._state, self._batch)
-        self._step = lowered.compile(options)
+        with turns.compiling():
+            self._step = lowered.compile(options)
         memory = self._step.memory_analysis()
         self.temporaries = None if memory is None else memory.temp_size_in_bytes
 

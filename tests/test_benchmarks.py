@@ -1,4 +1,5 @@
 import dataclasses
+import fcntl
 import importlib
 import json
 import os
@@ -245,6 +246,47 @@ def test_the_gpu_script_runs_without_what_a_gpu_machine_lacks(tmp_path):
     assert done.returncode == 0, done.stdout
     assert json.loads((tmp_path / "gpu_train_h.json").read_text())["dtype"] == "bfloat16"
     assert "| ours |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_parts_prepare_side_by_side_and_are_timed_one_after_the_other(tmp_path):
+    gpu = benchmark("gpu")
+    script = (
+        "import sys, time; sys.path.insert(0, sys.argv[1]); import turns\n"
+        "time.sleep(float(sys.argv[2])); turns.wait(); begin = time.time(); time.sleep(0.3)\n"
+        "open(sys.argv[3], 'w').write(f'{begin} {time.time()}')\n"
+    )
+    sleeps = {"train_b": "1", "infer_b": "0", "train_l": "100"}
+    words = {name: ["-c", script, BENCHMARKS, x, tmp_path / name] for name, x in sleeps.items()}
+    words["train_h"] = ["-c", "raise SystemExit('no memory')"]
+    runs = [
+        gpu.Run(name, [sys.executable, *map(str, words[name])], tmp_path / f"{name}.log", tmp_path)
+        for name in ("train_b", "infer_b", "train_h", "train_l")
+    ]
+    outcomes = dict(gpu.finished(runs, 10))
+    assert outcomes["train_h"] == "failed (1): no memory"
+    assert outcomes["train_l"].startswith("was ended after 10 s")
+    assert all(outcomes[name].startswith("done") for name in ("train_b", "infer_b"))
+    times = [
+        [*map(float, (tmp_path / name).read_text().split())] for name in ("train_b", "infer_b")
+    ]
+    (first_begin, first_end), (second_begin, _) = times
+    # infer_b was ready long before, and waited until train_b had been timed.
+    assert second_begin >= first_end > first_begin
+
+
+def test_compilations_of_parts_exclude_each_other(tmp_path, monkeypatch):
+    turns = benchmark("turns")
+    with turns.compiling():  # Alone, nothing is written.
+        pass
+    monkeypatch.setenv(turns.FOLDER, str(tmp_path))
+
+    def take():
+        with (tmp_path / "compiling").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    with turns.compiling(), pytest.raises(BlockingIOError):
+        take()
+    take()
 
 
 def test_a_server_under_load_is_compared_with_bare_onnxruntime(tmp_path, capsys):
