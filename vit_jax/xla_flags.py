@@ -22,7 +22,7 @@ _FIRST_RIGHT = (0, 8, 2)
 # Programs that come from a compilation cache do not always update in place.
 _ROUNDS = 16
 
-# Options of XLA's compiler by the platform of a program; docs/speed has what each is worth.
+# Options of XLA's compiler by the platform of a program; benchmarks/README.md tells what for.
 _OPTIONS: Mapping[str, Mapping[str, bool]] = {
     # Products are cuBLAS' from the start, which adds biases and residuals and does GELU itself; of
     # Triton's hardly one was chosen anyway (H200, jax 0.11.2).
