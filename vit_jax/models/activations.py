@@ -26,7 +26,8 @@ def gelu_tanh(x: Array, in_product: bool = False) -> Array:
     Args:
         x: of any shape.
         in_product: whether XLA is to have the product that x comes from do it on NVIDIA's GPUs, in
-            float32 as well: it knows a form of it in 16 bits, where x is not computed again.
+            float32 as well. It knows a form of it in 16 bits, where x is not computed again; if it
+            did not, they would be computed with, as by the official code.
     """
     if x.dtype.itemsize > 2:
         return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
