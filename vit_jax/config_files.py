@@ -243,7 +243,7 @@ def _parse_flags(
         # Libraries log what they raise as well, with its traceback; --verbosity=0 shows it.
         logging.set_verbosity(logging.FATAL)
     if rest:
-        raise UserError(f"argument {rest[0]!r} is not a flag: values go as --config.KEY=VALUE")
+        raise UserError(f"argument {brief(rest[0])} is not a flag: values go as --config.KEY=VALUE")
 
 
 def _bad_value(error: flags.Error, loaded: ConfigDict) -> UserError:

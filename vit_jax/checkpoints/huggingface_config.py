@@ -183,7 +183,9 @@ def read_config(
         model["layer_scale"] = real(config["layerscale_value"], "layerscale_value")
     if "num_attention_heads" in config:
         model["num_heads"] = whole(config["num_attention_heads"], "num_attention_heads")
-    size = processor.get("size", list(sides(image_size)) if image_size else None)
+    size = processor.get("size")
+    if size is None and image_size:
+        size = list(sides(image_size))
     loss = config.get("problem_type")
     loss = None if loss is None else choose(_LOSSES, loss, "problem_type")
     view = None if size is None else _preprocessing(processor, size)

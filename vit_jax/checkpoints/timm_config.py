@@ -166,7 +166,7 @@ def _check_sizes(config: dict[str, Any], arguments: dict[str, Any], sizes: dict[
     check_shapes(config, sizes, {"num_features": "hidden_size"})
     for values in (arguments, config):
         # 0 and null, and weights without a head, are any.
-        if values.get("num_classes") and sizes["num_classes"]:
+        if values.get("num_classes") not in (None, 0) and sizes["num_classes"]:
             check_shapes(values, sizes, {"num_classes": "num_classes"})
     _check_parts(arguments, sizes)
     ratio = arguments.get("mlp_ratio")

@@ -67,6 +67,9 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 _TURNS_BACK = {**_TURNS, 6: _TURNS[8], 8: _TURNS[6]}
 
 _JPEG = b"\xff\xd8\xff"
+# Pillow asks a file for as many bytes as the header of these says that come, and Python makes room
+# for all of them; of bytes in memory it takes what there is.
+_JPEG_2000 = b"\x00\x00\x00\x0cjP"
 _START_OF_SCAN, _APP1 = 0xDA, 0xE1  # JPEG markers: pixels follow; EXIF or XMP
 _COLORS = ("YCbCr", "RGB", "Gray")  # libjpeg makes RGB of these.
 
@@ -183,7 +186,7 @@ def _read(
                 file.seek(0)
                 if start == array_images.MAGIC:
                     return _read_array(file, path, channels, admit)
-                if start.startswith(_JPEG):
+                if start.startswith((_JPEG, _JPEG_2000)):
                     encoded = file.read()
         elif encoded.startswith(array_images.MAGIC):
             return _read_array(io.BytesIO(encoded), path, channels, admit)
