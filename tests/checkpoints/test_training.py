@@ -244,7 +244,7 @@ def fingerprint_reference(x):
 
 @pytest.mark.usefixtures("two_saved")
 def test_a_checkpoint_is_proved_as_by_every_version(tmp_path):
-    """One that an earlier version wrote would be set aside as damaged if another proof was asked."""
+    """One that an earlier version wrote would else be set aside as damaged."""
     document = json.loads((tmp_path / "run/checkpoints/2/metadata/metadata").read_bytes())
     checksum = document.pop("checksum")
     assert checksum == zlib.crc32(json.dumps(document, sort_keys=True).encode())

@@ -20,7 +20,7 @@ def runs(monkeypatch):
     """Stands in for git, which says that state.py is changed, and pytest; the list of its runs."""
     runs = []
 
-    def run(command, **options):
+    def run(command, **_):
         if command[0] == "git":
             return subprocess.CompletedProcess(command, 0, stdout="vit_jax/state.py\n")
         runs.append([pathlib.Path(path).stem for path in command[command.index("not slow") + 1 :]])
