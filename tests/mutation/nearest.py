@@ -52,7 +52,7 @@ NEAREST = {
     "models/resnet": ("analysis/test_flops", "models/test_resnet", "models/test_bit"),
     "models/vit": ("analysis/test_flops", "models/test_vit", "checkpoints/test_contradictions"),
     "recipes/__init__": ("test_recipes",),
-    "recipes/names": ("test_recipes",),
+    "recipes/names": ("test_recipes", "analysis/test_page"),
     "recipes/own": ("test_own_images",),
     "recipes/paper": ("test_recipes",),
     "recipes/presets": (
