@@ -94,6 +94,14 @@ def test_a_configuration_of_something_else_is_none_of_the_file_beside_it(weights
     assert load_pretrained(tmp_path / "a.safetensors", num_heads=2).model["hidden_size"] == 16
 
 
+def test_positions_of_no_square_need_the_size_of_the_images(tmp_path):
+    shapes = flatten_dict(abstract_params(MODEL, "16x24"), sep="/")
+    tree = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
+    write_safetensors(tmp_path / "a.safetensors", layouts.from_official(tree, "timm"))
+    with pytest.raises(UserError, match="has 7 tokens, which are no square of patches: write"):
+        load_pretrained(tmp_path / "a.safetensors", num_heads=2)
+
+
 @pytest.mark.parametrize("format", ["huggingface", "timm"])
 def test_the_configuration_of_the_weights_is_read(weights, tmp_path, format):
     write(tmp_path, format, weights, CONFIG, "architectures", ["any"])

@@ -290,6 +290,23 @@ def test_an_info_file_says_what_the_file_cannot(tmp_path, params):
     assert pretrained.preprocessing == Preprocessing(16, 0.875) and pretrained.loss == "sigmoid"
 
 
+def test_positions_of_dinov2_are_fitted_to_what_its_folder_shows_if_that_is_no_larger(tmp_path):
+    path = save_npz(tmp_path / "a.npz", make_params(layer_scale=0.1, num_classes=0))
+    save_pretrained(load_pretrained(path, gelu="erf"), tmp_path / "a", "huggingface")
+    (tmp_path / "a/vit_jax.json").unlink()
+    processor = json.loads((tmp_path / "a/preprocessor_config.json").read_text())
+
+    def show(height, width):
+        size = {"size": {"height": height, "width": width}, "do_center_crop": False}
+        (tmp_path / "a/preprocessor_config.json").write_text(json.dumps(processor | size))
+        return load_pretrained(tmp_path / "a").params["Transformer"]["posembed_input"]
+
+    for height, width, patches in ((16, 16, 4), (8, 16, 2), (16, 8, 2), (8, 8, 1)):
+        assert show(height, width)["pos_embedding"].shape == (1, 1 + patches, 16)
+    with pytest.raises(UserError, match=r"has shape \(1, 5, 16\), the model \(1, 10, 16\)"):
+        show(24, 24)
+
+
 def test_a_thousand_classes_are_imagenets_unless_they_have_names(tmp_path):
     path = save_npz(tmp_path / "a.npz", make_params(num_classes=1000))
     names = load_pretrained(path).class_names
