@@ -10,8 +10,11 @@ LOCK ?= $(LOCK.$(EXTRAS))
 # Processes that tests run in, each of up to 8 GB, and further flags of pytest.
 JOBS ?= 2
 FLAGS ?=
-# Of `make mutation`: a file of vit_jax, whose tests are the file of that name in tests.
-MODULE ?= state
+# Of `make mutation`: how many mutants are drawn, and from what; or all of one file, MODULE=models/vit.
+MODULE ?=
+MUTATED := $(if $(MODULE),vit_jax/$(MODULE).py,$(addprefix vit_jax/,models state.py recipes checkpoints))
+SAMPLE ?= $(if $(MODULE),0,200)
+SEED ?= 1
 # What looks after locks and tests, in an environment of its own.
 TOOLS ?= .venv-tools
 RUN := $(VENV)/bin/python
@@ -115,11 +118,12 @@ licenses: $(VENV)/installed $(TOOLS)/installed
 
 # Faults put into a copy of what is committed, one at a time, and the share that its tests let pass.
 MUTATION := $(TOOLS)/mutation
+COMMA := ,
 define MUTATION_CONFIG
 [cosmic-ray]
-module-path = "vit_jax/$(MODULE).py"
-test-command = "python -m pytest -x -m 'not slow' tests/$(dir $(MODULE))test_$(notdir $(MODULE)).py"
-timeout = 300.0
+module-path = [$(patsubst %,"%"$(COMMA),$(MUTATED))]
+test-command = "python tests/mutation/nearest.py $(MUTATED)"
+timeout = 7200.0
 [cosmic-ray.distributor]
 name = "local"
 [cosmic-ray.filters.operators-filter]
@@ -130,9 +134,10 @@ export MUTATION_CONFIG
 mutation: $(VENV)/installed $(TOOLS)/installed
 	rm -rf $(MUTATION) && git clone --quiet . $(MUTATION)
 	echo "$$MUTATION_CONFIG" > $(MUTATION)/config.toml
-	export $(CACHE) PATH="$(VENV_PATH)/bin:$(TOOLS_PATH)/bin:$$PATH" && \
+	export $(CACHE) PATH="$(VENV_PATH)/bin:$(TOOLS_PATH)/bin:$$PATH" && tools="$(TOOLS_PATH)" && \
 		cd $(MUTATION) && export PYTHONPATH="$$PWD" && \
 		cosmic-ray init config.toml session && cr-filter-operators session config.toml && \
+		"$$tools/bin/python" tests/mutation/sample.py session $(SAMPLE) $(SEED) && \
 		cosmic-ray baseline config.toml && cosmic-ray exec config.toml session && \
 		cr-report --surviving-only --show-diff session && cr-rate --fail-over 20 session
 

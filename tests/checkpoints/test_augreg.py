@@ -133,6 +133,13 @@ def test_a_damaged_index_is_one_line(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
+def test_an_index_that_is_too_large_is_not_read(tmp_path):
+    with open(tmp_path / "index.csv", "wb") as file:
+        file.truncate(augreg.MAX_BYTES + 1)
+    with pytest.raises(UserError, match="larger than 64 MiB"):
+        augreg.read_index(tmp_path / "index.csv")
+
+
 def test_the_name_of_a_model_fetches_its_recommended_file(index_csv, monkeypatch):
     monkeypatch.setenv("VIT_JAX_CACHE", str(index_csv.parents[1]))
     path = index_csv.parent / f"{R26}.npz"

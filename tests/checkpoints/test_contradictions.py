@@ -37,6 +37,7 @@ def write(folder, format, weights, file, key, value):
 
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+SQUARE, OBLONG = {"height": 384, "width": 384}, {"height": 8, "width": 16}
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,8 @@ CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
         ("huggingface", PROCESSOR, "do_normalize", "no", "do_normalize is 'no': it must be true o"),
         ("huggingface", PROCESSOR, "size", {"shortest_edge": 10**5}, "is cut from 100000 pixels: "),
         ("huggingface", PROCESSOR, "crop_size", 10**6, "crop_size 1000000 is above size 18: padd"),
+        ("huggingface", PROCESSOR, "crop_size", SQUARE, "crop_size 384 is above size 18: padding"),
+        ("huggingface", PROCESSOR, "crop_size", OBLONG, "crop_size is 8 x 16: only square images"),
         ("huggingface", PROCESSOR, "image_std", [1e-300] * 3, "is not positive, of at least 1e-6"),
         ("huggingface", PROCESSOR, "image_mean", [True] * 3, "is not numbers of at most 1e6"),
         ("timm", CONFIG, "model_args.embed_dim", 32, "embed_dim is 32, but by the shapes of the w"),
@@ -83,6 +86,20 @@ def test_a_configuration_of_another_model_is_refused(
         load_pretrained(tmp_path)
     line = str(caught.value)
     assert message in line and line.isprintable() and str(tmp_path) in line
+
+
+def test_a_configuration_of_something_else_is_none_of_the_file_beside_it(weights, tmp_path):
+    write_safetensors(tmp_path / "a.safetensors", weights["timm"])
+    (tmp_path / CONFIG).write_text('{"num_features": 8}')
+    assert load_pretrained(tmp_path / "a.safetensors", num_heads=2).model["hidden_size"] == 16
+
+
+def test_positions_of_no_square_need_the_size_of_the_images(tmp_path):
+    shapes = flatten_dict(abstract_params(MODEL, "16x24"), sep="/")
+    tree = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
+    write_safetensors(tmp_path / "a.safetensors", layouts.from_official(tree, "timm"))
+    with pytest.raises(UserError, match="has 7 tokens, which are no square of patches: write"):
+        load_pretrained(tmp_path / "a.safetensors", num_heads=2)
 
 
 @pytest.mark.parametrize("format", ["huggingface", "timm"])

@@ -96,3 +96,15 @@ def test_positions_of_registers_are_added_to_them():
     np.testing.assert_allclose(again["register"], ours["register"] + of_registers)
     name = "Transformer/posembed_input/pos_embedding"
     np.testing.assert_array_equal(again[name], ours[name])
+
+
+def test_timm_counts_the_stages_and_units_of_a_hybrid_from_zero():
+    ours = random_arrays(architecture="hybrid", resnet_layers=(1, 1, 2), patch_size=1)
+    theirs = layouts.from_official(ours, "timm")
+    kernels = {name for name in theirs if name.endswith(".conv1.weight")}
+    units = ("0.blocks.0", "1.blocks.0", "2.blocks.0", "2.blocks.1")
+    assert kernels == {f"patch_embed.backbone.stages.{unit}.conv1.weight" for unit in units}
+    again = layouts.to_official(theirs, "timm", num_heads=2)
+    assert again.keys() == ours.keys()
+    for name, x in ours.items():
+        np.testing.assert_array_equal(again[name], x, err_msg=name)

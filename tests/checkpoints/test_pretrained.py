@@ -164,8 +164,9 @@ def test_group_norms_of_one_row_are_those_of_hybrids(tmp_path, variant):
     assert pretrained.model["resnet_layers"] == [1] and pretrained.preprocessing.image_size == 32
 
 
-def test_big_visions_class_token_without_a_position_gets_one_of_zero(tmp_path, params):
-    flat = big_vision(flatten_dict(params, sep="/"))
+@pytest.mark.parametrize("image_size", [16, 24])
+def test_big_visions_class_token_without_a_position_gets_one_of_zero(tmp_path, image_size):
+    flat = big_vision(flatten_dict(make_params(image_size), sep="/"))
     flat["pos_embedding"] = flat["pos_embedding"][:, 1:]
     np.savez(tmp_path / "a.npz", **flat)
     positions = load_pretrained(tmp_path / "a.npz").params
@@ -287,6 +288,36 @@ def test_an_info_file_says_what_the_file_cannot(tmp_path, params):
     pretrained = load_pretrained(path)
     assert pretrained.model["gelu"] == "erf" and pretrained.class_names == ("x", "y", "z")
     assert pretrained.preprocessing == Preprocessing(16, 0.875) and pretrained.loss == "sigmoid"
+
+
+def test_positions_of_dinov2_are_fitted_to_what_its_folder_shows_if_that_is_no_larger(tmp_path):
+    path = save_npz(tmp_path / "a.npz", make_params(layer_scale=0.1, num_classes=0))
+    save_pretrained(load_pretrained(path, gelu="erf"), tmp_path / "a", "huggingface")
+    (tmp_path / "a/vit_jax.json").unlink()
+    processor = json.loads((tmp_path / "a/preprocessor_config.json").read_text())
+
+    def show(height, width):
+        size = {"size": {"height": height, "width": width}, "do_center_crop": False}
+        (tmp_path / "a/preprocessor_config.json").write_text(json.dumps(processor | size))
+        return load_pretrained(tmp_path / "a").params["Transformer"]["posembed_input"]
+
+    for height, width, patches in ((16, 16, 4), (8, 16, 2), (16, 8, 2), (8, 8, 1)):
+        assert show(height, width)["pos_embedding"].shape == (1, 1 + patches, 16)
+    with pytest.raises(UserError, match=r"has shape \(1, 5, 16\), the model \(1, 10, 16\)"):
+        show(24, 24)
+
+
+def test_a_thousand_classes_are_imagenets_unless_they_have_names(tmp_path):
+    path = save_npz(tmp_path / "a.npz", make_params(num_classes=1000))
+    names = load_pretrained(path).class_names
+    assert (len(names), names[0], names[207]) == (
+        1000,
+        "n01440764",
+        "n02099601",
+    )  # Tench, retriever.
+    own = tuple(map(str, range(1000)))
+    info_path(path).write_text(json.dumps({"class_names": own}))
+    assert load_pretrained(path).class_names == own
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 import pickle
 import resource
@@ -119,6 +120,21 @@ def test_a_path_of_another_kind_is_refused(tmp_path, format, name, message):
     with pytest.raises(UserError, match=message):
         save_pretrained(make(), tmp_path / name, format)
     assert not list(tmp_path.iterdir())
+
+
+# Transformers makes the gated width of two thirds of the other, rounded up to a multiple of 8:
+# of 2 x 19 that is 25 of 25.3, of 4 x 18 it is 48 as it stands.
+@pytest.mark.parametrize(("hidden_size", "mlp_dim", "ratio"), [(19, 32, 2), (18, 48, 4)])
+def test_the_gated_width_of_dinov2_is_written_as_transformers_makes_it(
+    tmp_path, hidden_size, mlp_dim, ratio
+):
+    sizes = {"hidden_size": hidden_size, "mlp_dim": mlp_dim, "num_heads": 1, "mlp": "swiglu"}
+    pretrained = make(Preprocessing(16), **sizes, layer_scale=1.0, num_registers=2, num_classes=0)
+    pretrained = dataclasses.replace(pretrained, class_names=None)
+    save_pretrained(pretrained, tmp_path / "a", "huggingface")
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    assert (config["mlp_ratio"], config["use_swiglu_ffn"]) == (ratio, True)
+    assert_same(load_pretrained(tmp_path / "a"), pretrained)
 
 
 @pytest.mark.parametrize(

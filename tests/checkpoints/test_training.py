@@ -1,9 +1,11 @@
 import contextlib
+import json
 import pathlib
 import resource
 import shutil
 import subprocess
 import sys
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -217,6 +219,39 @@ def test_damage_to_any_file_is_found_or_harmless(damage, open_store, tmp_path):
         shutil.rmtree(tmp_path / "run/checkpoints")
         shutil.copytree(tmp_path / "intact", step)
         shutil.copytree(tmp_path / "intact", step.with_name("1"))
+
+
+@pytest.mark.usefixtures("two_saved")
+@pytest.mark.parametrize("step", range(10))
+def test_metadata_of_any_other_value_are_damaged(step, tmp_path):
+    path = tmp_path / "run/checkpoints/2/metadata/metadata"
+    document = json.loads(path.read_bytes())
+    path.write_text(json.dumps(document | {"metadata": {"step": step}}))
+    expected = {"step": 2 if step == 2 else 1}
+    assert latest_metadata(tmp_path / "run") == expected
+
+
+def fingerprint_reference(x):
+    """MurmurHash3's finaliser of each 32-bit word and its flat position, summed."""
+    words = x.ravel().view(f"u{min(x.dtype.itemsize, 4)}").astype(np.uint64)
+    words += np.arange(words.size, dtype=np.uint64) * np.uint64(0x9E3779B9)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        words &= np.uint64(0xFFFFFFFF)
+        words = (words ^ (words >> np.uint64(shift))) * np.uint64(factor)
+    words &= np.uint64(0xFFFFFFFF)
+    return int((words ^ (words >> np.uint64(16))).sum()) % 2**32
+
+
+@pytest.mark.usefixtures("two_saved")
+def test_a_checkpoint_is_proved_as_by_every_version(tmp_path):
+    """One that an earlier version wrote would else be set aside as damaged."""
+    document = json.loads((tmp_path / "run/checkpoints/2/metadata/metadata").read_bytes())
+    checksum = document.pop("checksum")
+    assert checksum == zlib.crc32(json.dumps(document, sort_keys=True).encode())
+    for path, x in jax.tree_util.tree_flatten_with_path(make_state(2))[0]:
+        x = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        assert document["fingerprints"][name] == fingerprint_reference(np.asarray(x)), name
 
 
 @pytest.mark.usefixtures("two_saved")

@@ -504,7 +504,7 @@ def test_stochastic_depth_is_drawn_once_an_image_and_not_once_a_row():
     [
         (TINY | {"classifier": "token"}, "classifier 'token' needs a token that is in no row"),
         (TINY | {"patch_size": 5}, "image_size 8x12 is not a multiple of patch_size 5"),
-        (TINY_RESNET, "image_size 8x12 is not a multiple of total downsampling 8: use for example"),
+        (TINY_RESNET, r"8x12 is not a multiple of total downsampling 8: use for example 8\b"),
         (TINY_RESNET | {"resnet_layers": [0]}, "resnet_layers"),
     ],
 )

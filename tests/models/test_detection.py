@@ -139,6 +139,7 @@ def test_the_head_is_on_the_patches(extra):
     expected = DetectionHead(5, shape).apply({"params": params[HEAD]}, patches)
     found = model.apply({"params": params}, images)
     assert found.logits.shape == (2, *grid_of_cells(trunk.config, "32x48", 2), 5)
+    assert found.distances.shape == (*found.logits.shape[:3], 4)
     for one, same in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, same, rtol=1e-3, atol=1e-5)
 
@@ -167,6 +168,19 @@ def test_its_multiply_adds_are_those_that_xla_counts(upsample):
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     cost = jax.jit(model.apply).lower(variables, images).cost_analysis()
     counted = 2 * 2 * multiply_adds(model, "64x96", 3)
+    assert counted == pytest.approx(cost["flops"], rel=0.08)
+
+
+@pytest.mark.parametrize("upsample", [1, 2])
+def test_the_multiply_adds_of_a_narrow_head_are_those_that_xla_counts(upsample):
+    """Most of them are those that make the features of a wide trunk narrow."""
+    shape, wide = HeadShape(16, 0, upsample), {"hidden_size": 256, "num_classes": 1}
+    model = detector(create_model({**TINY, **wide}), shape)
+    head, features = DetectionHead(1, shape), jax.ShapeDtypeStruct((2, 8, 12, 256), jnp.float32)
+    variables = jax.eval_shape(head.init, jax.random.key(0), features)
+    cost = jax.jit(head.apply).lower(variables, features).cost_analysis()
+    trunk = model.without_head().config.multiply_adds("32x48", 3)
+    counted = 2 * 2 * (multiply_adds(model, "32x48", 3) - trunk)
     assert counted == pytest.approx(cost["flops"], rel=0.08)
 
 

@@ -230,6 +230,10 @@ def test_without_positions_the_order_of_the_patches_is_nothing():
             {"position_embedding": "sincos2d", "hidden_size": 30, "num_heads": 3},
             "hidden_size 30 is not a multiple of 4, the parts of position_embedding sincos2d",
         ),
+        (
+            {"position_embedding": "sincos2d", "hidden_size": 26, "num_heads": 2},
+            "hidden_size 26 is not a multiple of 4, the parts of position_embedding sincos2d",
+        ),
     ],
 )
 def test_impossible_positions_are_refused_in_one_line(options, message):
