@@ -112,9 +112,13 @@ audit: $(TOOLS)/installed
 		code=$$?; echo "$$lock: $$(tail -n 1 $(TOOLS)/audit.log)"; [ $$code = 0 ] || exit $$code; \
 	done
 
-# The licenses of what is installed; one of the GNU family is a failure.
+# The licenses of what is installed; one of the GNU family is a failure. pip-licenses splits Python's
+# paths at their spaces, and lists nothing where there are some: it is given a link without.
 licenses: $(VENV)/installed $(TOOLS)/installed
-	$(TOOLS)/bin/pip-licenses --python $(RUN) --order license --partial-match --fail-on "GPL;GNU"
+	@link=$$(mktemp -d /tmp/licenses.XXXXXX) && ln -s "$(VENV_PATH)" $$link/venv && \
+		$(TOOLS)/bin/pip-licenses --python $$link/venv/bin/python --order license \
+			--partial-match --fail-on "GPL;GNU"; \
+	code=$$?; rm -r $$link; exit $$code
 
 # Faults put into a copy of what is committed, one at a time, and the share that its tests let pass.
 MUTATION := $(TOOLS)/mutation

@@ -128,11 +128,13 @@ def test_what_ci_installs_is_locked(name):
 
 
 # Stands in for Python: what a virtual environment has is a copy of it. It notes how it is called.
+# As pip-licenses it calls the Python that it is given.
 STAND_IN = """#!/bin/sh
 if [ "$1 $2" = "-m venv" ]; then
   mkdir -p "$3/bin"
-  for name in python ruff ty; do cp "$0" "$3/bin/$name"; done
+  for name in python ruff ty pip-licenses; do cp "$0" "$3/bin/$name"; done
 fi
+if [ "$1" = --python ]; then "$2"; fi
 printf '%s|%s|%s|%s\\n' "$0" "$JAX_COMPILATION_CACHE_DIR" "${PATH%%:*}" "$*" >> "$CALLS"
 """
 
@@ -148,10 +150,16 @@ def clone(tmp_path):
     return clone
 
 
-def test_make_works_in_any_folder(clone, tmp_path):
-    python, calls = tmp_path / "python", tmp_path / "calls"
-    python.write_text(STAND_IN)
-    python.chmod(0o755)
+@pytest.fixture
+def python(tmp_path):
+    path = tmp_path / "python"
+    path.write_text(STAND_IN)
+    path.chmod(0o755)
+    return path
+
+
+def test_make_works_in_any_folder(clone, python, tmp_path):
+    calls = tmp_path / "calls"
     before = sorted(clone.parent.iterdir())
     names = ["demo", "test", "coverage", "lint", "docs", "doctor"]
     variables = {"CALLS": str(calls), "JAX_COMPILATION_CACHE_DIR": ""}
@@ -164,6 +172,16 @@ def test_make_works_in_any_folder(clone, tmp_path):
     assert path == str(clone / ".venv/bin")
     assert sum("vit_jax" in words for *_, words in called) >= 5
     assert sorted(clone.parent.iterdir()) == before  # nothing is written beside the clone
+
+
+def test_licenses_are_looked_for_on_a_path_without_spaces(clone, python, tmp_path):
+    calls = tmp_path / "calls"
+    run = make(f"PYTHON={python}", "licenses", cwd=clone, CALLS=str(calls))
+    assert run.returncode == 0, run.stderr
+    # Python finds its packages from where it is called; pip-licenses would split that.
+    called = pathlib.Path(calls.read_text().splitlines()[-2].partition("|")[0])
+    assert called.parts[-2:] == ("bin", "python") and called.is_absolute()
+    assert " " not in str(called) and not called.parents[2].exists()  # nothing is left
 
 
 @pytest.fixture
