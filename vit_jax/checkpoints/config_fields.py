@@ -59,7 +59,7 @@ def choose(table: Mapping[Any, str], key: Any, field: str) -> str:
         UserError: the table does not have the value.
     """
     if not isinstance(key, str | int) or key not in table:
-        raise UserError(f"{field} {key!r} is none of {', '.join(map(str, table))}")
+        raise UserError(f"{field} {brief(key)} is none of {', '.join(map(str, table))}")
     return table[key]
 
 

@@ -27,7 +27,7 @@ from vit_jax.checkpoints.model_info import ModelInfo
 from vit_jax.checkpoints.timm_config import IMAGENET_STATISTICS
 from vit_jax.data import imagenet
 from vit_jax.data.protocols import Preprocessing, resized_sides
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, brief
 from vit_jax.image_size import ImageSize, sides
 
 FILES = ("config.json", "preprocessor_config.json")
@@ -214,10 +214,12 @@ def _of_vision(config: dict[str, Any], kind: str) -> dict[str, Any]:
         config.setdefault("model_type", "siglip_vision_model")
     told = config.get("model_type", kind)
     if told not in TYPES:
-        raise UserError(f"model_type {told!r} is none of {', '.join(TYPES)}: only these are read")
+        raise UserError(
+            f"model_type {brief(told)} is none of {', '.join(TYPES)}: only these are read"
+        )
     if told != kind:
         raise UserError(
-            f"model_type is {told!r}, but by the names of the weights {kind!r}: they are of "
+            f"model_type is {brief(told)}, but by the names of the weights {kind!r}: they are of "
             "different models, fetch both again"
         )
     return config

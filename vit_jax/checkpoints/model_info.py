@@ -73,7 +73,7 @@ def read_info_file(path: Path, default: ModelInfo) -> ModelInfo:
     allowed = {field.name for field in dataclasses.fields(ModelInfo)}
     try:
         if unknown := sorted(document.keys() - allowed):
-            raise UserError(f"{unknown[0]!r} is none of {', '.join(sorted(allowed))}")
+            raise UserError(f"{brief(unknown[0])} is none of {', '.join(sorted(allowed))}")
         model = {**default.model, **document.pop("model", {})}
         check_fields(model)
         # Null leaves the default; but class_names may be null where the default has names.

@@ -24,7 +24,7 @@ from vit_jax.checkpoints.config_fields import (
 )
 from vit_jax.checkpoints.model_info import ModelInfo
 from vit_jax.data.protocols import Preprocessing, resized_sides
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, brief
 from vit_jax.image_size import ImageSize, sides
 from vit_jax.models.vit import SIZES
 
@@ -143,13 +143,13 @@ def _check_arguments(
     check_fields({"label_offset": pretrained.get("label_offset")}, {"label_offset": 0}, ())
     norm = arguments.get("norm_layer") or "layernorm"
     if norm.replace("_", "").lower() != "layernorm":
-        raise UserError(f"norm_layer is {norm!r}: only models with 'layernorm' are read")
+        raise UserError(f"norm_layer is {brief(norm)}: only models with 'layernorm' are read")
     # The paper's pooling is the class token, or the mean where there is none.
     pool = arguments.get("global_pool", config.get("global_pool"))
     if pool not in (None, POOLS[sizes["classifier"]]):
         beside = "beside a" if sizes["classifier"] == "token" else "without a"
         raise UserError(
-            f"global_pool is {pool!r} {beside} class token: only 'token' with one, and without one "
+            f"global_pool is {brief(pool)} {beside} class token: only 'token' with one, and without one "
             "'avg', or 'map' where the weights have attention pooling, are read"
         )
 
@@ -190,7 +190,7 @@ def _check_parts(arguments: dict[str, Any], sizes: dict[str, Any]) -> None:
         is_same = bool(told) == bool(found) if field == "init_values" else (told or 0) == found
         if not is_same:
             raise UserError(
-                f"{field} is {told!r}, but by the shapes of the weights "
+                f"{field} is {brief(told)}, but by the shapes of the weights "
                 f"{'there are scales' if field == 'init_values' and found else found}: they are of "
                 "different models, fetch both again"
             )
@@ -273,7 +273,7 @@ def preprocessing(
         UserError: a value is none that is known.
     """
     if crop_mode not in ("center", "squash"):
-        raise UserError(f"crop_mode {crop_mode!r} is none of center, squash")
+        raise UserError(f"crop_mode {brief(crop_mode)} is none of center, squash")
     both = sides(image_size)
     crop_pct = crop_pct or (0.9 if max(both) < 384 else 1.0)
     squash = crop_mode == "squash"

@@ -4,8 +4,12 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
+import json
 import os
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +19,8 @@ from vit_jax.data import labels, vtab
 from vit_jax.data.boxes import Boxes
 from vit_jax.data.masks import check_indices, open_mask
 from vit_jax.data.source import Example, Examples, Source
-from vit_jax.data.tfds_records import RecordExamples
-from vit_jax.errors import UserError, first_line
+from vit_jax.data.tfds_records import MALFORMED, RecordExamples
+from vit_jax.errors import UserError, brief, first_line
 from vit_jax.pixel_classes import numbered
 
 _DATA_DIR = "config.dataset.data_dir (of evaluate: --data_dir)"
@@ -54,6 +58,13 @@ class TfdsDataset:
                 f"data set {self._name!r} is not one of images with one class label each: it needs "
                 f"the features image and {self._LABEL}, and has {', '.join(features) or 'none'}"
             )
+        label = features[self._LABEL]
+        number = getattr(label, "num_classes", None)
+        if number is not None and len(self._class_names) != number:
+            raise UserError(
+                f"data set {self._name!r} names {len(self._class_names):,} classes and has "
+                f"{number:,}: prepare it again"
+            )
 
     @staticmethod
     def _is_label(feature: Any) -> bool:
@@ -68,7 +79,11 @@ class TfdsDataset:
         return RecordExamples(self._builder.info, split, features, self._example)
 
     def _example(self, record: Mapping[str, Any]) -> Example:
-        return {"image": record["image"], "label": record[self._LABEL]}
+        label = record[self._LABEL]
+        # TFDS gives -1 to images whose class nobody knows.
+        if not -1 <= label < self._builder.info.features[self._LABEL].num_classes:
+            raise ValueError(f"its label is {label}")
+        return {"image": record["image"], "label": label}
 
     @property
     def split_names(self) -> tuple[str, ...]:
@@ -90,7 +105,12 @@ class TfdsDataset:
                 f"data set {self._name!r} lies in {self._builder.data_path}, which is no local "
                 f"directory: mount the bucket, such as with gcsfuse, and set {_DATA_DIR} to it"
             )
-        examples = self._examples(split)
+        try:
+            examples = self._examples(split)
+        except ValueError:
+            raise
+        except MALFORMED as error:
+            raise ValueError(f"it is not as TFDS writes it ({first_line(error)})") from error
         total = sum(part.num_examples for part in info.splits.values())
         num_bytes = info.dataset_size * len(examples) // total if total else 0
         return Source(self._name, split, self._class_names, num_bytes, examples, turn=False)
@@ -132,6 +152,9 @@ class MaskDataset(TfdsDataset):
                 f"data set {self._name!r} has one class alone, so there is nothing to tell apart: "
                 "set --config.model.num_classes to one more than the largest index of its masks"
             )
+
+    def _example(self, record: Mapping[str, Any]) -> Example:
+        return {"image": record["image"], "label": record[self._LABEL]}
 
     @property
     def _class_names(self) -> tuple[str, ...]:
@@ -305,6 +328,8 @@ class RealDataset(TfdsDataset):
 
 
 def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
+    root = Path(data_dir or os.path.expanduser(tfds.core.constants.DATA_DIR))
+    _check_classes(name, root / re.split("[/:]", name)[0])
     try:
         return tfds.builder(name, data_dir=data_dir or None)
     except tfds.core.DatasetNotFoundError as error:
@@ -314,8 +339,38 @@ def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
             f"{data_dir or tfds.core.constants.DATA_DIR}: did you mean {' or '.join(near)}? "
             f"If it is prepared elsewhere, set {_DATA_DIR}; {_NO_DATA}"
         ) from error
-    except (ValueError, AssertionError, OSError, ImportError) as error:
+    except MALFORMED as error:
         raise UserError(f"data set {name!r} cannot be opened: {first_line(error)}") from error
+
+
+def _check_classes(name: str, folder: Path) -> None:
+    """Checks that the features of a prepared data set are of classes that are there.
+
+    TFDS would import whatever module its files name.
+    """
+    for path in folder.rglob("features.json"):
+        try:
+            classes = list(_class_names(json.loads(path.read_text())))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{path} cannot be read: {first_line(error)}") from error
+        for each in classes:
+            module = each.rpartition(".")[0]
+            if not (module.startswith("tensorflow_datasets.") or module in sys.modules):
+                raise UserError(
+                    f"data set {name!r} has a feature of {brief(each)}, which is none of TFDS: "
+                    f"import its module first if you trust {path}"
+                )
+
+
+def _class_names(document: Any) -> Iterator[str]:
+    if isinstance(document, dict):
+        # Protocol buffers take both for the same.
+        keys = ("pythonClassName", "python_class_name")
+        yield from (str(document[key]) for key in keys if key in document)
+        document = list(document.values())
+    if isinstance(document, list):
+        for value in document:
+            yield from _class_names(value)
 
 
 def _known() -> list[str]:

@@ -8,11 +8,18 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from google.protobuf import json_format, message
 from tensorflow_datasets.core.example_parser import ExampleParserNp
 
 from vit_jax.data.source import Example
 from vit_jax.data.tfrecord import damaged, read_record, record_offsets, unreadable
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, first_line
+
+# What comes of documents and records that are not as TFDS writes them.
+MALFORMED = (
+    *(ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError),
+    *(OSError, ImportError, RuntimeError, json_format.Error, message.Error),
+)
 
 
 class RecordExamples:
@@ -63,7 +70,14 @@ class RecordExamples:
         part = self._parts[which]
         place = part.skip + index - self._starts[which]
         record = self._files[part.filename].read(place)
-        return self._example(self._parser.parse_example(record)) | {"id": _id(part, place)}
+        try:
+            example = self._example(self._parser.parse_example(record))
+            if not isinstance(example["image"], bytes):
+                raise ValueError("it has no image")
+        except MALFORMED as error:
+            reason = f"record {place} is damaged ({first_line(error)})"
+            raise damaged(part.filename, reason) from error
+        return example | {"id": _id(part, place)}
 
     def ids(self) -> list[str]:
         """Returns the ids of all."""

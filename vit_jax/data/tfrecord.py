@@ -56,9 +56,9 @@ def record_offsets(path: str) -> np.ndarray:
     stamp = [status.st_size, status.st_mtime_ns]
     places = _index_paths(path)
     for place in places:
-        with contextlib.suppress(OSError, ValueError, EOFError):
+        with contextlib.suppress(Exception):  # Whatever is wrong with one, it is made anew.
             saved = np.load(place)
-            if saved[:2].tolist() == stamp and saved[-1] == status.st_size:
+            if saved[:2].tolist() == stamp and _is_index(saved[2:], status.st_size):
                 return saved[2:]
     offsets = _scan(path, status.st_size)
     for place in places:
@@ -68,6 +68,16 @@ def record_offsets(path: str) -> np.ndarray:
                 np.save(file, np.array(stamp + offsets, np.int64))
             break
     return np.array(offsets, np.int64)
+
+
+def _is_index(offsets: np.ndarray, size: int) -> bool:
+    """Tells whether offsets can be those of a file of a size: it may be anybody's."""
+    return (
+        offsets.dtype == np.int64
+        and offsets[0] == 0
+        and offsets[-1] == size
+        and bool((np.diff(offsets) >= _BETWEEN).all())
+    )
 
 
 def _index_paths(path: str) -> list[Path]:
