@@ -149,8 +149,8 @@ def _check_arguments(
     if pool not in (None, POOLS[sizes["classifier"]]):
         beside = "beside a" if sizes["classifier"] == "token" else "without a"
         raise UserError(
-            f"global_pool is {brief(pool)} {beside} class token: only 'token' with one, and without "
-            "one 'avg', or 'map' where the weights have attention pooling, are read"
+            f"global_pool is {brief(pool)} {beside} class token: only 'token' with one, and "
+            "without one 'avg', or 'map' where the weights have attention pooling, are read"
         )
 
 
