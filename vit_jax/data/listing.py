@@ -33,6 +33,7 @@ from vit_jax.errors import UserError, brief, brief_name, first_line
 PREFIX = "list:"
 SUFFIXES = (".csv", ".jsonl")
 _MOST_BYTES = 2**29  # ten million lines of 50
+_LONGEST_NAME = 255
 _LONGEST_LABEL = 200  # characters
 _DEFAULTS = FileRules()
 
@@ -268,6 +269,9 @@ def _line(number: int, path: Any, labels: Sequence[Any], split: Any) -> Line:
         path = None
     if not isinstance(path, str) or not path.strip():
         raise _Fault(f"line {number} has no path that can be one")
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.split(os.sep)):
+        rule = f"no file's name is longer than {_LONGEST_NAME} bytes"
+        raise _Fault(f"line {number} has path {brief(path)}: {rule}")
     name = SPLITS.get(str(split).strip().lower()) if split is not None else None
     if split is not None and name is None:
         raise _Fault(f"line {number} has split {brief(split)}: use {', '.join(SPLITS)}")
