@@ -38,10 +38,13 @@ def compiling() -> Iterator[None]:
 
 
 def wait() -> None:
-    """Waits for the turn of this process to be timed."""
+    """Waits for the turn of this process to be timed; ends it if who gives turns has gone."""
     if FOLDER not in os.environ:
         return
     folder, name = Path(os.environ[FOLDER]), os.environ[NAME]
     ready(folder, name).touch()
+    parent = os.getppid()
     while not go(folder, name).exists():
+        if os.getppid() != parent:
+            raise SystemExit("gpu.py has ended, and nobody else gives turns")
         time.sleep(_PAUSE_SECONDS)

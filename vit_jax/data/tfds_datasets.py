@@ -350,7 +350,7 @@ def _check_classes(name: str, folder: Path) -> None:
     """
     for path in folder.rglob("features.json"):
         try:
-            classes = list(_class_names(json.loads(path.read_text())))
+            classes = list(_feature_classes(json.loads(path.read_text())))
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} cannot be read: {first_line(error)}") from error
         for each in classes:
@@ -362,7 +362,7 @@ def _check_classes(name: str, folder: Path) -> None:
                 )
 
 
-def _class_names(document: Any) -> Iterator[str]:
+def _feature_classes(document: Any) -> Iterator[str]:
     if isinstance(document, dict):
         # Protocol buffers take both for the same.
         keys = ("pythonClassName", "python_class_name")
@@ -370,7 +370,7 @@ def _class_names(document: Any) -> Iterator[str]:
         document = list(document.values())
     if isinstance(document, list):
         for value in document:
-            yield from _class_names(value)
+            yield from _feature_classes(value)
 
 
 def _known() -> list[str]:
